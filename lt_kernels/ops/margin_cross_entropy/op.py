@@ -1,0 +1,127 @@
+"""Schema, shapes, autograd and backends of the rows kernel.
+
+Layout (the caller flattens to it): input [N, C, K], where K counts the positions that share one sample (pixels; 1 for a
+classifier). A *row* is one (n, k) pair with its C logits. The mathematics is in ``reference.py``.
+
+Forward returns, per row [N, K] in the compute dtype unless said otherwise:
+    loss        sum over the target terms; 0-dim, summed over rows, where ``reduce``
+    lse         log-sum-exp of the shifted logits that the (first) target's loss uses
+    prediction  int64 argmax of the raw logits; [0] unless ``with_prediction``
+    rest        [2, N, K]: what backward needs beside the input. Over the columns that are no target of the row: their
+                maximum (0 where all are -inf) and the sum of exp(u - maximum). Kept apart because their log-sum-exp in
+                one float32 loses up to half an ulp of the maximum, which at scale 64 is 30 roundings of a probability.
+    grad_input  d(sum of loss)/d(input) in the input's dtype; [0] unless ``with_grad``
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import load, unavailable_reason
+from .._register import NAMESPACE, define, register_autograd, register_no_double_backward
+from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
+
+OP = "margin_cross_entropy"
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *inputs, reduce, with_prediction, with_grad, backend = args
+    loss, lse, prediction, rest, grad_input = load(OP, backend).forward(Arguments(*inputs), with_prediction, with_grad)
+    return (loss.sum() if reduce else loss), lse, prediction, rest, grad_input
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *inputs, reduce, with_prediction, with_grad, _ = args
+    a = Arguments(*inputs)
+    n, _, k = a.input.shape
+    rows = a.input.new_empty((n, k), dtype=a.compute_dtype)
+    return (
+        rows.new_empty(()) if reduce else rows,
+        torch.empty_like(rows),
+        rows.new_empty((n, k) if with_prediction else (0,), dtype=torch.int64),
+        rows.new_empty((2, n, k)),
+        torch.empty_like(a.input) if with_grad else a.input.new_empty((0,)),
+    )
+
+
+def _backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
+    *inputs, needs, backend = args
+    return load(OP, backend).backward(grad_loss, grad_lse, rest, Arguments(*inputs), needs)
+
+
+def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
+    *inputs, needs, _ = args
+    wanted = zip(DIFFERENTIABLE, needs, strict=True)
+    return [
+        torch.empty_like(getattr(Arguments(*inputs), name)) if need else rest.new_empty((0,)) for name, need in wanted
+    ]
+
+
+def _scale_gradient_(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor without a host synchronisation, and without touching memory where factor is 1."""
+    if grad.device.type == "cpu":
+        if factor.item() != 1.0:
+            grad.mul_(factor)
+    elif unavailable_reason(OP, "triton", grad.device.type, grad.dtype) is None:
+        load(OP, "triton").scale_gradient_(grad, factor)
+    else:
+        grad.mul_(factor)
+
+
+FORWARD = define(
+    f"{OP}_fwd({SCHEMA}, bool reduce, bool with_prediction, bool with_grad, str backend)"
+    " -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, Tensor grad_input)",
+    _forward,
+    _forward_fake,
+)
+BACKWARD = define(
+    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, {SCHEMA}, bool[] needs, str backend) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+SCALE_GRADIENT_ = define(
+    "scale_gradient_(Tensor(a!) grad, Tensor factor) -> ()", _scale_gradient_, lambda grad, factor: None
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *arguments, _, _, with_grad, backend = inputs
+    _, _, prediction, rest, grad_input = output
+    ctx.mark_non_differentiable(prediction, rest, grad_input)
+    ctx.set_materialize_grads(False)
+    ctx.scalars, ctx.backend = arguments[N_TENSORS:], backend
+    ctx.needs = [
+        need for need, name in zip(ctx.needs_input_grad, Arguments._fields, strict=False) if name in DIFFERENTIABLE
+    ]
+    # The gradient computed in forward serves the first backward pass; a second one over a retained graph recomputes.
+    ctx.gradient_ready = with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1)
+    ctx.save_for_backward(*arguments[:N_TENSORS], rest, grad_input if ctx.gradient_ready else None)
+
+
+def _autograd_backward(
+    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    *tensors, rest, grad_input = ctx.saved_tensors
+    gradients: dict[str, Tensor] = {}
+    usable = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 and not torch.is_grad_enabled()
+    if ctx.gradient_ready and usable:
+        ctx.gradient_ready = False
+        gradient = grad_input.data  # private to this node, so scaling it must not count as changing a saved tensor
+        torch.ops.lt_kernels.scale_gradient_(gradient, grad_loss)
+        gradients["input"] = gradient
+    elif grad_loss is not None or grad_lse is not None:
+        if grad_loss is None:
+            grad_loss = rest.new_zeros(())
+        values = torch.ops.lt_kernels.margin_cross_entropy_bwd(
+            grad_loss, grad_lse, rest, *tensors, *ctx.scalars, ctx.needs, ctx.backend
+        )
+        gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
+    return (*(gradients.get(name) for name in Arguments._fields), None, None, None, None)
+
+
+register_autograd(FORWARD, _autograd_backward, _setup_context)
+register_no_double_backward(BACKWARD)
+forward = getattr(torch.ops, NAMESPACE).margin_cross_entropy_fwd

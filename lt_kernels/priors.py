@@ -1,0 +1,302 @@
+"""Class counts -> the class tensors that long-tailed losses are made of.
+
+``ClassPrior`` validates the counts once and derives everything else; the functions of the same names are shorthands for a
+single use. All values are computed in float64 on the CPU and returned in the dtype and on the device asked for.
+
+Zero counts are an explicit choice, ``zero_counts``:
+
+* ``"error"`` (default): ``ValueError`` naming the classes.
+* a positive number: a class without samples is treated as if it had that many, e.g. ``zero_counts=1``.
+* ``"mask"``: its prior is 0 and its log prior -inf, so it takes no part in the softmax. Its scale and its weight are 0, its
+  margin is that of the rarest class. A sample of a masked class has an infinite loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor
+
+#: Anything one-dimensional and numeric: list, tuple, numpy array, tensor.
+ClassVector = Union[Sequence[float], Tensor, Any]
+ZeroCounts = Union[Literal["error", "mask"], float]
+
+#: Names of the groups that ``shot_groups`` numbers 0, 1, 2.
+SHOT_GROUPS = ("many", "medium", "few")
+
+_MAX_NAMED = 8  # classes listed in an error message
+
+
+def as_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, expected: str = "") -> float:
+    """``value`` as a float if it is a finite real number with low <= value <= high; TypeError or ValueError if not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name}: got {value}, expected {expected or 'a finite number'}")
+    return float(value)
+
+
+def as_class_vector(name: str, value: ClassVector, num_classes: int | None = None) -> Tensor:
+    """``value`` as a finite float64 vector [C] on the CPU, a copy of its own; TypeError or ValueError if it is none."""
+    if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") or isinstance(value, Tensor)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a 1-D sequence, array or tensor of numbers")
+    try:
+        raw = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        numeric = not (raw.is_complex() or raw.dtype == torch.bool)
+        vector = raw.to("cpu", torch.float64, copy=True) if numeric else raw
+        if numeric and not isinstance(value, Tensor):
+            vector = torch.tensor(value, dtype=torch.float64)  # Python floats would have been rounded to float32
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {type(value).__name__} ({error}), expected numbers [C]") from error
+    if not numeric:
+        raise TypeError(f"{name}: got dtype {raw.dtype}, expected integers or real floating-point numbers")
+    if vector.ndim != 1:
+        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected a 1-D vector [C]")
+    if len(vector) == 0:
+        raise ValueError(f"{name}: got no elements, expected one per class")
+    if num_classes is not None and len(vector) != num_classes:
+        raise ValueError(f"{name}: got {len(vector)} classes, expected {num_classes}")
+    _require(name, vector, vector.isfinite(), "finite numbers")
+    return vector
+
+
+def _require(name: str, vector: Tensor, holds: Tensor, expected: str) -> None:
+    bad = (~holds).nonzero().flatten().tolist()
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
+
+
+def _as_counts(class_counts: ClassVector, zero_counts: ZeroCounts) -> Tensor:
+    counts = as_class_vector("class_counts", class_counts)
+    _require("class_counts", counts, counts >= 0, "counts >= 0")
+    if isinstance(zero_counts, str):
+        if zero_counts not in ("error", "mask"):
+            raise ValueError(f"zero_counts: got {zero_counts!r}, expected 'error', 'mask' or a positive number")
+    else:
+        floor = as_number("zero_counts", zero_counts, expected="'error', 'mask' or a positive number")
+        if floor <= 0:
+            raise ValueError(f"zero_counts: got {zero_counts}, expected 'error', 'mask' or a positive number")
+        return counts.masked_fill(counts == 0, floor)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if zero_counts == "error" and empty:
+        named = ", ".join(map(str, empty[:_MAX_NAMED])) + (", ..." if len(empty) > _MAX_NAMED else "")
+        raise ValueError(
+            f"class_counts: got 0 for {len(empty)} of {len(counts)} classes ({named}), expected counts > 0; "
+            "to allow them choose zero_counts='mask' or a number such as zero_counts=1"
+        )
+    if len(empty) == len(counts):
+        raise ValueError(f"class_counts: got 0 for all {len(counts)} classes, expected at least one count > 0")
+    return counts
+
+
+class ClassPrior:
+    """Class counts [C] and what the losses derive from them.
+
+    Args:
+        class_counts: training samples per class, [C]; list, tuple, numpy array or tensor of any real dtype.
+        zero_counts: what a class without samples means: ``"error"``, ``"mask"`` or a positive number (see the module).
+        device: of the results; default that of ``class_counts``.
+        dtype: of the results; default ``torch.get_default_dtype()``.
+
+    Raises:
+        TypeError: counts that are not numbers.
+        ValueError: counts that are negative, NaN, infinite, empty, not 1-D, or zero where ``zero_counts="error"``.
+
+    Example:
+        >>> prior = ClassPrior([900, 90, 10])
+        >>> prior.log_prior()
+        tensor([-0.1054, -2.4079, -4.6052])
+        >>> prior.ldam_margins()
+        tensor([0.1623, 0.2887, 0.5000])
+        >>> [SHOT_GROUPS[group] for group in prior.shot_groups()]
+        ['many', 'medium', 'few']
+    """
+
+    def __init__(
+        self,
+        class_counts: ClassVector,
+        *,
+        zero_counts: ZeroCounts = "error",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._counts = _as_counts(class_counts, zero_counts)
+        self.zero_counts = zero_counts
+        self.device = torch.device(device) if device is not None else getattr(class_counts, "device", torch.device("cpu"))
+        self.dtype = dtype or torch.get_default_dtype()
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"dtype: got {self.dtype}, expected a floating-point dtype")
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __repr__(self) -> str:
+        n = self._counts
+        return f"ClassPrior({len(n)} classes, {n.sum():g} samples, min {n.min():g}, max {n.max():g})"
+
+    def _give(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype)
+
+    @property
+    def _present(self) -> Tensor:
+        return self._counts > 0
+
+    @property
+    def class_counts(self) -> Tensor:
+        """n, after ``zero_counts``; [C]."""
+        return self._give(self._counts)
+
+    @property
+    def prior(self) -> Tensor:
+        """pi = n / sum(n); [C]."""
+        return self._give(self._counts / self._counts.sum())
+
+    def log_prior(self, tau: float = 1.0, *, eps: float = 0.0, form: Literal["prior", "power"] = "prior") -> Tensor:
+        """tau * log(pi + eps), or log(pi^tau + eps) with ``form="power"``; [C]. Without eps the two are one.
+
+        ``eps=1e-9`` is what BalPoE's published code adds; ``form="power", eps=1e-12`` is that of logit adjustment.
+        Masked classes are -inf whatever tau and eps.
+        """
+        tau, eps = as_number("tau", tau), as_number("eps", eps, 0.0, expected="a number >= 0")
+        if form not in ("prior", "power"):
+            raise ValueError(f"form: got {form!r}, expected 'prior' or 'power'")
+        pi = self._counts / self._counts.sum()
+        value = (pi.pow(tau) + eps).log() if form == "power" and eps > 0 else tau * (pi + eps).log()
+        return self._give(value.masked_fill(~self._present, -math.inf))
+
+    def log_counts(self) -> Tensor:
+        """log n (balanced softmax); [C]."""
+        return self._give(self._counts.log())
+
+    def effective_numbers(self, beta: float = 0.9999) -> Tensor:
+        """(1 - beta^n) / (1 - beta), the effective number of samples (Cui et al., 2019); [C]."""
+        return self._give(self._effective_numbers(beta))
+
+    def _effective_numbers(self, beta: float) -> Tensor:
+        beta = as_number("beta", beta, 0.0, expected="0 <= beta < 1")
+        if beta >= 1:
+            raise ValueError(f"beta: got {beta}, expected 0 <= beta < 1")
+        log_beta = math.log(beta) if beta > 0 else -math.inf
+        return torch.where(self._present, -torch.expm1(self._counts * log_beta) / (1 - beta), 0.0)
+
+    def class_balanced_weight(self, beta: float = 0.9999) -> Tensor:
+        """1 / effective number, normalised to mean 1 over the classes that have samples; [C]. beta = 0: all ones."""
+        present = self._present
+        weight = torch.where(present, 1 / self._effective_numbers(beta), 0.0)
+        return self._give(weight * (present.sum() / weight.sum()))
+
+    def _inverse_power(self, power: float) -> Tensor:
+        """n^-power; a class without samples counts as the rarest one."""
+        return self._counts.clamp_min(self._counts[self._present].min().item()).pow(-power)
+
+    def ldam_margins(self, max_margin: float = 0.5) -> Tensor:
+        """max_margin * n^-1/4 / max(n^-1/4): the rarest class has ``max_margin`` (Cao et al., 2019); [C]."""
+        max_margin = as_number("max_margin", max_margin, 0.0, expected="a number >= 0")
+        root = self._inverse_power(0.25)
+        return self._give(max_margin * root / root.max())
+
+    def vs_scales(self, gamma: float = 0.3) -> Tensor:
+        """(n / max(n))^gamma: the multiplicative part of the VS loss (Kini et al., 2021) and of CDT; [C]."""
+        gamma = as_number("gamma", gamma)
+        scales = (self._counts / self._counts.max()).pow(gamma)
+        return self._give(scales.masked_fill(~self._present, 0.0))
+
+    def arcface_margins(self, bounds: tuple[float, float] = (0.05, 0.5), power: float = 0.25) -> Tensor:
+        """a * n^-power + b, with a and b such that the largest class has ``bounds[0]`` and the smallest ``bounds[1]``; [C].
+
+        Where all counts are equal, every class has ``bounds[1]``.
+        """
+        lower, upper = margin_bounds(bounds)
+        power = as_number("power", power)
+        if power <= 0:
+            raise ValueError(f"power: got {power}, expected a number > 0")
+        x = self._inverse_power(power)
+        low, high = x.min(), x.max()
+        rarity = torch.where(high > low, (x - low) / (high - low), 1.0)
+        return self._give(lower + (upper - lower) * rarity)
+
+    def shot_groups(self, many_above: float = 100, few_below: float = 20) -> Tensor:
+        """Group of each class, int64 [C]: 0 many (n > many_above), 2 few (n < few_below), 1 medium; see ``SHOT_GROUPS``."""
+        many_above, few_below = as_number("many_above", many_above), as_number("few_below", few_below)
+        if few_below > many_above + 1:
+            raise ValueError(f"few_below: got {few_below:g}, expected at most many_above + 1 = {many_above + 1:g}")
+        groups = torch.ones_like(self._counts, dtype=torch.int64)
+        groups[self._counts < few_below] = 2
+        groups[self._counts > many_above] = 0
+        return groups.to(self.device)
+
+
+def margin_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """``bounds`` as (lower, upper) floats; ValueError if they are not two finite numbers in order."""
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"margin_bounds: got {bounds!r}, expected (lower, upper)")
+    lower, upper = (as_number("margin_bounds", bound) for bound in bounds)
+    if lower > upper:
+        raise ValueError(f"margin_bounds: got {bounds!r}, expected lower <= upper")
+    return lower, upper
+
+
+def log_prior(
+    class_counts: ClassVector,
+    tau: float = 1.0,
+    *,
+    eps: float = 0.0,
+    form: Literal["prior", "power"] = "prior",
+    zero_counts: ZeroCounts = "error",
+) -> Tensor:
+    """tau * log(pi + eps), or log(pi^tau + eps); see [`ClassPrior.log_prior`][lt_kernels.priors.ClassPrior.log_prior]."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).log_prior(tau, eps=eps, form=form)
+
+
+def log_counts(class_counts: ClassVector, *, zero_counts: ZeroCounts = "error") -> Tensor:
+    """log n; see [`ClassPrior.log_counts`][lt_kernels.priors.ClassPrior.log_counts]."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).log_counts()
+
+
+def effective_numbers(
+    class_counts: ClassVector, beta: float = 0.9999, *, zero_counts: ZeroCounts = "error"
+) -> Tensor:
+    """(1 - beta^n) / (1 - beta); see [`ClassPrior.effective_numbers`][lt_kernels.priors.ClassPrior.effective_numbers]."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).effective_numbers(beta)
+
+
+def class_balanced_weight(
+    class_counts: ClassVector, beta: float = 0.9999, *, zero_counts: ZeroCounts = "error"
+) -> Tensor:
+    """1 / effective number with mean 1; see
+    [`ClassPrior.class_balanced_weight`][lt_kernels.priors.ClassPrior.class_balanced_weight]."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).class_balanced_weight(beta)
+
+
+def ldam_margins(class_counts: ClassVector, max_margin: float = 0.5, *, zero_counts: ZeroCounts = "error") -> Tensor:
+    """max_margin * n^-1/4 / max(n^-1/4); see [`ClassPrior.ldam_margins`][lt_kernels.priors.ClassPrior.ldam_margins]."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).ldam_margins(max_margin)
+
+
+def vs_scales(class_counts: ClassVector, gamma: float = 0.3, *, zero_counts: ZeroCounts = "error") -> Tensor:
+    """(n / max(n))^gamma; see [`ClassPrior.vs_scales`][lt_kernels.priors.ClassPrior.vs_scales]."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).vs_scales(gamma)
+
+
+def arcface_margins(
+    class_counts: ClassVector,
+    bounds: tuple[float, float] = (0.05, 0.5),
+    power: float = 0.25,
+    *,
+    zero_counts: ZeroCounts = "error",
+) -> Tensor:
+    """a * n^-power + b within ``bounds``; see [`ClassPrior.arcface_margins`][lt_kernels.priors.ClassPrior.arcface_margins]."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).arcface_margins(bounds, power)
+
+
+def shot_groups(class_counts: ClassVector, many_above: float = 100, few_below: float = 20) -> Tensor:
+    """0 many, 1 medium, 2 few; see [`ClassPrior.shot_groups`][lt_kernels.priors.ClassPrior.shot_groups].
+
+    A class without training samples is a few-shot class here, never an error.
+    """
+    return ClassPrior(class_counts, zero_counts="mask").shot_groups(many_above, few_below)

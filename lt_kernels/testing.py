@@ -1,0 +1,267 @@
+"""Hold a kernel to float64 truth: the oracle, the error budget and sample inputs that our own tests use.
+
+The rule (``assert_within_budget``): a result passes if its error against float64 is at most twice the error that plain
+PyTorch makes in the same dtype, plus a few roundings of the result's own dtype. Nothing is compared with a fixed
+tolerance.
+
+Example:
+    >>> sample = sample_inputs(8, 10, dtype=torch.float32, options=("class_bias", "margin"))
+    >>> check_margin_cross_entropy(margin_cross_entropy, sample)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "Sample",
+    "assert_within_budget",
+    "check_margin_cross_entropy",
+    "dense_margin_cross_entropy",
+    "sample_inputs",
+]
+
+#: Everything of ``margin_cross_entropy`` that a sample can carry, beside the plain keyword options.
+TENSOR_OPTIONS = ("weight", "class_bias", "class_scale", "margin", "scale", "mixed_target", "mix_lambda")
+
+
+def dense_margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    class_bias: Tensor | None = None,
+    class_scale: Tensor | None = None,
+    margin: float | Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    margin_type: str = "additive",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    mixed_target: Tensor | None = None,
+    mix_lambda: float | Tensor | None = None,
+) -> Tensor:
+    """``margin_cross_entropy`` written with dense masks and ``F.cross_entropy``: what a user would write without it.
+
+    Every dtype is the input's, as in eager code; give float64 for the truth. Only autograd differentiates it.
+    """
+
+    def per_class(value: Tensor) -> Tensor:
+        return value.to(input.dtype).reshape(-1, *[1] * (input.dim() - 2)) if input.dim() > 1 else value.to(input.dtype)
+
+    def one(labels: Tensor, reduction: str) -> Tensor:
+        cosine = input if class_scale is None else input * per_class(class_scale)
+        shifted = cosine
+        if margin is not None:
+            m = per_class(margin.expand(classes) if isinstance(margin, Tensor) else input.new_full((classes,), margin))
+            if margin_type == "additive":
+                moved = cosine - m
+            else:
+                # the sine's slope at cos = +-1 is infinite; clamping keeps autograd finite there
+                sine = (1 - cosine.square()).clamp_min(1e-7).sqrt()
+                moved = torch.where(cosine < -m.cos(), cosine - m * m.sin(), cosine * m.cos() - sine * m.sin())
+            safe = labels.long().clamp(0, classes - 1)
+            is_target = F.one_hot(safe, classes).bool()
+            is_target = is_target.movedim(-1, 1) if input.dim() > 2 else is_target
+            shifted = torch.where(is_target, moved, cosine)
+        logits = scale * shifted
+        if class_bias is not None:
+            logits = logits + per_class(class_bias)
+        if not labels.is_floating_point():
+            labels = labels.long()
+        return F.cross_entropy(
+            logits,
+            labels.to(logits.dtype) if labels.is_floating_point() else labels,
+            None if weight is None else weight.to(logits.dtype),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    classes = input.shape[1] if input.dim() > 1 else input.shape[0]
+    if mixed_target is None:
+        return one(target, reduction)
+    assert mix_lambda is not None
+    if isinstance(mix_lambda, Tensor) and mix_lambda.dim() > 0 and reduction != "none":
+        parts = []
+        for labels, share in ((target, mix_lambda), (mixed_target, 1 - mix_lambda)):
+            valid = (labels != ignore_index).to(input.dtype)
+            w = valid if weight is None else weight.to(input.dtype)[labels.long().clamp(0, classes - 1)] * valid
+            total = w.sum() if reduction == "mean" else 1.0
+            parts.append((share * one(labels, "none")).sum() / total)
+        return parts[0] + parts[1]
+    return mix_lambda * one(target, reduction) + (1 - mix_lambda) * one(mixed_target, reduction)
+
+
+def assert_within_budget(
+    actual: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    what: str = "result",
+    factor: float = 2.0,
+    roundings: float | None = None,
+) -> None:
+    """Raise AssertionError unless ``max|actual - truth| <= factor * max|eager - truth| + roundings * eps * max|truth|``.
+
+    Args:
+        actual: the kernel's result.
+        eager: plain PyTorch's result in the same dtype.
+        truth: the float64 result.
+        what: name used in the message.
+        factor: multiple of eager's error that is allowed.
+        roundings: how many roundings of ``actual``'s dtype are allowed on top, relative to the largest true value;
+            default 1 for float16 and bfloat16, 4 for float32, 32 for float64 (the truth itself is then no more exact).
+
+    Infinite and NaN entries must agree with the truth exactly in kind and place.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    a, e, t = (value.detach().double().cpu() for value in (actual, eager, truth))
+    finite = t.isfinite()
+    if not torch.equal(a.isnan(), t.isnan()) or not torch.equal(a[~finite & ~t.isnan()], t[~finite & ~t.isnan()]):
+        raise AssertionError(f"{what}: non-finite entries differ from the truth")
+    if not bool(finite.any()):
+        return
+    a, e, t = a[finite], e[finite], t[finite]
+    if roundings is None:
+        roundings = {torch.float32: 4.0, torch.float64: 32.0}.get(actual.dtype, 1.0)
+    tiny = torch.finfo(actual.dtype).smallest_normal
+    error = float((a - t).abs().max())
+    eager_error = float((e - t).abs().nan_to_num(0.0, 0.0, 0.0).max())
+    allowed = factor * eager_error + roundings * torch.finfo(actual.dtype).eps * float(t.abs().max()) + tiny
+    if not error <= allowed:
+        raise AssertionError(
+            f"{what}: error {error:.3e} against float64 exceeds the budget {allowed:.3e} (eager's error {eager_error:.3e})"
+        )
+
+
+@dataclass
+class Sample:
+    """One call of ``margin_cross_entropy``: positional tensors and keyword options."""
+
+    input: Tensor
+    target: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def converted(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Sample:
+        """A fresh copy with detached floating tensors in ``dtype`` (requiring gradients where this one's do)."""
+
+        def convert(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            copy = value.detach().to(device or value.device)
+            if copy.is_floating_point():
+                copy = copy.to(dtype).requires_grad_(value.requires_grad)
+            return copy
+
+        return Sample(convert(self.input), convert(self.target), {k: convert(v) for k, v in self.options.items()})
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        """The tensors that require gradients, by argument name."""
+        named = {"input": self.input, "target": self.target, **self.options}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor) and value.requires_grad}
+
+
+def sample_inputs(
+    rows: int,
+    classes: int,
+    positions: tuple[int, ...] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    options: Iterable[str] = (),
+    requires_grad: Iterable[str] = ("input",),
+    soft: bool = False,
+    ignored: float = 0.0,
+    spread: float = 3.0,
+    seed: int = 0,
+    **keywords: Any,
+) -> Sample:
+    """Random inputs ``[rows, classes, *positions]`` for ``margin_cross_entropy``.
+
+    Args:
+        options: which of ``TENSOR_OPTIONS`` to draw (``"mixed_target"`` draws ``mix_lambda`` too, as a number, unless
+            ``"mix_lambda"`` is named: then a tensor shaped like the target).
+        requires_grad: which arguments require gradients.
+        soft: class probabilities instead of class indices.
+        ignored: share of class-index targets set to ``ignore_index`` (-100 unless in ``keywords``).
+        spread: standard deviation of the logits; with ``margin_type="angular"`` they are cosines instead.
+        keywords: passed on to the loss as they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    def labels() -> Tensor:
+        index = torch.randint(0, classes, (rows, *positions), generator=generator)
+        skip = uniform(rows, *positions) < ignored
+        return index.masked_fill(skip, keywords.get("ignore_index", -100))
+
+    options = tuple(options)
+    unknown = set(options) - set(TENSOR_OPTIONS)
+    if unknown:
+        raise ValueError(f"options: got {sorted(unknown)}, expected some of {TENSOR_OPTIONS}")
+    angular = keywords.get("margin_type") == "angular"
+    logits = torch.randn(rows, classes, *positions, generator=generator, dtype=torch.float64) * spread
+    if angular:
+        logits = (logits / spread).tanh() * 0.95
+    target: Tensor = torch.randn(rows, classes, *positions, generator=generator, dtype=torch.float64).softmax(1)
+    target = target if soft else labels()
+    drawn: dict[str, Any] = {
+        "weight": uniform(classes, low=0.2, high=2.0),
+        "class_bias": uniform(classes, low=1e-4, high=1.0).log(),
+        "class_scale": uniform(classes, low=0.5, high=1.0 if angular else 1.5),
+        "margin": uniform(classes, low=0.0, high=0.5),
+        "scale": torch.tensor(1.7, dtype=torch.float64),
+        "mixed_target": labels(),
+        "mix_lambda": uniform(rows, *positions),
+    }
+    chosen = {name: drawn[name] for name in options}
+    if "mixed_target" in options and "mix_lambda" not in options:
+        chosen["mix_lambda"] = 0.3
+    sample = Sample(logits, target, {**chosen, **keywords}).converted(dtype, device)
+    requires = set(requires_grad)
+    for name, value in {"input": sample.input, "target": sample.target, **sample.options}.items():
+        if name in requires and isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_()
+    return sample
+
+
+def _run(function: Callable[..., Tensor], sample: Sample, upstream: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = function(sample.input, sample.target, **sample.options)
+    leaves = sample.differentiable
+    total = (loss * torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device)).sum()
+    grads = torch.autograd.grad(total, list(leaves.values())) if leaves else ()
+    return loss, dict(zip(leaves, grads, strict=True))
+
+
+def check_margin_cross_entropy(
+    function: Callable[..., Tensor],
+    sample: Sample,
+    *,
+    upstream: Tensor | float = 1.0,
+    factor: float = 2.0,
+    roundings: float | None = None,
+) -> None:
+    """Hold ``function``'s value and every gradient of ``sample`` to the error budget.
+
+    Args:
+        function: called as ``margin_cross_entropy(input, target, **options)``; returns the loss.
+        sample: its tensors that require gradients are the ones checked.
+        upstream: gradient of the loss: a number, or a tensor shaped like the loss.
+    """
+    truth_loss, truth_grads = _run(dense_margin_cross_entropy, sample.converted(torch.float64), upstream)
+    eager_loss, eager_grads = _run(dense_margin_cross_entropy, sample.converted(sample.input.dtype), upstream)
+    loss, grads = _run(function, sample, upstream)
+    expected = torch.float64 if sample.input.dtype == torch.float64 else torch.float32
+    assert loss.dtype == expected, f"loss: dtype {loss.dtype}, expected {expected}"
+    assert_within_budget(loss, eager_loss, truth_loss, "loss", factor, roundings)
+    for name, grad in grads.items():
+        assert_within_budget(grad, eager_grads[name], truth_grads[name], f"gradient of {name}", factor, roundings)
