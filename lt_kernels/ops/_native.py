@@ -8,7 +8,7 @@ from typing import Any
 
 
 @functools.cache
-def _load() -> ModuleType | str:
+def load() -> ModuleType | str:
     """The extension module, or the reason why there is none."""
     try:
         from .. import _C
@@ -21,7 +21,7 @@ def _load() -> ModuleType | str:
 
 def unavailable_reason(device_type: str) -> str | None:
     """None where the extension has kernels for tensors of that device type, else the reason why not."""
-    module = _load()
+    module = load()
     if isinstance(module, str):
         return module
     if device_type in module.build_info()["devices"]:
@@ -31,5 +31,5 @@ def unavailable_reason(device_type: str) -> str | None:
 
 def build_info() -> dict[str, Any] | None:
     """How the extension was built and which instruction set runs here; None where there is no extension."""
-    module = _load()
+    module = load()
     return None if isinstance(module, str) else dict(module.build_info())

@@ -1,0 +1,43 @@
+// The arguments of the rows kernel, in the order of lt_kernels/ops/margin_cross_entropy/arguments.py.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace ltk {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#define LTK_MARGIN_CROSS_ENTROPY_SCHEMA                                                                              \
+  "Tensor input, Tensor target, Tensor? mixed_target, Tensor? mix_lambda, Tensor? weight, Tensor? class_bias, "     \
+  "Tensor? class_scale, Tensor? class_margin, Tensor? learned_scale, Tensor? coefficient, float scale, float "      \
+  "margin, bool angular, int ignore_index, float label_smoothing"
+
+#define LTK_MARGIN_CROSS_ENTROPY_PARAMETERS                                                                          \
+  const Tensor &input, const Tensor &target, const OptionalTensor &mixed_target, const OptionalTensor &mix_lambda,   \
+      const OptionalTensor &weight, const OptionalTensor &class_bias, const OptionalTensor &class_scale,             \
+      const OptionalTensor &class_margin, const OptionalTensor &learned_scale, const OptionalTensor &coefficient,    \
+      double scale, double margin, bool angular, int64_t ignore_index, double label_smoothing
+
+#define LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS                                                                           \
+  input, target, mixed_target, mix_lambda, weight, class_bias, class_scale, class_margin, learned_scale, coefficient, \
+      scale, margin, angular, ignore_index, label_smoothing
+
+// loss, lse, prediction, rest, grad_input
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult margin_cross_entropy_fwd_cpu(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad);
+
+std::vector<Tensor> margin_cross_entropy_bwd_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse,
+                                                 const Tensor& rest, LTK_MARGIN_CROSS_ENTROPY_PARAMETERS,
+                                                 c10::List<bool> needs);
+
+// The instruction set whose kernels run: "default", "avx2" or "avx512"; LT_KERNELS_CPU_CAPABILITY names a lower one.
+const char* cpu_capability();
+
+}  // namespace ltk

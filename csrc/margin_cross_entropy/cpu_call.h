@@ -1,0 +1,108 @@
+// What cpu.cpp hands to the kernels that are compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../online_logsumexp.h"
+
+namespace ltk {
+
+template <class A>
+struct Call {
+  // Logits [n, classes, k]; strides in elements. "Rows" kernels need stride_c == 1, "panel" kernels stride_k == 1.
+  int64_t n, classes, k;
+  const void* x;
+  int64_t x_n, x_c, x_k;
+  void* grad;  // of the logits, or null
+  int64_t grad_n, grad_c, grad_k;
+  const A* q;  // class probabilities, strides as the layout needs, or null
+  int64_t q_n, q_c, q_k;
+  A* grad_q;  // or null
+  int64_t grad_q_n, grad_q_c, grad_q_k;
+
+  const A* class_scale;  // a_j = scale * class_scale_j [classes], or null: a_j = scale
+  const A* cosine_scale;  // class_scale_j without the scale, where class_scale is given
+  const A* class_bias;    // or null
+  const A* class_margin;  // includes the fixed margin, or null
+  const A* weight;        // or null: 1
+  A scale, margin, smoothing, total_weight;
+  bool angular;
+
+  const int64_t* target;  // [n * k], or null with q
+  const int64_t* mixed;   // or null
+  const A* share;         // of target, [n * k] or one value
+  int64_t share_stride;
+  A coefficient[2];
+  int64_t ignore_index;
+
+  A* loss;
+  A* lse;
+  A* peak;
+  A* total;
+  int64_t* prediction;  // or null
+
+  const A* grad_loss;  // [n * k] or one value
+  int64_t grad_loss_stride;
+  const A* grad_lse;  // or null
+  int64_t grad_lse_stride;
+};
+
+// Sums over a range of columns of one row.
+template <class A>
+struct Partial {
+  A peak, total;
+  double weight, weighted;  // smoothing or probabilities: sum of the weights, and of weight * (u - peak)
+  A best;                   // prediction: largest raw logit and its first column
+  int64_t best_column;
+};
+
+// Row gradients of one sample as arrays over its positions, for kernels that run along positions.
+template <class A>
+struct RowGradients {
+  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  A *peak, *slope, *smooth, *soft, *du[2], *dc[2];
+  Int* column[2];
+
+  void set(int64_t i, const RowGradient<A>& g) const {
+    peak[i] = g.peak, slope[i] = g.slope, smooth[i] = g.smooth, soft[i] = g.soft;
+    for (int t = 0; t < 2; ++t) du[t][i] = g.du[t], dc[t][i] = g.dc[t], column[t][i] = static_cast<Int>(g.column[t]);
+  }
+};
+
+enum Dtype { kFloat, kBFloat16, kHalf, kDtypes };
+
+template <class A>
+struct Kernels {
+  // Whole rows [begin, end): loss, lse, statistics and, where call.grad, the gradient. scratch: classes + kPadding.
+  void (*forward_rows)(const Call<A>&, int64_t begin, int64_t end, A* scratch);
+  // One range of columns of one row. scratch: its length + kPadding.
+  Partial<A> (*range_statistics)(const Call<A>&, int64_t row, int64_t begin, int64_t end, A* scratch);
+  // Outputs of a row from the sums over its ranges; returns its gradient for an upstream gradient of 1.
+  RowGradient<A> (*finish)(const Call<A>&, int64_t row, const Partial<A>&);
+  // Gradients of rows [begin, end) for the upstream gradients in the call, from the saved peak and total.
+  void (*row_gradients)(const Call<A>&, int64_t begin, int64_t end, RowGradient<A>* out);
+  // Gradient of the columns [begin, end) of one row; where not null, column_du and column_dx (of length end - begin)
+  // collect du and dc * x.
+  void (*range_gradient)(const Call<A>&, const RowGradient<A>&, int64_t row, int64_t begin, int64_t end, A* column_du,
+                         A* column_dx);
+  // Positions [begin, begin + count) of sample n, count <= kPanel. scratch: classes * (count rounded up to kPadding).
+  void (*forward_panel)(const Call<A>&, int64_t n, int64_t begin, int64_t count, A* scratch);
+  // Gradient of one class of one sample at every position; adds the sums of du and dc * x to *du, *dx where not null.
+  void (*class_gradient)(const Call<A>&, const RowGradients<A>&, int64_t n, int64_t column, double* du, double* dx);
+};
+
+constexpr int64_t kPadding = 16;
+constexpr int64_t kPanel = 256;
+
+#define LTK_DECLARE(isa)                          \
+  namespace isa {                                 \
+  extern const Kernels<float> kernels[kDtypes];   \
+  extern const Kernels<double> kernels_double;    \
+  }
+LTK_DECLARE(isa_default)
+LTK_DECLARE(isa_avx2)
+LTK_DECLARE(isa_avx512)
+#undef LTK_DECLARE
+
+}  // namespace ltk

@@ -1,0 +1,701 @@
+// Vector kernels of the rows kernel. Included once per instruction set by cpu_<isa>.cpp, which names the namespace
+// (LTK_ISA), the vector width in bytes (LTK_BYTES) and the level (LTK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512).
+//
+// A row stays in the cache between its sweeps: (1) read the logits, shift them into `scratch`, take the maximum;
+// (2) exponentials and their sum, in scratch; (3) write the gradient. Memory sees one read and one write per logit.
+// All functions have internal linkage (see online_logsumexp.h).
+
+#include "cpu_call.h"
+
+namespace ltk {
+namespace LTK_ISA {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------- vectors
+
+template <class A>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(LTK_BYTES)));
+  typedef float U __attribute__((vector_size(LTK_BYTES), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(LTK_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(LTK_BYTES)));
+  typedef uint16_t H __attribute__((vector_size(LTK_BYTES / 2)));
+  typedef uint16_t HU __attribute__((vector_size(LTK_BYTES / 2), aligned(2), may_alias));
+  typedef int32_t IU __attribute__((vector_size(LTK_BYTES), aligned(4), may_alias));
+  static constexpr int64_t W = LTK_BYTES / 4;
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(LTK_BYTES)));
+  typedef double U __attribute__((vector_size(LTK_BYTES), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(LTK_BYTES)));
+  typedef int64_t IU __attribute__((vector_size(LTK_BYTES), aligned(8), may_alias));
+  static constexpr int64_t W = LTK_BYTES / 8;
+};
+
+template <class A>
+using Vec = typename Simd<A>::V;
+using F = Simd<float>;
+
+template <class A>
+LTK_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};  // value - 0 keeps the sign of zero and compiles to a broadcast
+}
+
+template <class A>
+LTK_INLINE Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename Simd<A>::U*>(p);
+}
+
+template <class A>
+LTK_INLINE void store(A* p, Vec<A> v) {
+  *reinterpret_cast<typename Simd<A>::U*>(p) = v;
+}
+
+template <class A>
+LTK_INLINE Vec<A> maximum(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+template <class A>
+LTK_INLINE A sum_lanes(Vec<A> v) {
+  A total = 0;
+  for (int64_t i = 0; i < Simd<A>::W; ++i) total += v[i];
+  return total;
+}
+
+template <class A>
+LTK_INLINE A max_lanes(Vec<A> v) {
+  A best = v[0];
+  for (int64_t i = 1; i < Simd<A>::W; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// exp(x) for x <= 0 within one unit in the last place; 0 below -87.33 (where the result would be subnormal); NaN for NaN.
+// Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
+LTK_INLINE F::V exp_vector(F::V x) {
+  const F::V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const F::V shifted = x * 1.44269504088896341f + magic;
+  const F::V n = shifted - magic;
+  F::V r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  F::V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const F::V scaled = (F::V)((F::Bits)p + ((F::Bits)shifted << 23));
+  return x < splat(-87.33f) ? F::V{} : scaled;
+}
+
+LTK_INLINE Simd<double>::V exp_vector(Simd<double>::V x) {
+  for (int64_t i = 0; i < Simd<double>::W; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// ------------------------------------------------------------------------------------------------- storage of logits
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+LTK_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3ffu;
+  if (exponent == 0) {
+    const float value = fraction * 5.9604644775390625e-8f;  // 2^-24
+    return sign ? -value : value;
+  }
+  const uint32_t bits = exponent == 31 ? sign | 0x7f800000u | (fraction << 13) : sign | ((exponent + 112u) << 23) | (fraction << 13);
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+LTK_INLINE uint16_t float_to_half(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return sign | 0x7e00u;
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
+  if (bits < 0x38800000u) {  // subnormal: round to a multiple of 2^-24 by adding 0.5 in a float whose last place is that
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    __builtin_memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000u);
+  }
+  bits += 0xfffu + ((bits >> 13) & 1u);
+  return sign | static_cast<uint16_t>((bits - 0x38000000u) >> 13);
+}
+
+// How logits of type T are read into and written from vectors of A.
+template <class T>
+struct IO {  // float and double: T is the arithmetic type
+  static inline T get(const T* p) { return *p; }
+  static inline void put(T* p, T v) { *p = v; }
+  static inline Vec<T> get_vector(const T* p) { return load(p); }
+  static inline void put_vector(T* p, Vec<T> v) { store(p, v); }
+};
+
+template <>
+struct IO<BFloat16> {
+  static inline float get(const BFloat16* p) {
+    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
+  static inline F::V get_vector(const BFloat16* p) {
+    const F::H h = *reinterpret_cast<const F::HU*>(p);
+    return (F::V)(__builtin_convertvector(h, F::Bits) << 16);
+  }
+  static inline F::Bits round(F::V v) {  // to nearest, ties to even; NaN stays NaN
+    const F::Bits bits = (F::Bits)v;
+    const F::Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return v == v ? rounded : (bits >> 16) | 0x40u;
+  }
+  static inline void put(BFloat16* p, float v) {
+    F::V all = {};
+    all[0] = v;
+    p->bits = static_cast<uint16_t>(round(all)[0]);
+  }
+  static inline void put_vector(BFloat16* p, F::V v) {
+    *reinterpret_cast<F::HU*>(p) = __builtin_convertvector(round(v), F::H);
+  }
+};
+
+template <>
+struct IO<Half> {
+  static inline float get(const Half* p) { return half_to_float(p->bits); }
+  static inline void put(Half* p, float v) { p->bits = float_to_half(v); }
+#if LTK_LEVEL == 2
+  static inline F::V get_vector(const Half* p) {
+    return (F::V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static inline void put_vector(Half* p, F::V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif LTK_LEVEL == 1
+  static inline F::V get_vector(const Half* p) {
+    return (F::V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline void put_vector(Half* p, F::V v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static inline F::V get_vector(const Half* p) {
+    F::V v;
+    for (int64_t i = 0; i < F::W; ++i) v[i] = half_to_float(p[i].bits);
+    return v;
+  }
+  static inline void put_vector(Half* p, F::V v) {
+    for (int64_t i = 0; i < F::W; ++i) p[i].bits = float_to_half(v[i]);
+  }
+#endif
+};
+
+// The first `count` lanes, the others `fill`.
+template <class A, class T>
+LTK_INLINE Vec<A> get_some(const T* p, int64_t count, A fill) {
+  if (count >= Simd<A>::W) return IO<T>::get_vector(p);
+  Vec<A> v = splat(fill);
+  for (int64_t i = 0; i < count; ++i) v[i] = IO<T>::get(p + i);
+  return v;
+}
+
+template <class A, class T>
+LTK_INLINE void put_some(T* p, Vec<A> v, int64_t count) {
+  if (count >= Simd<A>::W) {
+    IO<T>::put_vector(p, v);
+  } else {
+    for (int64_t i = 0; i < count; ++i) IO<T>::put(p + i, v[i]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- rows
+
+template <bool value>
+struct Flag {
+  static constexpr bool on = value;
+};
+
+template <class Function>
+LTK_INLINE auto with_flags(bool a, bool b, Function f) {  // turn run-time flags into compile-time ones
+  if (a) return b ? f(Flag<true>{}, Flag<true>{}) : f(Flag<true>{}, Flag<false>{});
+  return b ? f(Flag<false>{}, Flag<true>{}) : f(Flag<false>{}, Flag<false>{});
+}
+
+template <class A>
+LTK_INLINE A minus_infinity() {
+  return -static_cast<A>(__builtin_inf());
+}
+
+template <class T, class A>
+LTK_INLINE const T* row_pointer(const Call<A>& call, int64_t row) {
+  return static_cast<const T*>(call.x) + (row / call.k) * call.x_n + (row % call.k) * call.x_k;
+}
+
+template <class A>
+LTK_INLINE A scale_of(const Call<A>& call, int64_t column) {
+  return call.class_scale ? call.class_scale[column] : call.scale;
+}
+
+template <class A>
+LTK_INLINE A weight_of(const Call<A>& call, int64_t column) {
+  return call.weight ? call.weight[column] : A(1);
+}
+
+// The targets of a row whose logits start at x (columns `stride` apart).
+template <class T, class A>
+LTK_INLINE RowTargets<A> targets_of(const Call<A>& call, int64_t row, const T* x, int64_t stride) {
+  RowTargets<A> r = {};
+  r.smoothing = call.smoothing;
+  r.smoothing_share = call.smoothing / static_cast<A>(call.classes);
+  r.total_weight = call.total_weight;
+  if (!call.target) return r;
+  r.count = call.mixed ? 2 : 1;
+  const A share = call.mixed ? call.share[row * call.share_stride] : A(1);
+  for (int i = 0; i < r.count; ++i) {
+    Target<A>& t = r.t[i];
+    const int64_t column = (i ? call.mixed : call.target)[row];
+    t.column = column == call.ignore_index ? -1 : column;
+    if (t.column < 0) continue;
+    t.factor = call.coefficient[i] * (i ? A(1) - share : share);
+    t.weight = weight_of(call, column);
+    t.x = IO<T>::get(x + column * stride);
+    const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0);
+    const A margin = call.class_margin ? call.class_margin[column] : call.margin;
+    t.plain = a * t.x + bias;
+    if (margin == A(0) && !call.angular) {
+      t.cosine = call.scale != A(0) ? a * t.x / call.scale : A(0);
+      t.shift = {t.cosine, A(1), A(-1)};
+      t.shifted = t.plain;
+    } else {
+      t.cosine = call.class_scale ? call.cosine_scale[column] * t.x : t.x;
+      t.shift = shift_target(t.cosine, margin, call.angular);
+      t.shifted = call.scale * t.shift.phi + bias;
+    }
+  }
+  return r;
+}
+
+// Sweeps 1 and 2 over `count` columns from `begin` of one row: exp(u - peak) in scratch (0 at targets and in the padding).
+template <class T, class A>
+LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targets, const T* x, int64_t row,
+                                 int64_t begin, int64_t count, A* scratch) {
+  constexpr int64_t W = Simd<A>::W;
+  const A lowest = minus_infinity<A>();
+  const T* logits = x + begin;
+  A peak = with_flags(call.class_scale, call.class_bias, [&](auto scaled, auto biased) {
+    const A* scale = call.class_scale + begin;
+    const A* bias = call.class_bias + begin;
+    Vec<A> high = splat(lowest);
+    const Vec<A> uniform = splat(call.scale);
+    int64_t j = 0;
+    for (; j + W <= count; j += W) {
+      Vec<A> u = IO<T>::get_vector(logits + j);
+      if constexpr (decltype(scaled)::on) {
+        u = u * load(scale + j);
+      } else {
+        u = u * uniform;
+      }
+      if constexpr (decltype(biased)::on) u = u + load(bias + j);
+      store(scratch + j, u);
+      high = maximum<A>(u, high);
+    }
+    if (j < count) {
+      Vec<A> u = get_some<A>(logits + j, count - j, A(0));
+      u = u * (decltype(scaled)::on ? get_some<A>(scale + j, count - j, A(0)) : uniform);
+      if constexpr (decltype(biased)::on) u = u + get_some<A>(bias + j, count - j, A(0));
+      for (int64_t i = count - j; i < W; ++i) u[i] = lowest;
+      store(scratch + j, u);
+      high = maximum<A>(u, high);
+    }
+    return max_lanes<A>(high);
+  });
+  const int64_t padded = (count + W - 1) / W * W;
+
+  Partial<A> result = {};
+  if (call.prediction) {  // first column of the largest raw logit; a NaN counts as largest, as in torch
+    Vec<A> best = splat(lowest);
+    typename Simd<A>::I index = {}, column = {};
+    for (int64_t i = 0; i < W; ++i) column[i] = i;
+    for (int64_t j = 0; j < padded; j += W, column += W) {
+      const Vec<A> v = get_some<A>(logits + j, count - j, lowest);
+      const auto better = (v > best) | ((v != v) & (best == best));
+      best = better ? v : best;
+      index = better ? column : index;
+    }
+    result.best = best[0], result.best_column = index[0];
+    for (int64_t i = 1; i < W; ++i) {
+      const bool nan = best[i] != best[i], held_nan = result.best != result.best;
+      const bool tie = best[i] == result.best || (nan && held_nan);
+      if ((nan && !held_nan) || best[i] > result.best || (tie && index[i] < result.best_column))
+        result.best = best[i], result.best_column = index[i];
+    }
+    result.best_column += begin;
+  }
+
+  bool again = false;
+  for (int i = 0; i < targets.count; ++i) {
+    const int64_t j = targets.t[i].column - begin;
+    if (targets.t[i].column < 0 || j < 0 || j >= count) continue;
+    again |= !(scratch[j] < peak);
+    scratch[j] = lowest;
+  }
+  if (again) {
+    Vec<A> high = splat(lowest);
+    for (int64_t j = 0; j < padded; j += W) high = maximum<A>(load(scratch + j), high);
+    peak = max_lanes<A>(high);
+  }
+  if (peak == lowest) peak = 0;
+  result.peak = peak;
+
+  if (call.q || call.smoothing > A(0)) {
+    for (int i = 0; i < targets.count; ++i) {  // a target adds nothing to the sum here
+      const int64_t j = targets.t[i].column - begin;
+      if (targets.t[i].column >= 0 && j >= 0 && j < count) scratch[j] = peak;
+    }
+    const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
+    const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k + begin : nullptr;
+    Vec<A> weights = {}, weighted = {};
+    for (int64_t j = 0; j < padded; j += W) {
+      Vec<A> w = call.weight ? get_some<A>(call.weight + begin + j, count - j, A(0)) : splat(A(1));
+      if (q) w = w * (kept * get_some<A>(q + j, count - j, A(0)) + share);
+      Vec<A> product = w * (load(scratch + j) - peak);
+      for (int64_t i = count - j; i < W; ++i) w[i] = 0, product[i] = 0;
+      weights = weights + w;
+      weighted = weighted + product;
+    }
+    result.weight = sum_lanes<A>(weights);
+    result.weighted = sum_lanes<A>(weighted);
+    for (int i = 0; i < targets.count; ++i) {
+      const int64_t j = targets.t[i].column - begin;
+      if (targets.t[i].column < 0 || j < 0 || j >= count) continue;
+      if (scratch[j] == peak && !(i == 1 && targets.t[0].column == targets.t[1].column))
+        result.weight -= targets.t[i].weight;
+      scratch[j] = lowest;
+    }
+  }
+
+  Vec<A> total = {};
+  const Vec<A> high = splat(peak);
+  for (int64_t j = 0; j < padded; j += W) {
+    const Vec<A> e = exp_vector(load(scratch + j) - high);
+    store(scratch + j, e);
+    total = total + e;
+  }
+  result.total = sum_lanes<A>(total);
+  return result;
+}
+
+// Loss and statistics of a row from its sums; returns its targets' gradient for an upstream gradient of 1.
+template <class A>
+LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& targets, int64_t row, const Partial<A>& s) {
+  const A log_total = std::log(s.total);
+  call.peak[row] = s.peak;
+  call.total[row] = s.total;
+  if (call.prediction) call.prediction[row] = s.best_column;
+  if (call.q) {
+    const A k = call.coefficient[0];
+    call.loss[row] = k * (static_cast<A>(s.weight) * log_total - static_cast<A>(s.weighted));
+    call.lse[row] = s.peak + log_total;
+    const A share = call.smoothing / static_cast<A>(call.classes);
+    return {s.peak, k * static_cast<A>(s.weight) / s.total, k * share, k * (A(1) - call.smoothing), {-1, -1}, {}, {}, {}, 0};
+  }
+  call.loss[row] = row_loss(targets, s.peak, log_total, static_cast<A>(s.weighted));
+  call.lse[row] = s.peak + term_of(targets, 0, s.peak, log_total).total;
+  if (!call.grad) return {};
+  return row_gradient(targets, s.peak, log_total, A(1), A(0));
+}
+
+template <class T, class A>
+void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
+  constexpr int64_t W = Simd<A>::W;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = row_pointer<T>(call, row);
+    const RowTargets<A> targets = targets_of(call, row, x, int64_t(1));
+    const Partial<A> s = statistics(call, targets, x, row, 0, call.classes, scratch);
+    const RowGradient<A> g = finish_row(call, targets, row, s);
+    if (!call.grad) continue;
+    T* grad = static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k;
+    const int64_t count = call.classes;
+    if (!call.class_scale && g.smooth == A(0) && g.soft == A(0)) {
+      const Vec<A> slope = splat(g.slope * call.scale);
+      int64_t j = 0;
+      for (; j + W <= count; j += W) IO<T>::put_vector(grad + j, load(scratch + j) * slope);
+      if (j < count) put_some<A>(grad + j, load(scratch + j) * slope, count - j);
+    } else {
+      const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
+      for (int64_t j = 0; j < count; j += W) {
+        Vec<A> less = splat(g.smooth);
+        if (q) less = less + g.soft * get_some<A>(q + j, count - j, A(0));
+        if (call.weight) less = less * get_some<A>(call.weight + j, count - j, A(0));
+        Vec<A> du = g.slope * load(scratch + j) - less;
+        du = du * (call.class_scale ? get_some<A>(call.class_scale + j, count - j, A(0)) : splat(call.scale));
+        put_some<A>(grad + j, du, count - j);
+      }
+    }
+    for (int i = 0; i < 2; ++i)
+      if (g.column[i] >= 0) IO<T>::put(grad + g.column[i], scale_of(call, g.column[i]) * g.dc[i]);
+  }
+}
+
+template <class T, class A>
+Partial<A> range_statistics(const Call<A>& call, int64_t row, int64_t begin, int64_t end, A* scratch) {
+  const T* x = row_pointer<T>(call, row);
+  return statistics(call, targets_of(call, row, x, int64_t(1)), x, row, begin, end - begin, scratch);
+}
+
+template <class T, class A>
+RowGradient<A> finish(const Call<A>& call, int64_t row, const Partial<A>& sums) {
+  return finish_row(call, targets_of(call, row, row_pointer<T>(call, row), call.x_c), row, sums);
+}
+
+template <class T, class A>
+void row_gradients(const Call<A>& call, int64_t begin, int64_t end, RowGradient<A>* out) {
+  for (int64_t row = begin; row < end; ++row) {
+    const A peak = call.peak[row], total = call.total[row];
+    const A grad_loss = call.grad_loss[row * call.grad_loss_stride];
+    const A grad_lse = call.grad_lse ? call.grad_lse[row * call.grad_lse_stride] : A(0);
+    if (call.q) {
+      const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
+      const A* q = call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k;
+      double weights = 0;
+      for (int64_t c = 0; c < call.classes; ++c) weights += weight_of(call, c) * (kept * q[c * call.q_c] + share);
+      const A k = grad_loss * call.coefficient[0];
+      out[row] = {peak, (k * static_cast<A>(weights) + grad_lse) / total, k * share, k * kept, {-1, -1}, {}, {}, {}, 0};
+    } else {
+      const T* x = row_pointer<T>(call, row);
+      out[row] = row_gradient(targets_of(call, row, x, call.x_c), peak, A(std::log(total)), grad_loss, grad_lse);
+    }
+  }
+}
+
+template <class T, class A>
+void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, int64_t begin, int64_t end, A* column_du,
+                    A* column_dx) {
+  constexpr int64_t W = Simd<A>::W;
+  const T* x = row_pointer<T>(call, row);
+  T* grad = call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
+  const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
+  A* grad_q = call.grad_q ? call.grad_q + (row / call.k) * call.grad_q_n + (row % call.k) * call.grad_q_k : nullptr;
+  const bool plain = g.smooth == A(0) && g.soft == A(0);
+  const A log_total = grad_q ? std::log(call.total[row]) : A(0);
+  const Vec<A> peak = splat(g.peak);
+
+  auto ordinary = [&](int64_t from, int64_t to) {  // columns none of which is a target
+    for (int64_t j = from; j < to; j += W) {
+      const int64_t count = to - j;
+      const Vec<A> a = call.class_scale ? get_some<A>(call.class_scale + j, count, A(0)) : splat(call.scale);
+      const Vec<A> logit = get_some<A>(x + j, count, A(0));
+      Vec<A> u = logit * a;
+      if (call.class_bias) u = u + get_some<A>(call.class_bias + j, count, A(0));
+      u = u - peak;
+      Vec<A> du = g.slope * exp_vector(u);
+      if (!plain) {
+        Vec<A> less = splat(g.smooth);
+        if (q) less = less + g.soft * get_some<A>(q + j, count, A(0));
+        if (call.weight) less = less * get_some<A>(call.weight + j, count, A(0));
+        du = du - less;
+      }
+      if (grad) put_some<A>(grad + j, du * a, count);
+      if (grad_q) {
+        Vec<A> dq = g.soft * (log_total - u);
+        if (call.weight) dq = dq * get_some<A>(call.weight + j, count, A(0));
+        put_some<A>(grad_q + j, dq, count);
+      }
+      if (column_du) put_some<A>(column_du + (j - begin), get_some<A>(column_du + (j - begin), count, A(0)) + du, count);
+      if (column_dx)
+        put_some<A>(column_dx + (j - begin), get_some<A>(column_dx + (j - begin), count, A(0)) + du * logit, count);
+    }
+  };
+  const bool swapped = g.column[1] >= 0 && (g.column[0] < 0 || g.column[1] < g.column[0]);
+  const int ascending[2] = {swapped ? 1 : 0, swapped ? 0 : 1};
+  int64_t from = begin;
+  for (const int i : ascending) {
+    const int64_t column = g.column[i];
+    if (column < from || column >= end) continue;
+    ordinary(from, column);
+    if (grad) IO<T>::put(grad + column, scale_of(call, column) * g.dc[i]);
+    if (column_du) column_du[column - begin] += g.du[i];
+    if (column_dx) column_dx[column - begin] += g.dc[i] * IO<T>::get(x + column);
+    from = column + 1;
+  }
+  ordinary(from, end);
+}
+
+// ------------------------------------------------------------------------------------------------------------ panels
+
+template <class T, class A>
+void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count, A* scratch) {
+  constexpr int64_t W = Simd<A>::W;
+  const A lowest = minus_infinity<A>();
+  const int64_t padded = (count + kPadding - 1) / kPadding * kPadding;
+  const T* x = static_cast<const T*>(call.x) + n * call.x_n + begin;
+  const int64_t first_row = n * call.k + begin;
+  A peak[kPanel], total[kPanel] = {}, weight[kPanel] = {}, weighted[kPanel] = {};
+  A slope[kPanel], smooth[kPanel], soft[kPanel];
+  typename RowGradients<A>::Int index[kPanel] = {};
+  A best[kPanel];
+  RowTargets<A> targets[kPanel];
+
+  for (int64_t p = 0; p < padded; ++p) peak[p] = best[p] = lowest;
+  for (int64_t c = 0; c < call.classes; ++c) {
+    const A a = scale_of(call, c), bias = call.class_bias ? call.class_bias[c] : A(0);
+    A* u = scratch + c * padded;
+    for (int64_t p = 0; p < padded; p += W) {
+      const Vec<A> logit = get_some<A>(x + c * call.x_c + p, count - p, A(0));
+      const Vec<A> v = logit * a + bias;
+      store(u + p, v);
+      store(peak + p, maximum<A>(v, load(peak + p)));
+      if (call.prediction) {
+        const Vec<A> held = load(best + p);
+        const auto better = (logit > held) | ((logit != logit) & (held == held));
+        store(best + p, better ? logit : held);
+        auto& at = *reinterpret_cast<typename Simd<A>::IU*>(index + p);
+        at = better ? typename Simd<A>::I{} + static_cast<typename RowGradients<A>::Int>(c) : at;
+      }
+    }
+  }
+
+  bool again = false;
+  for (int64_t p = 0; p < count; ++p) {
+    targets[p] = targets_of(call, first_row + p, x + p, call.x_c);
+    for (int i = 0; i < targets[p].count; ++i) {
+      if (targets[p].t[i].column < 0) continue;
+      A& u = scratch[targets[p].t[i].column * padded + p];
+      again |= !(u < peak[p]);
+      u = lowest;
+    }
+  }
+  if (again) {
+    for (int64_t p = 0; p < padded; ++p) peak[p] = lowest;
+    for (int64_t c = 0; c < call.classes; ++c)
+      for (int64_t p = 0; p < padded; p += W)
+        store(peak + p, maximum<A>(load(scratch + c * padded + p), load(peak + p)));
+  }
+  for (int64_t p = 0; p < padded; ++p)
+    if (peak[p] == lowest) peak[p] = 0;
+
+  if (call.q || call.smoothing > A(0)) {
+    auto set_targets = [&](bool to_peak) {
+      for (int64_t p = 0; p < count; ++p)
+        for (int i = 0; i < targets[p].count; ++i)
+          if (targets[p].t[i].column >= 0) scratch[targets[p].t[i].column * padded + p] = to_peak ? peak[p] : lowest;
+    };
+    const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
+    set_targets(true);
+    for (int64_t c = 0; c < call.classes; ++c) {
+      const A w = weight_of(call, c);
+      for (int64_t p = 0; p < padded; p += W) {
+        Vec<A> each = splat(w);
+        if (call.q) each = w * (kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share);
+        store(weight + p, load(weight + p) + each);
+        store(weighted + p, load(weighted + p) + each * (load(scratch + c * padded + p) - load(peak + p)));
+      }
+    }
+    set_targets(false);
+  }
+
+  for (int64_t c = 0; c < call.classes; ++c)
+    for (int64_t p = 0; p < padded; p += W) {
+      const Vec<A> e = exp_vector(load(scratch + c * padded + p) - load(peak + p));
+      store(scratch + c * padded + p, e);
+      store(total + p, load(total + p) + e);
+    }
+
+  RowGradient<A> gradients[kPanel];
+  for (int64_t p = 0; p < count; ++p) {
+    const Partial<A> s = {peak[p], total[p], weight[p], weighted[p], best[p], index[p]};
+    gradients[p] = finish_row(call, targets[p], first_row + p, s);
+    slope[p] = gradients[p].slope, smooth[p] = gradients[p].smooth, soft[p] = gradients[p].soft;
+  }
+  if (!call.grad) return;
+  for (int64_t p = count; p < padded; ++p) slope[p] = smooth[p] = soft[p] = 0;
+  T* grad = static_cast<T*>(call.grad) + n * call.grad_n + begin;
+  for (int64_t c = 0; c < call.classes; ++c) {
+    const A a = scale_of(call, c), w = weight_of(call, c);
+    for (int64_t p = 0; p < padded && p < count; p += W) {
+      Vec<A> less = load(smooth + p);
+      if (call.q) less = less + load(soft + p) * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0));
+      const Vec<A> du = load(slope + p) * load(scratch + c * padded + p) - less * w;
+      put_some<A>(grad + c * call.grad_c + p, du * a, count - p);
+    }
+  }
+  for (int64_t p = 0; p < count; ++p)
+    for (int i = 0; i < 2; ++i) {
+      const int64_t c = gradients[p].column[i];
+      if (c >= 0) IO<T>::put(grad + c * call.grad_c + p, scale_of(call, c) * gradients[p].dc[i]);
+    }
+}
+
+template <class T, class A>
+void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, double* du_sum,
+                    double* dx_sum) {
+  constexpr int64_t W = Simd<A>::W, kFlush = 4096;
+  using Int = typename RowGradients<A>::Int;
+  using IVec = typename Simd<A>::I;
+  const T* x = static_cast<const T*>(call.x) + n * call.x_n + column * call.x_c;
+  T* grad = call.grad ? static_cast<T*>(call.grad) + n * call.grad_n + column * call.grad_c : nullptr;
+  const A* q = call.q ? call.q + n * call.q_n + column * call.q_c : nullptr;
+  A* grad_q = call.grad_q ? call.grad_q + n * call.grad_q_n + column * call.grad_q_c : nullptr;
+  const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0), w = weight_of(call, column);
+  const IVec here = IVec{} + static_cast<Int>(column);
+  for (int64_t block = 0; block < call.k; block += kFlush) {
+    Vec<A> du_total = {}, dx_total = {};
+    const int64_t stop = block + kFlush < call.k ? block + kFlush : call.k;
+    for (int64_t p = block; p < stop; p += W) {
+      const int64_t count = stop - p;
+      const Vec<A> logit = get_some<A>(x + p, count, A(0));
+      const Vec<A> u = logit * a + bias - get_some<A>(rows.peak + p, count, A(0));
+      Vec<A> less = get_some<A>(rows.smooth + p, count, A(0));
+      const Vec<A> soft = get_some<A>(rows.soft + p, count, A(0));
+      if (q) less = less + soft * get_some<A>(q + p, count, A(0));
+      Vec<A> du = get_some<A>(rows.slope + p, count, A(0)) * exp_vector(u) - less * w;
+      Vec<A> dc = du;
+      for (int i = 0; i < 2; ++i) {
+        IVec columns = IVec{} - Int(1);
+        if (count >= W) {
+          columns = *reinterpret_cast<const typename Simd<A>::IU*>(rows.column[i] + p);
+        } else {
+          for (int64_t l = 0; l < count; ++l) columns[l] = rows.column[i][p + l];
+        }
+        du = columns == here ? get_some<A>(rows.du[i] + p, count, A(0)) : du;
+        dc = columns == here ? get_some<A>(rows.dc[i] + p, count, A(0)) : dc;
+      }
+      if (grad) put_some<A>(grad + p, dc * a, count);
+      if (grad_q) {
+        Vec<A> log_total = {};
+        for (int64_t l = 0; l < W && l < count; ++l) log_total[l] = std::log(call.total[n * call.k + p + l]);
+        put_some<A>(grad_q + p, soft * w * (log_total - u), count);
+      }
+      for (int64_t l = count; l < W; ++l) du[l] = dc[l] = 0;
+      du_total = du_total + du;
+      dx_total = dx_total + dc * logit;
+    }
+    if (du_sum) *du_sum += sum_lanes<A>(du_total);
+    if (dx_sum) *dx_sum += sum_lanes<A>(dx_total);
+  }
+}
+
+}  // namespace
+
+#define LTK_TABLE(T, A)                                                                                     \
+  { forward_rows<T, A>, range_statistics<T, A>, finish<T, A>, row_gradients<T, A>, range_gradient<T, A>, \
+    forward_panel<T, A>, class_gradient<T, A> }
+const Kernels<float> kernels[kDtypes] = {LTK_TABLE(float, float), LTK_TABLE(BFloat16, float), LTK_TABLE(Half, float)};
+const Kernels<double> kernels_double = LTK_TABLE(double, double);
+#undef LTK_TABLE
+
+}  // namespace LTK_ISA
+}  // namespace ltk

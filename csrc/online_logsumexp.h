@@ -1,0 +1,162 @@
+// Row mathematics of softmax cross-entropy with margins, shared by every native kernel (host and device).
+//
+// A row is summarised by two numbers over the columns that are no target of it: their maximum `peak` and
+// `total` = sum of exp(u - peak). Everything below is relative to `peak`. See lt_kernels/ops/margin_cross_entropy/reference.py
+// for the definition.
+//
+// All functions here have internal linkage: the CPU kernels are compiled once per instruction set, and a function shared by
+// the linker between those objects could carry instructions that the machine lacks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LTK_INLINE static __host__ __device__ __forceinline__
+#else
+#define LTK_INLINE static inline
+#endif
+
+namespace ltk {
+
+template <class A>
+struct Shift {  // phi(cosine, margin) and its derivatives
+  A phi, dphi_dc, dphi_dm;
+};
+
+template <class A>
+LTK_INLINE Shift<A> shift_target(A cosine, A margin, bool angular) {
+  if (!angular) return {cosine - margin, A(1), A(-1)};
+  const A sin_m = std::sin(margin), cos_m = std::cos(margin);
+  if (cosine < -cos_m)  // theta > pi - margin
+    return {cosine - margin * sin_m, A(1), -(sin_m + margin * cos_m)};
+  const A sin2 = A(1) - cosine * cosine;
+  const A sine = std::sqrt(sin2 > A(0) ? sin2 : A(0));
+  const A sine_floor = std::sqrt(sin2 > A(1e-7) ? sin2 : A(1e-7));  // the slope stays finite at cosine = +-1
+  return {cosine * cos_m - sine * sin_m, cos_m + cosine * sin_m / sine_floor, -(sine * cos_m + cosine * sin_m)};
+}
+
+template <class A>
+LTK_INLINE A log_add_exp(A a, A b) {
+  const A high = a > b ? a : b, low = a > b ? b : a;
+  if (std::isnan(a) || std::isnan(b)) return a + b;
+  if (std::isinf(high)) return high;
+  return high + std::log1p(std::exp(low - high));
+}
+
+template <class A>
+struct Target {  // one target of one row
+  int64_t column;  // -1: ignored
+  A factor;        // k_t
+  A weight;        // w_y
+  A x, plain, shifted;  // raw logit; u_y and v_y
+  A cosine;
+  Shift<A> shift;
+};
+
+// A row's targets (two where labels are mixed) and the smoothing they share.
+template <class A>
+struct RowTargets {
+  int count;
+  Target<A> t[2];
+  A smoothing;        // in [0, 1]
+  A smoothing_share;  // smoothing / C
+  A total_weight;     // sum of w_j
+};
+
+template <class A>
+LTK_INLINE bool separate(const RowTargets<A>& r, int i) {  // is the other target an ordinary column of term i?
+  const int64_t other = r.count == 2 ? r.t[1 - i].column : -1;
+  return other >= 0 && other != r.t[i].column;
+}
+
+template <class A>
+struct Term {  // log-sum-exps of one term, relative to peak
+  A others;    // without the term's own column
+  A total;     // with it, shifted
+};
+
+template <class A>
+LTK_INLINE Term<A> term_of(const RowTargets<A>& r, int i, A peak, A log_total) {
+  A others = log_total;
+  if (separate(r, i)) others = log_add_exp(others, r.t[1 - i].plain - peak);
+  return {others, r.t[i].column < 0 ? others : log_add_exp(others, r.t[i].shifted - peak)};
+}
+
+template <class A>
+LTK_INLINE A softplus(A z) {
+  return z > A(0) ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
+}
+
+// Loss of a row. weighted_rest = sum over the ordinary columns of w_j (u_j - peak); read only where smoothing > 0.
+template <class A>
+LTK_INLINE A row_loss(const RowTargets<A>& r, A peak, A log_total, A weighted_rest) {
+  A loss = 0;
+  for (int i = 0; i < r.count; ++i) {
+    const Target<A>& t = r.t[i];
+    if (t.column < 0) continue;
+    const Term<A> term = term_of(r, i, peak, log_total);
+    A value = (A(1) - r.smoothing) * t.weight * softplus(term.others - (t.shifted - peak));
+    if (r.smoothing > A(0)) {
+      A weighted = weighted_rest + t.weight * (t.shifted - peak);
+      if (separate(r, i)) weighted += r.t[1 - i].weight * (r.t[1 - i].plain - peak);
+      value += r.smoothing_share * (r.total_weight * term.total - weighted);
+    }
+    loss += t.factor * value;
+  }
+  return loss;
+}
+
+// Gradient of a row: du_j = slope * exp(u_j - peak) - w_j * (smooth + soft * q_j) on ordinary columns (q: class
+// probabilities), and per target the gradient of its column.
+template <class A>
+struct RowGradient {
+  A peak, slope, smooth, soft;
+  int64_t column[2];  // -1: none, or the same as column[0]
+  A du[2];            // d/d(u_y), through v_y and through u_y
+  A dc[2];            // the same times d(phi)/d(cosine) on the shifted part: d/d(class_scale x) / scale
+  A dm[2];            // d/d(margin) / scale
+  A z;                // d/d(scale) beyond sum_j class_scale_j x_j dc_j
+};
+
+template <class A>
+LTK_INLINE RowGradient<A> row_gradient(const RowTargets<A>& r, A peak, A log_total, A grad_loss, A grad_lse) {
+  RowGradient<A> g = {peak, 0, 0, 0, {-1, -1}, {0, 0}, {0, 0}, {0, 0}, 0};
+  A dv[2] = {0, 0}, dtotal[2] = {0, 0}, smooth[2] = {0, 0}, total[2] = {0, 0};
+  for (int i = 0; i < r.count; ++i) {
+    const Target<A>& t = r.t[i];
+    const Term<A> term = term_of(r, i, peak, log_total);
+    const A k = t.column < 0 ? A(0) : grad_loss * t.factor;
+    const A hard = k * (A(1) - r.smoothing) * (t.column < 0 ? A(0) : t.weight);
+    const A from_lse = i == 0 ? grad_lse : A(0);
+    smooth[i] = k * r.smoothing_share;
+    total[i] = term.total;
+    dtotal[i] = hard + smooth[i] * r.total_weight + from_lse;
+    g.slope += dtotal[i] * std::exp(-term.total);
+    g.smooth += smooth[i];
+    if (t.column < 0) continue;
+    const A wrong = std::exp(term.others - term.total), right = std::exp(t.shifted - peak - term.total);
+    dv[i] = -hard * wrong + smooth[i] * (r.total_weight * right - t.weight) + from_lse * right;
+  }
+  for (int i = 0; i < r.count; ++i) {
+    const Target<A>& t = r.t[i];
+    if (t.column < 0) continue;
+    g.dm[i] = dv[i] * t.shift.dphi_dm;
+    g.z += dv[i] * (t.shift.phi - t.shift.dphi_dc * t.cosine);
+    if (i == 1 && t.column == r.t[0].column) {  // one column, both terms
+      g.du[0] += dv[1];
+      g.dc[0] += dv[1] * t.shift.dphi_dc;
+      continue;
+    }
+    A plain = 0;
+    const int j = 1 - i;
+    if (r.count == 2 && r.t[j].column != t.column)
+      plain = dtotal[j] * std::exp(t.plain - peak - total[j]) - smooth[j] * t.weight;
+    g.column[i] = t.column;
+    g.du[i] = dv[i] + plain;
+    g.dc[i] = dv[i] * t.shift.dphi_dc + plain;
+  }
+  return g;
+}
+
+}  // namespace ltk
