@@ -19,6 +19,36 @@
 
 namespace ltk {
 
+// Sums over a range of columns of one row.
+template <class A>
+struct Partial {
+  A peak, total;            // as for a row; total 0 and peak 0 where the range has no ordinary column above -inf
+  double weight, weighted;  // smoothing or probabilities: sum of the weights, and of weight * (u - peak)
+  A best;                   // prediction: largest raw logit and its first column
+  int64_t best_column;
+};
+
+// The sums of consecutive ranges of a row, merged in their order.
+template <class A>
+LTK_INLINE Partial<A> merge(const Partial<A>* parts, int64_t count) {
+  Partial<A> all = parts[0];
+  for (int64_t i = 1; i < count; ++i) {
+    const Partial<A>& part = parts[i];
+    if (part.total != A(0) && (all.total == A(0) || part.peak > all.peak)) all.peak = part.peak, all.total = A(1);
+    const bool nan = std::isnan(part.best), held_nan = std::isnan(all.best);
+    if (part.best > all.best || (nan && !held_nan)) all.best = part.best, all.best_column = part.best_column;
+  }
+  double total = 0, weight = 0, weighted = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double shift = static_cast<double>(parts[i].peak) - static_cast<double>(all.peak);
+    if (parts[i].total != A(0)) total += static_cast<double>(parts[i].total) * std::exp(shift);
+    weight += parts[i].weight;
+    weighted += parts[i].weighted + parts[i].weight * shift;
+  }
+  all.total = static_cast<A>(total), all.weight = weight, all.weighted = weighted;
+  return all;
+}
+
 template <class A>
 struct Shift {  // phi(cosine, margin) and its derivatives
   A phi, dphi_dc, dphi_dm;

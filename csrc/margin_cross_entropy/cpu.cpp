@@ -14,7 +14,12 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "cpu_call.h"
 
@@ -97,6 +102,70 @@ A* scratch(int64_t size) {
   }
   return static_cast<A*>(buffer.get());
 }
+
+// Gradients of 1 MiB and more come from a small pool: touching 100 MB of fresh pages costs more than the arithmetic that
+// fills them. A buffer returns to the pool when its tensor dies; what the pool holds is bounded.
+class GradientPool {
+ public:
+  static Tensor empty_like(const Tensor& t) {
+    const size_t bytes = t.nbytes();
+    if (bytes < kSmallest) return at::empty_like(t);
+    const Tensor shape = at::empty_like(t, t.options().device(at::kMeta));  // for the strides
+    TORCH_INTERNAL_ASSERT(shape.nbytes() == bytes && shape.is_non_overlapping_and_dense());
+    const size_t size = (bytes + kPage - 1) / kPage * kPage;
+    void* data = instance().take(size);
+    return at::from_blob(
+        data, t.sizes(), shape.strides(), [size](void* p) { instance().give(p, size); }, t.options());
+  }
+
+ private:
+  static constexpr size_t kSmallest = size_t(1) << 20, kPage = size_t(2) << 20, kMostBuffers = 4;
+  static constexpr size_t kMostBytes = size_t(512) << 20;
+  struct Buffer {
+    void* data;
+    size_t size;
+  };
+  std::mutex mutex_;
+  std::vector<Buffer> free_;
+
+  static GradientPool& instance() {
+    static GradientPool* pool = new GradientPool;  // outlives tensors that die at exit
+    return *pool;
+  }
+
+  void* take(size_t size) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto it = free_.begin(); it != free_.end(); ++it)
+        if (it->size == size) {
+          void* data = it->data;
+          free_.erase(it);
+          return data;
+        }
+    }
+    void* data = ::operator new(size, std::align_val_t(kPage));
+#if defined(MADV_HUGEPAGE)
+    madvise(data, size, MADV_HUGEPAGE);
+#endif
+    return data;
+  }
+
+  void give(void* data, size_t size) {
+    std::vector<Buffer> dropped;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      free_.push_back({data, size});
+      size_t held = 0;
+      for (const Buffer& buffer : free_) held += buffer.size;
+      while (free_.size() > kMostBuffers || held > kMostBytes) {  // the oldest first
+        held -= free_.front().size;
+        dropped.push_back(free_.front());
+        free_.erase(free_.begin());
+      }
+    }
+    for (const Buffer& buffer : dropped) ::operator delete(buffer.data, std::align_val_t(kPage));
+  }
+};
 
 int64_t grain(int64_t elements_per_item) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item)); }
 
@@ -222,38 +291,11 @@ struct Prepared {
 };
 
 template <class A>
-Partial<A> merge(const Partial<A>* parts, int64_t count) {
-  Partial<A> all = parts[0];
-  for (int64_t i = 1; i < count; ++i) {  // an empty part (total 0) has no peak
-    if (parts[i].total == A(0)) continue;
-    if (all.total == A(0) || parts[i].peak > all.peak) all.peak = parts[i].peak;
-    all.total = A(1);
-  }
-  if (parts[0].total != A(0) && parts[0].peak > all.peak) all.peak = parts[0].peak;
-  double total = 0, weighted = 0, weight = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double shift = static_cast<double>(parts[i].peak) - static_cast<double>(all.peak);
-    if (parts[i].total != A(0)) total += parts[i].total * std::exp(shift);
-    if (parts[i].weight != 0 || parts[i].weighted != 0) weighted += parts[i].weighted + parts[i].weight * shift;
-    weight += parts[i].weight;
-    const bool nan = parts[i].best != parts[i].best, held_nan = all.best != all.best;
-    if (parts[i].best > all.best || (nan && !held_nan)) {
-      all.best = parts[i].best;
-      all.best_column = parts[i].best_column;
-    }
-  }
-  all.total = static_cast<A>(total);
-  all.weight = weight;
-  all.weighted = weighted;
-  return all;
-}
-
-template <class A>
 void run_forward(Prepared<A>& prepared) {
   const Call<A>& call = prepared.call;
   const Kernels<A>& kernels = *prepared.kernels;
   const int64_t classes = call.classes, rows = prepared.rows;
-  const int64_t largest_row = 262144 / static_cast<int64_t>(sizeof(A));  // what stays in a core's own cache
+  const int64_t largest_row = kLargestRow / static_cast<int64_t>(sizeof(A));
   if (!prepared.rows_layout) {
     const int64_t width =
         std::clamp<int64_t>(largest_row / classes / kPadding * kPadding, kPadding, kPanel);
@@ -299,7 +341,7 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
   Tensor loss = at::empty({n, k}, options), lse = at::empty({n, k}, options), rest = at::empty({2, n, k}, options);
   Tensor prediction = at::empty({0}, input.options().dtype(at::kLong));
   if (with_prediction) prediction = at::empty({n, k}, prediction.options());
-  Tensor grad = with_grad ? at::empty_like(input) : at::empty({0}, input.options());
+  Tensor grad = with_grad ? GradientPool::empty_like(input) : at::empty({0}, input.options());
   if (prepared.rows > 0) {
     call.loss = loss.mutable_data_ptr<A>();
     call.lse = lse.mutable_data_ptr<A>();
@@ -388,7 +430,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   const auto options = input.options().dtype(Prepared<A>::dtype());
   std::vector<Tensor> grads(needs.size());
   for (Tensor& grad : grads) grad = at::empty({0}, options);
-  if (needs.get(kInput)) grads[kInput] = at::empty_like(input);
+  if (needs.get(kInput)) grads[kInput] = GradientPool::empty_like(input);
   if (needs.get(kTarget)) grads[kTarget] = at::empty_like(target);
   for (const int i : {kClassBias, kClassScale, kClassMargin})
     if (needs.get(i)) grads[i] = at::zeros({call.classes}, options);

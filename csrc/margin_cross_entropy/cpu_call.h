@@ -48,15 +48,6 @@ struct Call {
   int64_t grad_lse_stride;
 };
 
-// Sums over a range of columns of one row.
-template <class A>
-struct Partial {
-  A peak, total;
-  double weight, weighted;  // smoothing or probabilities: sum of the weights, and of weight * (u - peak)
-  A best;                   // prediction: largest raw logit and its first column
-  int64_t best_column;
-};
-
 // Row gradients of one sample as arrays over its positions, for kernels that run along positions.
 template <class A>
 struct RowGradients {
@@ -94,6 +85,7 @@ struct Kernels {
 
 constexpr int64_t kPadding = 16;
 constexpr int64_t kPanel = 256;
+constexpr int64_t kLargestRow = 262144;  // bytes of scratch: what stays in a core's own cache
 
 #define LTK_DECLARE(isa)                          \
   namespace isa {                                 \

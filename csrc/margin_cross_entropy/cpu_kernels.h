@@ -1,8 +1,9 @@
 // Vector kernels of the rows kernel. Included once per instruction set by cpu_<isa>.cpp, which names the namespace
 // (LTK_ISA), the vector width in bytes (LTK_BYTES) and the level (LTK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512).
 //
-// A row stays in the cache between its sweeps: (1) read the logits, shift them into `scratch`, take the maximum;
-// (2) exponentials and their sum, in scratch; (3) write the gradient. Memory sees one read and one write per logit.
+// A row is read in blocks that stay in the first-level cache for two sweeps: (1) shift the logits into `scratch`, take
+// the maximum; (2) exponentials and their sum, in scratch, while the next block's logits are fetched. With the blocks
+// merged, (3) writes the row's gradient from scratch. Memory sees one read and one write per logit.
 // All functions have internal linkage (see online_logsumexp.h).
 
 #include "cpu_call.h"
@@ -40,6 +41,8 @@ struct Simd<double> {
 template <class A>
 using Vec = typename Simd<A>::V;
 using F = Simd<float>;
+
+constexpr int64_t kBlock = 1024;  // columns per block of a row
 
 template <class A>
 LTK_INLINE Vec<A> splat(A value) {
@@ -155,8 +158,13 @@ struct IO<BFloat16> {
     return value;
   }
   static inline F::V get_vector(const BFloat16* p) {
+#if LTK_LEVEL == 2  // compilers split the generic conversion in two
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (F::V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#else
     const F::H h = *reinterpret_cast<const F::HU*>(p);
     return (F::V)(__builtin_convertvector(h, F::Bits) << 16);
+#endif
   }
   static inline F::Bits round(F::V v) {  // to nearest, ties to even; NaN stays NaN
     const F::Bits bits = (F::Bits)v;
@@ -169,7 +177,11 @@ struct IO<BFloat16> {
     p->bits = static_cast<uint16_t>(round(all)[0]);
   }
   static inline void put_vector(BFloat16* p, F::V v) {
+#if LTK_LEVEL == 2
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)round(v)));
+#else
     *reinterpret_cast<F::HU*>(p) = __builtin_convertvector(round(v), F::H);
+#endif
   }
 };
 
@@ -289,9 +301,10 @@ LTK_INLINE RowTargets<A> targets_of(const Call<A>& call, int64_t row, const T* x
 }
 
 // Sweeps 1 and 2 over `count` columns from `begin` of one row: exp(u - peak) in scratch (0 at targets and in the padding).
+// `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
 template <class T, class A>
 LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targets, const T* x, int64_t row,
-                                 int64_t begin, int64_t count, A* scratch) {
+                                 int64_t begin, int64_t count, A* scratch, const T* next, T* grad) {
   constexpr int64_t W = Simd<A>::W;
   const A lowest = minus_infinity<A>();
   const T* logits = x + begin;
@@ -390,6 +403,8 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
   Vec<A> total = {};
   const Vec<A> high = splat(peak);
   for (int64_t j = 0; j < padded; j += W) {
+    __builtin_prefetch(next + j);
+    __builtin_prefetch((grad ? grad : next) + j, 1);
     const Vec<A> e = exp_vector(load(scratch + j) - high);
     store(scratch + j, e);
     total = total + e;
@@ -421,28 +436,37 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& t
 template <class T, class A>
 void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
   constexpr int64_t W = Simd<A>::W;
+  Partial<A> parts[kLargestRow / sizeof(A) / kBlock + 1];
   for (int64_t row = begin; row < end; ++row) {
     const T* x = row_pointer<T>(call, row);
     const RowTargets<A> targets = targets_of(call, row, x, int64_t(1));
-    const Partial<A> s = statistics(call, targets, x, row, 0, call.classes, scratch);
-    const RowGradient<A> g = finish_row(call, targets, row, s);
+    const int64_t count = call.classes, blocks = (count + kBlock - 1) / kBlock;
+    T* grad = call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
+    const T* next_row = row + 1 < end ? row_pointer<T>(call, row + 1) : x;
+    for (int64_t b = 0; b < blocks; ++b)
+      parts[b] = statistics(call, targets, x, row, b * kBlock, b + 1 < blocks ? kBlock : count - b * kBlock,
+                            scratch + b * kBlock, b + 1 < blocks ? x + (b + 1) * kBlock : next_row,
+                            grad ? grad + b * kBlock : nullptr);
+    const RowGradient<A> g = finish_row(call, targets, row, merge(parts, blocks));
     if (!call.grad) continue;
-    T* grad = static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k;
-    const int64_t count = call.classes;
-    if (!call.class_scale && g.smooth == A(0) && g.soft == A(0)) {
-      const Vec<A> slope = splat(g.slope * call.scale);
-      int64_t j = 0;
-      for (; j + W <= count; j += W) IO<T>::put_vector(grad + j, load(scratch + j) * slope);
-      if (j < count) put_some<A>(grad + j, load(scratch + j) * slope, count - j);
-    } else {
-      const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
-      for (int64_t j = 0; j < count; j += W) {
+    const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = b * kBlock, last = b + 1 < blocks ? first + kBlock : count;
+      const Vec<A> slope = splat(g.slope * std::exp(parts[b].peak - g.peak));
+      if (!call.class_scale && g.smooth == A(0) && g.soft == A(0)) {
+        const Vec<A> scaled = slope * call.scale;
+        int64_t j = first;
+        for (; j + W <= last; j += W) IO<T>::put_vector(grad + j, load(scratch + j) * scaled);
+        if (j < last) put_some<A>(grad + j, load(scratch + j) * scaled, last - j);
+        continue;
+      }
+      for (int64_t j = first; j < last; j += W) {
         Vec<A> less = splat(g.smooth);
-        if (q) less = less + g.soft * get_some<A>(q + j, count - j, A(0));
-        if (call.weight) less = less * get_some<A>(call.weight + j, count - j, A(0));
-        Vec<A> du = g.slope * load(scratch + j) - less;
-        du = du * (call.class_scale ? get_some<A>(call.class_scale + j, count - j, A(0)) : splat(call.scale));
-        put_some<A>(grad + j, du, count - j);
+        if (q) less = less + g.soft * get_some<A>(q + j, last - j, A(0));
+        if (call.weight) less = less * get_some<A>(call.weight + j, last - j, A(0));
+        Vec<A> du = slope * load(scratch + j) - less;
+        du = du * (call.class_scale ? get_some<A>(call.class_scale + j, last - j, A(0)) : splat(call.scale));
+        put_some<A>(grad + j, du, last - j);
       }
     }
     for (int i = 0; i < 2; ++i)
@@ -453,7 +477,8 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
 template <class T, class A>
 Partial<A> range_statistics(const Call<A>& call, int64_t row, int64_t begin, int64_t end, A* scratch) {
   const T* x = row_pointer<T>(call, row);
-  return statistics(call, targets_of(call, row, x, int64_t(1)), x, row, begin, end - begin, scratch);
+  return statistics(call, targets_of(call, row, x, int64_t(1)), x, row, begin, end - begin, scratch,
+                    x + begin, static_cast<T*>(nullptr));
 }
 
 template <class T, class A>

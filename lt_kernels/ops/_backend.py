@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -34,6 +35,7 @@ def unavailable_reason(op: str, backend: str, device_type: str, dtype: torch.dty
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _resolve(op: str, requested: str, device_type: str, dtype_name: str) -> str:
     dtype = getattr(torch, dtype_name)
     if requested != "auto":

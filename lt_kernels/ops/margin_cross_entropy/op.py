@@ -94,7 +94,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.scalars, ctx.backend = arguments[N_TENSORS:], backend
     ctx.needs = [
-        need for need, name in zip(ctx.needs_input_grad, Arguments._fields, strict=False) if name in DIFFERENTIABLE
+        need for need, name in zip(ctx.needs_input_grad[1:], Arguments._fields, strict=False) if name in DIFFERENTIABLE
     ]
     # The gradient computed in forward serves the first backward pass; a second one over a retained graph recomputes.
     ctx.gradient_ready = with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1)
