@@ -1,19 +1,54 @@
-"""Fused losses for training classifiers on long-tailed labels with very many classes."""
+"""Fused losses for training classifiers on long-tailed labels with very many classes.
+
+The losses are at top level; ``functional`` has the stateless form. ``priors``, ``schedules`` and ``datasets`` are plain
+helpers, ``metrics`` needs torchmetrics, ``testing`` holds a kernel to float64.
+"""
 
 from __future__ import annotations
 
-from . import functional
+import importlib
+from types import ModuleType
+
+from . import datasets, functional, losses, priors, schedules
 from ._info import info
 from ._settings import set_checks, set_gradient_policy, use_backend
 from ._version import __version__
+from .losses import (
+    ArcFaceLoss,
+    BalancedSoftmaxLoss,
+    CosFaceLoss,
+    LDAMLoss,
+    LogitAdjustmentLoss,
+    VSLoss,
+    post_hoc_logit_adjustment,
+)
 from .ops._backend import BackendUnavailableError
 
 __all__ = [
+    "ArcFaceLoss",
     "BackendUnavailableError",
+    "BalancedSoftmaxLoss",
+    "CosFaceLoss",
+    "LDAMLoss",
+    "LogitAdjustmentLoss",
+    "VSLoss",
     "__version__",
+    "datasets",
     "functional",
     "info",
+    "losses",
+    "post_hoc_logit_adjustment",
+    "priors",
+    "schedules",
     "set_checks",
     "set_gradient_policy",
     "use_backend",
 ]
+
+_ON_DEMAND = ("metrics", "testing")  # not imported with the package: they need, or are, more than training does
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_DEMAND:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,19 +47,17 @@ def margin_cross_entropy(
     return_lse: bool = False,
     return_prediction: bool = False,
 ) -> Any:
-    r"""Softmax cross-entropy of shifted, scaled logits with a margin on the target, in one pass over the logits.
+    """Softmax cross-entropy of shifted, scaled logits with a margin on the target, in one pass over the logits.
 
     With every option at its default this equals ``torch.nn.functional.cross_entropy`` for each input that one takes. In
-    general, with logits :math:`x`, class index :math:`j` and target :math:`y`,
+    general, for a row of logits x with target y,
 
-    .. math::
-        u_j &= \text{scale} \cdot \text{class\_scale}_j \, x_j + \text{class\_bias}_j \\
-        v_y &= \text{scale} \cdot \phi(\text{class\_scale}_y \, x_y, \text{margin}_y) + \text{class\_bias}_y \\
-        \ell &= \log\Big(e^{v_y} + \sum_{j \ne y} e^{u_j}\Big) - v_y
+        u_j  = scale * class_scale_j * x_j + class_bias_j                        every class j
+        v_y  = scale * phi(class_scale_y * x_y, margin_y) + class_bias_y         the target
+        loss = log[ exp(v_y) + sum over j != y of exp(u_j) ] - v_y
 
-    where :math:`\phi(c, m) = c - m` (additive) or :math:`\cos(\arccos c + m)` (angular; :math:`c - m \sin m` once
-    :math:`\arccos c > \pi - m`, Deng et al. 2019). ``weight`` and ``label_smoothing`` act on these shifted logits as
-    they do in ``F.cross_entropy``.
+    with phi(c, m) = c - m (additive) or cos(arccos(c) + m) (angular; c - m sin(m) once arccos(c) > pi - m; Deng et al.
+    2019). ``weight`` and ``label_smoothing`` act on these shifted logits as they do in ``F.cross_entropy``.
 
     Args:
         input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]``; float16, bfloat16, float32 or float64; any
@@ -107,10 +105,8 @@ def margin_cross_entropy(
     classes = _check_logits(input)
     soft = _check_target("target", target, input)
     compute_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    options = {
-        "reduction": _one_of("reduction", reduction, _REDUCTIONS),
-        "margin_type": _one_of("margin_type", margin_type, _MARGIN_TYPES),
-    }
+    _check_choice("reduction", reduction, _REDUCTIONS)
+    _check_choice("margin_type", margin_type, _MARGIN_TYPES)
     label_smoothing = _number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1]")
@@ -149,27 +145,28 @@ def margin_cross_entropy(
 
     logits, row_shape = _rows(input)
     index_shape = (logits.shape[0], logits.shape[2])
-    indices, mixed = target, mixed_target
     if soft:
-        indices = target.reshape(logits.shape)
+        target = target.reshape(logits.shape)
     else:
-        indices = target.to(torch.int64).reshape(index_shape)
-        mixed = None if mixed_target is None else mixed_target.to(torch.int64).reshape(index_shape)
+        target = target.to(torch.int64).reshape(index_shape)
+        if mixed_target is not None:
+            mixed_target = mixed_target.to(torch.int64).reshape(index_shape)
         if share is not None and share.dim() > 0:
             share = share.reshape(index_shape)
     coefficient = None
-    if reduction == "mean":
-        totals = (
-            [_total_weight(t, weight, ignore_index, classes, compute_dtype) for t in (indices, mixed) if t is not None]
-            if not soft
-            else [torch.full((), float(math.prod(index_shape)), dtype=compute_dtype, device=input.device)]
-        )
-        coefficient = torch.stack(totals).reciprocal()
+    if reduction == "mean" and soft:
+        share_of_row = 1 / max(1, math.prod(index_shape))
+        coefficient = torch.full((1,), share_of_row, dtype=compute_dtype, device=input.device)
+    elif reduction == "mean":
+        coefficient = _total_weight(target, weight, ignore_index, classes, compute_dtype).reciprocal()
+        if mixed_target is not None:
+            other = _total_weight(mixed_target, weight, ignore_index, classes, compute_dtype).reciprocal()
+            coefficient = torch.cat([coefficient, other])
 
     needs_other = any(
         t is not None and t.requires_grad for t in (class_bias, class_scale, class_margin, learned_scale, target)
     )
-    reduce = options["reduction"] != "none"
+    reduce = reduction != "none"
     one_pass = (
         torch.is_grad_enabled()
         and input.requires_grad
@@ -182,8 +179,8 @@ def margin_cross_entropy(
     )
     arguments = Arguments(
         logits,
-        indices,
-        mixed,
+        target,
+        mixed_target,
         share,
         weight,
         class_bias,
@@ -193,13 +190,15 @@ def margin_cross_entropy(
         coefficient,
         fixed_scale,
         fixed_margin,
-        options["margin_type"] == "angular",
+        margin_type == "angular",
         ignore_index,
         label_smoothing,
     )
     loss, lse, prediction, _, _ = forward(*arguments, reduce, return_prediction, one_pass, resolve(OP, input))
     if not reduce:
         loss = loss.reshape(row_shape)
+    elif reduction == "mean" and math.prod(index_shape) == 0:
+        loss = loss * math.nan  # the mean of no rows, as torch has it
     if not (return_lse or return_prediction):
         return loss
     return MarginCrossEntropyOutput(
@@ -220,11 +219,11 @@ def _rows(input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype) -> Tensor:
-    """Sum of the class weights of the targets that are not ignored, 0-dim."""
-    valid = target != ignore_index
+    """Sum of the class weights of the targets that are not ignored, [1]."""
+    valid = (target != ignore_index).reshape(-1)
     if weight is None:
-        return valid.sum().to(dtype)
-    return (weight[target.clamp(0, classes - 1)] * valid).sum()
+        return valid.sum(0, keepdim=True, dtype=dtype)
+    return (weight[target.reshape(-1).clamp(0, classes - 1)] * valid).sum(0, keepdim=True)
 
 
 def _check_logits(input: Tensor) -> int:
@@ -332,12 +331,11 @@ def _scalar_tensor(name: str, value: Tensor, input: Tensor) -> Tensor:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # NaN too; math.isfinite does not trace where the number is symbolic
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return float(value)
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-    return value

@@ -1,14 +1,14 @@
 """Class counts -> the class tensors that long-tailed losses are made of.
 
-``ClassPrior`` validates the counts once and derives everything else; the functions of the same names are shorthands for a
-single use. All values are computed in float64 on the CPU and returned in the dtype and on the device asked for.
+``ClassPrior`` validates the counts once and derives everything else; the functions of the same names are shorthands for
+a single use. All values are computed in float64 on the CPU and returned in the dtype and on the device asked for.
 
 Zero counts are an explicit choice, ``zero_counts``:
 
 * ``"error"`` (default): ``ValueError`` naming the classes.
 * a positive number: a class without samples is treated as if it had that many, e.g. ``zero_counts=1``.
-* ``"mask"``: its prior is 0 and its log prior -inf, so it takes no part in the softmax. Its scale and its weight are 0, its
-  margin is that of the rarest class. A sample of a masked class has an infinite loss.
+* ``"mask"``: its prior is 0 and its log prior -inf, so it takes no part in the softmax. Its scale and its weight are 0,
+  its margin is that of the rarest class. A sample of a masked class has an infinite loss.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import numpy as np
+
 #: Anything one-dimensional and numeric: list, tuple, numpy array, tensor.
-ClassVector = Union[Sequence[float], Tensor, Any]
-ZeroCounts = Union[Literal["error", "mask"], float]
+ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any]"
+ZeroCounts: TypeAlias = Literal["error", "mask"] | float
 
 #: Names of the groups that ``shot_groups`` numbers 0, 1, 2.
 SHOT_GROUPS = ("many", "medium", "few")
@@ -35,12 +38,13 @@ def as_number(name: str, value: Any, low: float = -math.inf, high: float = math.
     """``value`` as a float if it is a finite real number with low <= value <= high; TypeError or ValueError if not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not (math.isfinite(value) and low <= value <= high):
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name}: got {value}, expected {expected or 'a finite number'}")
-    return float(value)
+    return number
 
 
-def as_class_vector(name: str, value: ClassVector, num_classes: int | None = None) -> Tensor:
+def as_class_vector(name: str, value: ClassVector) -> Tensor:
     """``value`` as a finite float64 vector [C] on the CPU, a copy of its own; TypeError or ValueError if it is none."""
     if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") or isinstance(value, Tensor)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a 1-D sequence, array or tensor of numbers")
@@ -58,8 +62,6 @@ def as_class_vector(name: str, value: ClassVector, num_classes: int | None = Non
         raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected a 1-D vector [C]")
     if len(vector) == 0:
         raise ValueError(f"{name}: got no elements, expected one per class")
-    if num_classes is not None and len(vector) != num_classes:
-        raise ValueError(f"{name}: got {len(vector)} classes, expected {num_classes}")
     _require(name, vector, vector.isfinite(), "finite numbers")
     return vector
 
@@ -127,7 +129,8 @@ class ClassPrior:
     ) -> None:
         self._counts = _as_counts(class_counts, zero_counts)
         self.zero_counts = zero_counts
-        self.device = torch.device(device) if device is not None else getattr(class_counts, "device", torch.device("cpu"))
+        default = class_counts.device if isinstance(class_counts, Tensor) else "cpu"
+        self.device = torch.device(default if device is None else device)
         self.dtype = dtype or torch.get_default_dtype()
         if not self.dtype.is_floating_point:
             raise TypeError(f"dtype: got {self.dtype}, expected a floating-point dtype")
@@ -149,7 +152,7 @@ class ClassPrior:
     @property
     def class_counts(self) -> Tensor:
         """n, after ``zero_counts``; [C]."""
-        return self._give(self._counts)
+        return self._give(self._counts.clone())
 
     @property
     def prior(self) -> Tensor:
@@ -207,7 +210,7 @@ class ClassPrior:
         return self._give(scales.masked_fill(~self._present, 0.0))
 
     def arcface_margins(self, bounds: tuple[float, float] = (0.05, 0.5), power: float = 0.25) -> Tensor:
-        """a * n^-power + b, with a and b such that the largest class has ``bounds[0]`` and the smallest ``bounds[1]``; [C].
+        """a * n^-power + b, the largest class at ``bounds[0]`` and the smallest at ``bounds[1]``; [C].
 
         Where all counts are equal, every class has ``bounds[1]``.
         """
@@ -221,7 +224,10 @@ class ClassPrior:
         return self._give(lower + (upper - lower) * rarity)
 
     def shot_groups(self, many_above: float = 100, few_below: float = 20) -> Tensor:
-        """Group of each class, int64 [C]: 0 many (n > many_above), 2 few (n < few_below), 1 medium; see ``SHOT_GROUPS``."""
+        """Group of each class, int64 [C], indexing ``SHOT_GROUPS``.
+
+        0 many: n > many_above. 2 few: n < few_below. 1 medium: the rest (20..100 by default).
+        """
         many_above, few_below = as_number("many_above", many_above), as_number("few_below", few_below)
         if few_below > many_above + 1:
             raise ValueError(f"few_below: got {few_below:g}, expected at most many_above + 1 = {many_above + 1:g}")
@@ -249,37 +255,34 @@ def log_prior(
     form: Literal["prior", "power"] = "prior",
     zero_counts: ZeroCounts = "error",
 ) -> Tensor:
-    """tau * log(pi + eps), or log(pi^tau + eps); see [`ClassPrior.log_prior`][lt_kernels.priors.ClassPrior.log_prior]."""
+    """tau * log(pi + eps), or log(pi^tau + eps); see ``ClassPrior.log_prior``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).log_prior(tau, eps=eps, form=form)
 
 
 def log_counts(class_counts: ClassVector, *, zero_counts: ZeroCounts = "error") -> Tensor:
-    """log n; see [`ClassPrior.log_counts`][lt_kernels.priors.ClassPrior.log_counts]."""
+    """log n; see ``ClassPrior.log_counts``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).log_counts()
 
 
-def effective_numbers(
-    class_counts: ClassVector, beta: float = 0.9999, *, zero_counts: ZeroCounts = "error"
-) -> Tensor:
-    """(1 - beta^n) / (1 - beta); see [`ClassPrior.effective_numbers`][lt_kernels.priors.ClassPrior.effective_numbers]."""
+def effective_numbers(class_counts: ClassVector, beta: float = 0.9999, *, zero_counts: ZeroCounts = "error") -> Tensor:
+    """(1 - beta^n) / (1 - beta); see ``ClassPrior.effective_numbers``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).effective_numbers(beta)
 
 
 def class_balanced_weight(
     class_counts: ClassVector, beta: float = 0.9999, *, zero_counts: ZeroCounts = "error"
 ) -> Tensor:
-    """1 / effective number with mean 1; see
-    [`ClassPrior.class_balanced_weight`][lt_kernels.priors.ClassPrior.class_balanced_weight]."""
+    """1 / effective number with mean 1; see ``ClassPrior.class_balanced_weight``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).class_balanced_weight(beta)
 
 
 def ldam_margins(class_counts: ClassVector, max_margin: float = 0.5, *, zero_counts: ZeroCounts = "error") -> Tensor:
-    """max_margin * n^-1/4 / max(n^-1/4); see [`ClassPrior.ldam_margins`][lt_kernels.priors.ClassPrior.ldam_margins]."""
+    """max_margin * n^-1/4 / max(n^-1/4); see ``ClassPrior.ldam_margins``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).ldam_margins(max_margin)
 
 
 def vs_scales(class_counts: ClassVector, gamma: float = 0.3, *, zero_counts: ZeroCounts = "error") -> Tensor:
-    """(n / max(n))^gamma; see [`ClassPrior.vs_scales`][lt_kernels.priors.ClassPrior.vs_scales]."""
+    """(n / max(n))^gamma; see ``ClassPrior.vs_scales``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).vs_scales(gamma)
 
 
@@ -290,12 +293,12 @@ def arcface_margins(
     *,
     zero_counts: ZeroCounts = "error",
 ) -> Tensor:
-    """a * n^-power + b within ``bounds``; see [`ClassPrior.arcface_margins`][lt_kernels.priors.ClassPrior.arcface_margins]."""
+    """a * n^-power + b within ``bounds``; see ``ClassPrior.arcface_margins``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).arcface_margins(bounds, power)
 
 
 def shot_groups(class_counts: ClassVector, many_above: float = 100, few_below: float = 20) -> Tensor:
-    """0 many, 1 medium, 2 few; see [`ClassPrior.shot_groups`][lt_kernels.priors.ClassPrior.shot_groups].
+    """0 many, 1 medium, 2 few; see ``ClassPrior.shot_groups``.
 
     A class without training samples is a few-shot class here, never an error.
     """

@@ -34,7 +34,6 @@ def unavailable_reason(op: str, backend: str, device_type: str, dtype: torch.dty
     return _triton.unavailable_reason(device_type)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _resolve(op: str, requested: str, device_type: str, dtype_name: str) -> str:
     dtype = getattr(torch, dtype_name)
@@ -51,13 +50,18 @@ def _resolve(op: str, requested: str, device_type: str, dtype_name: str) -> str:
     raise AssertionError("unreachable: the reference backend is always available")
 
 
+@torch.compiler.assume_constant_result  # on a function of its own: dynamo looks through functools.cache
+def _constant(op: str, requested: str, device_type: str, dtype_name: str) -> str:
+    return _resolve(op, requested, device_type, dtype_name)
+
+
 def resolve(op: str, tensor: torch.Tensor) -> str:
     """The backend that runs ``op`` on ``tensor``: the one asked for by name, or the best available one.
 
     Raises:
         BackendUnavailableError: if a backend asked for by name cannot run the call.
     """
-    return _resolve(op, _settings.backend, tensor.device.type, str(tensor.dtype).removeprefix("torch."))
+    return _constant(op, _settings.backend, tensor.device.type, str(tensor.dtype).removeprefix("torch."))
 
 
 def load(op: str, backend: str) -> ModuleType:

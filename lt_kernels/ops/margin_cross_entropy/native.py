@@ -16,8 +16,6 @@ def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tenso
     return torch.ops.lt_kernels_native.margin_cross_entropy_fwd(*a, with_prediction, with_grad)
 
 
-def backward(
-    grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Arguments, needs: list[bool]
-) -> list[Tensor]:
+def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Arguments, needs: list[bool]) -> list[Tensor]:
     """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed."""
     return torch.ops.lt_kernels_native.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *a, needs)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._backend import load, unavailable_reason
-from .._register import NAMESPACE, define, register_autograd, register_no_double_backward
+from .._register import define, register_autograd, register_no_double_backward
 from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
 
 OP = "margin_cross_entropy"
@@ -110,7 +110,10 @@ def _autograd_backward(
     if ctx.gradient_ready and usable:
         ctx.gradient_ready = False
         gradient = grad_input.data  # private to this node, so scaling it must not count as changing a saved tensor
-        torch.ops.lt_kernels.scale_gradient_(gradient, grad_loss)
+        if type(grad_loss) is Tensor:
+            _scale_gradient_(gradient, grad_loss)
+        else:  # being traced
+            torch.ops.lt_kernels.scale_gradient_(gradient, grad_loss)
         gradients["input"] = gradient
     elif grad_loss is not None or grad_lse is not None:
         if grad_loss is None:
@@ -124,4 +127,4 @@ def _autograd_backward(
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)
 register_no_double_backward(BACKWARD)
-forward = getattr(torch.ops, NAMESPACE).margin_cross_entropy_fwd
+forward = torch.ops.lt_kernels.margin_cross_entropy_fwd.default

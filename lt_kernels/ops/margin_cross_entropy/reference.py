@@ -39,7 +39,7 @@ class _Slot(NamedTuple):
 
     index: Tensor  # class, 0 where there is none
     valid: Tensor  # bool: not ignored
-    factor: Tensor  # k_t
+    factor: Tensor  # k_t; where ignored 0, or NaN if the mean is over no weight at all, as in torch
     weight: Tensor  # w_y
     plain: Tensor  # u_y
     shifted: Tensor  # v_t
@@ -89,7 +89,7 @@ class _Rows:
                 f"target: row {row} has class {int(target.flatten()[row])}, "
                 f"expected 0 <= class < {self.classes} or ignore_index={ignore_index}"
             )
-        factor = torch.where(valid, factor, torch.zeros_like(factor)).masked_fill(bad, math.nan)
+        factor = torch.where(valid, factor, 0 * factor).masked_fill(bad, math.nan)
         index = target.masked_fill(~valid | bad, 0)
         cosine = self.class_scale[index] * self.x.gather(1, index[:, None])[:, 0]
         m = self.margin[index]
@@ -167,7 +167,7 @@ def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tenso
                 u = torch.where(is_target, slot.shifted[:, None], rows.u) - peak[:, None]
                 smooth = (rows.weight[:, None] * (rows.total(slot, rest)[:, None] - u)).sum(1)
                 term = term + a.label_smoothing / rows.classes * smooth
-            loss = loss + torch.where(slot.valid, slot.factor * term, torch.zeros_like(term))
+            loss = loss + torch.where(slot.valid, slot.factor * term, slot.factor)
     prediction = a.input.argmax(1) if with_prediction else a.input.new_empty((0,), dtype=torch.int64)
     grad_input = a.input.new_empty((0,))
     if with_grad:

@@ -1,22 +1,22 @@
 """The rows kernel in Triton. The formulas are those of ``reference.py``; only how the columns are visited differs.
 
 With ``peak`` and ``mass`` the maximum and the sum of exp(u - peak) over the columns that are no target of the row
-(together: ``rest`` [2, N, K], what backward needs beside the inputs), every other quantity of a row is scalar arithmetic
-on the targets' own logits, and the gradient of an ordinary column is
+(together: ``rest`` [2, N, K], what backward needs beside the inputs), every other quantity of a row is scalar
+arithmetic on the targets' own logits, and the gradient of an ordinary column is
 
     d loss / d x_j = a_j (slope * exp(u_j - peak) - smooth * w_j)            a_j = scale * class_scale_j
 
 Layouts. *Rows*: the classes of a row are contiguous; one program per row. *Tiles*: any other layout (segmentation,
-transposed logits), and rows of few classes; one program per BLOCK_K rows, which it visits in [BLOCK_C, BLOCK_K] tiles.
+transposed logits), and rows of few classes; one program per BLOCK_K rows, visited in [BLOCK_C, BLOCK_K] tiles.
 
-Groups. A row of 8142 bf16 logits starts on a 4-byte boundary, so 16-byte accesses must ignore where rows begin: the body
-of a row is cut into aligned groups of GROUP columns (16 bytes), and each is read and written whole or not at all. What is
-irregular -- the head before the first whole group, the tail after the last, the groups that hold a target -- is left out
-of the body by one comparison per group, and done in a tile of 4 * GROUP *edge* columns. So the body needs no comparison
-per column, no element of a neighbouring row is ever touched, and a target's column is never part of a sum.
+Groups. A row of 8142 bf16 logits starts on a 4-byte boundary, so 16-byte accesses must ignore where rows begin: the
+body of a row is cut into aligned groups of GROUP columns (16 bytes), each read and written whole or not at all. What is
+irregular -- the head before the first whole group, the tail after the last, the groups that hold a target -- is left
+out of the body by one comparison per group, and done in a tile of 4 * GROUP *edge* columns. So the body needs no
+comparison per column, no element of a neighbouring row is ever touched, and no target's column is part of a sum.
 
-Bytes per logit (b = itemsize), beside class vectors and rows' scalars: forward b; forward with gradient 2b (the row stays
-in registers up to 32,768 classes; beyond, its second read should hit L2); backward 2b. Exponentials are natural,
+Bytes per logit (b = itemsize), beside class vectors and rows' scalars: forward b; forward with gradient 2b (the row
+stays in registers up to 32,768 classes; beyond, its second read should hit L2); backward 2b. Exponentials are natural,
 exp(u - peak): folding log2(e) into u would round u, which costs 30 roundings of a probability at scale 64.
 """
 
@@ -254,9 +254,7 @@ def _plain_gradient(peak, own, other, d_total, total, soft):
 
 
 @triton.jit
-def _slopes(
-    peak, mass, a, b, upstream, upstream_lse, weight_total, label_smoothing, smooth_share, MIXED: tl.constexpr
-):
+def _slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, label_smoothing, smooth_share, MIXED: tl.constexpr):
     """slope and smooth of the ordinary columns; of each slot d/d(u_y) and d/d(v)."""
     dv_a, d_total, smooth, total = _term_slopes(
         peak, mass, a, b, upstream, upstream_lse, weight_total, label_smoothing, smooth_share, MIXED
@@ -313,9 +311,7 @@ def _shifted(
 
 
 @triton.jit
-def _unscaled(
-    gradient, first, offsets, mask, class_scale_ptr, scale, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr
-):
+def _unscaled(gradient, first, offsets, mask, class_scale_ptr, scale, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr):
     """a_j times the gradient of u."""
     if class_scale_ptr is not None:
         gradient = gradient * (scale * _class_values(class_scale_ptr, first, offsets, mask, 1.0, WIDE, True))
@@ -592,7 +588,9 @@ def _rows_forward_kernel(
             elif SMOOTH:
                 z = _weighted(u - reference, head, offsets, mask, weight_ptr, WIDE)
                 weighted += visited * (before - reference) + tl.sum(z, 0)
-                visited += tl.sum(_weighted(tl.full([BLOCK], 1.0, tl.float32), head, offsets, mask, weight_ptr, WIDE), 0)
+                visited += tl.sum(
+                    _weighted(tl.full([BLOCK], 1.0, tl.float32), head, offsets, mask, weight_ptr, WIDE), 0
+                )
             if prediction_ptr is not None:
                 tile_best, tile_column = _best(x, head + offsets, mask)
                 best, prediction = _better(best, prediction, tile_best, tile_column)
@@ -753,7 +751,16 @@ def _rows_backward_kernel(
         q = e
         if SOFT:
             q = _soft_weights(
-                target_ptr + q_offset, edge, 0, edge, edge_mask, weight_ptr, label_smoothing, smooth_share, SMOOTH, False
+                target_ptr + q_offset,
+                edge,
+                0,
+                edge,
+                edge_mask,
+                weight_ptr,
+                label_smoothing,
+                smooth_share,
+                SMOOTH,
+                False,
             )
         du = _ordinary(e, slope, smooth, q, 0, edge, edge_mask, weight_ptr, SMOOTH, SOFT, False)
         if not SOFT:
@@ -769,7 +776,16 @@ def _rows_backward_kernel(
     q = e
     if SOFT:
         q = _soft_weights(
-            target_ptr + q_aligned, offsets, head, offsets, mask, weight_ptr, label_smoothing, smooth_share, SMOOTH, WIDE
+            target_ptr + q_aligned,
+            offsets,
+            head,
+            offsets,
+            mask,
+            weight_ptr,
+            label_smoothing,
+            smooth_share,
+            SMOOTH,
+            WIDE,
         )
     du = _ordinary(e, slope, smooth, q, head, offsets, mask, weight_ptr, SMOOTH, SOFT, WIDE)
     dx = _unscaled(du, head, offsets, mask, class_scale_ptr, scale, HAS_SCALE, WIDE)
@@ -880,7 +896,9 @@ def _tiles_forward_kernel(
         elif SMOOTH:
             z = _weighted(u - reference[None, :], 0, columns, counted, weight_ptr, False)
             weighted += visited * (before - reference) + tl.sum(z, 0)
-            visited += tl.sum(_weighted(tl.full([BLOCK_C, BLOCK_K], 1.0, tl.float32), 0, columns, counted, weight_ptr, False), 0)
+            visited += tl.sum(
+                _weighted(tl.full([BLOCK_C, BLOCK_K], 1.0, tl.float32), 0, columns, counted, weight_ptr, False), 0
+            )
         if prediction_ptr is not None:
             tile_best, tile_prediction = _best(x, columns, mask)
             best, prediction = _better(best, prediction, tile_best, tile_prediction)
@@ -1128,8 +1146,9 @@ def _scale_kernel(
 
 #: Rows of at most this many classes share a program (tiles); above, each row has its own.
 _TILED_CLASSES = 128
-#: Largest body that one program keeps in registers.
-_ONE_TILE = 32768
+#: Largest body that one program keeps in registers, by the number of register-hungry options (class_scale, weighted
+#: smoothing, class probabilities, prediction), and how many logits a thread then holds: what compiles without spills.
+_ONE_TILE = ((32768, 64), (16384, 64), (8192, 32))
 #: How many programs the class vectors' gradients are split into, about.
 _PARTIAL_PROGRAMS = 1024
 
@@ -1147,20 +1166,26 @@ class _TilesLaunch(NamedTuple):
     num_warps: int
 
 
-def _rows_launch(classes: int, itemsize: int, aligned: bool) -> _RowsLaunch:
-    """Rows forward: 64 logits per thread."""
+def _rows_block(classes: int, itemsize: int, aligned: bool) -> tuple[int, int]:
+    """Columns of a group, and of the smallest block that holds every whole group of a row."""
     group = 16 // itemsize if aligned else 1
-    block = max(triton.next_power_of_2(max(classes // group, 1)) * group, 512)
-    if block <= _ONE_TILE:
-        return _RowsLaunch(group, block, True, block // 2048 or 1)
-    return _RowsLaunch(group, 8192, False, 8)
+    return group, max(triton.next_power_of_2(max(classes // group, 1)) * group, 512)
+
+
+def _rows_launch(classes: int, itemsize: int, aligned: bool, hungry_options: int = 0) -> _RowsLaunch:
+    group, block = _rows_block(classes, itemsize, aligned)
+    largest, per_thread = _ONE_TILE[min(hungry_options, 2)]
+    one_tile = block <= largest
+    if not one_tile:
+        block, per_thread = 8192, 32
+    return _RowsLaunch(group, block, one_tile, max(block // (32 * per_thread), 1))
 
 
 def _rows_backward_launch(classes: int, itemsize: int, aligned: bool) -> _RowsLaunch:
-    """Rows backward: no reduction, so a row may be split over programs of at most 4096 columns."""
-    group, block, _, _ = _rows_launch(classes, itemsize, aligned)
+    """No reduction, so a row may be split over programs of at most 4096 columns."""
+    group, block = _rows_block(classes, itemsize, aligned)
     block = min(block, 4096)
-    return _RowsLaunch(group, block, False, block // 1024 or 1)
+    return _RowsLaunch(group, block, False, max(block // 1024, 1))
 
 
 def _tiles_launch(classes: int, positions: int, classes_contiguous: bool, elements: int = 4096) -> _TilesLaunch:
@@ -1288,7 +1313,8 @@ def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tenso
     arguments.update({f"{name}_stride_{axis}": 0 for name in ("target", "grad") for axis in axes}, **layout.strides)
     with torch.cuda.device_of(x):
         if layout.rows:
-            rows = _rows_launch(classes, x.element_size(), layout.aligned)
+            hungry = [a.class_scale is not None, a.weight is not None and a.label_smoothing > 0, soft, with_prediction]
+            rows = _rows_launch(classes, x.element_size(), layout.aligned, sum(hungry))
             _rows_forward_kernel[(n * k,)](
                 **arguments, GROUP=rows.group, BLOCK=rows.block, ONE_TILE=rows.one_tile, num_warps=rows.num_warps
             )
@@ -1312,7 +1338,7 @@ def _per_row(upstream: Tensor | None, shape: torch.Size) -> tuple[Tensor | None,
 
 
 def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Arguments, needs: list[bool]) -> list[Tensor]:
-    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. grad_loss, grad_lse: 0-dim or [N, K]."""
+    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. Upstream gradients: 0-dim or [N, K]."""
     n, classes, k = a.input.shape
     soft = a.target.is_floating_point()
     sources = [getattr(a, name) for name in DIFFERENTIABLE]
@@ -1346,7 +1372,9 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
             **shared,
         }
         if layout.rows:
-            arguments.update({f"{name}_stride_{axis}": 0 for name in ("target", "grad") for axis in "nk"}, **layout.strides)
+            arguments.update(
+                {f"{name}_stride_{axis}": 0 for name in ("target", "grad") for axis in "nk"}, **layout.strides
+            )
             rows = _rows_backward_launch(classes, x.element_size(), layout.aligned)
             grid = (n * k, triton.cdiv(max(classes // rows.group, 1) * rows.group, rows.block))
             _rows_backward_kernel[grid](**arguments, GROUP=rows.group, BLOCK=rows.block, num_warps=rows.num_warps)

@@ -1,0 +1,122 @@
+"""What a measurement is, where results live, and the environment they were taken in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+
+
+@dataclass(frozen=True)
+class Record:
+    """One provider on one case in one dtype and direction. Times in milliseconds, bandwidths in 1e9 bytes a second."""
+
+    op: str
+    provider: str
+    backend: str | None  # reference | native | triton for ours, None for others
+    case: str
+    sizes: dict[str, int]
+    dtype: str
+    direction: str  # fwd | bwd | fwd_bwd
+    ms_median: float
+    ms_p20: float
+    ms_p80: float
+    repetitions: int
+    peak_bytes: int | None  # allocated beyond what the inputs hold
+    bytes_moved: int  # the least that the result needs
+    flops: int
+    gbps: float  # bytes_moved / ms_median
+    copy_gbps: float  # a copy of the logits into an existing buffer, read + write, measured in the same rounds
+    fraction_of_floor: float  # gbps / copy_gbps
+    device: str
+    device_slug: str
+    versions: dict[str, str | None]
+    git: str | None
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """Records of one group were measured in turns in one run, so their ratios mean something."""
+        return (self.op, self.case, self.dtype)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal for the forward and backward pass: ours at least ``at_least`` times as fast as ``against``.
+
+    ``against="floor"``: at least that fraction of the copy bandwidth.
+    """
+
+    device: str  # cpu | cuda
+    case: str
+    dtype: str
+    against: str
+    at_least: float
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        model = found.group(1).strip() if found else model
+    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def device_slug(device: str) -> str:
+    """A folder name: ``cpu-<model>-<threads>c`` or the GPU's name."""
+    name = device_name(device)
+    if device != "cuda":
+        name = f"cpu-{name.split(',')[0].removesuffix(' Processor')}-{torch.get_num_threads()}c"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def versions() -> dict[str, str | None]:
+    from .. import info
+
+    facts = info()
+    return {
+        "lt_kernels": __version__,
+        "python": facts["python"],
+        "torch": facts["torch"],
+        "triton": facts["triton"],
+        "cuda": torch.version.cuda,
+        "cpu_capability": facts["cpu_capability"],
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package is imported from, with "-dirty" where files changed; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return os.environ.get("LT_KERNELS_GIT_REVISION")  # a copy of a checkout without its history
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def load(path: Path) -> list[Record]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return [Record(**record) for record in content["records"]]
+
+
+def save(path: Path, records: list[Record]) -> None:
+    """Write ``records`` to ``path``, in place of those of the same groups (op, case, dtype) that are there."""
+    measured = {record.group for record in records}
+    kept = [record for record in load(path) if record.group not in measured] if path.exists() else []
+    lines = ",\n  ".join(json.dumps(asdict(record)) for record in kept + records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"schema": 1, "records": [\n  {lines}\n]}}\n')

@@ -1,0 +1,236 @@
+"""``lt-kernels demo``: what the losses do for the tail of a long-tailed data set, and what the fused kernel costs.
+
+Training: scikit-learn's handwritten digits (1,797 real images of 8 x 8 pixels). For each seed the ten digits are put in
+a random order and given 150 ... 3 training images (imbalance 50, exponential profile); 24 other images of each digit
+are the balanced test split. Network, optimiser, schedule, batches and seeds are the same for every loss; only the last
+layer differs for LDAM, which takes cosines. The losses keep their defaults, but for the gamma of VS: with ten classes
+and so few images its default over-corrects, at the cost of the frequent classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .losses import BalancedSoftmaxLoss, LDAMLoss, LogitAdjustmentLoss, VSLoss
+from .schedules import DeferredReweighting
+
+CLASSES = 10
+LARGEST, IMBALANCE, TEST_PER_CLASS = 150, 50, 24
+MANY_ABOVE, FEW_BELOW = 50, 10
+BATCH, LEARNING_RATE, WEIGHT_DECAY = 64, 2e-3, 1e-3
+LOSSES = ("cross-entropy", "logit adjustment", "balanced softmax", "LDAM + DRW", "VS")
+GROUPS = ("overall", "many", "medium", "few", "balanced")
+_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm", "torchmetrics": "torchmetrics"}
+
+
+def missing_packages() -> list[str]:
+    """Names of the packages that the demo needs and that are not installed."""
+    return [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+
+
+def run(out: Path, seeds: int = 3, epochs: int = 80, throughput: bool = True) -> list[Path]:
+    """Train, print the table, measure, draw; returns the files written."""
+    from tqdm import tqdm
+
+    from .metrics import ShotGroupAccuracy
+
+    out.mkdir(parents=True, exist_ok=True)
+    counts = class_counts()
+    print(
+        f"Handwritten digits made long-tailed: training images per class {counts.tolist()} (imbalance {IMBALANCE}),\n"
+        f"{TEST_PER_CLASS} test images per class, {seeds} seeds. Many: more than {MANY_ABOVE} training images, "
+        f"few: fewer than {FEW_BELOW}, medium: the rest.\n"
+    )
+    # accumulated over the seeds, which all number the classes by frequency
+    metrics = {name: ShotGroupAccuracy(counts, many_above=MANY_ABOVE, few_below=FEW_BELOW) for name in LOSSES}
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    total = seeds * len(LOSSES) * epochs
+    with _threads(1), tqdm(total=total, desc="training", unit="epoch", mininterval=interval) as progress:
+        for seed in range(seeds):
+            split = Split.make(seed)
+            for name, metric in metrics.items():
+                progress.set_postfix_str(f"seed {seed}, {name}", refresh=False)
+                model = train(name, split, seed, epochs, progress.update)
+                with torch.no_grad():
+                    metric.update(model(split.test_images), split.test_labels)
+    print_accuracy({name: metric.compute() for name, metric in metrics.items()})
+    written = [out / "accuracy_per_class.png"]
+    draw_accuracy({name: metric.per_class() for name, metric in metrics.items()}, counts, written[0])
+
+    if throughput:
+        written.append(out / "throughput.png")
+        measure_throughput(written[-1])
+    print("\n" + "\n".join(f"saved {path.resolve()}" for path in written))
+    return written
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The network is so small that a second thread only costs synchronisation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def class_counts() -> Tensor:
+    """Training images per class, most frequent first, int64 [10]."""
+    position = torch.arange(CLASSES) / (CLASSES - 1)
+    return (LARGEST * float(IMBALANCE) ** -position).round().long()
+
+
+@dataclass
+class Split:
+    """One long-tailed train split and its balanced test split; class c is the c-th most frequent."""
+
+    images: Tensor  # [423, 1, 8, 8]
+    labels: Tensor  # [423]
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def make(cls, seed: int) -> Split:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16
+        labels = torch.as_tensor(digits.target)
+        generator = torch.Generator().manual_seed(seed)
+        train, test = [], []
+        for digit, count in zip(torch.randperm(CLASSES, generator=generator), class_counts(), strict=True):
+            found = (labels == digit).nonzero()[:, 0]
+            found = found[torch.randperm(len(found), generator=generator)]
+            test.append(found[:TEST_PER_CLASS])
+            train.append(found[TEST_PER_CLASS : TEST_PER_CLASS + int(count)])
+
+        def gather(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+            ranks = torch.repeat_interleave(torch.arange(CLASSES), torch.tensor([len(part) for part in parts]))
+            return images[torch.cat(parts)], ranks
+
+        return cls(*gather(train), *gather(test))
+
+
+class CosineLinear(nn.Linear):
+    """Cosines between features and class vectors, in [-1, 1]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(F.normalize(input), F.normalize(self.weight))
+
+
+def make_model(cosine: bool) -> nn.Module:
+    """Two convolutions and two linear layers, 40 thousand parameters."""
+    head = CosineLinear(64, CLASSES, bias=False) if cosine else nn.Linear(64, CLASSES)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(32 * 16, 64), nn.ReLU(), head),
+    )
+
+
+def make_loss(name: str) -> nn.Module:
+    counts = class_counts()
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "cross-entropy": nn.CrossEntropyLoss,
+        "logit adjustment": lambda: LogitAdjustmentLoss(counts),
+        "balanced softmax": lambda: BalancedSoftmaxLoss(counts),
+        "LDAM + DRW": lambda: LDAMLoss(counts),
+        "VS": lambda: VSLoss(counts, gamma=0.15),
+    }
+    return makers[name]()
+
+
+def train(name: str, split: Split, seed: int, epochs: int, after_epoch: Callable[[], object]) -> nn.Module:
+    """One trained network."""
+    torch.manual_seed(seed)
+    model, loss = make_model(cosine=name.startswith("LDAM")), make_loss(name)
+    schedule = None
+    if name.endswith("DRW"):
+        schedule = DeferredReweighting(loss, class_counts(), switch_epoch=epochs * 4 // 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        if schedule is not None:
+            schedule.step(epoch)
+        for batch in torch.randperm(len(split.labels), generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            loss(model(split.images[batch]), split.labels[batch]).backward()
+            optimizer.step()
+        decay.step()
+        after_epoch()
+    return model
+
+
+def print_accuracy(results: dict[str, dict[str, Tensor]]) -> None:
+    print("\n" + f"{'accuracy, %':18}" + "".join(f"{group:>10}" for group in GROUPS))
+    for name, values in results.items():
+        print(f"{name:18}" + "".join(f"{100 * float(values[group]):10.1f}" for group in GROUPS))
+
+
+def draw_accuracy(per_class: dict[str, Tensor], counts: Tensor, path: Path) -> None:
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for name, values in per_class.items():
+        axis.plot(range(CLASSES), 100 * values.numpy(), marker="o", markersize=4, label=name)
+    axis.set_xticks(range(CLASSES), [str(int(count)) for count in counts])
+    axis.set_xlabel("training images of the class")
+    axis.set_ylabel("test accuracy, %")
+    axis.set_title("Accuracy per class, sorted by frequency", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def measure_throughput(path: Path) -> None:
+    """Fused loss, eager and torch.compile on the iNat18-like head, on the CPU: a table and a bar plot."""
+    from .bench import margin_cross_entropy as op
+    from .bench import report, runner
+
+    case = op.CASES["inat18-n512"]
+    ours = "lt[native]" if runner.unavailable_reason(op.OP, "lt[native]", "cpu") is None else "lt[reference]"
+    print(f"\nThroughput on an iNat18-like head, logits [{case.rows}, {case.classes}], forward + backward ...")
+    if ours == "lt[reference]":
+        print("The compiled extension is not available: this is the reference backend, which is not meant to be fast.")
+    try:
+        records = _measure(["eager", "compile", ours])
+    except Exception as error:  # torch.compile needs a C++ compiler at run time; the comparison stands without it
+        print(f"without torch.compile: {str(error).splitlines()[0]}")
+        records = _measure(["eager", ours])
+    print(f"\n{'provider':16}{'dtype':10}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'vs eager':>10}")
+    eager = {record.dtype: record.ms_median for record in records if record.provider == "eager"}
+    for record in records:
+        print(
+            f"{record.provider:16}{record.dtype:10}{record.ms_median:9.2f}{record.gbps:9.1f}"
+            f"{record.fraction_of_floor:9.0%}{eager[record.dtype] / record.ms_median:9.1f}x"
+        )
+    report.draw(records, path)
+
+
+def _measure(providers: list[str]) -> list[Any]:
+    from .bench import margin_cross_entropy as op
+    from .bench import runner
+
+    return runner.run(op.OP, cases=["inat18-n512"], providers=providers, directions=["fwd_bwd"], seconds=4.0)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

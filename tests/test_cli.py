@@ -1,0 +1,135 @@
+"""The command line: what it prints, what it refuses and with which words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lt_kernels
+from lt_kernels import cli, demo
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    status = cli.main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_no_command_prints_help(capsys):
+    status, out, _ = run(capsys)
+    assert status == 0
+    assert "lt-kernels demo" in out
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["demo"]], ids=lambda c: " ".join(c) or "top")
+def test_help_shows_examples(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "examples:\n  lt-kernels" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert lt_kernels.__version__ in capsys.readouterr().out
+
+
+def test_info_json_is_the_dictionary(capsys):
+    status, out, _ = run(capsys, "info", "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads(json.dumps(lt_kernels.info()))
+
+
+def test_info_names_every_backend_and_reason(capsys):
+    _, out, _ = run(capsys, "info")
+    assert f"torch          {lt_kernels.info()['torch']}" in out
+    for op, devices in lt_kernels.info()["backends"].items():
+        assert op in out
+        for backends in devices.values():
+            for backend, reason in backends.items():
+                assert backend in out
+                assert reason is None or reason in out
+
+
+def test_module_runs_as_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "lt_kernels", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == f"lt_kernels {lt_kernels.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["bench", "softmax"], ["unknown op 'softmax'", "margin_cross_entropy", "report"]),
+        (["bench", "--provider", "jax"], ["unknown provider 'jax'", "eager", "lt[native]"]),
+        (["bench", "--case", "mnist"], ["unknown case 'mnist'", "inat18-n512"]),
+        (["bench", "--dtype", "int8"], ["unknown dtype 'int8'", "bfloat16"]),
+        (["bench", "--direction", "up"], ["unknown direction 'up'", "fwd_bwd"]),
+        (["bench", "--device", "tpu"], ["unknown device 'tpu'", "cuda"]),
+        (["bench", "--repetitions", "0"], ["repetitions: got 0", "at least 1"]),
+        (["bench", "--check"], ["--check goes with"]),
+        (["demo", "--seeds", "0"], ["--seeds: got 0"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0] in ("bench", "demo") else "",
+)
+def test_bad_arguments_name_the_choices(capsys, argv, words):
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert err.startswith("lt-kernels: ")
+    for word in words:
+        assert word in err
+
+
+def test_provider_asked_for_by_name_must_be_available(capsys, monkeypatch):
+    monkeypatch.setattr("lt_kernels.bench.runner.unavailable_reason", lambda *_: "there is none here")
+    status, _, err = run(capsys, "bench", "--provider", "lt[triton]", "--case", "tiny-3x5")
+    assert status == 2
+    assert "lt[triton] cannot run on cpu: there is none here" in err
+
+
+def test_bench_list_names_all(capsys):
+    from lt_kernels.bench import margin_cross_entropy as op
+
+    _, out, _ = run(capsys, "bench", "--list")
+    for name in (*op.CASES, *op.PROVIDERS):
+        assert name in out
+
+
+def test_report_outside_a_checkout(capsys, tmp_path):
+    status, _, err = run(capsys, "bench", "report", "--root", str(tmp_path))
+    assert status == 2
+    assert "run this in a checkout" in err
+
+
+def test_demo_without_its_packages_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "missing_packages", lambda: ["scikit-learn"])
+    status, _, err = run(capsys, "demo")
+    assert status == 2
+    assert "scikit-learn: pip install 'lt_kernels[demo]'" in err
+
+
+def test_demo_trains_and_draws(capsys, tmp_path):
+    for package in ("sklearn", "torchmetrics", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    status, out, _ = run(capsys, "demo", "--out", str(tmp_path), "--seeds", "1", "--epochs", "2", "--skip-throughput")
+    assert status == 0
+    for name in demo.LOSSES:
+        assert f"\n{name:18}" in out
+    assert str(tmp_path / "accuracy_per_class.png") in out
+    assert (tmp_path / "accuracy_per_class.png").stat().st_size > 10_000
+
+
+def test_demo_split_is_long_tailed_balanced_and_disjoint():
+    pytest.importorskip("sklearn")
+    counts = demo.class_counts()
+    assert counts[0] / counts[-1] == demo.IMBALANCE
+    split = demo.Split.make(0)
+    assert split.labels.bincount().tolist() == counts.tolist()
+    assert split.test_labels.bincount().tolist() == [demo.TEST_PER_CLASS] * demo.CLASSES
+    train, test = ({tuple(image.flatten().tolist()) for image in part} for part in (split.images, split.test_images))
+    assert not train & test
