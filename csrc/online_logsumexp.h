@@ -77,7 +77,7 @@ LTK_INLINE A log_add_exp(A a, A b) {
 template <class A>
 struct Target {  // one target of one row
   int64_t column;  // -1: ignored
-  A factor;        // k_t
+  A factor;        // k_t; what an ignored row's loss is where the column is -1
   A weight;        // w_y
   A x, plain, shifted;  // raw logit; u_y and v_y
   A cosine;
@@ -124,7 +124,10 @@ LTK_INLINE A row_loss(const RowTargets<A>& r, A peak, A log_total, A weighted_re
   A loss = 0;
   for (int i = 0; i < r.count; ++i) {
     const Target<A>& t = r.t[i];
-    if (t.column < 0) continue;
+    if (t.column < 0) {
+      loss += t.factor;
+      continue;
+    }
     const Term<A> term = term_of(r, i, peak, log_total);
     A value = (A(1) - r.smoothing) * t.weight * softplus(term.others - (t.shifted - peak));
     if (r.smoothing > A(0)) {

@@ -131,7 +131,7 @@ def margin_cross_entropy(
         fixed_scale = _number("scale", scale)
     if soft and margin is not None:
         raise ValueError(
-            "margin: got a margin with class-probability targets, expected class-index targets (a margin acts on one class)"
+            "margin: got a margin with class-probability targets, expected class indices (a margin acts on one class)"
         )
     if soft and mixed_target is not None:
         raise ValueError(
@@ -287,7 +287,7 @@ def _check_mixture(
         raise TypeError(f"mix_lambda: got dtype {mix_lambda.dtype}, expected a floating dtype")
     if mix_lambda.dim() > 0 and mix_lambda.shape != target.shape:
         raise ValueError(
-            f"mix_lambda: got shape {tuple(mix_lambda.shape)}, expected a 0-dim tensor or {tuple(target.shape)} as target"
+            f"mix_lambda: got shape {tuple(mix_lambda.shape)}, expected 0-dim or {tuple(target.shape)} as target"
         )
     if mix_lambda.requires_grad:
         raise ValueError("mix_lambda: got a tensor that requires grad, expected one that does not (not differentiable)")

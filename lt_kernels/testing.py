@@ -107,7 +107,7 @@ def assert_within_budget(
     factor: float = 2.0,
     roundings: float | None = None,
 ) -> None:
-    """Raise AssertionError unless ``max|actual - truth| <= factor * max|eager - truth| + roundings * eps * max|truth|``.
+    """Raise AssertionError unless max|actual - truth| <= factor max|eager - truth| + roundings eps max|truth|.
 
     Args:
         actual: the kernel's result.
@@ -136,7 +136,7 @@ def assert_within_budget(
     allowed = factor * eager_error + roundings * torch.finfo(actual.dtype).eps * float(t.abs().max()) + tiny
     if not error <= allowed:
         raise AssertionError(
-            f"{what}: error {error:.3e} against float64 exceeds the budget {allowed:.3e} (eager's error {eager_error:.3e})"
+            f"{what}: error {error:.3e} against float64 exceeds the budget {allowed:.3e} (eager: {eager_error:.3e})"
         )
 
 

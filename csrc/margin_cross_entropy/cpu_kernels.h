@@ -78,6 +78,13 @@ LTK_INLINE A max_lanes(Vec<A> v) {
   return best;
 }
 
+// u = a x + b, in one expression so that compilers fuse it in every kernel or in none: forward and backward must agree
+// on u to the last bit, or a probability near 1 loses the exactness that its exponential of 0 has.
+template <class V, class S, class B>
+LTK_INLINE V affine(V x, S a, B b) {
+  return x * a + b;
+}
+
 // exp(x) for x <= 0 within one unit in the last place; 0 below -87.33 (where the result would be subnormal); NaN for NaN.
 // Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
 LTK_INLINE F::V exp_vector(F::V x) {
@@ -280,13 +287,14 @@ LTK_INLINE RowTargets<A> targets_of(const Call<A>& call, int64_t row, const T* x
     Target<A>& t = r.t[i];
     const int64_t column = (i ? call.mixed : call.target)[row];
     t.column = column == call.ignore_index ? -1 : column;
+    t.factor = call.coefficient[i] * A(0);  // NaN where the mean is over no weight at all, as in torch
     if (t.column < 0) continue;
     t.factor = call.coefficient[i] * (i ? A(1) - share : share);
     t.weight = weight_of(call, column);
     t.x = IO<T>::get(x + column * stride);
     const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0);
     const A margin = call.class_margin ? call.class_margin[column] : call.margin;
-    t.plain = a * t.x + bias;
+    t.plain = affine(t.x, a, bias);
     if (margin == A(0) && !call.angular) {
       t.cosine = call.scale != A(0) ? a * t.x / call.scale : A(0);
       t.shift = {t.cosine, A(1), A(-1)};
@@ -316,19 +324,19 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
     int64_t j = 0;
     for (; j + W <= count; j += W) {
       Vec<A> u = IO<T>::get_vector(logits + j);
-      if constexpr (decltype(scaled)::on) {
-        u = u * load(scale + j);
-      } else {
-        u = u * uniform;
-      }
-      if constexpr (decltype(biased)::on) u = u + load(bias + j);
+      Vec<A> a = uniform, b = {};
+      if constexpr (decltype(scaled)::on) a = load(scale + j);
+      if constexpr (decltype(biased)::on) b = load(bias + j);
+      u = affine(u, a, b);
       store(scratch + j, u);
       high = maximum<A>(u, high);
     }
     if (j < count) {
       Vec<A> u = get_some<A>(logits + j, count - j, A(0));
-      u = u * (decltype(scaled)::on ? get_some<A>(scale + j, count - j, A(0)) : uniform);
-      if constexpr (decltype(biased)::on) u = u + get_some<A>(bias + j, count - j, A(0));
+      Vec<A> a = uniform, b = {};
+      if constexpr (decltype(scaled)::on) a = get_some<A>(scale + j, count - j, A(0));
+      if constexpr (decltype(biased)::on) b = get_some<A>(bias + j, count - j, A(0));
+      u = affine(u, a, b);
       for (int64_t i = count - j; i < W; ++i) u[i] = lowest;
       store(scratch + j, u);
       high = maximum<A>(u, high);
@@ -523,9 +531,8 @@ void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, i
       const int64_t count = to - j;
       const Vec<A> a = call.class_scale ? get_some<A>(call.class_scale + j, count, A(0)) : splat(call.scale);
       const Vec<A> logit = get_some<A>(x + j, count, A(0));
-      Vec<A> u = logit * a;
-      if (call.class_bias) u = u + get_some<A>(call.class_bias + j, count, A(0));
-      u = u - peak;
+      const Vec<A> b = call.class_bias ? get_some<A>(call.class_bias + j, count, A(0)) : Vec<A>{};
+      const Vec<A> u = affine(logit, a, b) - peak;
       Vec<A> du = g.slope * exp_vector(u);
       if (!plain) {
         Vec<A> less = splat(g.smooth);
@@ -580,7 +587,7 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
     A* u = scratch + c * padded;
     for (int64_t p = 0; p < padded; p += W) {
       const Vec<A> logit = get_some<A>(x + c * call.x_c + p, count - p, A(0));
-      const Vec<A> v = logit * a + bias;
+      const Vec<A> v = affine(logit, a, bias);
       store(u + p, v);
       store(peak + p, maximum<A>(v, load(peak + p)));
       if (call.prediction) {
@@ -682,7 +689,7 @@ void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n,
     for (int64_t p = block; p < stop; p += W) {
       const int64_t count = stop - p;
       const Vec<A> logit = get_some<A>(x + p, count, A(0));
-      const Vec<A> u = logit * a + bias - get_some<A>(rows.peak + p, count, A(0));
+      const Vec<A> u = affine(logit, a, bias) - get_some<A>(rows.peak + p, count, A(0));
       Vec<A> less = get_some<A>(rows.smooth + p, count, A(0));
       const Vec<A> soft = get_some<A>(rows.soft + p, count, A(0));
       if (q) less = less + soft * get_some<A>(q + p, count, A(0));

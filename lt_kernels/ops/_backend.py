@@ -50,9 +50,13 @@ def _resolve(op: str, requested: str, device_type: str, dtype_name: str) -> str:
     raise AssertionError("unreachable: the reference backend is always available")
 
 
-@torch.compiler.assume_constant_result  # on a function of its own: dynamo looks through functools.cache
 def _constant(op: str, requested: str, device_type: str, dtype_name: str) -> str:
     return _resolve(op, requested, device_type, dtype_name)
+
+
+# What torch.compiler.assume_constant_result sets, without importing dynamo (and Triton) with the package. On a function
+# of its own because dynamo looks through functools.cache.
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, tensor: torch.Tensor) -> str:

@@ -18,7 +18,7 @@ def _import_error() -> str | None:
         return "triton is not installed (pip install triton)"
     try:
         import triton  # noqa: F401
-    except Exception as error:  # noqa: BLE001  a broken installation must not break the other backends
+    except Exception as error:  # a broken installation must not break the other backends
         return f"importing triton failed: {error}"
     return None
 

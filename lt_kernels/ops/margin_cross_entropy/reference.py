@@ -10,8 +10,8 @@ Of a row with logits x (MATH: s = x given, so a = 1):
            h_t (D_t - v_t) + s_t sum_j w_j (D_t - u_j)                   with v_t in place of u_y
     h_t = k_t (1 - smoothing) w_y,   s_t = k_t smoothing / C,   k_t = coefficient_t * (lambda | 1 - lambda); ignored: 0
 
-D_t - v_t is softplus(L_t - v_t) with L_t the log-sum-exp of the columns other than y, and the target's gradient is built
-from exp(L_t - D_t), so neither cancels when a row is nearly right. Class probabilities q have no special column:
+D_t - v_t is softplus(L_t - v_t) with L_t the log-sum-exp of the columns other than y, and the target's gradient is
+built from exp(L_t - D_t), so neither cancels when a row is nearly right. Class probabilities q have no special column:
 
     loss = k sum_j w_j ((1 - smoothing) q_j + smoothing / C) (D - u_j)
 """
@@ -71,22 +71,22 @@ class _Rows:
         if a.target.is_floating_point():
             self.q = a.target.to(a.compute_dtype)
         elif a.mixed_target is None:
-            self.slots = [self._slot(a.target, factor[0].expand(n, k), a.ignore_index)]
+            self.slots = [self._slot("target", a.target, factor[0].expand(n, k), a.ignore_index)]
         else:
             assert a.mix_lambda is not None
             share = a.mix_lambda.to(a.compute_dtype).expand(n, k)
             self.slots = [
-                self._slot(a.target, factor[0] * share, a.ignore_index),
-                self._slot(a.mixed_target, factor[1] * (1 - share), a.ignore_index),
+                self._slot("target", a.target, factor[0] * share, a.ignore_index),
+                self._slot("mixed_target", a.mixed_target, factor[1] * (1 - share), a.ignore_index),
             ]
 
-    def _slot(self, target: Tensor, factor: Tensor, ignore_index: int) -> _Slot:
+    def _slot(self, name: str, target: Tensor, factor: Tensor, ignore_index: int) -> _Slot:
         valid = target != ignore_index
         bad = valid & ((target < 0) | (target >= self.classes))
         if target.device.type == "cpu" and bool(bad.any()):
             row = int(bad.flatten().nonzero()[0])
             raise IndexError(
-                f"target: row {row} has class {int(target.flatten()[row])}, "
+                f"{name}: row {row} has class {int(target.flatten()[row])}, "
                 f"expected 0 <= class < {self.classes} or ignore_index={ignore_index}"
             )
         factor = torch.where(valid, factor, 0 * factor).masked_fill(bad, math.nan)
@@ -120,7 +120,7 @@ class _Rows:
         )
 
     def rest(self) -> Tensor:
-        """Maximum (0 where there is none) and sum of exp(u - maximum) over the columns that are no target, [2, N, K]."""
+        """Maximum (0 if there is none) and sum of exp(u - maximum) over the columns that are no target, [2, N, K]."""
         u = self.u
         for slot in self.slots:
             is_target = F.one_hot(slot.index, self.classes).movedim(-1, 1).bool() & slot.valid[:, None]
@@ -177,13 +177,13 @@ def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tenso
 
 
 def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Arguments, needs: list[bool]) -> list[Tensor]:
-    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. grad_loss, grad_lse: 0-dim or [N, K]."""
+    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. Upstream: 0-dim or [N, K]."""
     rows = _Rows(a)
     peak = rest[0]
     grad_loss = grad_loss.expand_as(peak)
     zero = torch.zeros_like(peak)
     grad_lse = zero if grad_lse is None else grad_lse.expand_as(peak)
-    grads = [rest.new_empty((0,))] * len(needs)
+    grads = [rest.new_empty((0,)) for _ in needs]
     exp_u = (rows.u - peak[:, None]).exp()  # the targets' columns may overflow; they are replaced below
     shifted: list[tuple[_Slot, Tensor]] = []  # each slot with d/d(v_t), [N, K]
 

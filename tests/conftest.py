@@ -1,0 +1,27 @@
+"""Which backends and device the generic tests run on.
+
+LT_KERNELS_TEST_BACKENDS (default "reference,native": both must be there, or the tests fail) and LT_KERNELS_TEST_DEVICE
+(default "cpu") choose; scripts/gpu_check.sh sets "triton" and "cuda".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+import lt_kernels
+
+BACKENDS = os.environ.get("LT_KERNELS_TEST_BACKENDS", "reference,native").split(",")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with lt_kernels.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device() -> str:
+    return os.environ.get("LT_KERNELS_TEST_DEVICE", "cpu")

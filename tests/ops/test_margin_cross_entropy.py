@@ -1,0 +1,583 @@
+"""margin_cross_entropy on every backend, dtype and case, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lt_kernels
+from lt_kernels import _settings
+from lt_kernels.functional import margin_cross_entropy
+from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
+from lt_kernels.testing import assert_within_budget, check_margin_cross_entropy, dense_margin_cross_entropy
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_BACKENDS = ("reference", "native")
+
+
+def by_id(name: str) -> Case:
+    return next(case for case in CASES if case.id == name)
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request, backend):
+    if backend == "triton" and request.param == "fp64":
+        pytest.skip("Triton kernels take no float64")
+    return DTYPES[request.param]
+
+
+# ------------------------------------------------------------------------------------------------- value and gradients
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_value_and_every_gradient(case, dtype, reduction, backend, device):
+    if dtype == torch.float16 and case.spread > 100:
+        case = dataclasses.replace(case, spread=1e3)  # 1e4 standard deviations overflow float16
+    sample = case.sample(dtype, device, reduction=reduction)
+    upstream: float | Tensor = 0.7
+    if reduction == "none":
+        shape = sample.target.shape if not case.soft else sample.input.select(1, 0).shape
+        upstream = torch.linspace(-1, 2, math.prod(shape), device=device).reshape(shape)
+    if case.layout == "expanded rows":  # eager sums an expanded leaf's gradient like any other here: it is the leaf
+        assert sample.input.stride(0) == 0
+    check_margin_cross_entropy(margin_cross_entropy, sample, upstream=upstream)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 7, 3), (2, 5, 3, 2)], ids=str)
+def test_is_a_superset_of_torch(shape, weighted, soft, smoothing, reduction, backend, device):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device)
+    index_shape = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    classes = shape[1] if len(shape) > 1 else shape[0]
+    target = (
+        torch.randn(shape, device=device).softmax(min(1, x.dim() - 1))
+        if soft
+        else torch.randint(classes, index_shape, device=device)
+    )
+    weight = torch.rand(classes, device=device) + 0.1 if weighted else None
+    results = []
+    for function, kind in (
+        (margin_cross_entropy, torch.float32),
+        (F.cross_entropy, torch.float32),
+        (F.cross_entropy, torch.float64),
+    ):
+        leaf = x.to(kind).requires_grad_()
+        loss = function(
+            leaf,
+            target.to(kind) if soft else target,
+            None if weight is None else weight.to(kind),
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+        results.append((loss, torch.autograd.grad(loss.sum(), leaf)[0]))
+    ours, eager, truth = results
+    assert ours[0].shape == truth[0].shape
+    assert_within_budget(ours[0], eager[0], truth[0], "loss")
+    assert_within_budget(ours[1], eager[1], truth[1], "gradient")
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_any_integer_dtype(index_dtype, backend, device):
+    sample = by_id("logit adjustment").sample(torch.float32, device)
+    expected = margin_cross_entropy(sample.input, sample.target, **sample.options)
+    actual = margin_cross_entropy(sample.input, sample.target.to(index_dtype), **sample.options)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if case.classes <= 40 and case.rows * math.prod(case.positions) <= 40 and case.spread < 100
+    ],
+    ids=lambda case: case.id,
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend_name", CPU_BACKENDS)
+def test_gradcheck(case, reduction, backend_name):
+    if case.id == "nearly right":
+        case = Case("gentler", options=("margin",), keywords={"scale": 3.0})
+    sample = case.sample(torch.float64, reduction=reduction)
+    names = list(sample.differentiable)
+
+    def call(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(names, leaves, strict=True))
+        options = {**sample.options, **{k: v for k, v in given.items() if k not in ("input", "target")}}
+        output = margin_cross_entropy(
+            given.get("input", sample.input), given.get("target", sample.target), return_lse=True, **options
+        )
+        return output.loss, output.lse
+
+    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in sample.differentiable.values())
+    with lt_kernels.use_backend(backend_name):
+        assert torch.autograd.gradcheck(call, leaves)
+
+
+# ----------------------------------------------------------------------------------------------------- upstream, modes
+
+
+@pytest.mark.parametrize("policy", ["one_pass", "recompute", "auto"])
+@pytest.mark.parametrize("upstream", [1.0, 0.5, -3.7, 0.0, 65536.0])
+@pytest.mark.parametrize("name", ["inat18 width", "mixup with everything", "segmentation"])
+def test_every_policy_is_exact_for_every_upstream_gradient(name, upstream, policy, backend, device, monkeypatch):
+    monkeypatch.setattr(_settings, "gradient_policy", policy)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_margin_cross_entropy(margin_cross_entropy, by_id(name).sample(dtype, device), upstream=upstream)
+
+
+def test_retained_graph_and_accumulation(backend, device):
+    sample = by_id("logit adjustment").sample(torch.float64 if backend != "triton" else torch.float32, device)
+    x = sample.input
+    once = torch.autograd.grad(margin_cross_entropy(x, sample.target, **sample.options), x)[0].clone()
+    loss = margin_cross_entropy(x, sample.target, **sample.options)
+    (2 * loss).backward(retain_graph=True)
+    torch.testing.assert_close(x.grad, 2 * once)
+    (-0.25 * loss).backward(retain_graph=True)
+    torch.testing.assert_close(x.grad, 1.75 * once)
+    (0 * loss).backward()
+    torch.testing.assert_close(x.grad, 1.75 * once)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_one_pass_computes_the_gradient_in_forward(device):
+    sample = by_id("logit adjustment").sample(torch.float32, device)
+    loss = margin_cross_entropy(sample.input, sample.target, **sample.options)
+    assert sum(t is not None and t.shape == (5, 33, 1) for t in loss.grad_fn.saved_tensors) == 2  # logits, gradient
+    lt_kernels.set_gradient_policy("recompute")
+    try:
+        loss = margin_cross_entropy(sample.input, sample.target, **sample.options)
+    finally:
+        lt_kernels.set_gradient_policy("auto")
+    assert sum(t is not None and t.shape == (5, 33, 1) for t in loss.grad_fn.saved_tensors) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_a_clear_error(reduction, backend, device):
+    sample = by_id("plain").sample(torch.float32, device, reduction=reduction)
+    loss = margin_cross_entropy(sample.input, sample.target, **sample.options).sum()
+    (grad,) = torch.autograd.grad(loss, sample.input, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_inputs_are_left_alone(backend, device):
+    for name in ("logit adjustment", "probabilities with everything", "transposed with everything"):
+        sample = by_id(name).sample(torch.float32, device)
+        tensors = [sample.input, sample.target, *(v for v in sample.options.values() if isinstance(v, Tensor))]
+        before = [t.detach().clone() for t in tensors]
+        versions = [t._version for t in tensors]
+        margin_cross_entropy(sample.input, sample.target, **sample.options).backward()
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+        assert versions == [t._version for t in tensors]
+
+
+def test_gradients_stay_after_the_graph_is_gone(backend, device):
+    """A gradient that left the graph is the caller's: later calls must not write into its memory."""
+    x = torch.randn(64, 8142, device=device, requires_grad=True)
+    y = torch.arange(64, device=device)
+    margin_cross_entropy(x, y).backward()
+    held, copy_of_it = x.grad, x.grad.clone()
+    for _ in range(4):
+        z = torch.randn(64, 8142, device=device, requires_grad=True)
+        margin_cross_entropy(z, y).backward()
+    assert torch.equal(held, copy_of_it)
+
+
+# --------------------------------------------------------------------------------------------- outputs beside the loss
+
+
+def test_lse_is_that_of_the_shifted_logits(dtype, backend, device):
+    sample = by_id("learnable vectors").sample(dtype, device)
+    output = margin_cross_entropy(sample.input, sample.target, return_lse=True, **sample.options)
+    assert output.lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert output.lse.shape == sample.target.shape
+    options = {k: v.detach().double() for k, v in sample.options.items()}
+    x = sample.input.detach().double()
+    cosine = x * options["class_scale"]
+    is_target = F.one_hot(sample.target.clamp(min=0), 33).bool() & (sample.target >= 0)[:, None]
+    moved = torch.where(is_target, cosine - options["margin"], cosine)
+    truth = torch.logsumexp(options["scale"] * moved + options["class_bias"], 1)
+    torch.testing.assert_close(output.lse.double(), truth, rtol=1e-6 if dtype != torch.float64 else 1e-12, atol=0)
+
+
+def test_lse_is_differentiable(backend, device):
+    sample = by_id("ignored rows").sample(torch.float32, device)
+    bias = sample.options["class_bias"]
+
+    def z_loss(x: Tensor, function) -> Tensor:
+        loss, lse = function(x)
+        return loss + (lse.square() * torch.linspace(0, 1, 9, device=device)).sum()
+
+    def ours(x: Tensor) -> tuple[Tensor, Tensor]:
+        output = margin_cross_entropy(x, sample.target, class_bias=bias.to(x.dtype), return_lse=True)
+        return output.loss, output.lse
+
+    def eager(x: Tensor) -> tuple[Tensor, Tensor]:
+        u = x + bias.to(x.dtype)
+        return F.cross_entropy(u, sample.target), torch.logsumexp(u, 1)
+
+    results = []
+    for function, kind in ((ours, torch.float32), (eager, torch.float32), (eager, torch.float64)):
+        leaf = sample.input.detach().to(kind).requires_grad_()
+        results.append(torch.autograd.grad(z_loss(leaf, function), leaf)[0])
+    assert_within_budget(*results, "gradient")
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "pixels"])
+@pytest.mark.parametrize("classes", [1, 5, 1000, 40_001])
+def test_prediction_is_the_argmax_of_the_raw_logits(classes, layout, dtype, backend, device):
+    torch.manual_seed(1)
+    x = torch.randn(6, classes, device=device).mul(4).round().to(dtype)  # many ties: the first one counts
+    if classes > 3:
+        x[1] = -math.inf
+        x[2, classes // 2] = math.nan
+        x[3, -1] = math.inf
+    bias = torch.linspace(-50, 50, classes, device=device)
+    target = torch.zeros(6, dtype=torch.int64, device=device)
+    expected = x.argmax(1) if device == "cpu" else x.cpu().argmax(1).to(device)
+    if layout == "columns":
+        x = x.t().contiguous().t()
+    if layout == "pixels":
+        x, target, expected = x.t()[None].contiguous(), target[None], expected[None]
+    output = margin_cross_entropy(x, target, class_bias=bias, return_prediction=True)
+    assert output.prediction.dtype == torch.int64
+    assert torch.equal(output.prediction, expected)
+    assert output.lse is None
+
+
+# ------------------------------------------------------------------------------------------------------ extreme inputs
+
+
+@pytest.mark.parametrize("name", ["plain", "logit adjustment", "smoothing", "segmentation", "transposed"])
+def test_masked_classes(name, backend, device):
+    sample = by_id(name).sample(torch.float32, device)
+    with torch.no_grad():
+        sample.input[:, 4:9] = -math.inf
+        if not sample.target.is_floating_point():
+            sample.target[(sample.target >= 4) & (sample.target < 9)] = 0
+    truth, eager = sample.converted(torch.float64), sample.converted(torch.float32)
+    for s in (truth, eager):
+        s.input = s.input.detach().requires_grad_()
+    check_margin_cross_entropy(margin_cross_entropy, sample)
+
+
+@pytest.mark.parametrize("positions", [(), (3,)], ids=["rows", "pixels"])
+def test_nothing_to_average(positions, backend, device):
+    x = torch.randn(4, 5, *positions, device=device, requires_grad=True)
+    target = torch.full((4, *positions), -100, device=device)
+    loss = margin_cross_entropy(x, target)
+    assert torch.isnan(loss)
+    assert torch.isnan(F.cross_entropy(x, target))
+    assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros_like(x))
+    assert margin_cross_entropy(x, target, reduction="sum") == 0
+    assert torch.equal(margin_cross_entropy(x, target, reduction="none"), torch.zeros(4, *positions, device=device))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)], ids=str)
+def test_no_rows(shape, soft, reduction, backend, device):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    target = (
+        torch.rand(shape, device=device)
+        if soft
+        else torch.zeros(shape[:1] + shape[2:], dtype=torch.int64, device=device)
+    )
+    loss = margin_cross_entropy(x, target, class_bias=torch.zeros(5, device=device), reduction=reduction)
+    torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
+    loss.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_a_zero_weight_mean_is_nan_as_in_torch(backend, device):
+    x = torch.randn(3, 5, device=device)
+    y = torch.tensor([1, 1, 1], device=device)
+    weight = torch.ones(5, device=device)
+    weight[1] = 0
+    assert torch.isnan(F.cross_entropy(x, y, weight))
+    assert torch.isnan(margin_cross_entropy(x, y, weight))
+    assert margin_cross_entropy(x, y, weight, reduction="sum") == 0
+
+
+def test_a_nan_row_stays_alone(backend, device):
+    x = torch.randn(5, 8142, device=device)
+    x[2] = math.nan
+    x[3, 17] = math.inf
+    x.requires_grad_()
+    loss = margin_cross_entropy(x, torch.arange(5, device=device), reduction="none")
+    loss.sum().backward()
+    bad = torch.tensor([False, False, True, True, False], device=device)
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(x.grad.isnan().any(1), bad)
+
+
+def test_offsets_beyond_32_bits(backend, device):
+    """Rows more than 2^31 elements apart; only their own pages are touched."""
+    storage = torch.empty(2**31 + 9000, dtype=torch.bfloat16, device=device)
+    x = storage.as_strided((2, 8142), (2**31 + 11, 1), 3)
+    torch.manual_seed(0)
+    x.copy_(torch.randn(2, 8142, device=device))
+    target = torch.tensor([5, 8141], device=device)
+    for reduction in ("none", "mean"):
+        far, near = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
+        losses = [margin_cross_entropy(t, target, reduction=reduction) for t in (far, near)]
+        assert torch.equal(*losses)
+        grads = [torch.autograd.grad(loss.sum(), t)[0] for loss, t in zip(losses, (far, near), strict=True)]
+        assert torch.equal(*grads)
+
+
+def test_determinism_from_run_to_run(backend, device):
+    for name in ("inat18 width, all vectors", "few rows, many columns", "transposed with everything"):
+        runs = []
+        for _ in range(2):
+            sample = by_id(name).sample(torch.float32, device)
+            loss = margin_cross_entropy(sample.input, sample.target, **sample.options)
+            runs.append([loss, *torch.autograd.grad(loss, list(sample.differentiable.values()))])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("rows", rows=70, classes=1203, options=("class_bias",)),
+        Case(
+            "rows, vectors learn", rows=70, classes=1203, options=("class_bias",), requires_grad=("input", "class_bias")
+        ),
+        Case("split columns", rows=3, classes=50_021, options=("class_bias",), keywords={"label_smoothing": 0.1}),
+        Case("beyond the cache", rows=9, classes=70_001, options=("class_bias",)),
+        Case(
+            "pixels",
+            rows=3,
+            classes=50,
+            positions=(37, 11),
+            options=("class_bias",),
+            requires_grad=("input", "class_bias"),
+        ),
+    ],
+    ids=lambda case: case.id,
+)
+def test_same_bits_for_any_number_of_threads(case):
+    threads = torch.get_num_threads()
+    runs = []
+    with lt_kernels.use_backend("native"):
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                sample = case.sample(torch.float32)
+                output = margin_cross_entropy(sample.input, sample.target, return_prediction=True, **sample.options)
+                runs.append([*output[::2], *torch.autograd.grad(output.loss, list(sample.differentiable.values()))])
+        finally:
+            torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
+seeds = st.integers(0, 2**16)
+
+
+def draw(
+    shape: tuple[int, int], seed: int, device: str, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 4
+    y = torch.randint(shape[1], shape[:1], generator=generator)
+    bias = torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), y, bias
+
+
+@pytest.mark.parametrize("backend_name", CPU_BACKENDS)
+class TestProperties:
+    @settings(max_examples=40, deadline=None)
+    @given(shape=shapes, seed=seeds, shift=st.floats(-1e3, 1e3))
+    def test_adding_a_constant_to_a_row_changes_nothing(self, backend_name, shape, seed, shift):
+        x, y, bias = draw(shape, seed)
+        with lt_kernels.use_backend(backend_name):
+            a = margin_cross_entropy(x, y, class_bias=bias, margin=0.3, reduction="none")
+            b = margin_cross_entropy(x + shift, y, class_bias=bias, margin=0.3, reduction="none")
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+    @settings(max_examples=40, deadline=None)
+    @given(shape=shapes, seed=seeds, smoothing=st.sampled_from([0.0, 0.2]))
+    def test_gradient_rows_sum_to_zero(self, backend_name, shape, seed, smoothing):
+        x, y, bias = draw(shape, seed)
+        with lt_kernels.use_backend(backend_name):
+            margin_cross_entropy(
+                x, y, class_bias=bias, margin=0.3, label_smoothing=smoothing, reduction="sum"
+            ).backward()
+        assert x.grad.sum(1).abs().max() < 1e-12
+
+    @settings(max_examples=40, deadline=None)
+    @given(shape=shapes, seed=seeds)
+    def test_permuting_classes_permutes_the_gradient(self, backend_name, shape, seed):
+        x, y, bias = draw(shape, seed)
+        order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed))
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(shape[1]))
+        with lt_kernels.use_backend(backend_name):
+            loss = margin_cross_entropy(x, y, class_bias=bias, margin=0.2)
+            (grad,) = torch.autograd.grad(loss, x)
+            moved = x.detach()[:, order].requires_grad_()
+            other = margin_cross_entropy(moved, place[y], class_bias=bias[order], margin=0.2)
+            (moved_grad,) = torch.autograd.grad(other, moved)
+        torch.testing.assert_close(loss, other)
+        torch.testing.assert_close(grad[:, order], moved_grad)
+
+    @settings(max_examples=40, deadline=None)
+    @given(shape=shapes, seed=seeds, share=st.floats(0, 1))
+    def test_mixing_is_the_weighted_sum_of_two_calls(self, backend_name, shape, seed, share):
+        x, y, bias = draw(shape, seed)
+        z = y.roll(1)
+        with lt_kernels.use_backend(backend_name):
+            mixed = margin_cross_entropy(x, y, class_bias=bias, margin=0.4, mixed_target=z, mix_lambda=share)
+            parts = [margin_cross_entropy(x, t, class_bias=bias, margin=0.4) for t in (y, z)]
+        torch.testing.assert_close(mixed, share * parts[0] + (1 - share) * parts[1])
+
+    @settings(max_examples=40, deadline=None)
+    @given(shape=shapes, seed=seeds)
+    def test_one_hot_probabilities_are_indices(self, backend_name, shape, seed):
+        x, y, bias = draw(shape, seed)
+        with lt_kernels.use_backend(backend_name):
+            a = margin_cross_entropy(x, y, class_bias=bias, label_smoothing=0.1)
+            b = margin_cross_entropy(x, F.one_hot(y, shape[1]).double(), class_bias=bias, label_smoothing=0.1)
+        torch.testing.assert_close(a, b)
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+
+def op_arguments(name: str, dtype: torch.dtype, backend: str, **overrides) -> list:
+    sample = by_id(name).sample(dtype)
+    vector = {k: sample.options.get(k) for k in ("weight", "class_bias", "class_scale")}
+    tensors = {
+        "input": sample.input[:, :, None],
+        "target": sample.target[..., None],
+        "mixed_target": None,
+        "mix_lambda": None,
+        **vector,
+        "class_margin": None,
+        "learned_scale": None,
+        "coefficient": None,
+        "scale": 1.0,
+        "margin": 0.0,
+        "angular": False,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        **overrides,
+    }
+    return [*Arguments(**tensors)]
+
+
+@pytest.mark.parametrize("name", ["logit adjustment", "probabilities", "learnable vectors"])
+def test_opcheck_forward(name, backend):
+    for reduce, with_prediction in ((True, True), (False, False)):
+        arguments = (*op_arguments(name, torch.float32, backend), reduce, with_prediction, False, backend)
+        torch.library.opcheck(torch.ops.lt_kernels.margin_cross_entropy_fwd.default, arguments)
+
+
+def test_opcheck_forward_with_gradient(backend):
+    arguments = (*op_arguments("logit adjustment", torch.float32, backend), True, False, True, backend)
+    torch.library.opcheck(
+        torch.ops.lt_kernels.margin_cross_entropy_fwd.default,
+        arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("name", ["logit adjustment", "probabilities"])
+def test_opcheck_backward(name, backend):
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in op_arguments(name, torch.float32, backend)]
+    op = torch.ops.lt_kernels.margin_cross_entropy_fwd.default
+    rest = op(*arguments, False, False, False, backend)[3]
+    needs = [True, name == "probabilities", True, False, False, False]
+    torch.library.opcheck(
+        torch.ops.lt_kernels.margin_cross_entropy_bwd.default, (torch.ones(()), None, rest, *arguments, needs, backend)
+    )
+
+
+def test_opcheck_scale_gradient():
+    torch.library.opcheck(torch.ops.lt_kernels.scale_gradient_.default, (torch.randn(4, 5), torch.tensor(0.5)))
+
+
+@pytest.mark.parametrize("name", ["plain", "mixup with everything", "probabilities with everything", "segmentation"])
+def test_compile_fullgraph(name, backend, device):
+    torch._dynamo.reset()
+    sample = by_id(name).sample(torch.float32, device)
+
+    def call(x: Tensor, y: Tensor, **options) -> Tensor:
+        return 2 * margin_cross_entropy(x.sin(), y, **options)
+
+    compiled = torch.compile(call, fullgraph=True)
+    expected, actual = (f(sample.input, sample.target, **sample.options) for f in (call, compiled))
+    torch.testing.assert_close(actual, expected)
+    leaves = list(sample.differentiable.values())
+    for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_follows_the_backend_setting(device):
+    torch._dynamo.reset()
+    x, y = torch.randn(3, 5, device=device), torch.tensor([0, 1, 2], device=device)
+    seen = []
+
+    def spy(graph, inputs):
+        seen.extend(str(node.args[-1]) for node in graph.graph.nodes if "margin_cross_entropy" in str(node.target))
+        return graph.forward
+
+    compiled = torch.compile(lambda x, y: margin_cross_entropy(x, y), fullgraph=True, backend=spy)
+    for name in CPU_BACKENDS:
+        with lt_kernels.use_backend(name):
+            compiled(x, y)
+    assert seen == list(CPU_BACKENDS)
+
+
+def test_autocast_reads_the_logits_as_they_are(backend, device):
+    x = torch.randn(4, 16, device=device, requires_grad=True)
+    w = torch.randn(33, 16, device=device, requires_grad=True)
+    y = torch.tensor([0, 5, 32, 7], device=device)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        logits = F.linear(x, w)
+        assert logits.dtype == torch.bfloat16
+        loss = margin_cross_entropy(logits, y)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert x.grad.dtype == torch.float32
+    assert torch.equal(loss, margin_cross_entropy(logits, y))
+
+
+def test_checkpointing(backend, device):
+    from torch.utils.checkpoint import checkpoint
+
+    sample = by_id("logit adjustment").sample(torch.float32, device)
+    call = lambda x: margin_cross_entropy(x.exp().log(), sample.target, **sample.options)  # noqa: E731
+    (plain,) = torch.autograd.grad(call(sample.input), sample.input)
+    (again,) = torch.autograd.grad(checkpoint(call, sample.input, use_reentrant=False), sample.input)
+    assert torch.equal(plain, again)
+
+
+def test_dense_oracle_is_cross_entropy():
+    """The oracle of lt_kernels.testing itself, against torch on what torch has."""
+    x, y, bias = draw((5, 7), 0)
+    torch.testing.assert_close(dense_margin_cross_entropy(x, y, class_bias=bias), F.cross_entropy(x + bias, y))
+    cos = x.detach().tanh()
+    theta = cos.gather(1, y[:, None])[:, 0].arccos()
+    logits = (8 * cos).scatter(1, y[:, None], 8 * torch.cos(theta + 0.1)[:, None])
+    keep = theta + 0.1 < math.pi
+    ours = dense_margin_cross_entropy(cos, y, margin=0.1, scale=8.0, margin_type="angular", reduction="none")
+    torch.testing.assert_close(ours[keep], F.cross_entropy(logits, y, reduction="none")[keep])
