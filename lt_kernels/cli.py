@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("op", nargs="?", metavar="OP", help="an op (default: all), or `report`")
     command.add_argument("--list", action="store_true", help="list ops, providers and cases, and stop")
     for name, text in (
-        ("provider", "what to measure (default: all that are available here)"),
+        ("provider", "what to measure (default: what is available here, without lt[reference])"),
         ("case", "shapes to measure (default: those meant for the device)"),
         ("dtype", "float32, bfloat16, float16 (default: the first two)"),
         ("direction", "fwd, bwd, fwd_bwd (default: fwd and fwd_bwd)"),
@@ -130,7 +130,7 @@ def _info(arguments: argparse.Namespace) -> int:
     print(f"{'settings':14} {', '.join(f'{name}={value}' for name, value in facts['settings'].items())}")
     print("\nextension")
     for name, value in (facts["extension"] or {"not built": "native is not available"}).items():
-        print(f"  {name:12} {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+        print(f"  {name:12} {', '.join(map(str, value)) or 'none' if isinstance(value, (list, tuple)) else value}")
     for op, devices in facts["backends"].items():
         print(f"\n{op}")
         for device, backends in devices.items():

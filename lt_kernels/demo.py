@@ -177,13 +177,15 @@ def print_accuracy(results: dict[str, dict[str, Tensor]]) -> None:
     print("\n" + f"{'accuracy, %':18}" + "".join(f"{group:>10}" for group in GROUPS))
     for name, values in results.items():
         print(f"{name:18}" + "".join(f"{100 * float(values[group]):10.1f}" for group in GROUPS))
+    print("Logit adjustment with tau = 1 and balanced softmax are the same function, so their rows agree.")
 
 
 def draw_accuracy(per_class: dict[str, Tensor], counts: Tensor, path: Path) -> None:
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4))
     for name, values in per_class.items():
-        axis.plot(range(CLASSES), 100 * values.numpy(), marker="o", markersize=4, label=name)
+        below = {"linewidth": 5, "alpha": 0.5} if name == "logit adjustment" else {}  # equal to balanced softmax
+        axis.plot(range(CLASSES), 100 * values.numpy(), marker="o", markersize=4, label=name, **below)
     axis.set_xticks(range(CLASSES), [str(int(count)) for count in counts])
     axis.set_xlabel("training images of the class")
     axis.set_ylabel("test accuracy, %")

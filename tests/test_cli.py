@@ -71,13 +71,15 @@ def test_module_runs_as_the_command():
         (["bench", "--dtype", "int8"], ["unknown dtype 'int8'", "bfloat16"]),
         (["bench", "--direction", "up"], ["unknown direction 'up'", "fwd_bwd"]),
         (["bench", "--device", "tpu"], ["unknown device 'tpu'", "cuda"]),
+        (["bench", "--seconds", "0", "--device", "cuda"], ["no CUDA device is available"]),
         (["bench", "--repetitions", "0"], ["repetitions: got 0", "at least 1"]),
         (["bench", "--check"], ["--check goes with"]),
         (["demo", "--seeds", "0"], ["--seeds: got 0"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0] in ("bench", "demo") else "",
 )
-def test_bad_arguments_name_the_choices(capsys, argv, words):
+def test_bad_arguments_name_the_choices(capsys, monkeypatch, argv, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     status, _, err = run(capsys, *argv)
     assert status == 2
     assert err.startswith("lt-kernels: ")

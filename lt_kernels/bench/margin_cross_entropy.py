@@ -58,12 +58,11 @@ class Inputs:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(case.rows, case.classes, generator=generator).mul_(3)
-    target = torch.multinomial(case.class_counts().float(), case.rows, replacement=True, generator=generator)
-    return Inputs(
-        logits.to(device, dtype).requires_grad_(), target.to(device), case.log_prior().to(device, torch.float32)
-    )
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(case.rows, case.classes, generator=generator, device=device).mul_(3).to(dtype)
+    frequency = case.class_counts().to(device, torch.float32)
+    target = torch.multinomial(frequency, case.rows, replacement=True, generator=generator)
+    return Inputs(logits.requires_grad_(), target, case.log_prior().to(device, torch.float32))
 
 
 def logit_adjusted(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:

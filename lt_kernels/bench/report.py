@@ -38,8 +38,9 @@ def find_root(start: Path) -> Path:
 
 
 def result_files(root: Path) -> list[Path]:
-    """The result files of the ops we know, one folder per device."""
-    return [path for path in sorted((root / RESULTS).glob("*/*.json")) if path.stem in OPS]
+    """The result files of the ops we know, one folder per device (``aot`` holds the table of compiled kernels)."""
+    found = sorted((root / RESULTS).glob("*/*.json"))
+    return [path for path in found if path.stem in OPS and path.parent.name != "aot"]
 
 
 def write(root: Path) -> list[Path]:

@@ -59,7 +59,8 @@ def run(
     Args:
         op: a key of ``OPS``.
         cases: names; default those meant for the device.
-        providers: names; default all that are available. One asked for by name must be available.
+        providers: names; one asked for by name must be available. Default: all that are, but for ``lt[reference]``,
+            which defines the mathematics and is not meant to be fast.
         dtypes, directions: names from ``DTYPES`` and ``DIRECTIONS``.
         device: ``"cpu"`` or ``"cuda"``.
         repetitions: at least this many of each provider ...
@@ -75,10 +76,13 @@ def run(
     module = OPS[_choices("op", [op], OPS)[0]]
     case_names = [name for name, case in module.CASES.items() if device in case.devices]
     case_names = _choices("case", cases, module.CASES) if cases else case_names
-    chosen = _choices("provider", providers, module.PROVIDERS) if providers else list(module.PROVIDERS)
+    everything = [name for name in module.PROVIDERS if name != "lt[reference]"]
+    chosen = _choices("provider", providers, module.PROVIDERS) if providers else everything
     _choices("dtype", dtypes, DTYPES)
     _choices("direction", directions, DIRECTIONS)
     _choices("device", [device], ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: no CUDA device is available")
     if repetitions < 1:
         raise ValueError(f"repetitions: got {repetitions}, expected at least 1")
     for provider in list(chosen):

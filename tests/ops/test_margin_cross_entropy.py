@@ -393,9 +393,7 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
 seeds = st.integers(0, 2**16)
 
 
-def draw(
-    shape: tuple[int, int], seed: int, device: str, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
+def draw(shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * 4
     y = torch.randint(shape[1], shape[:1], generator=generator)

@@ -360,37 +360,14 @@ def _weighted(z, first, offsets, mask, weight_ptr, WIDE: tl.constexpr):
 
 @triton.jit
 def _at_targets(columns, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED: tl.constexpr):
-    """du with the targets' columns put in, and the same plus what reaches c_y = class_scale_y x_y through v."""
+    """du, but in the targets' columns d/d(u_y) plus what reaches class_scale_y x_y through v."""
     column, _, _, _, _, _, _, dphi_dc, _ = a
     du = tl.where(columns == column, plain_a, du)
     if MIXED:
         column_b, _, _, _, _, _, _, dphi_dc_b, _ = b
         du = tl.where(columns == column_b, plain_b, du)
-        through = du + tl.where(columns == column_b, dv_b * dphi_dc_b, 0.0)
-    else:
-        through = du
-    return du, through + tl.where(columns == column, dv_a * dphi_dc, 0.0)
-
-
-@triton.jit
-def _add_at_targets(columns, values, a, b, dv_a, dv_b, BY: tl.constexpr, MIXED: tl.constexpr):
-    """values plus, in each target's column, dv times 1 (BY 0), phi (BY 1) or d phi / d margin (BY 2)."""
-    column, _, _, _, _, _, phi, _, dphi_dm = a
-    term = dv_a
-    if BY == 1:
-        term = dv_a * phi
-    if BY == 2:
-        term = dv_a * dphi_dm
-    values += tl.where(columns == column, term, 0.0)
-    if MIXED:
-        column, _, _, _, _, _, phi, _, dphi_dm = b
-        term = dv_b
-        if BY == 1:
-            term = dv_b * phi
-        if BY == 2:
-            term = dv_b * dphi_dm
-        values += tl.where(columns == column, term, 0.0)
-    return values
+        du += tl.where(columns == column_b, dv_b * dphi_dc_b, 0.0)
+    return du + tl.where(columns == column, dv_a * dphi_dc, 0.0)
 
 
 @triton.jit
@@ -404,14 +381,20 @@ def _positions(block, positions, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _best(x, columns, mask):
-    """Maximum and its first column (that of a NaN, if there is one earlier) over all elements of x."""
-    best = tl.max(x, 0)
-    return best, tl.min(tl.where(mask & ~(x < best), columns, _NO_COLUMN), 0)
+    """Maximum of x along the classes and its first column; as in torch.argmax a NaN is larger than anything."""
+    best = tl.max(tl.where(x == x, x, -_INF), 0)
+    column = tl.min(tl.where(mask & (x == best), columns, _NO_COLUMN), 0)
+    nan_column = tl.min(tl.where(x != x, columns, _NO_COLUMN), 0)
+    has_nan = nan_column < _NO_COLUMN
+    return tl.where(has_nan, _NAN, best), tl.where(has_nan, nan_column, column)
 
 
 @triton.jit
 def _better(best, column, other, other_column):
-    replace = (other > best) | ((other == best) & (other_column < column))
+    nan, other_nan = best != best, other != other
+    as_good = (other == best) | (nan & other_nan)
+    replace = (other > best) | (other_nan & ~nan) | (as_good & (other_column < column))
+    replace = replace & (other_nan | ~nan)
     return tl.where(replace, other, best), tl.where(replace, other_column, column)
 
 
@@ -629,7 +612,7 @@ def _rows_forward_kernel(
             q_edge = e_edge
         du = _ordinary(e_edge, slope, smooth, q_edge, 0, edge, edge_mask, weight_ptr, SMOOTH, SOFT, False)
         if not SOFT:
-            _, du = _at_targets(edge, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED)
+            du = _at_targets(edge, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED)
         dx = _unscaled(du, 0, edge, edge_mask, class_scale_ptr, scale, HAS_SCALE, False)
         tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
         if ONE_TILE:
@@ -650,9 +633,9 @@ def _rows_forward_kernel(
                     q = _soft_weights(
                         q_body, offsets, head, offsets, mask, weight_ptr, label_smoothing, smooth_share, SMOOTH, WIDE
                     )
-                du = _ordinary(e, slope, smooth, q, head, offsets, mask, weight_ptr, SMOOTH, SOFT, WIDE)
-                dx = _unscaled(du, head, offsets, mask, class_scale_ptr, scale, HAS_SCALE, WIDE)
-                tl.store(grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
+                tile_du = _ordinary(e, slope, smooth, q, head, offsets, mask, weight_ptr, SMOOTH, SOFT, WIDE)
+                tile_dx = _unscaled(tile_du, head, offsets, mask, class_scale_ptr, scale, HAS_SCALE, WIDE)
+                tl.store(grad_ptr + grad_aligned + offsets, tile_dx.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 # --- rows: backward --------------------------------------------------------------------------------------------------
@@ -764,7 +747,7 @@ def _rows_backward_kernel(
             )
         du = _ordinary(e, slope, smooth, q, 0, edge, edge_mask, weight_ptr, SMOOTH, SOFT, False)
         if not SOFT:
-            _, du = _at_targets(edge, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED)
+            du = _at_targets(edge, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED)
         dx = _unscaled(du, 0, edge, edge_mask, class_scale_ptr, scale, HAS_SCALE, False)
         tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
 
@@ -941,7 +924,7 @@ def _tiles_forward_kernel(
                 )  # fmt: skip
             du = _ordinary(e, slope[None, :], smooth, q, 0, columns, real, weight_ptr, SMOOTH, SOFT, False)
             if not SOFT:
-                _, du = _at_targets(columns, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED)
+                du = _at_targets(columns, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED)
             dx = _unscaled(du, 0, columns, real, class_scale_ptr, scale, HAS_SCALE, False)
             offsets = columns.to(tl.int64) * grad_stride_c
             tl.store(grad_tile_ptr + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
@@ -979,10 +962,10 @@ def _soft_mass_kernel(
     tl.store(soft_mass_ptr + row, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "blocks_per_program"])
-def _tiles_backward_kernel(
+@triton.jit(do_not_specialize=["ignore_index", "rows"])
+def _terms_kernel(
     input_ptr,  # [N, C, K]
-    target_ptr,  # [N, K] int64, or [N, C, K] probabilities where SOFT
+    target_ptr,  # [N, K] int64; not read where SOFT
     mixed_target_ptr,  # [N, K] int64
     mix_lambda_ptr,  # 0-dim or [N, K]
     weight_ptr,  # [C]
@@ -996,6 +979,98 @@ def _tiles_backward_kernel(
     soft_mass_ptr,  # [N, K] where SOFT: sum of the soft weights
     grad_loss_ptr,  # 0-dim or [N, K]
     grad_lse_ptr,  # 0-dim or [N, K]
+    terms_ptr,  # [12, N, K]: slope, smooth; of each target d/d(u_y), dv, dv dphi/dc, dv phi, dv dphi/dm
+    columns_ptr,  # [2, N, K] int32: the targets' columns, -1 for none
+    rows,
+    classes,
+    positions,
+    input_stride_n,
+    input_stride_c,
+    input_stride_k,
+    mix_lambda_stride,
+    grad_loss_stride,
+    grad_lse_stride,
+    scale,
+    margin,
+    cos_margin,
+    sin_margin,
+    ignore_index,
+    label_smoothing,
+    HAS_SCALE: tl.constexpr,
+    ANGULAR: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SOFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the gradients of a row are made of, one row per lane."""
+    MIXED: tl.constexpr = mixed_target_ptr is not None
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    row = tl.minimum(row, rows - 1)
+    scale = _full_scale(scale, learned_scale_ptr)
+    peak = tl.load(rest_ptr + row)
+    mass = tl.load(rest_ptr + rows + row)
+    upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    upstream_lse = tl.zeros([BLOCK], tl.float32)
+    if grad_lse_ptr is not None:
+        upstream_lse += tl.load(grad_lse_ptr + row * grad_lse_stride)
+    size = tl.cast(rows, tl.int64)
+    out_ptr = terms_ptr + row
+    if SOFT:
+        if coefficient_ptr is not None:
+            upstream = upstream * tl.load(coefficient_ptr)
+        slope = (upstream * tl.load(soft_mass_ptr + row) + upstream_lse) / mass
+        tl.store(out_ptr, slope, mask=inside)
+        tl.store(out_ptr + size, upstream + tl.zeros_like(slope), mask=inside)
+    else:
+        row_ptr = input_ptr + row // positions * input_stride_n + row % positions * input_stride_k
+        a, b = _slots(
+            row_ptr, row, target_ptr, mixed_target_ptr, mix_lambda_ptr, coefficient_ptr, weight_ptr, class_bias_ptr,
+            class_scale_ptr, margin_ptr, classes, input_stride_c, mix_lambda_stride, scale, margin, cos_margin,
+            sin_margin, ignore_index, ANGULAR,
+        )  # fmt: skip
+        slope, smooth, plain_a, dv_a, plain_b, dv_b = _slopes(
+            peak, mass, a, b, upstream, upstream_lse, _weight_total(weight_total_ptr, classes), label_smoothing,
+            label_smoothing / classes, MIXED,
+        )  # fmt: skip
+        tl.store(out_ptr, slope, mask=inside)
+        tl.store(out_ptr + size, smooth, mask=inside)
+        _store_terms(out_ptr + 2 * size, columns_ptr + row, size, a, plain_a, dv_a, inside)
+        if MIXED:
+            _store_terms(out_ptr + 7 * size, columns_ptr + size + row, size, b, plain_b, dv_b, inside)
+
+
+@triton.jit
+def _store_terms(out_ptr, column_ptr, size, slot, plain, dv, inside):
+    column, _, _, _, _, _, phi, dphi_dc, dphi_dm = slot
+    tl.store(column_ptr, column, mask=inside)
+    tl.store(out_ptr, plain, mask=inside)
+    tl.store(out_ptr + size, dv, mask=inside)
+    tl.store(out_ptr + 2 * size, dv * dphi_dc, mask=inside)
+    tl.store(out_ptr + 3 * size, dv * phi, mask=inside)
+    tl.store(out_ptr + 4 * size, dv * dphi_dm, mask=inside)
+
+
+@triton.jit
+def _add_terms(values, columns, column_a, column_b, terms_ptr, size, MIXED: tl.constexpr):
+    """values plus one kind of term in each target's column."""
+    values += tl.where(columns == column_a, tl.load(terms_ptr)[None, :], 0.0)
+    if MIXED:
+        values += tl.where(columns == column_b, tl.load(terms_ptr + 5 * size)[None, :], 0.0)
+    return values
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "blocks_per_program"])
+def _tiles_backward_kernel(
+    input_ptr,  # [N, C, K]
+    target_ptr,  # [N, C, K] probabilities; not read unless SOFT
+    weight_ptr,  # [C]
+    class_bias_ptr,  # [C]
+    class_scale_ptr,  # [C]
+    learned_scale_ptr,  # 0-dim
+    rest_ptr,  # [2, N, K]
+    terms_ptr,  # [12, N, K], see _terms_kernel
+    columns_ptr,  # [2, N, K] int32
     grad_ptr,  # [N, C, K], gradient of input
     grad_target_ptr,  # [N, C, K], gradient of the probabilities
     partial_ptr,  # [programs, NEEDED, C]: sums over a program's rows for class_bias, class_scale, class_margin, scale
@@ -1016,19 +1091,12 @@ def _tiles_backward_kernel(
     grad_target_stride_n,
     grad_target_stride_c,
     grad_target_stride_k,
-    mix_lambda_stride,
-    grad_loss_stride,
-    grad_lse_stride,
     scale,
-    margin,
-    cos_margin,
-    sin_margin,
-    ignore_index,
     label_smoothing,
     HAS_SCALE: tl.constexpr,
-    ANGULAR: tl.constexpr,
     SMOOTH: tl.constexpr,
     SOFT: tl.constexpr,
+    MIXED: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     NEED_SCALE: tl.constexpr,
     NEED_MARGIN: tl.constexpr,
@@ -1037,13 +1105,11 @@ def _tiles_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """All gradients; one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows, in order."""
-    MIXED: tl.constexpr = mixed_target_ptr is not None
     NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     real = columns < classes
     scale = _full_scale(scale, learned_scale_ptr)
-    smooth_share = label_smoothing / classes
-    weight_total = _weight_total(weight_total_ptr, classes)
+    size = tl.cast(rows, tl.int64)
     sum_bias = tl.zeros([BLOCK_C], tl.float32)
     sum_scale = tl.zeros([BLOCK_C], tl.float32)
     sum_margin = tl.zeros([BLOCK_C], tl.float32)
@@ -1051,68 +1117,59 @@ def _tiles_backward_kernel(
     first_block = tl.program_id(0) * blocks_per_program
     for block in range(first_block, tl.minimum(first_block + blocks_per_program, blocks)):
         n, k, inside, row = _positions(block, positions, BLOCK_K)
-        row_ptr = input_ptr + n * input_stride_n + tl.minimum(k, positions - 1) * input_stride_k
         mask = real & inside[None, :]
         offsets = k[None, :] * input_stride_k + columns.to(tl.int64) * input_stride_c
         x = tl.load(input_ptr + n * input_stride_n + offsets, mask=mask, other=-_INF).to(tl.float32)
         u = _shifted(x, 0, columns, real, class_bias_ptr, class_scale_ptr, scale, HAS_SCALE, False)
-        peak = tl.load(rest_ptr + row)
-        mass = tl.load(rest_ptr + rows + row)
-        upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
-        upstream_lse = tl.zeros([BLOCK_K], tl.float32)
-        if grad_lse_ptr is not None:
-            upstream_lse += tl.load(grad_lse_ptr + row * grad_lse_stride)
-        u = u - peak[None, :]
+        u = u - tl.load(rest_ptr + row)[None, :]
         e = _exp(u)
+        slope = tl.load(terms_ptr + row)[None, :]
+        smooth = tl.load(terms_ptr + size + row)[None, :]
+        q = e
         if SOFT:
             q = _soft_weights(
                 target_ptr + n * target_stride_n + k[None, :] * target_stride_k,
-                columns.to(tl.int64) * target_stride_c, 0, columns, mask, weight_ptr, label_smoothing, smooth_share,
-                SMOOTH, False,
+                columns.to(tl.int64) * target_stride_c, 0, columns, mask, weight_ptr, label_smoothing,
+                label_smoothing / classes, SMOOTH, False,
             )  # fmt: skip
-            factor = upstream + tl.zeros([BLOCK_K], tl.float32)
-            if coefficient_ptr is not None:
-                factor = factor * tl.load(coefficient_ptr)
             if grad_target_ptr is not None:
-                dq = factor[None, :] * (label_smoothing - 1.0) * (u - tl.log(mass)[None, :])
+                log_mass = tl.log(tl.load(rest_ptr + size + row))[None, :]
+                dq = smooth * (label_smoothing - 1.0) * (u - log_mass)
                 if weight_ptr is not None:
                     dq = dq * _class_values(weight_ptr, 0, columns, real, 0.0, False, True)
                 offsets = k[None, :] * grad_target_stride_k + columns.to(tl.int64) * grad_target_stride_c
                 offsets += n * grad_target_stride_n
                 tl.store(grad_target_ptr + offsets, dq.to(grad_target_ptr.dtype.element_ty), mask=mask)
-            slope = (factor * tl.load(soft_mass_ptr + row) + upstream_lse) / mass
-            du = _ordinary(e, slope[None, :], factor[None, :], q, 0, columns, real, weight_ptr, SMOOTH, SOFT, False)
-            through = du
-        else:
-            a, b = _slots(
-                row_ptr, row, target_ptr, mixed_target_ptr, mix_lambda_ptr, coefficient_ptr, weight_ptr,
-                class_bias_ptr, class_scale_ptr, margin_ptr, classes, input_stride_c, mix_lambda_stride, scale, margin,
-                cos_margin, sin_margin, ignore_index, ANGULAR,
-            )  # fmt: skip
-            slope, smooth, plain_a, dv_a, plain_b, dv_b = _slopes(
-                peak, mass, a, b, upstream, upstream_lse, weight_total, label_smoothing, smooth_share, MIXED
-            )
-            du = _ordinary(e, slope[None, :], smooth[None, :], e, 0, columns, real, weight_ptr, SMOOTH, SOFT, False)
-            du, through = _at_targets(columns, du, a, b, plain_a, dv_a, plain_b, dv_b, MIXED)
+        du = _ordinary(e, slope, smooth, q, 0, columns, real, weight_ptr, SMOOTH, SOFT, False)
+        through = du
+        own_ptr = terms_ptr + 2 * size + row
+        if not SOFT:
+            column_a = tl.load(columns_ptr + row)[None, :]
+            column_b = column_a
+            du = tl.where(columns == column_a, tl.load(own_ptr)[None, :], du)
+            if MIXED:
+                column_b = tl.load(columns_ptr + size + row)[None, :]
+                du = tl.where(columns == column_b, tl.load(own_ptr + 5 * size)[None, :], du)
+            through = _add_terms(du, columns, column_a, column_b, own_ptr + 2 * size, size, MIXED)
         if grad_ptr is not None:
             dx = _unscaled(through, 0, columns, real, class_scale_ptr, scale, HAS_SCALE, False)
             offsets = k[None, :] * grad_stride_k + columns.to(tl.int64) * grad_stride_c
             tl.store(grad_ptr + n * grad_stride_n + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
         if NEED_BIAS:
-            sums = du
+            values = du
             if not SOFT:
-                sums = _add_at_targets(columns, sums, a, b, dv_a, dv_b, 0, MIXED)
-            sum_bias += tl.sum(tl.where(mask, sums, 0.0), 1)
+                values = _add_terms(du, columns, column_a, column_b, own_ptr + size, size, MIXED)
+            sum_bias += tl.sum(tl.where(mask, values, 0.0), 1)
         if NEED_SCALE:
             sum_scale += tl.sum(tl.where(mask, scale * through * x, 0.0), 1)
         if NEED_MARGIN:
-            sums = _add_at_targets(columns, tl.zeros_like(e), a, b, dv_a, dv_b, 2, MIXED)
-            sum_margin += tl.sum(tl.where(mask, scale * sums, 0.0), 1)
+            values = _add_terms(tl.zeros_like(e), columns, column_a, column_b, own_ptr + 4 * size, size, MIXED)
+            sum_margin += tl.sum(tl.where(mask, scale * values, 0.0), 1)
         if NEED_LEARNED:
-            sums = _unscaled(du * x, 0, columns, real, class_scale_ptr, 1.0, False, False)
+            values = _unscaled(du * x, 0, columns, real, class_scale_ptr, 1.0, False, False)
             if not SOFT:
-                sums = _add_at_targets(columns, sums, a, b, dv_a, dv_b, 1, MIXED)
-            sum_learned += tl.sum(tl.where(mask, sums, 0.0), 1)
+                values = _add_terms(values, columns, column_a, column_b, own_ptr + 3 * size, size, MIXED)
+            sum_learned += tl.sum(tl.where(mask, values, 0.0), 1)
     if NEEDED > 0:
         column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * NEEDED * classes + column
@@ -1136,8 +1193,8 @@ def _scale_kernel(
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         for block in range(tl.program_id(0), (elements + (BLOCK - 1)) // BLOCK, tl.num_programs(0)):
-            pointers = grad_ptr + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            mask = tl.arange(0, BLOCK) < elements - block.to(tl.int64) * BLOCK
+            offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            pointers, mask = grad_ptr + offsets, offsets < elements
             values = tl.load(pointers, mask=mask).to(tl.float32)
             tl.store(pointers, (values * factor).to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -1188,14 +1245,14 @@ def _rows_backward_launch(classes: int, itemsize: int, aligned: bool) -> _RowsLa
     return _RowsLaunch(group, block, False, max(block // 1024, 1))
 
 
-def _tiles_launch(classes: int, positions: int, classes_contiguous: bool, elements: int = 4096) -> _TilesLaunch:
-    """About ``elements`` logits a tile, long side along the contiguous axis."""
+def _tiles_launch(classes: int, positions: int, classes_contiguous: bool) -> _TilesLaunch:
+    """Long side along the contiguous axis; a thread that holds more rows repeats the rows' arithmetic more often."""
     if classes_contiguous:
         block_c = min(triton.next_power_of_2(classes), 256)
-        block_k = min(triton.next_power_of_2(positions), elements // block_c)
+        block_k = min(triton.next_power_of_2(positions), 1024 // block_c)
     else:
         block_k = min(triton.next_power_of_2(positions), 128)
-        block_c = min(triton.next_power_of_2(classes), elements // block_k)
+        block_c = min(triton.next_power_of_2(classes), 2048 // block_k)
     return _TilesLaunch(block_c, block_k, 4)
 
 
@@ -1338,24 +1395,22 @@ def _per_row(upstream: Tensor | None, shape: torch.Size) -> tuple[Tensor | None,
 
 
 def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Arguments, needs: list[bool]) -> list[Tensor]:
-    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. Upstream gradients: 0-dim or [N, K]."""
+    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. Upstream: 0-dim or [N, K]."""
     n, classes, k = a.input.shape
-    soft = a.target.is_floating_point()
+    soft, summed = a.target.is_floating_point(), needs[2:]
     sources = [getattr(a, name) for name in DIFFERENTIABLE]
-    grads = [
-        torch.empty_like(t) if need and position < 2 else rest.new_empty((0,))
-        for position, (t, need) in enumerate(zip(sources, needs, strict=True))
-    ]
     if n * k == 0:
         return [torch.zeros_like(t) if need else rest.new_empty((0,)) for t, need in zip(sources, needs, strict=True)]
+    grads = [rest.new_empty((0,))] * len(needs)
     x = _readable(a.input)
     target = a.target if soft else a.target.contiguous()
-    grad_loss, grad_loss_stride = _per_row(grad_loss, rest.shape[1:])
-    grad_lse, grad_lse_stride = _per_row(grad_lse, rest.shape[1:])
-    named = {"input": x, **({"target": target} if soft else {}), **({"grad": grads[0]} if needs[0] else {})}
+    named = {"input": x, **({"target": target} if soft else {})}
+    for position, name in enumerate(("grad", "grad_target")):
+        if needs[position]:
+            named[name] = grads[position] = torch.empty_like(sources[position])
     layout = _layout(named, rows=not any(needs[1:]))
-    if needs[1]:
-        layout = _layout({**named, "grad_target": grads[1]}, rows=False)
+    per_loss, grad_loss_stride = _per_row(grad_loss, rest.shape[1:])
+    per_lse, grad_lse_stride = _per_row(grad_lse, rest.shape[1:])
     shared = _shared(a)
     with torch.cuda.device_of(x):
         arguments = {
@@ -1363,38 +1418,65 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
             "target_ptr": target,
             "rest_ptr": rest,
             "soft_mass_ptr": _soft_mass(a) if soft else None,
-            "grad_loss_ptr": grad_loss,
-            "grad_lse_ptr": grad_lse,
-            "grad_ptr": grads[0] if needs[0] else None,
+            "grad_loss_ptr": per_loss,
+            "grad_lse_ptr": per_lse,
             "positions": layout.positions,
             "grad_loss_stride": grad_loss_stride,
             "grad_lse_stride": grad_lse_stride,
             **shared,
         }
         if layout.rows:
-            arguments.update(
-                {f"{name}_stride_{axis}": 0 for name in ("target", "grad") for axis in "nk"}, **layout.strides
-            )
             rows = _rows_backward_launch(classes, x.element_size(), layout.aligned)
+            strides = {f"{name}_stride_{axis}": 0 for name in ("target", "grad") for axis in "nk"} | layout.strides
             grid = (n * k, triton.cdiv(max(classes // rows.group, 1) * rows.group, rows.block))
-            _rows_backward_kernel[grid](**arguments, GROUP=rows.group, BLOCK=rows.block, num_warps=rows.num_warps)
+            _rows_backward_kernel[grid](
+                **arguments, **strides, grad_ptr=grads[0], GROUP=rows.group, BLOCK=rows.block, num_warps=rows.num_warps
+            )
             return grads
-        names = ("target", "grad", "grad_target")
-        arguments.update({f"{name}_stride_{axis}": 0 for name in names for axis in "nck"}, **layout.strides)
-        tiles = _tiles_launch(classes, layout.positions, layout.classes_contiguous, elements=2048)
+        terms = rest.new_empty((12, n, k))
+        columns = rest.new_empty((2, n, k), dtype=torch.int32)
+        _terms_kernel[(triton.cdiv(n * k, 128),)](
+            **arguments,
+            **{name: stride for name, stride in layout.strides.items() if name.startswith("input")},
+            terms_ptr=terms,
+            columns_ptr=columns,
+            rows=n * k,
+            BLOCK=128,
+            num_warps=4,
+        )
+        tiles = _tiles_launch(classes, layout.positions, layout.classes_contiguous)
         blocks = layout.samples * triton.cdiv(layout.positions, tiles.block_k)
         class_tiles = triton.cdiv(classes, tiles.block_c)
-        summed = needs[2:]
         per_program = _blocks_per_program(blocks, class_tiles) if any(summed) else 1
         programs = triton.cdiv(blocks, per_program)
         partial = rest.new_empty((programs, sum(summed), classes)) if any(summed) else None
+        names = ("target", "grad", "grad_target")
+        strides = {f"{name}_stride_{axis}": 0 for name in names for axis in "nck"} | layout.strides
         _tiles_backward_kernel[(programs, class_tiles)](
-            **arguments,
-            grad_target_ptr=grads[1] if needs[1] else None,
-            partial_ptr=partial,
-            rows=n * k,
-            blocks=blocks,
-            blocks_per_program=per_program,
+            x,
+            target,
+            a.weight,
+            a.class_bias,
+            a.class_scale,
+            a.learned_scale,
+            rest,
+            terms,
+            columns,
+            grads[0] if needs[0] else None,
+            grads[1] if needs[1] else None,
+            partial,
+            n * k,
+            classes,
+            layout.positions,
+            blocks,
+            per_program,
+            **strides,
+            scale=a.scale,
+            label_smoothing=a.label_smoothing,
+            HAS_SCALE=shared["HAS_SCALE"],
+            SMOOTH=shared["SMOOTH"],
+            SOFT=soft,
+            MIXED=a.mixed_target is not None,
             NEED_BIAS=needs[2],
             NEED_SCALE=needs[3],
             NEED_MARGIN=needs[4],
