@@ -25,7 +25,6 @@ struct Simd<float> {
   typedef uint32_t Bits __attribute__((vector_size(LTK_BYTES)));
   typedef uint16_t H __attribute__((vector_size(LTK_BYTES / 2)));
   typedef uint16_t HU __attribute__((vector_size(LTK_BYTES / 2), aligned(2), may_alias));
-  typedef int32_t IU __attribute__((vector_size(LTK_BYTES), aligned(4), may_alias));
   static constexpr int64_t W = LTK_BYTES / 4;
 };
 
@@ -34,7 +33,6 @@ struct Simd<double> {
   typedef double V __attribute__((vector_size(LTK_BYTES)));
   typedef double U __attribute__((vector_size(LTK_BYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(LTK_BYTES)));
-  typedef int64_t IU __attribute__((vector_size(LTK_BYTES), aligned(8), may_alias));
   static constexpr int64_t W = LTK_BYTES / 8;
 };
 
@@ -42,7 +40,7 @@ template <class A>
 using Vec = typename Simd<A>::V;
 using F = Simd<float>;
 
-constexpr int64_t kBlock = 1024;  // columns per block of a row
+constexpr int64_t kBlock = 2048;  // columns per block of a row
 
 template <class A>
 LTK_INLINE Vec<A> splat(A value) {
@@ -60,22 +58,41 @@ LTK_INLINE void store(A* p, Vec<A> v) {
 }
 
 template <class A>
+using Int = typename RowGradients<A>::Int;
+
+template <class A>
+LTK_INLINE typename Simd<A>::I load_index(const Int<A>* p) {
+  typename Simd<A>::I v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+LTK_INLINE void store_index(Int<A>* p, typename Simd<A>::I v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class A>
 LTK_INLINE Vec<A> maximum(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
 
 template <class A>
 LTK_INLINE A sum_lanes(Vec<A> v) {
-  A total = 0;
-  for (int64_t i = 0; i < Simd<A>::W; ++i) total += v[i];
-  return total;
+  A lanes[Simd<A>::W];
+  store(lanes, v);
+  for (int64_t half = Simd<A>::W / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 template <class A>
 LTK_INLINE A max_lanes(Vec<A> v) {
-  A best = v[0];
-  for (int64_t i = 1; i < Simd<A>::W; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  A lanes[Simd<A>::W];
+  store(lanes, v);
+  for (int64_t half = Simd<A>::W / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
 }
 
 // u = a x + b, in one expression so that compilers fuse it in every kernel or in none: forward and backward must agree
@@ -93,11 +110,10 @@ LTK_INLINE F::V exp_vector(F::V x) {
   const F::V n = shifted - magic;
   F::V r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  F::V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  F::V p = r * 1.3814467238e-3f + 8.3687808364e-3f;  // (exp(r) - 1 - r) / r^2, minimax on |r| <= log(2) / 2
+  p = p * r + 4.1668392718e-2f;
+  p = p * r + 1.6666519642e-1f;
+  p = p * r + 4.9999994040e-1f;
   p = p * (r * r) + r + 1.0f;
   const F::V scaled = (F::V)((F::Bits)p + ((F::Bits)shifted << 23));
   return x < splat(-87.33f) ? F::V{} : scaled;
@@ -577,7 +593,7 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
   const int64_t first_row = n * call.k + begin;
   A peak[kPanel], total[kPanel] = {}, weight[kPanel] = {}, weighted[kPanel] = {};
   A slope[kPanel], smooth[kPanel], soft[kPanel];
-  typename RowGradients<A>::Int index[kPanel] = {};
+  Int<A> index[kPanel] = {};
   A best[kPanel];
   RowTargets<A> targets[kPanel];
 
@@ -594,8 +610,7 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
         const Vec<A> held = load(best + p);
         const auto better = (logit > held) | ((logit != logit) & (held == held));
         store(best + p, better ? logit : held);
-        auto& at = *reinterpret_cast<typename Simd<A>::IU*>(index + p);
-        at = better ? typename Simd<A>::I{} + static_cast<typename RowGradients<A>::Int>(c) : at;
+        store_index<A>(index + p, better ? typename Simd<A>::I{} + static_cast<Int<A>>(c) : load_index<A>(index + p));
       }
     }
   }
@@ -675,14 +690,13 @@ template <class T, class A>
 void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, double* du_sum,
                     double* dx_sum) {
   constexpr int64_t W = Simd<A>::W, kFlush = 4096;
-  using Int = typename RowGradients<A>::Int;
   using IVec = typename Simd<A>::I;
   const T* x = static_cast<const T*>(call.x) + n * call.x_n + column * call.x_c;
   T* grad = call.grad ? static_cast<T*>(call.grad) + n * call.grad_n + column * call.grad_c : nullptr;
   const A* q = call.q ? call.q + n * call.q_n + column * call.q_c : nullptr;
   A* grad_q = call.grad_q ? call.grad_q + n * call.grad_q_n + column * call.grad_q_c : nullptr;
   const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0), w = weight_of(call, column);
-  const IVec here = IVec{} + static_cast<Int>(column);
+  const IVec here = IVec{} + static_cast<Int<A>>(column);
   for (int64_t block = 0; block < call.k; block += kFlush) {
     Vec<A> du_total = {}, dx_total = {};
     const int64_t stop = block + kFlush < call.k ? block + kFlush : call.k;
@@ -696,9 +710,9 @@ void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n,
       Vec<A> du = get_some<A>(rows.slope + p, count, A(0)) * exp_vector(u) - less * w;
       Vec<A> dc = du;
       for (int i = 0; i < 2; ++i) {
-        IVec columns = IVec{} - Int(1);
+        IVec columns = IVec{} - Int<A>(1);
         if (count >= W) {
-          columns = *reinterpret_cast<const typename Simd<A>::IU*>(rows.column[i] + p);
+          columns = load_index<A>(rows.column[i] + p);
         } else {
           for (int64_t l = 0; l < count; ++l) columns[l] = rows.column[i][p + l];
         }

@@ -37,7 +37,7 @@ def _softplus(z: Tensor) -> Tensor:
 class _Slot(NamedTuple):
     """One target of every row; each field [N, K]."""
 
-    index: Tensor  # class, 0 where there is none
+    column: Tensor  # class, 0 where there is none
     valid: Tensor  # bool: not ignored
     factor: Tensor  # k_t; where ignored 0, or NaN if the mean is over no weight at all, as in torch
     weight: Tensor  # w_y
@@ -123,7 +123,7 @@ class _Rows:
         """Maximum (0 if there is none) and sum of exp(u - maximum) over the columns that are no target, [2, N, K]."""
         u = self.u
         for slot in self.slots:
-            is_target = F.one_hot(slot.index, self.classes).movedim(-1, 1).bool() & slot.valid[:, None]
+            is_target = F.one_hot(slot.column, self.classes).movedim(-1, 1).bool() & slot.valid[:, None]
             u = u.masked_fill(is_target, -math.inf)
         peak = u.amax(1)
         peak = peak.masked_fill(peak == -math.inf, 0.0)
@@ -134,7 +134,7 @@ class _Rows:
         peak, others = rest[0], rest[1].log()
         for other in self.slots:
             if other is not slot:
-                separate = other.valid & ((other.index != slot.index) | ~slot.valid)
+                separate = other.valid & ((other.column != slot.column) | ~slot.valid)
                 others = torch.where(separate, torch.logaddexp(others, other.plain - peak), others)
         return others
 
@@ -163,7 +163,7 @@ def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tenso
         for slot in rows.slots:
             term = (1 - a.label_smoothing) * slot.weight * _softplus(rows.others(slot, rest) - (slot.shifted - peak))
             if a.label_smoothing > 0:
-                is_target = F.one_hot(slot.index, rows.classes).movedim(-1, 1).bool()
+                is_target = F.one_hot(slot.column, rows.classes).movedim(-1, 1).bool()
                 u = torch.where(is_target, slot.shifted[:, None], rows.u) - peak[:, None]
                 smooth = (rows.weight[:, None] * (rows.total(slot, rest)[:, None] - u)).sum(1)
                 term = term + a.label_smoothing / rows.classes * smooth
@@ -217,28 +217,28 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
             plain = zero
             for other, d_total, total, s in terms:
                 if other is not slot:
-                    ordinary = ~(other.valid & (other.index == slot.index))
+                    ordinary = ~(other.valid & (other.column == slot.column))
                     value = d_total * (slot.plain - peak - total).exp() - s * slot.weight
                     plain = plain + torch.where(ordinary, value, zero)
-            kept = torch.where(slot.valid, plain, du.gather(1, slot.index[:, None])[:, 0])
-            du = du.scatter(1, slot.index[:, None], kept[:, None])
+            kept = torch.where(slot.valid, plain, du.gather(1, slot.column[:, None])[:, 0])
+            du = du.scatter(1, slot.column[:, None], kept[:, None])
 
     class_scale = rows.class_scale[:, None]
     dc = rows.scale * du  # d/d(class_scale_j * x_j)
     for slot, dv in shifted:
-        dc = dc.scatter_add(1, slot.index[:, None], (rows.scale * dv * slot.dphi_dc)[:, None])
+        dc = dc.scatter_add(1, slot.column[:, None], (rows.scale * dv * slot.dphi_dc)[:, None])
     if needs[0]:
         grads[0] = torch.empty_like(a.input).copy_(class_scale * dc)
     if needs[2]:
         grads[2] = du.sum((0, 2))
         for slot, dv in shifted:
-            grads[2] = grads[2].index_add(0, slot.index.flatten(), dv.flatten())
+            grads[2] = grads[2].index_add(0, slot.column.flatten(), dv.flatten())
     if needs[3]:
         grads[3] = (dc * rows.x).sum((0, 2))
     if needs[4]:
         grads[4] = torch.zeros_like(rows.margin)
         for slot, dv in shifted:
-            grads[4] = grads[4].index_add(0, slot.index.flatten(), (rows.scale * dv * slot.dphi_dm).flatten())
+            grads[4] = grads[4].index_add(0, slot.column.flatten(), (rows.scale * dv * slot.dphi_dm).flatten())
     if needs[5]:
         per_scale = (du * (class_scale * rows.x)).sum()
         for slot, dv in shifted:
