@@ -1,0 +1,77 @@
+# Needs python3 (3.10 or newer), a C++ compiler, make and a package index. Everything is installed into .venv.
+#   make demo    the main job on real data, with a table and two plots
+#   make test    every test
+# TORCH_INDEX chooses where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU-only build.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lt_kernels
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench report docs aot clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make setup    virtual environment with pinned dependencies, and the extension (again only when something changed)
+setup: $(STAMP).extension
+
+$(STAMP).python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is %d.%d: 3.10 or newer is needed (make PYTHON=...)" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(STAMP).dependencies: pyproject.toml constraints.txt | $(STAMP).python
+	$(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools wheel ninja
+	LT_KERNELS_BUILD=none $(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(STAMP).extension: $(STAMP).dependencies setup.py $(SOURCES)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+## make demo     train on long-tailed digits, measure throughput, write plots to output/
+demo: setup
+	$(BIN)/lt-kernels demo
+
+## make test     every test
+test: setup
+	$(BIN)/python -m pytest --numprocesses auto
+
+## make lint     ruff, mypy, import-linter, and that generated tables and figures are up to date
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/lt-kernels bench report --check
+
+## make format   apply what ruff would change
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+## make bench    measure on this machine, save under benchmarks/results/, regenerate tables and figures
+bench: setup
+	$(BIN)/lt-kernels bench --save
+	$(BIN)/lt-kernels bench report
+
+## make report   regenerate tables and figures from the saved results
+report: setup
+	$(BIN)/lt-kernels bench report
+
+## make docs     the documentation as a web site in site/
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+## make aot      compile every Triton kernel ahead of time and compare with the committed table (no GPU needed)
+aot: setup
+	$(BIN)/python scripts/aot_gate.py --check
+
+## make clean    remove what was built; keep .venv
+clean:
+	rm -rf build dist site output *.egg-info lt_kernels/*.so $(STAMP).extension

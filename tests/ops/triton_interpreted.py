@@ -1,0 +1,221 @@
+"""Triton kernels in Triton's interpreter, on CPU tensors. Run by ``test_triton.py`` with TRITON_INTERPRET=1.
+
+Under interpretation a float32 result is truncated to bfloat16, not rounded: such gradients get two roundings.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import lt_kernels
+from lt_kernels.functional import margin_cross_entropy
+from lt_kernels.ops.margin_cross_entropy import triton as backend
+from lt_kernels.testing import Sample, check_margin_cross_entropy, sample_inputs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VECTORS = ("class_bias", "class_scale", "margin", "scale")
+OPTIONS = {
+    "plain": {},
+    "bias": {"options": ("class_bias",)},
+    "vectors": {"options": VECTORS, "requires_grad": ("input", *VECTORS)},
+    "weight": {"options": ("weight",)},
+    "smoothing": {"options": ("weight", *VECTORS), "label_smoothing": 0.2},
+    "mixed": {"options": ("mixed_target", "weight", *VECTORS), "requires_grad": ("input", *VECTORS)},
+    "mixed rows, smoothing": {"options": ("mixed_target", "mix_lambda", "class_bias"), "label_smoothing": 0.1},
+    "angular": {"options": ("margin", "class_scale"), "margin_type": "angular", "scale": 16.0},
+    "angular number": {"margin": 0.5, "margin_type": "angular", "scale": 16.0},
+    "probabilities": {"soft": True},
+    "all probabilities": {
+        "soft": True,
+        "options": ("weight", "class_bias", "class_scale", "scale"),
+        "requires_grad": ("input", "target", "class_bias", "class_scale", "scale"),
+        "label_smoothing": 0.1,
+    },
+}  # fmt: skip
+SHAPES = {
+    "1x1": (1, 1, ()),
+    "4x2": (4, 2, ()),
+    "5x7": (5, 7, ()),
+    "3x33": (3, 33, ()),
+    "5x129": (5, 129, ()),
+    "2x1000": (2, 1000, ()),
+    "2x7 pixels": (2, 7, (3, 5)),
+    "2x150 pixels": (2, 150, (131,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Whatever a launcher allocates starts as NaN, in a larger allocation whose surroundings must stay NaN."""
+    guards: list[tuple[Tensor, int]] = []
+
+    def guarded(shape, stride, dtype) -> Tensor:
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
+        fill = math.nan if dtype.is_floating_point else -7
+        room = torch.full((size + 128,), fill, dtype=dtype)
+        guards.append((room, size))
+        return room[64:].as_strided(shape, stride, 64)
+
+    plain_empty_like, plain_new_empty = torch.empty_like, Tensor.new_empty
+
+    def empty_like(x, **keywords):
+        like = plain_empty_like(x, **keywords)
+        return guarded(like.shape, like.stride(), like.dtype)
+
+    def new_empty(self, shape, dtype=None, **others):
+        if others:  # the interpreter's own
+            return plain_new_empty(self, shape, dtype=dtype, **others)
+        like = torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        return guarded(like.shape, like.stride(), like.dtype)
+
+    monkeypatch.setattr(backend.torch, "empty_like", empty_like)
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    yield guards
+    assert guards, "no launcher allocated anything"
+    for room, size in guards:
+        outside = torch.cat([room[:64], room[64 + size :]])
+        assert bool((outside.isnan() if outside.is_floating_point() else outside == -7).all()), (
+            "wrote outside an output"
+        )
+
+
+def on_triton(*args, **keywords):
+    with lt_kernels.use_backend("triton"):
+        return margin_cross_entropy(*args, **keywords)
+
+
+def check(sample: Sample, **keywords) -> None:
+    check_margin_cross_entropy(
+        on_triton, sample, roundings=2.0 if sample.input.dtype == torch.bfloat16 else None, **keywords
+    )
+
+
+def window(x: Tensor, before: int, after: int) -> Tensor:
+    """The same values inside a larger allocation of NaN, rows ``before + after`` elements apart."""
+    room = torch.full((x.shape[0] + 2, x.shape[1] + before + after, *x.shape[2:]), math.nan, dtype=x.dtype)
+    inside = room[1:-1, before : before + x.shape[1]]
+    inside.copy_(x.detach())
+    return inside.requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_value_and_gradients(option, shape, dtype):
+    rows, classes, positions = SHAPES[shape]
+    sample = sample_inputs(
+        rows, classes, positions, dtype=DTYPES[dtype], ignored=0.3 if rows > 3 else 0.0, seed=1, **OPTIONS[option]
+    )
+    check(sample)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("option", ["plain", "vectors", "smoothing", "mixed", "all probabilities"])
+def test_inat18_rows(option, dtype):
+    sample = sample_inputs(3, 8142, dtype=DTYPES[dtype], seed=2, **OPTIONS[option])
+    check(sample)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("option", ["plain", "vectors", "smoothing", "mixed", "probabilities", "all probabilities"])
+def test_rows_wider_than_one_tile(option, dtype, monkeypatch):
+    """The looped kernel, with small tiles so that a row has several."""
+    real = backend._rows_launch
+    monkeypatch.setattr(backend, "_rows_launch", lambda *args: real(*args)._replace(block=512, one_tile=False))
+    check(sample_inputs(3, 1400, dtype=DTYPES[dtype], seed=3, **OPTIONS[option]))
+    sample = sample_inputs(4, 1203, dtype=DTYPES[dtype], seed=4)
+    output = on_triton(sample.input, sample.target, return_prediction=True)
+    assert torch.equal(output.prediction, sample.input.argmax(1))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("before", [0, 1, 3, 8])
+def test_neighbouring_memory_is_not_read(before, reduction, dtype):
+    for classes in (5, 130, 201):
+        sample = sample_inputs(4, classes, dtype=DTYPES[dtype], options=("class_bias",), seed=5, reduction=reduction)
+        sample.input = window(sample.input, before, 5)
+        check(sample)
+    sample = sample_inputs(2, 40, (9,), dtype=DTYPES[dtype], seed=5, reduction=reduction)
+    sample.input = window(sample.input, before, 5)
+    check(sample)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "every other column": lambda x: torch.stack([x, x * math.nan], 2).flatten(1)[:, ::2],
+    "every other row": lambda x: torch.stack([x, x * math.nan], 1).flatten(0, 1)[::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [6, 140])
+def test_layouts(layout, classes):
+    for option in ("bias", "vectors"):
+        sample = sample_inputs(5, classes, seed=6, **OPTIONS[option])
+        sample.input = LAYOUTS[layout](sample.input.detach()).requires_grad_()
+        check(sample)
+
+
+def test_channels_last():
+    for option in ("bias", "all probabilities"):
+        sample = sample_inputs(2, 150, (3, 3), seed=7, **OPTIONS[option])
+        sample.input = sample.input.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        check(sample)
+
+
+@pytest.mark.parametrize("target", [-1, 200, 2**40])
+@pytest.mark.parametrize("classes", [10, 200])
+def test_a_bad_target_makes_its_row_nan_and_no_other(classes, target):
+    sample = sample_inputs(3, classes, seed=8, reduction="none")
+    sample.target[1] = target
+    loss = on_triton(sample.input, sample.target, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), sample.input)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad.isnan().all(1).tolist() == [False, True, False]
+    assert grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("option", ["vectors", "mixed", "all probabilities"])
+def test_the_same_bits_every_time(option):
+    def run() -> list[Tensor]:
+        sample = sample_inputs(5, 300, seed=9, **OPTIONS[option])
+        loss = on_triton(sample.input, sample.target, **sample.options)
+        return [loss.detach(), *torch.autograd.grad(loss, list(sample.differentiable.values()))]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("classes", [9, 300])
+def test_gradient_of_the_log_sum_exp(classes):
+    sample = sample_inputs(4, classes, seed=10, options=("class_bias",), ignored=0.4)
+    output = on_triton(sample.input, sample.target, reduction="none", return_lse=True, **sample.options)
+    (grad,) = torch.autograd.grad(output.lse.sum(), sample.input)
+    expected = (sample.input + sample.options["class_bias"]).softmax(1)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_scale_gradient(factor):
+    grad = torch.randn(3, 5000).to(torch.float16)
+    expected = grad * factor
+    backend.scale_gradient_(grad, torch.tensor(factor))
+    assert torch.equal(grad, expected)
+    grad.new_empty((1,))  # the fixture wants to see an allocation
+
+
+def test_a_row_with_one_finite_logit():
+    """All but one logit -inf: no ordinary column is finite, and nothing may become NaN."""
+    x = torch.full((2, 150), -math.inf)
+    x[:, 3] = torch.tensor([-120.0, 5.0])
+    x.requires_grad_()
+    loss = on_triton(x, torch.tensor([3, 3]))
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.item() == 0.0
+    assert torch.equal(grad, torch.zeros_like(x))

@@ -1,0 +1,61 @@
+"""The ahead-of-time gate on a few cases; ``.ci/run`` runs the whole of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the gate compiles Triton kernels")
+
+ROOT = Path(__file__).parent.parent
+
+
+def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "scripts/aot_gate.py"), *arguments, "--jobs", "1"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_one_pass_kernel_at_8142_and_8192(tmp_path):
+    for case in ("plain, C 8142, bfloat16, forward", "plain, C 8192, bfloat16, forward"):
+        result = gate("--check", "--only", case)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "1 kernels compiled for sm_90, sm_80, sm_100, gfx942" in result.stdout
+
+    table = json.loads((ROOT / "benchmarks/results/aot/margin_cross_entropy.json").read_text())
+    table["rows"] = [row for row in table["rows"] if row["case"].startswith(case)]
+    assert len(table["rows"]) == 1
+    table["rows"][0]["sm_90"]["registers"] += 1
+    changed = tmp_path / "table.json"
+    changed.write_text(json.dumps(table))
+    result = gate("--check", "--only", case, "--table", str(changed))
+    if "table not compared" not in result.stdout:  # another Triton than the table's
+        assert result.returncode == 1
+        assert "differs from the committed table" in result.stdout
+
+
+def test_nothing_checked_is_a_failure():
+    result = gate("--check", "--only", "no such case")
+    assert result.returncode == 1
+    assert "nothing was checked" in result.stdout
+
+
+def test_the_committed_table_holds_what_the_gate_promises():
+    table = json.loads((ROOT / "benchmarks/results/aot/margin_cross_entropy.json").read_text())
+    assert len(table["rows"]) > 40
+    for row in table["rows"]:
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            assert row[target]["stack"] == row[target]["spills"] == 0, row
+    one_pass = {row["case"]: row for row in table["rows"] if row["case"].startswith(("plain, C 8142", "plain, C 8192"))}
+    for row in one_pass.values():
+        assert row["sm_90"]["loads"]["128"] > 0
+        assert row["sm_90"]["stores"]["128"] > 0
+        if "forward" in row["case"]:
+            assert row["per_logit"] <= 20
+    assert len(one_pass) >= 5
