@@ -1,9 +1,10 @@
 // Vector kernels of the rows kernel. Included once per instruction set by cpu_<isa>.cpp, which names the namespace
 // (LTK_ISA), the vector width in bytes (LTK_BYTES) and the level (LTK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512).
 //
-// A row is read in blocks that stay in the first-level cache for two sweeps: (1) shift the logits into `scratch`, take
-// the maximum; (2) exponentials and their sum, in scratch, while the next block's logits are fetched. With the blocks
-// merged, (3) writes the row's gradient from scratch. Memory sees one read and one write per logit.
+// Memory sees one read and one write per logit. A row's exponentials are taken from a guess of its peak, which a sample
+// gives, into `scratch`; a second sweep writes its gradient from there. Where sums relative to the peak are needed (label
+// smoothing, class probabilities) and where rows are split, a block is swept twice in the first-level cache: maximum
+// first, then exponentials.
 // All functions have internal linkage (see online_logsumexp.h).
 
 #include "cpu_call.h"
@@ -324,6 +325,31 @@ LTK_INLINE RowTargets<A> targets_of(const Call<A>& call, int64_t row, const T* x
   return r;
 }
 
+// First column of the largest raw logit in a range; a NaN counts as largest, as in torch.
+template <class T, class A>
+LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, Partial<A>* result) {
+  constexpr int64_t W = Simd<A>::W;
+  const A lowest = minus_infinity<A>();
+  Vec<A> best = splat(lowest);
+  typename Simd<A>::I index = {}, column = {};
+  for (int64_t i = 0; i < W; ++i) column[i] = i;
+  for (int64_t j = 0; j < count; j += W, column += W) {
+    const Vec<A> v = get_some<A>(x + begin + j, count - j, lowest);
+    const auto better = (v > best) | ((v != v) & (best == best));
+    best = better ? v : best;
+    index = better ? column : index;
+  }
+  A largest = best[0];
+  int64_t first = index[0];
+  for (int64_t i = 1; i < W; ++i) {
+    const bool nan = best[i] != best[i], held_nan = largest != largest;
+    const bool tie = best[i] == largest || (nan && held_nan);
+    if ((nan && !held_nan) || best[i] > largest || (tie && index[i] < first)) largest = best[i], first = index[i];
+  }
+  result->best = largest;
+  result->best_column = begin + first;
+}
+
 // Sweeps 1 and 2 over `count` columns from `begin` of one row: exp(u - peak) in scratch (0 at targets and in the padding).
 // `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
 template <class T, class A>
@@ -362,25 +388,7 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
   const int64_t padded = (count + W - 1) / W * W;
 
   Partial<A> result = {};
-  if (call.prediction) {  // first column of the largest raw logit; a NaN counts as largest, as in torch
-    Vec<A> best = splat(lowest);
-    typename Simd<A>::I index = {}, column = {};
-    for (int64_t i = 0; i < W; ++i) column[i] = i;
-    for (int64_t j = 0; j < padded; j += W, column += W) {
-      const Vec<A> v = get_some<A>(logits + j, count - j, lowest);
-      const auto better = (v > best) | ((v != v) & (best == best));
-      best = better ? v : best;
-      index = better ? column : index;
-    }
-    result.best = best[0], result.best_column = index[0];
-    for (int64_t i = 1; i < W; ++i) {
-      const bool nan = best[i] != best[i], held_nan = result.best != result.best;
-      const bool tie = best[i] == result.best || (nan && held_nan);
-      if ((nan && !held_nan) || best[i] > result.best || (tie && index[i] < result.best_column))
-        result.best = best[i], result.best_column = index[i];
-    }
-    result.best_column += begin;
-  }
+  if (call.prediction) find_best(x, begin, count, &result);
 
   bool again = false;
   for (int i = 0; i < targets.count; ++i) {
@@ -457,41 +465,128 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& t
   return row_gradient(targets, s.peak, log_total, A(1), A(0));
 }
 
+// One sweep over a row with a guess of its peak: exp(u - guess) in scratch (0 at targets and in the padding), their sum
+// returned, the true peak in *peak.
+template <class T, class A>
+LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, const T* x, A guess, A* scratch,
+                           const T* grad, A* peak) {
+  constexpr int64_t W = Simd<A>::W, kAhead = 1024;
+  const int64_t count = call.classes;
+  int64_t careful[3] = {count / W * W, count, count};  // vectors with lanes to leave out: the last, and the targets'
+  for (int i = 0; i < targets.count; ++i)
+    if (targets.t[i].column >= 0) careful[i + 1] = targets.t[i].column / W * W;
+  const int order[3] = {0, 1, 0};  // a sort of three
+  for (const int i : order)
+    if (careful[i] > careful[i + 1]) {
+      const int64_t smaller = careful[i + 1];
+      careful[i + 1] = careful[i];
+      careful[i] = smaller;
+    }
+
+  return with_flags(call.class_scale, call.class_bias, [&](auto scaled, auto biased) {
+    const Vec<A> uniform = splat(call.scale), reference = splat(guess);
+    Vec<A> high = splat(minus_infinity<A>()), total = {};
+    auto add = [&](int64_t j, Vec<A> u) {
+      const Vec<A> e = exp_vector(u - reference);
+      store(scratch + j, e);
+      high = maximum<A>(u, high);
+      total = total + e;
+    };
+    int64_t j = 0;
+    for (const int64_t stop : careful) {
+      for (; j < stop && j + W <= count; j += W) {
+        __builtin_prefetch(x + j + kAhead);
+        __builtin_prefetch((grad ? grad : x) + j, 1);
+        Vec<A> a = uniform, b = {};
+        if constexpr (decltype(scaled)::on) a = load(call.class_scale + j);
+        if constexpr (decltype(biased)::on) b = load(call.class_bias + j);
+        add(j, affine(IO<T>::get_vector(x + j), a, b));
+      }
+      if (j != stop || j >= count) continue;
+      Vec<A> a = uniform, b = {};
+      if constexpr (decltype(scaled)::on) a = get_some<A>(call.class_scale + j, count - j, A(0));
+      if constexpr (decltype(biased)::on) b = get_some<A>(call.class_bias + j, count - j, A(0));
+      Vec<A> u = affine(get_some<A>(x + j, count - j, A(0)), a, b);
+      for (int64_t i = count - j; i < W; ++i) u[i] = minus_infinity<A>();
+      for (int i = 0; i < targets.count; ++i)
+        if (targets.t[i].column >= j && targets.t[i].column < j + W)
+          u[targets.t[i].column - j] = minus_infinity<A>();
+      add(j, u);
+      j += W;
+    }
+    *peak = max_lanes<A>(high);
+    return sum_lanes<A>(total);
+  });
+}
+
+// Gradient of the columns [begin, end) from their exponentials times `slope`.
+template <class T, class A>
+LTK_INLINE void write_gradient(const Call<A>& call, const RowGradient<A>& g, A slope, const A* q, const A* exponentials,
+                               int64_t begin, int64_t end, T* grad) {
+  constexpr int64_t W = Simd<A>::W;
+  int64_t j = begin;
+  if (!call.class_scale && g.smooth == A(0) && g.soft == A(0)) {
+    const Vec<A> scaled = splat(slope * call.scale);
+    for (; j + W <= end; j += W) IO<T>::put_vector(grad + j, load(exponentials + j) * scaled);
+    if (j < end) put_some<A>(grad + j, load(exponentials + j) * scaled, end - j);
+    return;
+  }
+  for (; j < end; j += W) {
+    Vec<A> less = splat(g.smooth);
+    if (q) less = less + g.soft * get_some<A>(q + j, end - j, A(0));
+    if (call.weight) less = less * get_some<A>(call.weight + j, end - j, A(0));
+    Vec<A> du = slope * load(exponentials + j) - less;
+    du = du * (call.class_scale ? get_some<A>(call.class_scale + j, end - j, A(0)) : splat(call.scale));
+    put_some<A>(grad + j, du, end - j);
+  }
+}
+
 template <class T, class A>
 void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
-  constexpr int64_t W = Simd<A>::W;
+  const int64_t count = call.classes, blocks = (count + kBlock - 1) / kBlock;
   Partial<A> parts[kLargestRow / sizeof(A) / kBlock + 1];
   for (int64_t row = begin; row < end; ++row) {
     const T* x = row_pointer<T>(call, row);
-    const RowTargets<A> targets = targets_of(call, row, x, int64_t(1));
-    const int64_t count = call.classes, blocks = (count + kBlock - 1) / kBlock;
     T* grad = call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
-    const T* next_row = row + 1 < end ? row_pointer<T>(call, row + 1) : x;
-    for (int64_t b = 0; b < blocks; ++b)
-      parts[b] = statistics(call, targets, x, row, b * kBlock, b + 1 < blocks ? kBlock : count - b * kBlock,
-                            scratch + b * kBlock, b + 1 < blocks ? x + (b + 1) * kBlock : next_row,
-                            grad ? grad + b * kBlock : nullptr);
-    const RowGradient<A> g = finish_row(call, targets, row, merge(parts, blocks));
-    if (!call.grad) continue;
+    const RowTargets<A> targets = targets_of(call, row, x, int64_t(1));
+    const bool guessing = !call.q && call.smoothing == A(0);
+    Partial<A> sums = {};
+    A guess = 0;
+    if (guessing) {
+      // A sample of the row gives the guess. Where the peak is too far from it for exponentials to stay in range (a
+      // sample unlike the row, an outlier, a target among the samples) the row is swept again from its true peak.
+      A lowest = minus_infinity<A>(), most = lowest;
+      for (int64_t j = 0; j < count && j < 64; ++j) {
+        const A u = affine(IO<T>::get(x + j), scale_of(call, j), call.class_bias ? call.class_bias[j] : A(0));
+        most = u > most ? u : most;
+      }
+      guess = most > lowest && most < -lowest ? most : A(0);
+      A total = guessed_sweep(call, targets, x, guess, scratch, static_cast<const T*>(grad), &sums.peak);
+      if (sums.peak == lowest) {
+        sums.peak = guess = 0;
+      } else if (sums.peak > guess + A(60) || sums.peak < guess - A(60)) {
+        guess = sums.peak;
+        total = guessed_sweep(call, targets, x, guess, scratch, static_cast<const T*>(grad), &sums.peak);
+      }
+      sums.total = static_cast<A>(total * std::exp(static_cast<double>(guess) - static_cast<double>(sums.peak)));
+      if (call.prediction) find_best(x, 0, count, &sums);
+    } else {
+      const T* next_row = row + 1 < end ? row_pointer<T>(call, row + 1) : x;
+      for (int64_t b = 0; b < blocks; ++b)
+        parts[b] = statistics(call, targets, x, row, b * kBlock, b + 1 < blocks ? kBlock : count - b * kBlock,
+                              scratch + b * kBlock, b + 1 < blocks ? x + (b + 1) * kBlock : next_row,
+                              grad ? grad + b * kBlock : nullptr);
+      sums = merge(parts, blocks);
+    }
+    const RowGradient<A> g = finish_row(call, targets, row, sums);
+    if (!grad) continue;
     const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = b * kBlock, last = b + 1 < blocks ? first + kBlock : count;
-      const Vec<A> slope = splat(g.slope * std::exp(parts[b].peak - g.peak));
-      if (!call.class_scale && g.smooth == A(0) && g.soft == A(0)) {
-        const Vec<A> scaled = slope * call.scale;
-        int64_t j = first;
-        for (; j + W <= last; j += W) IO<T>::put_vector(grad + j, load(scratch + j) * scaled);
-        if (j < last) put_some<A>(grad + j, load(scratch + j) * scaled, last - j);
-        continue;
-      }
-      for (int64_t j = first; j < last; j += W) {
-        Vec<A> less = splat(g.smooth);
-        if (q) less = less + g.soft * get_some<A>(q + j, last - j, A(0));
-        if (call.weight) less = less * get_some<A>(call.weight + j, last - j, A(0));
-        Vec<A> du = slope * load(scratch + j) - less;
-        du = du * (call.class_scale ? get_some<A>(call.class_scale + j, last - j, A(0)) : splat(call.scale));
-        put_some<A>(grad + j, du, last - j);
-      }
+    if (guessing) {
+      write_gradient(call, g, g.slope * std::exp(guess - g.peak), q, scratch, 0, count, grad);
+    } else {
+      for (int64_t b = 0; b < blocks; ++b)
+        write_gradient(call, g, g.slope * std::exp(parts[b].peak - g.peak), q, scratch, b * kBlock,
+                       b + 1 < blocks ? (b + 1) * kBlock : count, grad);
     }
     for (int i = 0; i < 2; ++i)
       if (g.column[i] >= 0) IO<T>::put(grad + g.column[i], scale_of(call, g.column[i]) * g.dc[i]);

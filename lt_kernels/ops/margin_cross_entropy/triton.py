@@ -37,7 +37,6 @@ from .arguments import DIFFERENTIABLE, Arguments
 _INTERPRETED = tl.constexpr(interpreting())
 
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _NO_COLUMN = tl.constexpr(2**31 - 1)
 _SIN2_MIN = tl.constexpr(1e-7)  # as in reference.py
 
@@ -111,11 +110,12 @@ def _slot(
     column = tl.where(known, target, -1).to(tl.int32)
     index = tl.where(known, target, 0)
     x = tl.load(row_ptr + index * class_stride).to(tl.float32)
-    x = tl.where(valid & (column < 0), _NAN, x)
+    x = tl.where(valid & (column < 0), float("nan"), x)
     one = tl.full([], 1.0, tl.float32)
     factor, weight, class_scale, bias = share * one, one, one, one * 0.0
     if coefficient_ptr is not None:
         factor = share * tl.load(coefficient_ptr + SLOT)
+    factor = tl.where(valid, factor, factor * 0.0)  # NaN where the mean is over no weight at all, as in torch
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + index)
     if class_scale_ptr is not None:
@@ -214,7 +214,7 @@ def _term(
             separate = other_valid & (other_column != column)
             smooth -= tl.where(separate, other_weight * (other_plain - peak), 0.0)
         term = (1.0 - label_smoothing) * term + smooth_share * smooth
-    return tl.where(valid, factor * term, 0.0)
+    return tl.where(valid, factor * term, factor)
 
 
 @triton.jit
@@ -386,7 +386,7 @@ def _best(x, columns, mask):
     column = tl.min(tl.where(mask & (x == best), columns, _NO_COLUMN), 0)
     nan_column = tl.min(tl.where(x != x, columns, _NO_COLUMN), 0)
     has_nan = nan_column < _NO_COLUMN
-    return tl.where(has_nan, _NAN, best), tl.where(has_nan, nan_column, column)
+    return tl.where(has_nan, float("nan"), best), tl.where(has_nan, nan_column, column)
 
 
 @triton.jit
@@ -1401,7 +1401,7 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
     sources = [getattr(a, name) for name in DIFFERENTIABLE]
     if n * k == 0:
         return [torch.zeros_like(t) if need else rest.new_empty((0,)) for t, need in zip(sources, needs, strict=True)]
-    grads = [rest.new_empty((0,))] * len(needs)
+    grads = [rest.new_empty((0,)) for _ in needs]
     x = _readable(a.input)
     target = a.target if soft else a.target.contiguous()
     named = {"input": x, **({"target": target} if soft else {})}
