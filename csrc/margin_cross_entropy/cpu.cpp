@@ -30,6 +30,7 @@ namespace {
 enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };
 
 constexpr int64_t kRange = 16384;  // columns per piece where a row is split
+constexpr size_t kStream = size_t(12) << 20;  // gradients of this size and more are written past the caches
 
 enum class Capability { kDefault, kAvx2, kAvx512 };
 
@@ -349,7 +350,10 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
     call.total = call.peak + prepared.rows;
     call.prediction = with_prediction ? prediction.mutable_data_ptr<int64_t>() : nullptr;
     Tensor written;
-    if (with_grad) written = prepared.grad_target(grad);
+    if (with_grad) {
+      written = prepared.grad_target(grad);
+      call.stream = written.nbytes() >= kStream;
+    }
     run_forward(prepared);
     if (with_grad && !written.is_same(grad)) grad.copy_(written);
   }

@@ -16,6 +16,7 @@ struct Call {
   int64_t x_n, x_c, x_k;
   void* grad;  // of the logits, or null
   int64_t grad_n, grad_c, grad_k;
+  bool stream;  // write the gradient past the caches
   const A* q;  // class probabilities, strides as the layout needs, or null
   int64_t q_n, q_c, q_k;
   A* grad_q;  // or null

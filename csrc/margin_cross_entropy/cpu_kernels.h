@@ -73,6 +73,20 @@ LTK_INLINE void store_index(Int<A>* p, typename Simd<A>::I v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Stores past the caches, to an address aligned to the vector: memory that will not be read soon is then not fetched to be
+// overwritten.
+template <class V>
+LTK_INLINE void store_past_caches(void* p, V v) {
+#if LTK_LEVEL == 2
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if LTK_LEVEL >= 1
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
 template <class A>
 LTK_INLINE Vec<A> maximum(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
@@ -170,6 +184,7 @@ struct IO {  // float and double: T is the arithmetic type
   static inline T get(const T* p) { return *p; }
   static inline void put(T* p, T v) { *p = v; }
   static inline Vec<T> get_vector(const T* p) { return load(p); }
+  static inline Vec<T> packed(Vec<T> v) { return v; }
   static inline void put_vector(T* p, Vec<T> v) { store(p, v); }
 };
 
@@ -200,13 +215,14 @@ struct IO<BFloat16> {
     all[0] = v;
     p->bits = static_cast<uint16_t>(round(all)[0]);
   }
-  static inline void put_vector(BFloat16* p, F::V v) {
+  static inline F::H packed(F::V v) {
 #if LTK_LEVEL == 2
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)round(v)));
+    return (F::H)_mm512_cvtepi32_epi16((__m512i)round(v));
 #else
-    *reinterpret_cast<F::HU*>(p) = __builtin_convertvector(round(v), F::H);
+    return __builtin_convertvector(round(v), F::H);
 #endif
   }
+  static inline void put_vector(BFloat16* p, F::V v) { *reinterpret_cast<F::HU*>(p) = packed(v); }
 };
 
 template <>
@@ -217,26 +233,25 @@ struct IO<Half> {
   static inline F::V get_vector(const Half* p) {
     return (F::V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static inline void put_vector(Half* p, F::V v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static inline F::H packed(F::V v) { return (F::H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #elif LTK_LEVEL == 1
   static inline F::V get_vector(const Half* p) {
     return (F::V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static inline void put_vector(Half* p, F::V v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static inline F::H packed(F::V v) { return (F::H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
   static inline F::V get_vector(const Half* p) {
     F::V v;
     for (int64_t i = 0; i < F::W; ++i) v[i] = half_to_float(p[i].bits);
     return v;
   }
-  static inline void put_vector(Half* p, F::V v) {
-    for (int64_t i = 0; i < F::W; ++i) p[i].bits = float_to_half(v[i]);
+  static inline F::H packed(F::V v) {
+    F::H h;
+    for (int64_t i = 0; i < F::W; ++i) h[i] = float_to_half(v[i]);
+    return h;
   }
 #endif
+  static inline void put_vector(Half* p, F::V v) { *reinterpret_cast<F::HU*>(p) = packed(v); }
 };
 
 // The first `count` lanes, the others `fill`.
@@ -466,10 +481,10 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& t
 }
 
 // One sweep over a row with a guess of its peak: exp(u - guess) in scratch (0 at targets and in the padding), their sum
-// returned, the true peak in *peak.
+// returned, the true peak in *peak. `fetch`: memory that will be written next, or null.
 template <class T, class A>
 LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, const T* x, A guess, A* scratch,
-                           const T* grad, A* peak) {
+                           const T* fetch, A* peak) {
   constexpr int64_t W = Simd<A>::W, kAhead = 1024;
   const int64_t count = call.classes;
   int64_t careful[3] = {count / W * W, count, count};  // vectors with lanes to leave out: the last, and the targets'
@@ -496,7 +511,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
     for (const int64_t stop : careful) {
       for (; j < stop && j + W <= count; j += W) {
         __builtin_prefetch(x + j + kAhead);
-        __builtin_prefetch((grad ? grad : x) + j, 1);
+        if (fetch) __builtin_prefetch(fetch + j, 1);
         Vec<A> a = uniform, b = {};
         if constexpr (decltype(scaled)::on) a = load(call.class_scale + j);
         if constexpr (decltype(biased)::on) b = load(call.class_bias + j);
@@ -527,6 +542,15 @@ LTK_INLINE void write_gradient(const Call<A>& call, const RowGradient<A>& g, A s
   int64_t j = begin;
   if (!call.class_scale && g.smooth == A(0) && g.soft == A(0)) {
     const Vec<A> scaled = splat(slope * call.scale);
+    if (call.stream && LTK_LEVEL > 0) {
+      const int64_t misaligned = reinterpret_cast<uintptr_t>(grad + j) / sizeof(T) % W;
+      if (misaligned > 0) {
+        const int64_t head = W - misaligned < end - j ? W - misaligned : end - j;
+        put_some<A>(grad + j, load(exponentials + j) * scaled, head);
+        j += head;
+      }
+      for (; j + W <= end; j += W) store_past_caches(grad + j, IO<T>::packed(load(exponentials + j) * scaled));
+    }
     for (; j + W <= end; j += W) IO<T>::put_vector(grad + j, load(exponentials + j) * scaled);
     if (j < end) put_some<A>(grad + j, load(exponentials + j) * scaled, end - j);
     return;
@@ -561,12 +585,12 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
         most = u > most ? u : most;
       }
       guess = most > lowest && most < -lowest ? most : A(0);
-      A total = guessed_sweep(call, targets, x, guess, scratch, static_cast<const T*>(grad), &sums.peak);
+      A total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad), &sums.peak);
       if (sums.peak == lowest) {
         sums.peak = guess = 0;
       } else if (sums.peak > guess + A(60) || sums.peak < guess - A(60)) {
         guess = sums.peak;
-        total = guessed_sweep(call, targets, x, guess, scratch, static_cast<const T*>(grad), &sums.peak);
+        total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad), &sums.peak);
       }
       sums.total = static_cast<A>(total * std::exp(static_cast<double>(guess) - static_cast<double>(sums.peak)));
       if (call.prediction) find_best(x, 0, count, &sums);
@@ -591,6 +615,9 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
     for (int i = 0; i < 2; ++i)
       if (g.column[i] >= 0) IO<T>::put(grad + g.column[i], scale_of(call, g.column[i]) * g.dc[i]);
   }
+#if LTK_LEVEL > 0
+  if (call.stream) _mm_sfence();
+#endif
 }
 
 template <class T, class A>

@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 
 _WARMUP = 3
+_BURST = 5
 _FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 Log = Callable[[str], None]
 
@@ -221,8 +222,10 @@ def measure(
 ) -> dict[str, list[float]]:
     """Milliseconds of every repetition of each step, taken in turns whose order rotates.
 
-    On a CPU the wall clock. On a GPU the device's time between two events: the L2 cache is overwritten before each
-    step, which also keeps the device busy while the host runs ahead, so that launch latency is not counted.
+    On a CPU the wall clock, in bursts: a turn repeats its step ``_BURST`` times after one untimed repetition, so that a
+    step finds the caches as its own repetition left them and not as another provider did. On a GPU the device's time
+    between two events, one repetition a turn: the L2 cache is overwritten before each, which also keeps the device busy
+    while the host runs ahead, so that launch latency is not counted.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
 
@@ -251,7 +254,9 @@ def measure(
     while turn < repetitions or time.perf_counter() - started < seconds:
         for position in range(len(names)):
             name = names[(position + turn) % len(names)]
-            times[name].append(once(*steps[name]))
+            if flush is None:
+                once(*steps[name])
+            times[name] += [once(*steps[name]) for _ in range(_BURST if flush is None else 1)]
         turn += 1
     return times
 
