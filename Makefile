@@ -42,10 +42,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto
 
-## make lint     ruff, mypy, import-linter, and that generated tables and figures are up to date
+## make lint     ruff, clang-format, mypy, import-linter, and that generated tables and figures are up to date
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/lt-kernels bench report --check
@@ -54,6 +55,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 ## make bench    measure on this machine, save under benchmarks/results/, regenerate tables and figures
 bench: setup

@@ -21,14 +21,17 @@ TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of lt_kernels.";
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["compiler"] = LTK_COMPILER;
-    info["flags"] = LTK_FLAGS;
-    info["cuda_architectures"] = pybind11::list();
-    info["devices"] = std::vector<std::string>{"cpu"};
-    info["torch"] = TORCH_VERSION;
-    info["cpu_capability"] = ltk::cpu_capability();
-    return info;
-  }, "Compiler, flags, CUDA architectures and torch version of the build, and the instruction set that runs here.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["compiler"] = LTK_COMPILER;
+        info["flags"] = LTK_FLAGS;
+        info["cuda_architectures"] = pybind11::list();
+        info["devices"] = std::vector<std::string>{"cpu"};
+        info["torch"] = TORCH_VERSION;
+        info["cpu_capability"] = ltk::cpu_capability();
+        return info;
+      },
+      "Compiler, flags, CUDA architectures and torch version of the build, and the instruction set that runs here.");
 }

@@ -1,11 +1,11 @@
 // Row mathematics of softmax cross-entropy with margins, shared by every native kernel (host and device).
 //
 // A row is summarised by two numbers over the columns that are no target of it: their maximum `peak` and
-// `total` = sum of exp(u - peak). Everything below is relative to `peak`. See lt_kernels/ops/margin_cross_entropy/reference.py
-// for the definition.
+// `total` = sum of exp(u - peak). Everything below is relative to `peak`. See
+// lt_kernels/ops/margin_cross_entropy/reference.py for the definition.
 //
-// All functions here have internal linkage: the CPU kernels are compiled once per instruction set, and a function shared by
-// the linker between those objects could carry instructions that the machine lacks.
+// All functions here have internal linkage: the CPU kernels are compiled once per instruction set, and a function
+// shared by the linker between those objects could carry instructions that the machine lacks.
 #pragma once
 
 #include <cmath>
@@ -75,10 +75,10 @@ LTK_INLINE A log_add_exp(A a, A b) {
 }
 
 template <class A>
-struct Target {  // one target of one row
-  int64_t column;  // -1: ignored
-  A factor;        // k_t; what an ignored row's loss is where the column is -1
-  A weight;        // w_y
+struct Target {         // one target of one row
+  int64_t column;       // -1: ignored
+  A factor;             // k_t; what an ignored row's loss is where the column is -1
+  A weight;             // w_y
   A x, plain, shifted;  // raw logit; u_y and v_y
   A cosine;
   Shift<A> shift;

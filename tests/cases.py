@@ -131,6 +131,8 @@ CASES = [
     Case("every other column", rows=7, classes=65, layout="every other column", **BIAS),
     Case("expanded rows", rows=7, classes=65, layout="expanded rows", **BIAS),
     Case("huge logits", spread=1e4),
+    Case("peaks far from the first columns", rows=9, classes=1000, spread=300.0, **BIAS),
+    Case("peaks far from the first columns, mixed", rows=9, classes=300, spread=300.0, options=("mixed_target",)),
     Case("nearly right", options=("margin",), keywords={"scale": 200.0}),
     Case("other ignore_index", rows=9, ignored=0.4, keywords={"ignore_index": 3}),
 ]

@@ -13,18 +13,18 @@ namespace ltk {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-#define LTK_MARGIN_CROSS_ENTROPY_SCHEMA                                                                              \
-  "Tensor input, Tensor target, Tensor? mixed_target, Tensor? mix_lambda, Tensor? weight, Tensor? class_bias, "     \
-  "Tensor? class_scale, Tensor? class_margin, Tensor? learned_scale, Tensor? coefficient, float scale, float "      \
+#define LTK_MARGIN_CROSS_ENTROPY_SCHEMA                                                                         \
+  "Tensor input, Tensor target, Tensor? mixed_target, Tensor? mix_lambda, Tensor? weight, Tensor? class_bias, " \
+  "Tensor? class_scale, Tensor? class_margin, Tensor? learned_scale, Tensor? coefficient, float scale, float "  \
   "margin, bool angular, int ignore_index, float label_smoothing"
 
-#define LTK_MARGIN_CROSS_ENTROPY_PARAMETERS                                                                          \
-  const Tensor &input, const Tensor &target, const OptionalTensor &mixed_target, const OptionalTensor &mix_lambda,   \
-      const OptionalTensor &weight, const OptionalTensor &class_bias, const OptionalTensor &class_scale,             \
-      const OptionalTensor &class_margin, const OptionalTensor &learned_scale, const OptionalTensor &coefficient,    \
+#define LTK_MARGIN_CROSS_ENTROPY_PARAMETERS                                                                        \
+  const Tensor &input, const Tensor &target, const OptionalTensor &mixed_target, const OptionalTensor &mix_lambda, \
+      const OptionalTensor &weight, const OptionalTensor &class_bias, const OptionalTensor &class_scale,           \
+      const OptionalTensor &class_margin, const OptionalTensor &learned_scale, const OptionalTensor &coefficient,  \
       double scale, double margin, bool angular, int64_t ignore_index, double label_smoothing
 
-#define LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS                                                                           \
+#define LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS                                                                            \
   input, target, mixed_target, mix_lambda, weight, class_bias, class_scale, class_margin, learned_scale, coefficient, \
       scale, margin, angular, ignore_index, label_smoothing
 

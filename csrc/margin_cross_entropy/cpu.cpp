@@ -1,7 +1,7 @@
 // The rows kernel on the CPU: checks, layouts and threads; the arithmetic is in cpu_kernels.h.
 //
-// How the work is cut depends on sizes alone, never on the number of threads, and sums over pieces are merged in a fixed
-// order: results have the same bits for any thread count.
+// How the work is cut depends on sizes alone, never on the number of threads, and sums over pieces are merged in a
+// fixed order: results have the same bits for any thread count.
 #include "arguments.h"
 
 #include <ATen/ATen.h>
@@ -29,7 +29,7 @@ namespace {
 // Positions of the gradients in `needs` and in what backward returns.
 enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };
 
-constexpr int64_t kRange = 16384;  // columns per piece where a row is split
+constexpr int64_t kRange = 16384;             // columns per piece where a row is split
 constexpr size_t kStream = size_t(12) << 20;  // gradients of this size and more are written past the caches
 
 enum class Capability { kDefault, kAvx2, kAvx512 };
@@ -104,8 +104,8 @@ A* scratch(int64_t size) {
   return static_cast<A*>(buffer.get());
 }
 
-// Gradients of 1 MiB and more come from a small pool: touching 100 MB of fresh pages costs more than the arithmetic that
-// fills them. A buffer returns to the pool when its tensor dies; what the pool holds is bounded.
+// Gradients of 1 MiB and more come from a small pool: touching 100 MB of fresh pages costs more than the arithmetic
+// that fills them. A buffer returns to the pool when its tensor dies; what the pool holds is bounded.
 class GradientPool {
  public:
   static Tensor empty_like(const Tensor& t) {
@@ -115,8 +115,7 @@ class GradientPool {
     TORCH_INTERNAL_ASSERT(shape.nbytes() == bytes && shape.is_non_overlapping_and_dense());
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
     void* data = instance().take(size);
-    return at::from_blob(
-        data, t.sizes(), shape.strides(), [size](void* p) { instance().give(p, size); }, t.options());
+    return at::from_blob(data, t.sizes(), shape.strides(), [size](void* p) { instance().give(p, size); }, t.options());
   }
 
  private:
@@ -168,15 +167,17 @@ class GradientPool {
   }
 };
 
-int64_t grain(int64_t elements_per_item) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item)); }
+int64_t grain(int64_t elements_per_item) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item));
+}
 
 void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index, const char* name) {
   const int64_t* values = target.const_data_ptr<int64_t>();
   const int64_t rows = target.numel();
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t value = values[row];
-    TORCH_CHECK_INDEX((value >= 0 && value < classes) || value == ignore_index, name, ": row ", row, " has class ", value,
-                      ", expected 0 <= class < ", classes, " or ignore_index=", ignore_index);
+    TORCH_CHECK_INDEX((value >= 0 && value < classes) || value == ignore_index, name, ": row ", row, " has class ",
+                      value, ", expected 0 <= class < ", classes, " or ignore_index=", ignore_index);
   }
 }
 
@@ -298,8 +299,7 @@ void run_forward(Prepared<A>& prepared) {
   const int64_t classes = call.classes, rows = prepared.rows;
   const int64_t largest_row = kLargestRow / static_cast<int64_t>(sizeof(A));
   if (!prepared.rows_layout) {
-    const int64_t width =
-        std::clamp<int64_t>(largest_row / classes / kPadding * kPadding, kPadding, kPanel);
+    const int64_t width = std::clamp<int64_t>(largest_row / classes / kPadding * kPadding, kPadding, kPanel);
     const int64_t panels = (call.k + width - 1) / width;
     at::parallel_for(0, call.n * panels, grain(classes * width), [&](int64_t begin, int64_t end) {
       A* buffer = scratch<A>(classes * width);
@@ -411,7 +411,8 @@ void panel_sweep(Prepared<A>& prepared, const std::vector<RowGradient<A>>& gradi
   std::vector<Int> columns(2 * k);
   RowGradients<A> rows;
   A* next = values.data();
-  for (A** field : {&rows.peak, &rows.slope, &rows.smooth, &rows.soft, &rows.du[0], &rows.du[1], &rows.dc[0], &rows.dc[1]})
+  for (A** field :
+       {&rows.peak, &rows.slope, &rows.smooth, &rows.soft, &rows.du[0], &rows.du[1], &rows.dc[0], &rows.dc[1]})
     *field = next, next += k;
   rows.column[0] = columns.data();
   rows.column[1] = columns.data() + k;
@@ -421,7 +422,8 @@ void panel_sweep(Prepared<A>& prepared, const std::vector<RowGradient<A>>& gradi
     });
     at::parallel_for(0, call.classes, grain(k), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c)
-        prepared.kernels->class_gradient(call, rows, n, c, sums ? &sums->du[c] : nullptr, sums ? &sums->dx[c] : nullptr);
+        prepared.kernels->class_gradient(call, rows, n, c, sums ? &sums->du[c] : nullptr,
+                                         sums ? &sums->dx[c] : nullptr);
     });
   }
 }
@@ -447,9 +449,9 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   call.grad_loss = upstream(prepared, grad_loss, &call.grad_loss_stride);
   if (grad_lse.has_value()) call.grad_lse = upstream(prepared, *grad_lse, &call.grad_lse_stride);
   std::vector<RowGradient<A>> gradients(prepared.rows);
-  at::parallel_for(0, prepared.rows, target.is_floating_point() ? grain(call.classes) : 256, [&](int64_t begin, int64_t end) {
-    prepared.kernels->row_gradients(call, begin, end, gradients.data());
-  });
+  at::parallel_for(
+      0, prepared.rows, target.is_floating_point() ? grain(call.classes) : 256,
+      [&](int64_t begin, int64_t end) { prepared.kernels->row_gradients(call, begin, end, gradients.data()); });
 
   Tensor written, written_q;
   if (needs.get(kInput)) written = prepared.grad_target(grads[kInput]);

@@ -17,12 +17,12 @@ struct Call {
   void* grad;  // of the logits, or null
   int64_t grad_n, grad_c, grad_k;
   bool stream;  // write the gradient past the caches
-  const A* q;  // class probabilities, strides as the layout needs, or null
+  const A* q;   // class probabilities, strides as the layout needs, or null
   int64_t q_n, q_c, q_k;
   A* grad_q;  // or null
   int64_t grad_q_n, grad_q_c, grad_q_k;
 
-  const A* class_scale;  // a_j = scale * class_scale_j [classes], or null: a_j = scale
+  const A* class_scale;   // a_j = scale * class_scale_j [classes], or null: a_j = scale
   const A* cosine_scale;  // class_scale_j without the scale, where class_scale is given
   const A* class_bias;    // or null
   const A* class_margin;  // includes the fixed margin, or null
@@ -88,10 +88,10 @@ constexpr int64_t kPadding = 16;
 constexpr int64_t kPanel = 256;
 constexpr int64_t kLargestRow = 262144;  // bytes of scratch: what stays in a core's own cache
 
-#define LTK_DECLARE(isa)                          \
-  namespace isa {                                 \
-  extern const Kernels<float> kernels[kDtypes];   \
-  extern const Kernels<double> kernels_double;    \
+#define LTK_DECLARE(isa)                        \
+  namespace isa {                               \
+  extern const Kernels<float> kernels[kDtypes]; \
+  extern const Kernels<double> kernels_double;  \
   }
 LTK_DECLARE(isa_default)
 LTK_DECLARE(isa_avx2)

@@ -2,10 +2,9 @@
 // (LTK_ISA), the vector width in bytes (LTK_BYTES) and the level (LTK_LEVEL: 0 baseline, 1 AVX2, 2 AVX-512).
 //
 // Memory sees one read and one write per logit. A row's exponentials are taken from a guess of its peak, which a sample
-// gives, into `scratch`; a second sweep writes its gradient from there. Where sums relative to the peak are needed (label
-// smoothing, class probabilities) and where rows are split, a block is swept twice in the first-level cache: maximum
-// first, then exponentials.
-// All functions have internal linkage (see online_logsumexp.h).
+// gives, into `scratch`; a second sweep writes its gradient from there. Where sums relative to the peak are needed
+// (label smoothing, class probabilities) and where rows are split, a block is swept twice in the first-level cache:
+// maximum first, then exponentials. All functions have internal linkage (see online_logsumexp.h).
 
 #include "cpu_call.h"
 
@@ -43,6 +42,9 @@ using F = Simd<float>;
 
 constexpr int64_t kBlock = 2048;  // columns per block of a row
 
+// Terms that one accumulator takes before it is added to a second one: sums of many float32 terms keep their exactness.
+constexpr int64_t kTerms = 64;
+
 template <class A>
 LTK_INLINE Vec<A> splat(A value) {
   return value - Vec<A>{};  // value - 0 keeps the sign of zero and compiles to a broadcast
@@ -73,8 +75,8 @@ LTK_INLINE void store_index(Int<A>* p, typename Simd<A>::I v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Stores past the caches, to an address aligned to the vector: memory that will not be read soon is then not fetched to be
-// overwritten.
+// Stores past the caches, to an address aligned to the vector: memory that will not be read soon is then not fetched to
+// be overwritten.
 template <class V>
 LTK_INLINE void store_past_caches(void* p, V v) {
 #if LTK_LEVEL == 2
@@ -117,8 +119,8 @@ LTK_INLINE V affine(V x, S a, B b) {
   return x * a + b;
 }
 
-// exp(x) for x <= 0 within one unit in the last place; 0 below -87.33 (where the result would be subnormal); NaN for NaN.
-// Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
+// exp(x) for x <= 0 within one unit in the last place; 0 below -87.33 (where the result would be subnormal); NaN for
+// NaN. Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
 LTK_INLINE F::V exp_vector(F::V x) {
   const F::V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const F::V shifted = x * 1.44269504088896341f + magic;
@@ -154,7 +156,8 @@ LTK_INLINE float half_to_float(uint16_t h) {
     const float value = fraction * 5.9604644775390625e-8f;  // 2^-24
     return sign ? -value : value;
   }
-  const uint32_t bits = exponent == 31 ? sign | 0x7f800000u | (fraction << 13) : sign | ((exponent + 112u) << 23) | (fraction << 13);
+  const uint32_t bits =
+      exponent == 31 ? sign | 0x7f800000u | (fraction << 13) : sign | ((exponent + 112u) << 23) | (fraction << 13);
   float value;
   __builtin_memcpy(&value, &bits, 4);
   return value;
@@ -167,7 +170,8 @@ LTK_INLINE uint16_t float_to_half(float value) {
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return sign | 0x7e00u;
   if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
-  if (bits < 0x38800000u) {  // subnormal: round to a multiple of 2^-24 by adding 0.5 in a float whose last place is that
+  if (bits <
+      0x38800000u) {  // subnormal: round to a multiple of 2^-24 by adding 0.5 in a float whose last place is that
     float magnitude;
     __builtin_memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;
@@ -365,8 +369,8 @@ LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, Partial<A>* 
   result->best_column = begin + first;
 }
 
-// Sweeps 1 and 2 over `count` columns from `begin` of one row: exp(u - peak) in scratch (0 at targets and in the padding).
-// `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
+// Sweeps 1 and 2 over `count` columns from `begin` of one row: exp(u - peak) in scratch (0 at targets and in the
+// padding). `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
 template <class T, class A>
 LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targets, const T* x, int64_t row,
                                  int64_t begin, int64_t count, A* scratch, const T* next, T* grad) {
@@ -429,6 +433,11 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
     const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k + begin : nullptr;
     Vec<A> weights = {}, weighted = {};
     for (int64_t j = 0; j < padded; j += W) {
+      if (j % (kTerms * W) == 0) {
+        result.weight += sum_lanes<A>(weights);
+        result.weighted += sum_lanes<A>(weighted);
+        weights = weighted = Vec<A>{};
+      }
       Vec<A> w = call.weight ? get_some<A>(call.weight + begin + j, count - j, A(0)) : splat(A(1));
       if (q) w = w * (kept * get_some<A>(q + j, count - j, A(0)) + share);
       Vec<A> product = w * (load(scratch + j) - peak);
@@ -436,8 +445,8 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
       weights = weights + w;
       weighted = weighted + product;
     }
-    result.weight = sum_lanes<A>(weights);
-    result.weighted = sum_lanes<A>(weighted);
+    result.weight += sum_lanes<A>(weights);
+    result.weighted += sum_lanes<A>(weighted);
     for (int i = 0; i < targets.count; ++i) {
       const int64_t j = targets.t[i].column - begin;
       if (targets.t[i].column < 0 || j < 0 || j >= count) continue;
@@ -447,22 +456,28 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
     }
   }
 
-  Vec<A> total = {};
+  Vec<A> grand_total = {};
   const Vec<A> high = splat(peak);
-  for (int64_t j = 0; j < padded; j += W) {
-    __builtin_prefetch(next + j);
-    __builtin_prefetch((grad ? grad : next) + j, 1);
-    const Vec<A> e = exp_vector(load(scratch + j) - high);
-    store(scratch + j, e);
-    total = total + e;
+  for (int64_t j = 0; j < padded;) {
+    Vec<A> total = {};
+    const int64_t pause = padded - j > kTerms * W ? j + kTerms * W : padded;
+    for (; j < pause; j += W) {
+      __builtin_prefetch(next + j);
+      __builtin_prefetch((grad ? grad : next) + j, 1);
+      const Vec<A> e = exp_vector(load(scratch + j) - high);
+      store(scratch + j, e);
+      total = total + e;
+    }
+    grand_total = grand_total + total;
   }
-  result.total = sum_lanes<A>(total);
+  result.total = sum_lanes<A>(grand_total);
   return result;
 }
 
 // Loss and statistics of a row from its sums; returns its targets' gradient for an upstream gradient of 1.
 template <class A>
-LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& targets, int64_t row, const Partial<A>& s) {
+LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& targets, int64_t row,
+                                     const Partial<A>& s) {
   const A log_total = std::log(s.total);
   call.peak[row] = s.peak;
   call.total[row] = s.total;
@@ -472,7 +487,9 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& t
     call.loss[row] = k * (static_cast<A>(s.weight) * log_total - static_cast<A>(s.weighted));
     call.lse[row] = s.peak + log_total;
     const A share = call.smoothing / static_cast<A>(call.classes);
-    return {s.peak, k * static_cast<A>(s.weight) / s.total, k * share, k * (A(1) - call.smoothing), {-1, -1}, {}, {}, {}, 0};
+    return {
+        s.peak, k * static_cast<A>(s.weight) / s.total, k * share, k * (A(1) - call.smoothing), {-1, -1}, {}, {}, {},
+        0};
   }
   call.loss[row] = row_loss(targets, s.peak, log_total, static_cast<A>(s.weighted));
   call.lse[row] = s.peak + term_of(targets, 0, s.peak, log_total).total;
@@ -487,7 +504,8 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
                            const T* fetch, A* peak) {
   constexpr int64_t W = Simd<A>::W, kAhead = 1024;
   const int64_t count = call.classes;
-  int64_t careful[3] = {count / W * W, count, count};  // vectors with lanes to leave out: the last, and the targets'
+  const int64_t last = count / W * W;
+  int64_t careful[3] = {last, last, last};  // vectors with lanes to leave out: the last, and the targets'
   for (int i = 0; i < targets.count; ++i)
     if (targets.t[i].column >= 0) careful[i + 1] = targets.t[i].column / W * W;
   const int order[3] = {0, 1, 0};  // a sort of three
@@ -500,7 +518,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
 
   return with_flags(call.class_scale, call.class_bias, [&](auto scaled, auto biased) {
     const Vec<A> uniform = splat(call.scale), reference = splat(guess);
-    Vec<A> high = splat(minus_infinity<A>()), total = {};
+    Vec<A> high = splat(minus_infinity<A>()), total = {}, grand_total = {};
     auto add = [&](int64_t j, Vec<A> u) {
       const Vec<A> e = exp_vector(u - reference);
       store(scratch + j, e);
@@ -509,28 +527,32 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
     };
     int64_t j = 0;
     for (const int64_t stop : careful) {
-      for (; j < stop && j + W <= count; j += W) {
-        __builtin_prefetch(x + j + kAhead);
-        if (fetch) __builtin_prefetch(fetch + j, 1);
-        Vec<A> a = uniform, b = {};
-        if constexpr (decltype(scaled)::on) a = load(call.class_scale + j);
-        if constexpr (decltype(biased)::on) b = load(call.class_bias + j);
-        add(j, affine(IO<T>::get_vector(x + j), a, b));
+      while (j < stop) {
+        const int64_t pause = stop - j > kTerms * W ? j + kTerms * W : stop;
+        for (; j < pause; j += W) {
+          __builtin_prefetch(x + j + kAhead);
+          if (fetch) __builtin_prefetch(fetch + j, 1);
+          Vec<A> a = uniform, b = {};
+          if constexpr (decltype(scaled)::on) a = load(call.class_scale + j);
+          if constexpr (decltype(biased)::on) b = load(call.class_bias + j);
+          add(j, affine(IO<T>::get_vector(x + j), a, b));
+        }
+        grand_total = grand_total + total;
+        total = Vec<A>{};
       }
-      if (j != stop || j >= count) continue;
+      if (j != stop || j >= count) continue;  // two targets in one vector, or no last vector
       Vec<A> a = uniform, b = {};
       if constexpr (decltype(scaled)::on) a = get_some<A>(call.class_scale + j, count - j, A(0));
       if constexpr (decltype(biased)::on) b = get_some<A>(call.class_bias + j, count - j, A(0));
       Vec<A> u = affine(get_some<A>(x + j, count - j, A(0)), a, b);
       for (int64_t i = count - j; i < W; ++i) u[i] = minus_infinity<A>();
       for (int i = 0; i < targets.count; ++i)
-        if (targets.t[i].column >= j && targets.t[i].column < j + W)
-          u[targets.t[i].column - j] = minus_infinity<A>();
+        if (targets.t[i].column >= j && targets.t[i].column < j + W) u[targets.t[i].column - j] = minus_infinity<A>();
       add(j, u);
       j += W;
     }
     *peak = max_lanes<A>(high);
-    return sum_lanes<A>(total);
+    return sum_lanes<A>(grand_total + total);
   });
 }
 
@@ -571,7 +593,8 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
   Partial<A> parts[kLargestRow / sizeof(A) / kBlock + 1];
   for (int64_t row = begin; row < end; ++row) {
     const T* x = row_pointer<T>(call, row);
-    T* grad = call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
+    T* grad =
+        call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
     const RowTargets<A> targets = targets_of(call, row, x, int64_t(1));
     const bool guessing = !call.q && call.smoothing == A(0);
     Partial<A> sums = {};
@@ -585,12 +608,14 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
         most = u > most ? u : most;
       }
       guess = most > lowest && most < -lowest ? most : A(0);
-      A total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad), &sums.peak);
+      A total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
+                              &sums.peak);
       if (sums.peak == lowest) {
         sums.peak = guess = 0;
       } else if (sums.peak > guess + A(60) || sums.peak < guess - A(60)) {
         guess = sums.peak;
-        total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad), &sums.peak);
+        total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
+                              &sums.peak);
       }
       sums.total = static_cast<A>(total * std::exp(static_cast<double>(guess) - static_cast<double>(sums.peak)));
       if (call.prediction) find_best(x, 0, count, &sums);
@@ -623,8 +648,8 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
 template <class T, class A>
 Partial<A> range_statistics(const Call<A>& call, int64_t row, int64_t begin, int64_t end, A* scratch) {
   const T* x = row_pointer<T>(call, row);
-  return statistics(call, targets_of(call, row, x, int64_t(1)), x, row, begin, end - begin, scratch,
-                    x + begin, static_cast<T*>(nullptr));
+  return statistics(call, targets_of(call, row, x, int64_t(1)), x, row, begin, end - begin, scratch, x + begin,
+                    static_cast<T*>(nullptr));
 }
 
 template <class T, class A>
@@ -657,7 +682,8 @@ void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, i
                     A* column_dx) {
   constexpr int64_t W = Simd<A>::W;
   const T* x = row_pointer<T>(call, row);
-  T* grad = call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
+  T* grad =
+      call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
   const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
   A* grad_q = call.grad_q ? call.grad_q + (row / call.k) * call.grad_q_n + (row % call.k) * call.grad_q_k : nullptr;
   const bool plain = g.smooth == A(0) && g.soft == A(0);
@@ -684,7 +710,8 @@ void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, i
         if (call.weight) dq = dq * get_some<A>(call.weight + j, count, A(0));
         put_some<A>(grad_q + j, dq, count);
       }
-      if (column_du) put_some<A>(column_du + (j - begin), get_some<A>(column_du + (j - begin), count, A(0)) + du, count);
+      if (column_du)
+        put_some<A>(column_du + (j - begin), get_some<A>(column_du + (j - begin), count, A(0)) + du, count);
       if (column_dx)
         put_some<A>(column_dx + (j - begin), get_some<A>(column_dx + (j - begin), count, A(0)) + du * logit, count);
     }
@@ -768,7 +795,8 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
       const A w = weight_of(call, c);
       for (int64_t p = 0; p < padded; p += W) {
         Vec<A> each = splat(w);
-        if (call.q) each = w * (kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share);
+        if (call.q)
+          each = w * (kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share);
         store(weight + p, load(weight + p) + each);
         store(weighted + p, load(weighted + p) + each * (load(scratch + c * padded + p) - load(peak + p)));
       }
@@ -776,12 +804,16 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
     set_targets(false);
   }
 
-  for (int64_t c = 0; c < call.classes; ++c)
-    for (int64_t p = 0; p < padded; p += W) {
-      const Vec<A> e = exp_vector(load(scratch + c * padded + p) - load(peak + p));
-      store(scratch + c * padded + p, e);
-      store(total + p, load(total + p) + e);
-    }
+  for (int64_t first = 0; first < call.classes; first += kTerms) {
+    A part[kPanel] = {};
+    for (int64_t c = first; c < call.classes && c < first + kTerms; ++c)
+      for (int64_t p = 0; p < padded; p += W) {
+        const Vec<A> e = exp_vector(load(scratch + c * padded + p) - load(peak + p));
+        store(scratch + c * padded + p, e);
+        store(part + p, load(part + p) + e);
+      }
+    for (int64_t p = 0; p < padded; p += W) store(total + p, load(total + p) + load(part + p));
+  }
 
   RowGradient<A> gradients[kPanel];
   for (int64_t p = 0; p < count; ++p) {
@@ -796,7 +828,8 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
     const A a = scale_of(call, c), w = weight_of(call, c);
     for (int64_t p = 0; p < padded && p < count; p += W) {
       Vec<A> less = load(smooth + p);
-      if (call.q) less = less + load(soft + p) * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0));
+      if (call.q)
+        less = less + load(soft + p) * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0));
       const Vec<A> du = load(slope + p) * load(scratch + c * padded + p) - less * w;
       put_some<A>(grad + c * call.grad_c + p, du * a, count - p);
     }
@@ -811,13 +844,14 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
 template <class T, class A>
 void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, double* du_sum,
                     double* dx_sum) {
-  constexpr int64_t W = Simd<A>::W, kFlush = 4096;
+  constexpr int64_t W = Simd<A>::W, kFlush = kTerms * W;
   using IVec = typename Simd<A>::I;
   const T* x = static_cast<const T*>(call.x) + n * call.x_n + column * call.x_c;
   T* grad = call.grad ? static_cast<T*>(call.grad) + n * call.grad_n + column * call.grad_c : nullptr;
   const A* q = call.q ? call.q + n * call.q_n + column * call.q_c : nullptr;
   A* grad_q = call.grad_q ? call.grad_q + n * call.grad_q_n + column * call.grad_q_c : nullptr;
-  const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0), w = weight_of(call, column);
+  const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0),
+          w = weight_of(call, column);
   const IVec here = IVec{} + static_cast<Int<A>>(column);
   for (int64_t block = 0; block < call.k; block += kFlush) {
     Vec<A> du_total = {}, dx_total = {};
@@ -858,9 +892,9 @@ void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n,
 
 }  // namespace
 
-#define LTK_TABLE(T, A)                                                                                     \
-  { forward_rows<T, A>, range_statistics<T, A>, finish<T, A>, row_gradients<T, A>, range_gradient<T, A>, \
-    forward_panel<T, A>, class_gradient<T, A> }
+#define LTK_TABLE(T, A)                                                                    \
+  {forward_rows<T, A>,   range_statistics<T, A>, finish<T, A>,        row_gradients<T, A>, \
+   range_gradient<T, A>, forward_panel<T, A>,    class_gradient<T, A>}
 const Kernels<float> kernels[kDtypes] = {LTK_TABLE(float, float), LTK_TABLE(BFloat16, float), LTK_TABLE(Half, float)};
 const Kernels<double> kernels_double = LTK_TABLE(double, double);
 #undef LTK_TABLE

@@ -14,7 +14,7 @@ def load() -> ModuleType | str:
         from .. import _C
     except ImportError as error:
         if "_C" in str(error) and "cannot import name" in str(error):
-            return "the extension is not built (reinstall with a C++ compiler on the path, LT_KERNELS_BUILD=cpu)"
+            return "the extension is not built (`LT_KERNELS_BUILD=cpu pip install --no-build-isolation .` builds it)"
         return f"the extension does not load: {error}"
     return _C
 
