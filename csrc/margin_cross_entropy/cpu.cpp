@@ -30,6 +30,8 @@ namespace {
 enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };
 
 constexpr int64_t kRange = 16384;             // columns per piece where a row is split
+constexpr int64_t kPositions = 2048;          // positions per piece of a panel's gradient
+constexpr int64_t kPanelScratch = 262144;     // bytes of a panel: what stays in a core's own cache
 constexpr size_t kStream = size_t(12) << 20;  // gradients of this size and more are written past the caches
 
 enum class Capability { kDefault, kAvx2, kAvx512 };
@@ -299,7 +301,8 @@ void run_forward(Prepared<A>& prepared) {
   const int64_t classes = call.classes, rows = prepared.rows;
   const int64_t largest_row = kLargestRow / static_cast<int64_t>(sizeof(A));
   if (!prepared.rows_layout) {
-    const int64_t width = std::clamp<int64_t>(largest_row / classes / kPadding * kPadding, kPadding, kPanel);
+    const int64_t most = kPanelScratch / static_cast<int64_t>(sizeof(A)) / classes;
+    const int64_t width = std::clamp<int64_t>(most / kPadding * kPadding, kPadding, kPanel);
     const int64_t panels = (call.k + width - 1) / width;
     at::parallel_for(0, call.n * panels, grain(classes * width), [&](int64_t begin, int64_t end) {
       A* buffer = scratch<A>(classes * width);
@@ -420,10 +423,19 @@ void panel_sweep(Prepared<A>& prepared, const std::vector<RowGradient<A>>& gradi
     at::parallel_for(0, k, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) rows.set(i, gradients[n * k + i]);
     });
-    at::parallel_for(0, call.classes, grain(k), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        prepared.kernels->class_gradient(call, rows, n, c, sums ? &sums->du[c] : nullptr,
-                                         sums ? &sums->dx[c] : nullptr);
+    if (sums) {
+      at::parallel_for(0, call.classes, grain(k), [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c)
+          prepared.kernels->class_gradient(call, rows, n, c, 0, k, &sums->du[c], &sums->dx[c]);
+      });
+      continue;
+    }
+    const int64_t blocks = (k + kPositions - 1) / kPositions;
+    at::parallel_for(0, blocks, grain(call.classes * kPositions), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        for (int64_t c = 0; c < call.classes; ++c)
+          prepared.kernels->class_gradient(call, rows, n, c, block * kPositions, std::min(k, (block + 1) * kPositions),
+                                           nullptr, nullptr);
     });
   }
 }

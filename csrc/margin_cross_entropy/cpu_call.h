@@ -74,19 +74,21 @@ struct Kernels {
   RowGradient<A> (*finish)(const Call<A>&, int64_t row, const Partial<A>&);
   // Gradients of rows [begin, end) for the upstream gradients in the call, from the saved peak and total.
   void (*row_gradients)(const Call<A>&, int64_t begin, int64_t end, RowGradient<A>* out);
-  // Gradient of the columns [begin, end) of one row; where not null, column_du and column_dx (of length end - begin)
+  // Gradient of the columns [begin, end) of one row; column_du and column_dx (of length end - begin, both or neither)
   // collect du and dc * x.
   void (*range_gradient)(const Call<A>&, const RowGradient<A>&, int64_t row, int64_t begin, int64_t end, A* column_du,
                          A* column_dx);
   // Positions [begin, begin + count) of sample n, count <= kPanel. scratch: classes * (count rounded up to kPadding).
   void (*forward_panel)(const Call<A>&, int64_t n, int64_t begin, int64_t count, A* scratch);
-  // Gradient of one class of one sample at every position; adds the sums of du and dc * x to *du, *dx where not null.
-  void (*class_gradient)(const Call<A>&, const RowGradients<A>&, int64_t n, int64_t column, double* du, double* dx);
+  // Gradient of one class of one sample at positions [begin, end); adds the sums of du and dc * x to *du, *dx where not
+  // null.
+  void (*class_gradient)(const Call<A>&, const RowGradients<A>&, int64_t n, int64_t column, int64_t begin, int64_t end,
+                         double* du, double* dx);
 };
 
 constexpr int64_t kPadding = 16;
 constexpr int64_t kPanel = 256;
-constexpr int64_t kLargestRow = 262144;  // bytes of scratch: what stays in a core's own cache
+constexpr int64_t kLargestRow = 1 << 20;  // bytes of scratch for a row that is not split
 
 #define LTK_DECLARE(isa)                        \
   namespace isa {                               \

@@ -41,6 +41,7 @@ using Vec = typename Simd<A>::V;
 using F = Simd<float>;
 
 constexpr int64_t kBlock = 2048;  // columns per block of a row
+constexpr int64_t kAhead = 1024;  // how far ahead of the arithmetic logits are fetched
 
 // Terms that one accumulator takes before it is added to a second one: sums of many float32 terms keep their exactness.
 constexpr int64_t kTerms = 64;
@@ -502,7 +503,7 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& t
 template <class T, class A>
 LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, const T* x, A guess, A* scratch,
                            const T* fetch, A* peak) {
-  constexpr int64_t W = Simd<A>::W, kAhead = 1024;
+  constexpr int64_t W = Simd<A>::W;
   const int64_t count = call.classes;
   const int64_t last = count / W * W;
   int64_t careful[3] = {last, last, last};  // vectors with lanes to leave out: the last, and the targets'
@@ -686,35 +687,40 @@ void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, i
       call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
   const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
   A* grad_q = call.grad_q ? call.grad_q + (row / call.k) * call.grad_q_n + (row % call.k) * call.grad_q_k : nullptr;
-  const bool plain = g.smooth == A(0) && g.soft == A(0);
   const A log_total = grad_q ? std::log(call.total[row]) : A(0);
   const Vec<A> peak = splat(g.peak);
 
-  auto ordinary = [&](int64_t from, int64_t to) {  // columns none of which is a target
-    for (int64_t j = from; j < to; j += W) {
-      const int64_t count = to - j;
-      const Vec<A> a = call.class_scale ? get_some<A>(call.class_scale + j, count, A(0)) : splat(call.scale);
-      const Vec<A> logit = get_some<A>(x + j, count, A(0));
-      const Vec<A> b = call.class_bias ? get_some<A>(call.class_bias + j, count, A(0)) : Vec<A>{};
-      const Vec<A> u = affine(logit, a, b) - peak;
-      Vec<A> du = g.slope * exp_vector(u);
-      if (!plain) {
-        Vec<A> less = splat(g.smooth);
-        if (q) less = less + g.soft * get_some<A>(q + j, count, A(0));
-        if (call.weight) less = less * get_some<A>(call.weight + j, count, A(0));
-        du = du - less;
+  auto step = [&](int64_t j, int64_t count, auto plain) {  // inlined; `count` is the constant W but for the last vector
+    const Vec<A> a = call.class_scale ? get_some<A>(call.class_scale + j, count, A(0)) : splat(call.scale);
+    const Vec<A> b = call.class_bias ? get_some<A>(call.class_bias + j, count, A(0)) : Vec<A>{};
+    const Vec<A> logit = get_some<A>(x + j, count, A(0));
+    const Vec<A> u = affine(logit, a, b) - peak;
+    Vec<A> du = g.slope * exp_vector(u);
+    if constexpr (!decltype(plain)::on) {
+      const Vec<A> w = call.weight ? get_some<A>(call.weight + j, count, A(0)) : splat(A(1));
+      Vec<A> less = splat(g.smooth);
+      if (q) less = less + g.soft * get_some<A>(q + j, count, A(0));
+      du = du - less * w;
+      if (grad_q) put_some<A>(grad_q + j, g.soft * w * (log_total - u), count);
+      if (column_du) {
+        A *sum_du = column_du + (j - begin), *sum_dx = column_dx + (j - begin);
+        put_some<A>(sum_du, get_some<A>(sum_du, count, A(0)) + du, count);
+        put_some<A>(sum_dx, get_some<A>(sum_dx, count, A(0)) + du * logit, count);
       }
-      if (grad) put_some<A>(grad + j, du * a, count);
-      if (grad_q) {
-        Vec<A> dq = g.soft * (log_total - u);
-        if (call.weight) dq = dq * get_some<A>(call.weight + j, count, A(0));
-        put_some<A>(grad_q + j, dq, count);
-      }
-      if (column_du)
-        put_some<A>(column_du + (j - begin), get_some<A>(column_du + (j - begin), count, A(0)) + du, count);
-      if (column_dx)
-        put_some<A>(column_dx + (j - begin), get_some<A>(column_dx + (j - begin), count, A(0)) + du * logit, count);
     }
+    if (grad) put_some<A>(grad + j, du * a, count);
+  };
+  auto sweep = [&](int64_t from, int64_t to, auto plain) {
+    int64_t j = from;
+    for (; j + W <= to; j += W) {
+      __builtin_prefetch(x + j + kAhead);
+      step(j, W, plain);
+    }
+    if (j < to) step(j, to - j, plain);
+  };
+  const bool plain = g.smooth == A(0) && g.soft == A(0) && !grad_q && !column_du;
+  auto ordinary = [&](int64_t from, int64_t to) {  // columns none of which is a target
+    plain ? sweep(from, to, Flag<true>{}) : sweep(from, to, Flag<false>{});
   };
   const bool swapped = g.column[1] >= 0 && (g.column[0] < 0 || g.column[1] < g.column[0]);
   const int ascending[2] = {swapped ? 1 : 0, swapped ? 0 : 1};
@@ -725,7 +731,7 @@ void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, i
     ordinary(from, column);
     if (grad) IO<T>::put(grad + column, scale_of(call, column) * g.dc[i]);
     if (column_du) column_du[column - begin] += g.du[i];
-    if (column_dx) column_dx[column - begin] += g.dc[i] * IO<T>::get(x + column);
+    if (column_du) column_dx[column - begin] += g.dc[i] * IO<T>::get(x + column);
     from = column + 1;
   }
   ordinary(from, end);
@@ -842,8 +848,8 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
 }
 
 template <class T, class A>
-void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, double* du_sum,
-                    double* dx_sum) {
+void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, int64_t begin,
+                    int64_t end, double* du_sum, double* dx_sum) {
   constexpr int64_t W = Simd<A>::W, kFlush = kTerms * W;
   using IVec = typename Simd<A>::I;
   const T* x = static_cast<const T*>(call.x) + n * call.x_n + column * call.x_c;
@@ -853,9 +859,9 @@ void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n,
   const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0),
           w = weight_of(call, column);
   const IVec here = IVec{} + static_cast<Int<A>>(column);
-  for (int64_t block = 0; block < call.k; block += kFlush) {
+  for (int64_t block = begin; block < end; block += kFlush) {
     Vec<A> du_total = {}, dx_total = {};
-    const int64_t stop = block + kFlush < call.k ? block + kFlush : call.k;
+    const int64_t stop = block + kFlush < end ? block + kFlush : end;
     for (int64_t p = block; p < stop; p += W) {
       const int64_t count = stop - p;
       const Vec<A> logit = get_some<A>(x + p, count, A(0));
