@@ -460,8 +460,8 @@ class TestProperties:
 # -------------------------------------------------------------------------------------------------------- registration
 
 
-def op_arguments(name: str, dtype: torch.dtype, backend: str, **overrides) -> list:
-    sample = by_id(name).sample(dtype)
+def op_arguments(name: str, device: str) -> list:
+    sample = by_id(name).sample(torch.float32, device)
     vector = {k: sample.options.get(k) for k in ("weight", "class_bias", "class_scale")}
     tensors = {
         "input": sample.input[:, :, None],
@@ -477,20 +477,19 @@ def op_arguments(name: str, dtype: torch.dtype, backend: str, **overrides) -> li
         "angular": False,
         "ignore_index": -100,
         "label_smoothing": 0.0,
-        **overrides,
     }
     return [*Arguments(**tensors)]
 
 
 @pytest.mark.parametrize("name", ["logit adjustment", "probabilities", "learnable vectors"])
-def test_opcheck_forward(name, backend):
+def test_opcheck_forward(name, backend, device):
     for reduce, with_prediction in ((True, True), (False, False)):
-        arguments = (*op_arguments(name, torch.float32, backend), reduce, with_prediction, False, backend)
+        arguments = (*op_arguments(name, device), reduce, with_prediction, False, backend)
         torch.library.opcheck(torch.ops.lt_kernels.margin_cross_entropy_fwd.default, arguments)
 
 
-def test_opcheck_forward_with_gradient(backend):
-    arguments = (*op_arguments("logit adjustment", torch.float32, backend), True, False, True, backend)
+def test_opcheck_forward_with_gradient(backend, device):
+    arguments = (*op_arguments("logit adjustment", device), True, False, True, backend)
     torch.library.opcheck(
         torch.ops.lt_kernels.margin_cross_entropy_fwd.default,
         arguments,
@@ -499,18 +498,20 @@ def test_opcheck_forward_with_gradient(backend):
 
 
 @pytest.mark.parametrize("name", ["logit adjustment", "probabilities"])
-def test_opcheck_backward(name, backend):
-    arguments = [a.detach() if isinstance(a, Tensor) else a for a in op_arguments(name, torch.float32, backend)]
+def test_opcheck_backward(name, backend, device):
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in op_arguments(name, device)]
     op = torch.ops.lt_kernels.margin_cross_entropy_fwd.default
     rest = op(*arguments, False, False, False, backend)[3]
     needs = [True, name == "probabilities", True, False, False, False]
     torch.library.opcheck(
-        torch.ops.lt_kernels.margin_cross_entropy_bwd.default, (torch.ones(()), None, rest, *arguments, needs, backend)
+        torch.ops.lt_kernels.margin_cross_entropy_bwd.default,
+        (rest.new_ones(()), None, rest, *arguments, needs, backend),
     )
 
 
-def test_opcheck_scale_gradient():
-    torch.library.opcheck(torch.ops.lt_kernels.scale_gradient_.default, (torch.randn(4, 5), torch.tensor(0.5)))
+def test_opcheck_scale_gradient(device):
+    arguments = (torch.randn(4, 5, device=device), torch.tensor(0.5, device=device))
+    torch.library.opcheck(torch.ops.lt_kernels.scale_gradient_.default, arguments)
 
 
 @pytest.mark.parametrize("name", ["plain", "mixup with everything", "probabilities with everything", "segmentation"])
@@ -529,9 +530,9 @@ def test_compile_fullgraph(name, backend, device):
         torch.testing.assert_close(a, b)
 
 
-def test_compile_follows_the_backend_setting(device):
+def test_compile_follows_the_backend_setting():
     torch._dynamo.reset()
-    x, y = torch.randn(3, 5, device=device), torch.tensor([0, 1, 2], device=device)
+    x, y = torch.randn(3, 5), torch.tensor([0, 1, 2])
     seen = []
 
     def spy(graph, inputs):
