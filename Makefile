@@ -31,7 +31,7 @@ $(STAMP).dependencies: pyproject.toml constraints.txt | $(STAMP).python
 	touch $@
 
 $(STAMP).extension: $(STAMP).dependencies setup.py $(SOURCES)
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	LT_KERNELS_BUILD=cpu $(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 ## make demo     train on long-tailed digits, measure throughput, write plots to output/

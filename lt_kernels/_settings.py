@@ -66,7 +66,7 @@ def set_gradient_policy(policy: str) -> None:
         policy: ``"one_pass"`` computes the gradient of ``"mean"`` and ``"sum"`` losses together with the loss, so that
             logits are read once and the gradient is written once. ``"recompute"`` reads the logits again in backward.
             ``"auto"`` (default) is ``"one_pass"`` except for float16 logits, whose unscaled gradients would underflow
-            before a gradient scaler could help. Both are exact for every upstream gradient. Losses with
+            before a gradient scaler could help. Both are right for every upstream gradient. Losses with
             ``reduction="none"``, ``return_lse=True``, learnable class vectors or probability targets that require
             gradients, and anything under ``torch.compile``, always recompute.
 

@@ -176,7 +176,7 @@ def print_accuracy(results: dict[str, dict[str, Tensor]]) -> None:
     print("\n" + f"{'accuracy, %':18}" + "".join(f"{group:>10}" for group in GROUPS))
     for name, values in results.items():
         print(f"{name:18}" + "".join(f"{100 * float(values[group]):10.1f}" for group in GROUPS))
-    print("Logit adjustment with tau = 1 and balanced softmax are the same function, so their rows agree.")
+    print("Logit adjustment with tau = 1 and balanced softmax are the same function: their rows agree up to rounding.")
 
 
 def draw_accuracy(per_class: dict[str, Tensor], counts: Tensor, path: Path) -> None:

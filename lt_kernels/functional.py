@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,13 +11,17 @@ from torch import Tensor
 
 from . import _settings
 from .ops._backend import resolve
+from .ops._reduce import ordered_sum
 from .ops.margin_cross_entropy.arguments import Arguments
 from .ops.margin_cross_entropy.op import OP, forward
 
 __all__ = ["MarginCrossEntropyOutput", "margin_cross_entropy"]
 
 _LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INDEX_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 _REDUCTIONS = ("none", "mean", "sum")
 _MARGIN_TYPES = ("additive", "angular")
 
@@ -77,7 +82,8 @@ def margin_cross_entropy(
         label_smoothing: in [0, 1].
         mixed_target: a second target like ``target`` (class indices): mixup or CutMix pairs in the same pass. The loss
             is ``mix_lambda * loss(target) + (1 - mix_lambda) * loss(mixed_target)``, each with its own mean.
-        mix_lambda: a number in [0, 1], or a 0-dim tensor, or a tensor shaped like ``target``: the share of ``target``.
+        mix_lambda: a number in [0, 1], or a 0-dim tensor, or a tensor shaped like ``target`` (whose values are checked
+            only with checks on): the share of ``target``.
         return_lse: also return the log-sum-exp of each row's shifted logits (those of ``target`` where there are two;
             of the plain shifted logits where the row is ignored), float32, shaped like a class-index target.
             Differentiable.
@@ -92,8 +98,9 @@ def margin_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
-        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``; on a GPU without checks that
-            row's loss and gradient are NaN.
+        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``, naming the row in the flattened
+            target; on a GPU without checks that row's loss and gradient are NaN.
+        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
         BackendUnavailableError: a backend asked for by name cannot run the call.
 
     Example:
@@ -133,11 +140,15 @@ def margin_cross_entropy(
         raise ValueError(
             "margin: got a margin with class-probability targets, expected class indices (a margin acts on one class)"
         )
+    if soft and ignore_index >= 0:
+        raise ValueError(f"ignore_index: got {ignore_index} with class-probability targets, expected class indices")
     if soft and mixed_target is not None:
         raise ValueError(
             "mixed_target: got class-probability targets, expected class indices (mix the probabilities instead)"
         )
     share = _check_mixture(mixed_target, mix_lambda, target, input, compute_dtype)
+    if _settings.checks and isinstance(mix_lambda, Tensor) and not bool(((mix_lambda >= 0) & (mix_lambda <= 1)).all()):
+        raise ValueError("mix_lambda: got values outside [0, 1], expected a share")
     if _settings.checks and not soft:
         _check_values(target, ignore_index, classes, "target")
         if mixed_target is not None:
@@ -222,8 +233,8 @@ def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int, clas
     """Sum of the class weights of the targets that are not ignored, [1]."""
     valid = (target != ignore_index).reshape(-1)
     if weight is None:
-        return valid.sum(0, keepdim=True, dtype=dtype)
-    return (weight[target.reshape(-1).clamp(0, classes - 1)] * valid).sum(0, keepdim=True)
+        return valid.sum(0, keepdim=True).to(dtype)
+    return ordered_sum(weight[target.reshape(-1).clamp(0, classes - 1)] * valid).reshape(1)
 
 
 def _check_logits(input: Tensor) -> int:
@@ -295,6 +306,7 @@ def _check_mixture(
 
 
 def _check_values(target: Tensor, ignore_index: int, classes: int, name: str) -> None:
+    target = target.to(torch.int64)
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(bad.any()):
         row = int(bad.flatten().nonzero()[0])
@@ -329,9 +341,9 @@ def _scalar_tensor(name: str, value: Tensor, input: Tensor) -> Tensor:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not -math.inf < value < math.inf:  # NaN too; math.isfinite does not trace where the number is symbolic
+    if not -math.inf < float(value) < math.inf:  # NaN too; math.isfinite does not trace where the number is symbolic
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return float(value)
 

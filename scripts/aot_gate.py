@@ -127,7 +127,10 @@ class Configuration:
     classes: int
     dtype: torch.dtype = torch.bfloat16
     options: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()  # () : forward with gradient, else backward for these inputs
+    needs: tuple[str, ...] = ()  # () : forward, else backward for these inputs
+    with_grad: bool = True  # of a forward
+    with_lse: bool = False  # of a backward: an upstream gradient of the log-sum-exp too
+    padding: int = 0  # columns between rows; odd numbers leave the tensors' rows without a common alignment
     rows: int = 1024
     positions: int = 1
     transposed: bool = False
@@ -143,7 +146,7 @@ class Configuration:
         def option(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
             return meta(*shape, dtype=dtype) if name in self.options else None
 
-        x = meta(n, c, k, dtype=self.dtype)
+        x = meta(n, c + self.padding, k, dtype=self.dtype)[:, :c]
         if self.transposed:
             x = meta(c, n, dtype=self.dtype).T[:, :, None]
         soft = "soft" in self.options
@@ -167,9 +170,9 @@ class Configuration:
         with recording() as launches:
             if self.needs:
                 needs = [name in self.needs for name in kernels.DIFFERENTIABLE]
-                kernels.backward(meta(), None, meta(2, n, k), a, needs)
+                kernels.backward(meta(), meta(n, k) if self.with_lse else None, meta(2, n, k), a, needs)
             else:
-                kernels.forward(a, "prediction" in self.options, True)
+                kernels.forward(a, "prediction" in self.options, self.with_grad)
         return launches
 
 
@@ -199,6 +202,12 @@ def _configurations() -> list[Configuration]:
         Configuration("all", 8142, options=_MANY, wide=True),
         Configuration("all", 8142, _SINGLE, _MANY, wide=True),
     ]
+    forward_only = [
+        Configuration("no gradient, class_bias", 8142, options=_VS[:1], with_grad=False, budget=True),
+        Configuration("no gradient, class_bias", 8142, _HALF, _VS[:1], with_grad=False, budget=True),
+        Configuration("no gradient, class_bias", 100003, options=_VS[:1], with_grad=False),
+        Configuration("rows without a common alignment, class_bias", 8142, options=_VS[:1], padding=1),
+    ]
     looped = [
         Configuration("plain", 65536, wide=True),
         Configuration("plain", 65536, _SINGLE, wide=True),
@@ -211,6 +220,8 @@ def _configurations() -> list[Configuration]:
         Configuration("class_bias", 8142, _SINGLE, _VS[:1], ("input",), wide=True),
         Configuration("all", 65536, options=_MANY, needs=("input",), wide=True),
         Configuration("probabilities", 8142, options=("class_bias", "soft"), needs=("input",), wide=True),
+        Configuration("class_bias, log-sum-exp", 8142, options=_VS[:1], needs=("input",), with_lse=True, wide=True),
+        Configuration("rows without a common alignment", 8142, needs=("input",), padding=1),
         Configuration("class vectors", 8142, options=_MANY, needs=_CLASS_VECTORS),
         Configuration("probabilities", 8142, _SINGLE, ("soft", "weight"), ("input", "target")),
     ]
@@ -223,7 +234,7 @@ def _configurations() -> list[Configuration]:
         Configuration("few classes", 10),
         Configuration("few classes", 100, _SINGLE, _VS[:1]),
     ]
-    return [*one_pass, *looped, *backward, *tiles]
+    return [*one_pass, *forward_only, *looped, *backward, *tiles]
 
 
 def _scale_launches() -> list[tuple[str, Launch]]:
@@ -347,6 +358,8 @@ def _compile(
     sm90 = record["sm_90"]
     if configuration is not None and record.get("ONE_TILE"):
         record["per_logit"] = round(sm90["instructions"] * 32 * launch.options["num_warps"] / configuration.classes, 1)
+        if configuration.budget:
+            record["budget"] = MAX_INSTRUCTIONS_PER_LOGIT
     for target in ("sm_80", "sm_100"):
         record[target] = {key: record[target][key] for key in ("registers", "stack", "spills")}
     return record, [f"{name} {record['kernel']}: {problem}" for problem in _problems(record, configuration)]
@@ -355,7 +368,7 @@ def _compile(
 def _tasks(only: str) -> list[tuple[str, Launch, Configuration | None]]:
     tasks: list[tuple[str, Launch, Configuration | None]] = []
     for c in _configurations():
-        direction = f"backward ({', '.join(c.needs)})" if c.needs else "forward + gradient"
+        direction = f"backward ({', '.join(c.needs)})" if c.needs else "forward" + " + gradient" * c.with_grad
         name = f"{c.name}, C {c.classes}, {str(c.dtype).removeprefix('torch.')}, {direction}"
         tasks += [(name, launch, c) for launch in c.launches()]
     tasks += [(name, launch, None) for name, launch in _scale_launches()]
@@ -385,6 +398,11 @@ def _view(table: dict[str, Any]) -> str:
         "logit: SASS instructions on the longest path through the kernel x threads / classes (kernels without a loop",
         "over the classes). Loads and stores: how many of each width in bits. No kernel uses a stack or spills.",
         "",
+        f"At most {MAX_INSTRUCTIONS_PER_LOGIT} instructions per logit are asserted for the rows that say so:",
+        "cross-entropy and logit adjustment, where a row fills its block. The others are recorded, not held to it: they do",
+        "more for each logit (class_scale and weights are loaded for every column, at alignments that depend on the row;",
+        "prediction and probabilities add sums of their own), or pad (21,841 classes occupy a block of 32,768).",
+        "",
         "| case | kernel | warps | registers sm_80 / 90 / 100 / gfx942 | per logit | loads | stores | shared |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -393,7 +411,12 @@ def _view(table: dict[str, Any]) -> str:
         registers = " / ".join(str(row[target]["registers"]) for target in ("sm_80", "sm_90", "sm_100", "gfx942"))
         loads, stores = (", ".join(f"{n}x{width}" for width, n in sm90[kind].items()) for kind in ("loads", "stores"))
         cells = [row["case"], row["kernel"].strip("_").removesuffix("_kernel"), row["num_warps"], registers]
-        cells += [row.get("per_logit", "-"), loads, stores, sm90["shared"]]
+        cells += [
+            f"{row.get('per_logit', '-')}" + (f" (<= {row['budget']})" if "budget" in row else ""),
+            loads,
+            stores,
+            sm90["shared"],
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 

@@ -78,6 +78,9 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"{name}-{label}", functools.partial(_within_budget, draw)
                 if name == "bias":
                     yield f"deterministic-{label}", functools.partial(_deterministic, draw)
+                    yield f"outputs-{label}", functools.partial(_outputs, draw)
+                    yield f"bad-target-{label}", functools.partial(_bad_target, draw)
+                    yield f"no-sync-{label}", functools.partial(_no_synchronisation, draw)
 
 
 def _within_budget(draw: Callable[[], testing.Sample]) -> None:
@@ -87,6 +90,42 @@ def _within_budget(draw: Callable[[], testing.Sample]) -> None:
 def _deterministic(draw: Callable[[], testing.Sample]) -> None:
     first, second = (_value_and_gradient(draw()) for _ in range(2))
     assert all(map(torch.equal, first, second)), "two runs differ"
+
+
+def _outputs(draw: Callable[[], testing.Sample]) -> None:
+    sample = draw()
+    output = margin_cross_entropy(
+        sample.input, sample.target, **sample.options, return_prediction=True, return_lse=True
+    )
+    assert torch.equal(output.prediction, sample.input.argmax(1)), "prediction is not the argmax"
+    assert torch.isfinite(output.lse).all(), "log-sum-exp is not finite"
+
+
+def _bad_target(draw: Callable[[], testing.Sample]) -> None:
+    sample = draw()
+    sample.target.view(-1)[0] = sample.input.shape[1]
+    if sample.input.device.type == "cpu":
+        try:
+            margin_cross_entropy(sample.input, sample.target, **sample.options)
+        except IndexError:
+            return
+        raise AssertionError("a target out of range raised nothing")
+    loss = margin_cross_entropy(sample.input, sample.target, **{**sample.options, "reduction": "none"})
+    assert torch.isnan(loss.view(-1)[0]), "the loss of a bad target is not NaN"
+    assert torch.isfinite(loss.view(-1)[1:]).all(), "a bad target spoilt another row"
+
+
+def _no_synchronisation(draw: Callable[[], testing.Sample]) -> None:
+    sample = draw()
+    _value_and_gradient(sample)  # compiles
+    sample = draw()
+    if sample.input.device.type != "cuda":
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _value_and_gradient(sample)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _value_and_gradient(sample: testing.Sample) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,9 +125,10 @@ def test_run_makes_complete_records():
 def test_measure_takes_turns():
     order = []
     steps = {name: (lambda: None, lambda _, name=name: order.append(name)) for name in "abc"}
-    times = runner.measure(steps, "cpu", repetitions=3, seconds=0.0)
-    assert {name: len(samples) for name, samples in times.items()} == {"a": 3, "b": 3, "c": 3}
-    assert "".join(order[-9:]) == "abcbcacab"
+    times = runner.measure(steps, "cpu", repetitions=11, seconds=0.0)
+    assert {name: len(samples) for name, samples in times.items()} == {"a": 15, "b": 15, "c": 15}
+    # bursts of five after one untimed repetition, in an order that rotates
+    assert "".join(order[-54:]) == "".join(name * 6 for name in "abcbcacab")
 
 
 def test_save_replaces_whole_groups_only(tmp_path):

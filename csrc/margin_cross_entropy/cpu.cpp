@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -117,7 +118,12 @@ class GradientPool {
     TORCH_INTERNAL_ASSERT(shape.nbytes() == bytes && shape.is_non_overlapping_and_dense());
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
     void* data = instance().take(size);
-    return at::from_blob(data, t.sizes(), shape.strides(), [size](void* p) { instance().give(p, size); }, t.options());
+    report(data, static_cast<int64_t>(bytes));
+    auto release = [size, bytes](void* p) {
+      report(p, -static_cast<int64_t>(bytes));
+      instance().give(p, size);
+    };
+    return at::from_blob(data, t.sizes(), shape.strides(), release, t.options());
   }
 
  private:
@@ -129,6 +135,10 @@ class GradientPool {
   };
   std::mutex mutex_;
   std::vector<Buffer> free_;
+
+  static void report(void* data, int64_t bytes) {  // so that torch's profiler counts these tensors as it does others
+    if (c10::memoryProfilingEnabled()) c10::reportMemoryUsageToProfiler(data, bytes, 0, 0, c10::Device(c10::kCPU));
+  }
 
   static GradientPool& instance() {
     static GradientPool* pool = new GradientPool;  // outlives tensors that die at exit

@@ -249,14 +249,15 @@ def measure(
     for _ in range(_WARMUP):
         for name in names:
             once(*steps[name])
+    burst = 1 if flush is not None else min(_BURST, repetitions)
     started = time.perf_counter()
     turn = 0
-    while turn < repetitions or time.perf_counter() - started < seconds:
+    while turn * burst < repetitions or time.perf_counter() - started < seconds:
         for position in range(len(names)):
             name = names[(position + turn) % len(names)]
             if flush is None:
                 once(*steps[name])
-            times[name] += [once(*steps[name]) for _ in range(_BURST if flush is None else 1)]
+            times[name] += [once(*steps[name]) for _ in range(burst)]
         turn += 1
     return times
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "lt_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -47,11 +48,27 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
     function = type(f"{name}_autograd", (torch.autograd.Function,), functions)
 
     def dispatch(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            _refuse_transforms(qualified, arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(keyset, *arguments)  # type: ignore[attr-defined]
         return below_autograd(keyset, *arguments)
 
     _library.impl(name, dispatch, "Autograd", with_keyset=True)
+
+
+def _refuse_transforms(qualified: str, arguments: tuple[Any, ...]) -> None:
+    """Raise where forward-mode differentiation or a torch.func transform would silently lose a derivative."""
+    dual = any(
+        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+        for argument in arguments
+        if forward_ad._current_level >= 0
+    )
+    if dual or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{qualified} has no forward-mode derivative and takes no part in torch.func transforms: "
+            "use backward() or torch.autograd.grad"
+        )
 
 
 def register_no_double_backward(qualified: str) -> None:

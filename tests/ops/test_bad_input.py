@@ -11,7 +11,33 @@ from lt_kernels.functional import margin_cross_entropy
 X, Y = torch.randn(3, 5), torch.tensor([0, 1, 4])
 META = torch.device("meta")
 
+NAN = float("nan")
+PIXELS = {"input": torch.randn(2, 3, 4), "target": torch.tensor([[0, 1, 2, 0], [0, 3, 1, 1]])}
+MIXED = {"mixed_target": Y, "mix_lambda": 0.5}
+
 TABLE = {
+    "target of pixels": (PIXELS, IndexError, r"target: row 5 has class 3, expected 0 <= class < 3"),
+    "ignore_index of probabilities": (
+        {"target": X.softmax(1), "ignore_index": 1},
+        ValueError,
+        r"ignore_index: got 1 with class-probability targets",
+    ),
+    "class_bias type": ({"class_bias": [0.0] * 5}, TypeError, r"class_bias: got list, expected a Tensor"),
+    "class_bias device": ({"class_bias": torch.ones(5, device=META)}, ValueError, r"class_bias: got device meta"),
+    "class_scale shape": ({"class_scale": torch.ones(6)}, ValueError, r"class_scale: got shape \(6,\), expected \[5\]"),
+    "class_scale dtype": ({"class_scale": torch.ones(5).long()}, TypeError, r"class_scale: got dtype torch.int64"),
+    "class_scale device": ({"class_scale": torch.ones(5, device=META)}, ValueError, r"class_scale: got device meta"),
+    "margin dtype": ({"margin": torch.ones(5).long()}, TypeError, r"margin: got dtype torch.int64"),
+    "margin device": ({"margin": torch.ones(5, device=META)}, ValueError, r"margin: got device meta"),
+    "scale device": ({"scale": torch.ones((), device=META)}, ValueError, r"scale: got device meta"),
+    "scale type": ({"scale": "30"}, TypeError, r"scale: got str, expected a number"),
+    "share type": ({**MIXED, "mix_lambda": "0.5"}, TypeError, r"mix_lambda: got str, expected a number"),
+    "share nan": ({**MIXED, "mix_lambda": NAN}, ValueError, r"mix_lambda: got nan, expected a finite number"),
+    "mixed_target type": ({**MIXED, "mixed_target": [0, 1, 2]}, TypeError, r"mixed_target: got list"),
+    "mixed_target device": ({**MIXED, "mixed_target": Y.to(META)}, ValueError, r"mixed_target: got device meta"),
+    "smoothing negative": ({"label_smoothing": -0.1}, ValueError, r"label_smoothing: got -0.1, expected .* \[0, 1\]"),
+    "smoothing nan": ({"label_smoothing": NAN}, ValueError, r"label_smoothing: got nan, expected a finite number"),
+    "ignore_index bool": ({"ignore_index": True}, TypeError, r"ignore_index: got bool, expected an int"),
     "input not a tensor": ({"input": [1.0]}, TypeError, r"input: got list, expected a Tensor"),
     "input of integers": ({"input": X.long()}, TypeError, r"input: got dtype torch.int64, expected one of"),
     "input 0-dim": ({"input": torch.tensor(1.0)}, ValueError, r"input: got a 0-dim tensor, expected \[C\]"),
@@ -139,6 +165,17 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
             pass
     with pytest.raises(ValueError, match=r"set_gradient_policy\(policy\): got 'fast'"):
         lt_kernels.set_gradient_policy("fast")
+
+
+def test_shares_in_a_tensor_are_checked_with_checks_on(backend):
+    share = torch.tensor([0.5, 3.0, 0.1])
+    margin_cross_entropy(X, Y, mixed_target=Y, mix_lambda=share)
+    lt_kernels.set_checks(True)
+    try:
+        with pytest.raises(ValueError, match=r"mix_lambda: got values outside \[0, 1\]"):
+            margin_cross_entropy(X, Y, mixed_target=Y, mix_lambda=share)
+    finally:
+        lt_kernels.set_checks(False)
 
 
 def test_the_backend_is_restored_after_an_error():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lt_kernels
-from lt_kernels import _settings
+from lt_kernels import _settings, functional
 from lt_kernels.functional import margin_cross_entropy
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
 from lt_kernels.testing import assert_within_budget, check_margin_cross_entropy, dense_margin_cross_entropy
@@ -89,7 +89,7 @@ def test_is_a_superset_of_torch(shape, weighted, soft, smoothing, reduction, bac
     assert_within_budget(ours[1], eager[1], truth[1], "gradient")
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("index_dtype", functional._INDEX_DTYPES, ids=str)
 def test_any_integer_dtype(index_dtype, backend, device):
     sample = by_id("logit adjustment").sample(torch.float32, device)
     expected = margin_cross_entropy(sample.input, sample.target, **sample.options)
@@ -175,6 +175,18 @@ def test_double_backward_is_a_clear_error(reduction, backend, device):
         grad.sum().backward()
 
 
+def test_forward_mode_and_functional_transforms_are_a_clear_error(backend, device):
+    x, y = torch.randn(3, 5, device=device), torch.tensor([0, 1, 2], device=device)
+    call = lambda z: margin_cross_entropy(z, y)  # noqa: E731
+    for transform in (lambda: torch.func.jvp(call, (x,), (x,)), lambda: torch.func.grad(call)(x)):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            transform()
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.isfinite(call(x))  # nothing to lose
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            call(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 def test_inputs_are_left_alone(backend, device):
     for name in ("logit adjustment", "probabilities with everything", "transposed with everything"):
         sample = by_id(name).sample(torch.float32, device)
@@ -196,6 +208,53 @@ def test_gradients_stay_after_the_graph_is_gone(backend, device):
         z = torch.randn(64, 8142, device=device, requires_grad=True)
         margin_cross_entropy(z, y).backward()
     assert torch.equal(held, copy_of_it)
+
+
+def test_class_vectors_stay_float32_beside_half_precision_logits(backend, device):
+    for name in ("learnable vectors", "mixup with everything", "probabilities with everything", "segmentation"):
+        exact = by_id(name).sample(torch.float32, device)
+        for dtype in (torch.bfloat16, torch.float16):
+            sample = exact.converted(torch.float32)
+            sample.input = sample.input.detach().to(dtype).requires_grad_()  # weights, vectors, probabilities: float32
+            check_margin_cross_entropy(margin_cross_entropy, sample)
+
+
+@pytest.mark.parametrize("name", ["logit adjustment", "mixup per row", "segmentation", "probabilities"])
+def test_targets_of_any_strides(name, backend, device):
+    def scattered(t: Tensor) -> Tensor:
+        room = torch.stack([t, torch.zeros_like(t)], -1)
+        return room[..., 0]
+
+    sample = by_id(name).sample(torch.float32, device)
+    expected = margin_cross_entropy(sample.input, sample.target, **sample.options)
+    options = {k: scattered(v) if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in sample.options.items()}
+    target = scattered(sample.target)
+    assert not target.is_contiguous()
+    assert torch.equal(margin_cross_entropy(sample.input, target, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixup with everything", "inat18 width", "segmentation", "transposed", "probabilities"]
+)
+def test_every_output_at_once(name, backend, device):
+    """The prediction changes neither the loss nor its gradient, and the log-sum-exp is the loss's own."""
+    sample = by_id(name).sample(torch.float32, device)
+
+    def with_prediction(*arguments, **options) -> Tensor:
+        output = margin_cross_entropy(*arguments, return_prediction=True, **options)
+        assert torch.equal(output.prediction, sample.input.argmax(1))
+        return output.loss
+
+    check_margin_cross_entropy(with_prediction, sample)
+    output = margin_cross_entropy(
+        sample.input, sample.target, return_lse=True, return_prediction=True, **sample.options
+    )
+    shape = sample.input.select(1, 0).shape
+    assert output.lse.shape == output.prediction.shape == shape
+    if name == "mixup with everything":
+        return
+    bias = sample.options["class_bias"].reshape(-1, *[1] * (sample.input.dim() - 2))
+    torch.testing.assert_close(output.lse, torch.logsumexp(sample.input + bias, 1))
 
 
 # --------------------------------------------------------------------------------------------- outputs beside the loss

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._backend import load, unavailable_reason
+from .._reduce import ordered_sum
 from .._register import define, register_autograd, register_no_double_backward
 from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
 
@@ -30,7 +31,7 @@ OP = "margin_cross_entropy"
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *inputs, reduce, with_prediction, with_grad, backend = args
     loss, lse, prediction, rest, grad_input = load(OP, backend).forward(Arguments(*inputs), with_prediction, with_grad)
-    return (loss.sum() if reduce else loss), lse, prediction, rest, grad_input
+    return (ordered_sum(loss) if reduce else loss), lse, prediction, rest, grad_input
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
