@@ -32,9 +32,9 @@ def reason_against(mode: str) -> str | None:
         return "no C++ compiler was found"
     try:
         import torch  # noqa: F401
-    except ImportError:
+    except Exception as error:  # a broken torch raises other things than ImportError
         return (
-            "torch is not importable while building (build isolation hides it): "
+            f"torch is not importable while building ({error}; build isolation hides it): "
             "install torch first, then pip install --no-build-isolation ."
         )
     try:

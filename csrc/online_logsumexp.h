@@ -165,7 +165,8 @@ LTK_INLINE RowGradient<A> row_gradient(const RowTargets<A>& r, A peak, A log_tot
     smooth[i] = k * r.smoothing_share;
     total[i] = term.total;
     dtotal[i] = hard + smooth[i] * r.total_weight + from_lse;
-    g.slope += dtotal[i] * std::exp(-term.total);
+    // without an ordinary column above -inf there is no peak, and exp(-total) may overflow; NaN where nothing is finite
+    g.slope += dtotal[i] * (std::isinf(log_total) ? term.total - term.total : std::exp(-term.total));
     g.smooth += smooth[i];
     if (t.column < 0) continue;
     const A wrong = std::exp(term.others - term.total), right = std::exp(t.shifted - peak - term.total);

@@ -73,7 +73,8 @@ def margin_cross_entropy(
         class_bias: ``[C]``, added to the logits of each class, e.g. a log prior (natural logarithm).
         class_scale: ``[C]``, multiplies the logits of each class.
         margin: a number or ``[C]`` (or 0-dim) tensor: the target class's margin, in the units of
-            ``class_scale * input`` (additive) or in radians (angular). Needs class-index targets.
+            ``class_scale * input`` (additive) or in radians within [0, pi] (angular; values of a tensor are checked
+            only with checks on). Needs class-index targets.
         scale: a number or 0-dim tensor: multiplies all logits (the inverse temperature of a cosine head).
         margin_type: ``"additive"`` (CosFace, LDAM) or ``"angular"`` (ArcFace; ``class_scale * input`` are cosines).
         ignore_index: rows with this target contribute nothing. Class-index targets only.
@@ -131,6 +132,8 @@ def margin_cross_entropy(
         )
     elif margin is not None:
         fixed_margin = _number("margin", margin)
+        if margin_type == "angular" and not 0.0 <= fixed_margin <= math.pi:
+            raise ValueError(f"margin: got {fixed_margin}, expected an angle in [0, pi]")
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
         learned_scale = _scalar_tensor("scale", scale, input).to(compute_dtype)
@@ -147,9 +150,13 @@ def margin_cross_entropy(
             "mixed_target: got class-probability targets, expected class indices (mix the probabilities instead)"
         )
     share = _check_mixture(mixed_target, mix_lambda, target, input, compute_dtype)
-    if _settings.checks and isinstance(mix_lambda, Tensor) and not bool(((mix_lambda >= 0) & (mix_lambda <= 1)).all()):
+    checks = _settings.checks and not torch.compiler.is_compiling()  # they read values: traced code does without
+    if checks and margin_type == "angular" and class_margin is not None:
+        if not bool(((class_margin >= 0) & (class_margin <= math.pi)).all()):
+            raise ValueError("margin: got values outside [0, pi], expected angles")
+    if checks and isinstance(mix_lambda, Tensor) and not bool(((mix_lambda >= 0) & (mix_lambda <= 1)).all()):
         raise ValueError("mix_lambda: got values outside [0, 1], expected a share")
-    if _settings.checks and not soft:
+    if checks and not soft:
         _check_values(target, ignore_index, classes, "target")
         if mixed_target is not None:
             _check_values(mixed_target, ignore_index, classes, "mixed_target")

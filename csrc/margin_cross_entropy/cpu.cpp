@@ -41,7 +41,7 @@ Capability detect() {
   Capability best = Capability::kDefault;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2) best = Capability::kAvx2;
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
@@ -117,13 +117,18 @@ class GradientPool {
     const Tensor shape = at::empty_like(t, t.options().device(at::kMeta));  // for the strides
     TORCH_INTERNAL_ASSERT(shape.nbytes() == bytes && shape.is_non_overlapping_and_dense());
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
-    void* data = instance().take(size);
-    report(data, static_cast<int64_t>(bytes));
-    auto release = [size, bytes](void* p) {
-      report(p, -static_cast<int64_t>(bytes));
-      instance().give(p, size);
+    auto* buffer = new Buffer{instance().take(size), size, static_cast<int64_t>(bytes)};
+    report(buffer->data, buffer->used);
+    auto release = [](void* context) {
+      const std::unique_ptr<Buffer> dead(static_cast<Buffer*>(context));
+      report(dead->data, -dead->used);
+      instance().give(*dead);
     };
-    return at::from_blob(data, t.sizes(), shape.strides(), release, t.options());
+    // resizable, like any storage of torch: code that frees gradients by resizing their storage goes on working
+    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
+                         at::DataPtr(buffer->data, buffer, release, c10::Device(c10::kCPU)),
+                         c10::GetAllocator(c10::kCPU), true);
+    return at::empty({0}, t.options()).set_(storage, 0, t.sizes(), shape.strides());
   }
 
  private:
@@ -132,6 +137,7 @@ class GradientPool {
   struct Buffer {
     void* data;
     size_t size;
+    int64_t used;
   };
   std::mutex mutex_;
   std::vector<Buffer> free_;
@@ -162,20 +168,20 @@ class GradientPool {
     return data;
   }
 
-  void give(void* data, size_t size) {
+  void give(const Buffer& buffer) {
     std::vector<Buffer> dropped;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      free_.push_back({data, size});
+      free_.push_back(buffer);
       size_t held = 0;
-      for (const Buffer& buffer : free_) held += buffer.size;
+      for (const Buffer& each : free_) held += each.size;
       while (free_.size() > kMostBuffers || held > kMostBytes) {  // the oldest first
         held -= free_.front().size;
         dropped.push_back(free_.front());
         free_.erase(free_.begin());
       }
     }
-    for (const Buffer& buffer : dropped) ::operator delete(buffer.data, std::align_val_t(kPage));
+    for (const Buffer& each : dropped) ::operator delete(each.data, std::align_val_t(kPage));
   }
 };
 
@@ -263,7 +269,9 @@ struct Prepared {
     call.ignore_index = ignore_index;
     call.class_bias = pointer(class_bias);
     call.weight = pointer(weight);
-    call.total_weight = weight.has_value() ? static_cast<A>(weight->sum(at::kDouble).item<double>()) : A(call.classes);
+    double total_weight = weight.has_value() ? 0.0 : static_cast<double>(call.classes);
+    for (int64_t c = 0; call.weight && c < call.classes; ++c) total_weight += call.weight[c];  // in order: see above
+    call.total_weight = static_cast<A>(total_weight);
     if (class_scale.has_value()) {
       call.cosine_scale = pointer(class_scale);
       call.class_scale = pointer(at::mul(*class_scale, static_cast<double>(call.scale)));

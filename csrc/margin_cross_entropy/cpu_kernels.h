@@ -123,7 +123,8 @@ LTK_INLINE V affine(V x, S a, B b) {
 // exp(x) for x <= 0 within one unit in the last place; 0 below -87.33 (where the result would be subnormal); NaN for
 // NaN. Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
 LTK_INLINE F::V exp_vector(F::V x) {
-  const F::V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  // 1.5 * 2^23 + 127: adding it rounds to an integer n in the low bits, which are then the exponent of 2^n
+  const F::V magic = splat(12583039.0f);
   const F::V shifted = x * 1.44269504088896341f + magic;
   const F::V n = shifted - magic;
   F::V r = x - n * 0.693359375f;
@@ -133,7 +134,7 @@ LTK_INLINE F::V exp_vector(F::V x) {
   p = p * r + 1.6666519642e-1f;
   p = p * r + 4.9999994040e-1f;
   p = p * (r * r) + r + 1.0f;
-  const F::V scaled = (F::V)((F::Bits)p + ((F::Bits)shifted << 23));
+  const F::V scaled = p * (F::V)((F::Bits)shifted << 23);  // a product, so that any NaN stays one
   return x < splat(-87.33f) ? F::V{} : scaled;
 }
 
@@ -746,7 +747,8 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
   const int64_t padded = (count + kPadding - 1) / kPadding * kPadding;
   const T* x = static_cast<const T*>(call.x) + n * call.x_n + begin;
   const int64_t first_row = n * call.k + begin;
-  A peak[kPanel], total[kPanel] = {}, weight[kPanel] = {}, weighted[kPanel] = {};
+  A peak[kPanel], total[kPanel] = {};
+  double weight[kPanel] = {}, weighted[kPanel] = {};
   A slope[kPanel], smooth[kPanel], soft[kPanel];
   Int<A> index[kPanel] = {};
   A best[kPanel];
@@ -797,15 +799,19 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
     };
     const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
     set_targets(true);
-    for (int64_t c = 0; c < call.classes; ++c) {
-      const A w = weight_of(call, c);
-      for (int64_t p = 0; p < padded; p += W) {
-        Vec<A> each = splat(w);
-        if (call.q)
-          each = w * (kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share);
-        store(weight + p, load(weight + p) + each);
-        store(weighted + p, load(weighted + p) + each * (load(scratch + c * padded + p) - load(peak + p)));
+    for (int64_t first = 0; first < call.classes; first += kTerms) {
+      A weight_part[kPanel] = {}, weighted_part[kPanel] = {};
+      for (int64_t c = first; c < call.classes && c < first + kTerms; ++c) {
+        const A w = weight_of(call, c);
+        for (int64_t p = 0; p < padded; p += W) {
+          Vec<A> each = splat(w);
+          if (call.q)
+            each = w * (kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share);
+          store(weight_part + p, load(weight_part + p) + each);
+          store(weighted_part + p, load(weighted_part + p) + each * (load(scratch + c * padded + p) - load(peak + p)));
+        }
       }
+      for (int64_t p = 0; p < padded; ++p) weight[p] += weight_part[p], weighted[p] += weighted_part[p];
     }
     set_targets(false);
   }

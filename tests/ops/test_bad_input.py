@@ -29,6 +29,11 @@ TABLE = {
     "class_scale device": ({"class_scale": torch.ones(5, device=META)}, ValueError, r"class_scale: got device meta"),
     "margin dtype": ({"margin": torch.ones(5).long()}, TypeError, r"margin: got dtype torch.int64"),
     "margin device": ({"margin": torch.ones(5, device=META)}, ValueError, r"margin: got device meta"),
+    "angle": (
+        {"margin": -0.5, "margin_type": "angular"},
+        ValueError,
+        r"margin: got -0.5, expected an angle in \[0, pi\]",
+    ),
     "scale device": ({"scale": torch.ones((), device=META)}, ValueError, r"scale: got device meta"),
     "scale type": ({"scale": "30"}, TypeError, r"scale: got str, expected a number"),
     "share type": ({**MIXED, "mix_lambda": "0.5"}, TypeError, r"mix_lambda: got str, expected a number"),

@@ -61,15 +61,15 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
     ]
 
 
-def _scale_gradient_(grad: Tensor, factor: Tensor) -> None:
-    """grad *= factor without a host synchronisation, and without touching memory where factor is 1."""
-    if grad.device.type == "cpu":
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor without a host synchronisation, and without touching memory where factor is 1."""
+    if gradient.device.type == "cpu":
         if factor.item() != 1.0:
-            grad.mul_(factor)
-    elif unavailable_reason(OP, "triton", grad.device.type, grad.dtype) is None:
-        load(OP, "triton").scale_gradient_(grad, factor)
+            gradient.mul_(factor)
+    elif unavailable_reason(OP, "triton", gradient.device.type, gradient.dtype) is None:
+        load(OP, "triton").scale_gradient_(gradient, factor)
     else:
-        grad.mul_(factor)
+        gradient.mul_(factor)
 
 
 FORWARD = define(
@@ -82,9 +82,6 @@ BACKWARD = define(
     f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, {SCHEMA}, bool[] needs, str backend) -> Tensor[]",
     _backward,
     _backward_fake,
-)
-SCALE_GRADIENT_ = define(
-    "scale_gradient_(Tensor(a!) grad, Tensor factor) -> ()", _scale_gradient_, lambda grad, factor: None
 )
 
 
@@ -107,15 +104,14 @@ def _autograd_backward(
 ) -> tuple[Tensor | None, ...]:
     *tensors, rest, grad_input = ctx.saved_tensors
     gradients: dict[str, Tensor] = {}
-    usable = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 and not torch.is_grad_enabled()
-    if ctx.gradient_ready and usable:
+    usable = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0
+    usable = usable and not torch.is_grad_enabled()  # create_graph: the recomputing operator says what is not possible
+    if ctx.gradient_ready and usable and not torch.compiler.is_compiling() and type(grad_loss) is Tensor:
+        # In place, and marked on ctx: neither can be traced, so compiled code recomputes. The buffer is private to this
+        # node (.data): scaling it must not count as changing a saved tensor.
         ctx.gradient_ready = False
-        gradient = grad_input.data  # private to this node, so scaling it must not count as changing a saved tensor
-        if type(grad_loss) is Tensor:
-            _scale_gradient_(gradient, grad_loss)
-        else:  # being traced
-            torch.ops.lt_kernels.scale_gradient_(gradient, grad_loss)
-        gradients["input"] = gradient
+        gradients["input"] = grad_input.data
+        _scale_(gradients["input"], grad_loss)
     elif grad_loss is not None or grad_lse is not None:
         if grad_loss is None:
             grad_loss = rest.new_zeros(())

@@ -194,7 +194,7 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
         if needs[1]:
             log_probabilities = (rows.u - peak[:, None]) - rest[1].log()[:, None]
             slope = (1 - a.label_smoothing) * factor[:, None] * rows.weight[:, None]
-            grads[1] = (-slope * log_probabilities).to(a.target.dtype)
+            grads[1] = torch.empty_like(a.target).copy_(-slope * log_probabilities)
     else:
         total_weight = rows.weight.sum()
         slope, smooth = zero, zero  # sums over the terms of d/d(D_t) exp(maximum - D_t), and of s_t
@@ -208,7 +208,8 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
             right = (slot.shifted - peak - total).exp()
             dv = -h * wrong + s * (total_weight * right - slot.weight) + upstream_lse * right
             d_total = h + s * total_weight + upstream_lse
-            slope = slope + d_total * (-total).exp()
+            # without an ordinary column above -inf exp(-total) may overflow; NaN where nothing is finite
+            slope = slope + d_total * torch.where(rest[1] == 0, total - total, (-total).exp())
             smooth = smooth + s
             terms.append((slot, d_total, total, s))
             shifted.append((slot, torch.where(slot.valid, dv, zero)))

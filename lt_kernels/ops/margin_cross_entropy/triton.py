@@ -269,7 +269,8 @@ def _slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, label_smooth
         plain_b = _plain_gradient(peak, b, a, d_total, total, smooth)
         slope += d_total_b * _exp(-total_b)
         smooth += smooth_b
-    slope = tl.where(mass == 0.0, d_total * 0.0, slope)  # no ordinary column is finite: exp(-total) may overflow
+    # without an ordinary column above -inf exp(-total) may overflow; NaN where nothing is finite
+    slope = tl.where(mass == 0.0, d_total * (total - total), slope)
     return slope, smooth, plain_a, dv_a, plain_b, dv_b
 
 
