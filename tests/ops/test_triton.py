@@ -17,17 +17,29 @@ from lt_kernels.ops.margin_cross_entropy import triton as backend
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def run_in_the_interpreter(file: str, *options: str) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "LT_KERNELS_TEST_BACKENDS": "triton", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, str(HERE / "triton_interpreted.py")], env=environment, capture_output=True, text=True, timeout=1200
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", *options]
+    result = subprocess.run([*command, str(HERE / file)], env=environment, capture_output=True, text=True, timeout=1200)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-6000:]
+    return report
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    report = run_in_the_interpreter("triton_interpreted.py")
     assert int(re.search(r"(\d+) passed", report)[1]) > 300, report[-1000:]
+    assert "skipped" not in report.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_every_generic_case_in_the_interpreter():
+    """The suite of all backends, but for what needs float64 or the other backends (and is run for them elsewhere)."""
+    elsewhere = "fp64 or TestProperties or gradcheck or same_bits or opcheck or compile"
+    report = run_in_the_interpreter("test_margin_cross_entropy.py", "-k", f"not ({elsewhere})")
+    assert int(re.search(r"(\d+) passed", report)[1]) > 600, report[-1000:]
     assert "skipped" not in report.splitlines()[-1]
 
 
