@@ -88,6 +88,7 @@ CASES = [
     Case("inat18 width, all vectors", rows=3, classes=8142, **EVERYTHING),
     Case("aligned width", rows=3, classes=8192, **BIAS),
     Case("few rows, many columns", rows=2, classes=40_001, **BIAS),
+    Case("wide rows", rows=9, classes=33_001, **BIAS),
     Case("logit adjustment", **BIAS),
     Case("ignored rows", rows=9, ignored=0.4, **BIAS),
     Case("class weights", rows=9, options=("weight",), ignored=0.3),

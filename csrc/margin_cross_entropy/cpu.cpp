@@ -331,7 +331,7 @@ void run_forward(Prepared<A>& prepared) {
     });
   } else if (classes <= (rows < 8 ? kRange : largest_row)) {
     at::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) {
-      kernels.forward_rows(call, begin, end, scratch<A>(classes + kPadding));
+      kernels.forward_rows(call, begin, end, scratch<A>(2 * (classes + kPadding)));
     });
   } else {
     const int64_t ranges = (classes + kRange - 1) / kRange;

@@ -66,7 +66,7 @@ enum Dtype { kFloat, kBFloat16, kHalf, kDtypes };
 
 template <class A>
 struct Kernels {
-  // Whole rows [begin, end): loss, lse, statistics and, where call.grad, the gradient. scratch: classes + kPadding.
+  // Whole rows [begin, end): loss, lse, statistics and, where call.grad, the gradient. scratch: 2 (classes + kPadding).
   void (*forward_rows)(const Call<A>&, int64_t begin, int64_t end, A* scratch);
   // One range of columns of one row. scratch: its length + kPadding.
   Partial<A> (*range_statistics)(const Call<A>&, int64_t row, int64_t begin, int64_t end, A* scratch);

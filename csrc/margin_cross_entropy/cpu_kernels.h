@@ -40,8 +40,9 @@ template <class A>
 using Vec = typename Simd<A>::V;
 using F = Simd<float>;
 
-constexpr int64_t kBlock = 2048;  // columns per block of a row
-constexpr int64_t kAhead = 1024;  // how far ahead of the arithmetic logits are fetched
+constexpr int64_t kBlock = 2048;        // columns per block of a row
+constexpr int64_t kOverlapped = 32768;  // rows of this many columns are written while the next one is read
+constexpr int64_t kAhead = 1024;        // how far ahead of the arithmetic logits are fetched
 
 // Terms that one accumulator takes before it is added to a second one: sums of many float32 terms keep their exactness.
 constexpr int64_t kTerms = 64;
@@ -499,11 +500,56 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& t
   return row_gradient(targets, s.peak, log_total, A(1), A(0));
 }
 
+// A row's gradient that is still to be written, vector by vector, while the next row's exponentials are computed:
+// stores wait for memory, exponentials for arithmetic.
+template <class T, class A>
+struct Pending {
+  T* out;
+  const A* exponentials;
+  int64_t left;  // whole vectors
+  Vec<A> slope;
+  bool stream;
+  T* grad;  // the row's, or null: nothing is pending
+  RowGradient<A> row;
+
+  // Head and tail are written now, the whole vectors between them later.
+  static inline Pending make(const Call<A>& call, const RowGradient<A>& g, A slope, const A* exponentials, T* grad) {
+    constexpr int64_t W = Simd<A>::W;
+    const Vec<A> scaled = splat(slope * call.scale);
+    const bool stream = call.stream && LTK_LEVEL > 0;
+    const int64_t misaligned = stream ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(grad) / sizeof(T)) % W : 0;
+    int64_t head = misaligned > 0 ? W - misaligned : 0;
+    if (head > call.classes) head = call.classes;
+    if (head > 0) put_some<A>(grad, load(exponentials) * scaled, head);
+    const int64_t whole = (call.classes - head) / W, tail = head + whole * W;
+    if (tail < call.classes) put_some<A>(grad + tail, load(exponentials + tail) * scaled, call.classes - tail);
+    return {grad + head, exponentials + head, whole, scaled, stream, grad, g};
+  }
+
+  inline void write_one() {
+    const Vec<A> v = load(exponentials) * slope;
+    if (stream) {
+      store_past_caches(out, IO<T>::packed(v));
+    } else {
+      IO<T>::put_vector(out, v);
+    }
+    out += Simd<A>::W, exponentials += Simd<A>::W, --left;
+  }
+
+  inline void finish(const Call<A>& call) {
+    while (left > 0) write_one();
+    if (grad != nullptr)
+      for (int i = 0; i < 2; ++i)
+        if (row.column[i] >= 0) IO<T>::put(grad + row.column[i], scale_of(call, row.column[i]) * row.dc[i]);
+    grad = nullptr;
+  }
+};
+
 // One sweep over a row with a guess of its peak: exp(u - guess) in scratch (0 at targets and in the padding), their sum
-// returned, the true peak in *peak. `fetch`: memory that will be written next, or null.
+// returned, the true peak in *peak. `fetch`: memory that will be written next, or null. Writes what is pending.
 template <class T, class A>
 LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, const T* x, A guess, A* scratch,
-                           const T* fetch, A* peak) {
+                           const T* fetch, A* peak, Pending<T, A>* pending) {
   constexpr int64_t W = Simd<A>::W;
   const int64_t count = call.classes;
   const int64_t last = count / W * W;
@@ -527,6 +573,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
       high = maximum<A>(u, high);
       total = total + e;
     };
+    Pending<T, A> writing = *pending;
     int64_t j = 0;
     for (const int64_t stop : careful) {
       while (j < stop) {
@@ -534,6 +581,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
         for (; j < pause; j += W) {
           __builtin_prefetch(x + j + kAhead);
           if (fetch) __builtin_prefetch(fetch + j, 1);
+          if (writing.left > 0) writing.write_one();
           Vec<A> a = uniform, b = {};
           if constexpr (decltype(scaled)::on) a = load(call.class_scale + j);
           if constexpr (decltype(biased)::on) b = load(call.class_bias + j);
@@ -553,6 +601,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
       add(j, u);
       j += W;
     }
+    *pending = writing;
     *peak = max_lanes<A>(high);
     return sum_lanes<A>(grand_total + total);
   });
@@ -563,23 +612,7 @@ template <class T, class A>
 LTK_INLINE void write_gradient(const Call<A>& call, const RowGradient<A>& g, A slope, const A* q, const A* exponentials,
                                int64_t begin, int64_t end, T* grad) {
   constexpr int64_t W = Simd<A>::W;
-  int64_t j = begin;
-  if (!call.class_scale && g.smooth == A(0) && g.soft == A(0)) {
-    const Vec<A> scaled = splat(slope * call.scale);
-    if (call.stream && LTK_LEVEL > 0) {
-      const int64_t misaligned = reinterpret_cast<uintptr_t>(grad + j) / sizeof(T) % W;
-      if (misaligned > 0) {
-        const int64_t head = W - misaligned < end - j ? W - misaligned : end - j;
-        put_some<A>(grad + j, load(exponentials + j) * scaled, head);
-        j += head;
-      }
-      for (; j + W <= end; j += W) store_past_caches(grad + j, IO<T>::packed(load(exponentials + j) * scaled));
-    }
-    for (; j + W <= end; j += W) IO<T>::put_vector(grad + j, load(exponentials + j) * scaled);
-    if (j < end) put_some<A>(grad + j, load(exponentials + j) * scaled, end - j);
-    return;
-  }
-  for (; j < end; j += W) {
+  for (int64_t j = begin; j < end; j += W) {
     Vec<A> less = splat(g.smooth);
     if (q) less = less + g.soft * get_some<A>(q + j, end - j, A(0));
     if (call.weight) less = less * get_some<A>(call.weight + j, end - j, A(0));
@@ -593,7 +626,10 @@ template <class T, class A>
 void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
   const int64_t count = call.classes, blocks = (count + kBlock - 1) / kBlock;
   Partial<A> parts[kLargestRow / sizeof(A) / kBlock + 1];
+  Pending<T, A> pending = {};
+  A* const buffers[2] = {scratch, scratch + (count + kPadding)};
   for (int64_t row = begin; row < end; ++row) {
+    scratch = buffers[row % 2];
     const T* x = row_pointer<T>(call, row);
     T* grad =
         call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
@@ -611,13 +647,13 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
       }
       guess = most > lowest && most < -lowest ? most : A(0);
       A total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
-                              &sums.peak);
+                              &sums.peak, &pending);
       if (sums.peak == lowest) {
         sums.peak = guess = 0;
       } else if (sums.peak > guess + A(60) || sums.peak < guess - A(60)) {
         guess = sums.peak;
         total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
-                              &sums.peak);
+                              &sums.peak, &pending);
       }
       sums.total = static_cast<A>(total * std::exp(static_cast<double>(guess) - static_cast<double>(sums.peak)));
       if (call.prediction) find_best(x, 0, count, &sums);
@@ -629,8 +665,14 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
                               grad ? grad + b * kBlock : nullptr);
       sums = merge(parts, blocks);
     }
+    pending.finish(call);
     const RowGradient<A> g = finish_row(call, targets, row, sums);
     if (!grad) continue;
+    if (guessing && !call.class_scale) {
+      pending = Pending<T, A>::make(call, g, g.slope * std::exp(guess - g.peak), scratch, grad);
+      if (count < kOverlapped) pending.finish(call);
+      continue;
+    }
     const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k : nullptr;
     if (guessing) {
       write_gradient(call, g, g.slope * std::exp(guess - g.peak), q, scratch, 0, count, grad);
@@ -642,6 +684,7 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
     for (int i = 0; i < 2; ++i)
       if (g.column[i] >= 0) IO<T>::put(grad + g.column[i], scale_of(call, g.column[i]) * g.dc[i]);
   }
+  pending.finish(call);
 #if LTK_LEVEL > 0
   if (call.stream) _mm_sfence();
 #endif

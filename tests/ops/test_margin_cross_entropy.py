@@ -53,6 +53,15 @@ def test_value_and_every_gradient(case, dtype, reduction, backend, device):
     check_margin_cross_entropy(margin_cross_entropy, sample, upstream=upstream)
 
 
+@pytest.mark.parametrize("mixed", [(), ("mixed_target",)], ids=["", "mixed"])
+@pytest.mark.parametrize(("rows", "classes"), [(410, 8142), (100, 33_001)])
+def test_gradients_too_large_for_the_caches(rows, classes, mixed, device):
+    """More than 12 MiB: the CPU kernels write these past the caches, from rows at every alignment."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case("large", rows * (2 if dtype == torch.bfloat16 else 1), classes, options=("class_bias", *mixed))
+        check_margin_cross_entropy(margin_cross_entropy, case.sample(dtype, device), upstream=1.0)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
