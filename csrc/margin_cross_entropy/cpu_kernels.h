@@ -564,7 +564,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
       careful[i] = smaller;
     }
 
-  return with_flags(call.class_scale, call.class_bias, [&](auto scaled, auto biased) {
+  auto sweep = [&](auto scaled, auto biased, auto writes) {
     const Vec<A> uniform = splat(call.scale), reference = splat(guess);
     Vec<A> high = splat(minus_infinity<A>()), total = {}, grand_total = {};
     auto add = [&](int64_t j, Vec<A> u) {
@@ -581,7 +581,9 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
         for (; j < pause; j += W) {
           __builtin_prefetch(x + j + kAhead);
           if (fetch) __builtin_prefetch(fetch + j, 1);
-          if (writing.left > 0) writing.write_one();
+          if constexpr (decltype(writes)::on) {
+            if (writing.left > 0) writing.write_one();
+          }
           Vec<A> a = uniform, b = {};
           if constexpr (decltype(scaled)::on) a = load(call.class_scale + j);
           if constexpr (decltype(biased)::on) b = load(call.class_bias + j);
@@ -604,6 +606,9 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
     *pending = writing;
     *peak = max_lanes<A>(high);
     return sum_lanes<A>(grand_total + total);
+  };
+  return with_flags(call.class_scale, call.class_bias, [&](auto scaled, auto biased) {
+    return pending->left > 0 ? sweep(scaled, biased, Flag<true>{}) : sweep(scaled, biased, Flag<false>{});
   });
 }
 

@@ -230,7 +230,7 @@ def draw(records: list[Record], path: Path, results_hash: str | None = None) -> 
             copy = next(iter(group.values())).copy_gbps
             height, style = (copy, "--") if copy < limit else (0.97 * limit, ":")  # in the cache, far above
             axis.plot([place - 0.42, place + 0.42], [height, height], color="black", linestyle=style, linewidth=1)
-            axis.text(place + 0.42, height, f"copy {copy:.0f}", fontsize=7, ha="right", va="top")
+            axis.text(place - 0.42, height, f"copy {copy:.0f}", fontsize=7, ha="left", va="top")
         firsts = [next(iter(group.values())) for group in groups]
         axis.set_xticks(range(len(groups)), [f"{r.sizes['N']:,} x {r.sizes['C']:,}\n{r.dtype}" for r in firsts])
         axis.set_ylabel("useful GB/s")
