@@ -86,6 +86,17 @@ CASES = [
     Case("odd", rows=7, classes=129),
     Case("inat18 width", rows=3, classes=8142, **BIAS),
     Case("inat18 width, all vectors", rows=3, classes=8142, **EVERYTHING),
+    # without the gradient of scale: one cancelling sum over all logits, for which float64 is no truth to float64
+    Case(
+        "inat18 width, mixed",
+        rows=3,
+        classes=8142,
+        keywords=SMOOTHED,
+        options=MIXED_EVERYTHING["options"],
+        requires_grad=("input", "class_bias", "class_scale", "margin"),
+    ),
+    Case("inat18 width, probabilities", rows=3, classes=8142, keywords=SMOOTHED, options=("class_bias",), **SOFT),
+    Case("inat18 width, angular", 3, 8142, keywords={"margin_type": "angular", "scale": 16.0}, options=("margin",)),
     Case("aligned width", rows=3, classes=8192, **BIAS),
     Case("few rows, many columns", rows=2, classes=40_001, **BIAS),
     Case("wide rows", rows=9, classes=33_001, **BIAS),

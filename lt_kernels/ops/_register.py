@@ -25,7 +25,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 def register_autograd(qualified: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Give an operator its gradient.
 
-    ``torch.library.register_autograd`` does the same, but spends over 100 microseconds a call on matching the schema's
+    ``torch.library.register_autograd`` does the same, but spends most of a small call on matching the schema's
     default values, of which our schemas have none.
     """
     name = qualified.removeprefix(f"{NAMESPACE}::")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import load, unavailable_reason
+from .._backend import load
 from .._reduce import ordered_sum
 from .._register import define, register_autograd, register_no_double_backward
 from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
@@ -61,13 +61,13 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
     ]
 
 
-def _scale_(gradient: Tensor, factor: Tensor) -> None:
+def _scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """gradient *= factor without a host synchronisation, and without touching memory where factor is 1."""
     if gradient.device.type == "cpu":
         if factor.item() != 1.0:
             gradient.mul_(factor)
-    elif unavailable_reason(OP, "triton", gradient.device.type, gradient.dtype) is None:
-        load(OP, "triton").scale_gradient_(gradient, factor)
+    elif backend == "triton":
+        load(OP, backend).scale_gradient_(gradient, factor)
     else:
         gradient.mul_(factor)
 
@@ -111,7 +111,7 @@ def _autograd_backward(
         # node (.data): scaling it must not count as changing a saved tensor.
         ctx.gradient_ready = False
         gradients["input"] = grad_input.data
-        _scale_(gradients["input"], grad_loss)
+        _scale_(gradients["input"], grad_loss, ctx.backend)
     elif grad_loss is not None or grad_lse is not None:
         if grad_loss is None:
             grad_loss = rest.new_zeros(())
