@@ -6,18 +6,21 @@
 
 #include "margin_cross_entropy/arguments.h"
 
-TORCH_LIBRARY(lt_kernels_native, m) {
-  m.def("margin_cross_entropy_fwd(" LTK_MARGIN_CROSS_ENTROPY_SCHEMA
-        ", bool with_prediction, bool with_grad) -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, Tensor "
-        "grad_input)");
-  m.def("margin_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, " LTK_MARGIN_CROSS_ENTROPY_SCHEMA
-        ", bool[] needs) -> Tensor[]");
-}
+TORCH_LIBRARY(lt_kernels_native, m) { LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m); }
 
 TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
   m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd_cpu);
   m.impl("margin_cross_entropy_bwd", &ltk::margin_cross_entropy_bwd_cpu);
+  m.impl("scale_gradient_", &ltk::scale_gradient_cpu);
 }
+
+#if defined(LTK_CUDA_ARCHITECTURES)
+TORCH_LIBRARY_IMPL(lt_kernels_native, CUDA, m) {
+  m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd_cuda);
+  m.impl("margin_cross_entropy_bwd", &ltk::margin_cross_entropy_bwd_cuda);
+  m.impl("scale_gradient_", &ltk::scale_gradient_cuda);
+}
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of lt_kernels.";
@@ -27,8 +30,13 @@ PYBIND11_MODULE(_C, m) {
         pybind11::dict info;
         info["compiler"] = LTK_COMPILER;
         info["flags"] = LTK_FLAGS;
+#if defined(LTK_CUDA_ARCHITECTURES)
+        info["cuda_architectures"] = pybind11::str(LTK_CUDA_ARCHITECTURES).attr("split")();
+        info["devices"] = std::vector<std::string>{"cpu", "cuda"};
+#else
         info["cuda_architectures"] = pybind11::list();
         info["devices"] = std::vector<std::string>{"cpu"};
+#endif
         info["torch"] = TORCH_VERSION;
         info["cpu_capability"] = ltk::cpu_capability();
         return info;

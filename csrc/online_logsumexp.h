@@ -13,8 +13,10 @@
 
 #if defined(__CUDACC__)
 #define LTK_INLINE static __host__ __device__ __forceinline__
+#define LTK_UNROLL _Pragma("unroll")  // so that arrays indexed by the loop stay in registers
 #else
 #define LTK_INLINE static inline
+#define LTK_UNROLL
 #endif
 
 namespace ltk {
@@ -50,16 +52,21 @@ LTK_INLINE Partial<A> merge(const Partial<A>* parts, int64_t count) {
 }
 
 template <class A>
+struct Margin {
+  A value, cosine, sine;  // cosine and sine are read where the margin is an angle
+};
+
+template <class A>
 struct Shift {  // phi(cosine, margin) and its derivatives
   A phi, dphi_dc, dphi_dm;
 };
 
 template <class A>
-LTK_INLINE Shift<A> shift_target(A cosine, A margin, bool angular) {
-  if (!angular) return {cosine - margin, A(1), A(-1)};
-  const A sin_m = std::sin(margin), cos_m = std::cos(margin);
+LTK_INLINE Shift<A> shift_target(A cosine, const Margin<A>& margin, bool angular) {
+  const A m = margin.value, sin_m = margin.sine, cos_m = margin.cosine;
+  if (!angular) return {cosine - m, A(1), A(-1)};
   if (cosine < -cos_m)  // theta > pi - margin
-    return {cosine - margin * sin_m, A(1), -(sin_m + margin * cos_m)};
+    return {cosine - m * sin_m, A(1), -(sin_m + m * cos_m)};
   const A sin2 = A(1) - cosine * cosine;
   const A sine = std::sqrt(sin2 > A(0) ? sin2 : A(0));
   const A sine_floor = std::sqrt(sin2 > A(1e-7) ? sin2 : A(1e-7));  // the slope stays finite at cosine = +-1
@@ -83,6 +90,20 @@ struct Target {         // one target of one row
   A cosine;
   Shift<A> shift;
 };
+
+// Fills in what depends on the target's logit. cosine = class_scale x; plain = scale cosine + bias, as the row has it.
+template <class A>
+LTK_INLINE void set_target(Target<A>& t, A plain, A cosine, A scale, A bias, const Margin<A>& margin, bool angular) {
+  t.plain = plain;
+  t.cosine = cosine;
+  if (margin.value == A(0) && !angular) {
+    t.shift = {cosine, A(1), A(-1)};
+    t.shifted = plain;
+  } else {
+    t.shift = shift_target(cosine, margin, angular);
+    t.shifted = scale * t.shift.phi + bias;
+  }
+}
 
 // A row's targets (two where labels are mixed) and the smoothing they share.
 template <class A>
@@ -122,7 +143,9 @@ LTK_INLINE A softplus(A z) {
 template <class A>
 LTK_INLINE A row_loss(const RowTargets<A>& r, A peak, A log_total, A weighted_rest) {
   A loss = 0;
-  for (int i = 0; i < r.count; ++i) {
+  LTK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (i >= r.count) continue;
     const Target<A>& t = r.t[i];
     if (t.column < 0) {
       loss += t.factor;
@@ -156,7 +179,9 @@ template <class A>
 LTK_INLINE RowGradient<A> row_gradient(const RowTargets<A>& r, A peak, A log_total, A grad_loss, A grad_lse) {
   RowGradient<A> g = {peak, 0, 0, 0, {-1, -1}, {0, 0}, {0, 0}, {0, 0}, 0};
   A dv[2] = {0, 0}, dtotal[2] = {0, 0}, smooth[2] = {0, 0}, total[2] = {0, 0};
-  for (int i = 0; i < r.count; ++i) {
+  LTK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (i >= r.count) continue;
     const Target<A>& t = r.t[i];
     const Term<A> term = term_of(r, i, peak, log_total);
     const A k = t.column < 0 ? A(0) : grad_loss * t.factor;
@@ -172,7 +197,9 @@ LTK_INLINE RowGradient<A> row_gradient(const RowTargets<A>& r, A peak, A log_tot
     const A wrong = std::exp(term.others - term.total), right = std::exp(t.shifted - peak - term.total);
     dv[i] = -hard * wrong + smooth[i] * (r.total_weight * right - t.weight) + from_lse * right;
   }
-  for (int i = 0; i < r.count; ++i) {
+  LTK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (i >= r.count) continue;
     const Target<A>& t = r.t[i];
     if (t.column < 0) continue;
     g.dm[i] = dv[i] * t.shift.dphi_dm;

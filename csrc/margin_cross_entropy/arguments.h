@@ -31,11 +31,25 @@ using OptionalTensor = std::optional<Tensor>;
 // loss, lse, prediction, rest, grad_input
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-ForwardResult margin_cross_entropy_fwd_cpu(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad);
+#define LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m)                                                                          \
+  m.def("margin_cross_entropy_fwd(" LTK_MARGIN_CROSS_ENTROPY_SCHEMA                                                  \
+        ", bool with_prediction, bool with_grad) -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, "      \
+        "Tensor grad_input)");                                                                                       \
+  m.def("margin_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, " LTK_MARGIN_CROSS_ENTROPY_SCHEMA \
+        ", bool[] needs) -> Tensor[]");                                                                              \
+  m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()")
 
-std::vector<Tensor> margin_cross_entropy_bwd_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse,
-                                                 const Tensor& rest, LTK_MARGIN_CROSS_ENTROPY_PARAMETERS,
-                                                 c10::List<bool> needs);
+#define LTK_DECLARE(device)                                                                                      \
+  ForwardResult margin_cross_entropy_fwd_##device(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,     \
+                                                  bool with_grad);                                               \
+  std::vector<Tensor> margin_cross_entropy_bwd_##device(const Tensor& grad_loss, const OptionalTensor& grad_lse, \
+                                                        const Tensor& rest, LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, \
+                                                        c10::List<bool> needs);                                  \
+  /* gradient *= factor (0-dim); memory is not touched where that is 1 */                                        \
+  void scale_gradient_##device(Tensor& gradient, const Tensor& factor);
+LTK_DECLARE(cpu)
+LTK_DECLARE(cuda)
+#undef LTK_DECLARE
 
 // The instruction set whose kernels run: "default", "avx2" or "avx512"; LT_KERNELS_CPU_CAPABILITY names a lower one.
 const char* cpu_capability();

@@ -23,12 +23,10 @@
 #endif
 
 #include "cpu_call.h"
+#include "layout.h"
 
 namespace ltk {
 namespace {
-
-// Positions of the gradients in `needs` and in what backward returns.
-enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };
 
 constexpr int64_t kRange = 16384;             // columns per piece where a row is split
 constexpr int64_t kPositions = 2048;          // positions per piece of a panel's gradient
@@ -202,10 +200,9 @@ void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index, 
 // Owns what a Call points to. Layout: rows (columns next to each other) or a panel (positions next to each other).
 template <class A>
 struct Prepared {
+  Layout layout;
   Call<A> call = {};
   const Kernels<A>* kernels;
-  bool rows_layout;
-  int64_t rows;
   std::vector<Tensor> kept;  // keeps converted tensors alive
 
   Tensor keep(Tensor t) {
@@ -220,45 +217,12 @@ struct Prepared {
     return keep(t->to(dtype()).contiguous()).template const_data_ptr<A>();
   }
 
-  // t as [n, classes, k] strides in the call's layout, or an empty tensor if its strides do not fit.
-  bool fits(const Tensor& t) const {
-    if (call.classes == 1 && rows_layout) return true;
-    return rows_layout ? t.stride(1) == 1 : (swapped ? t.stride(0) == 1 : t.stride(2) == 1);
-  }
-
-  void strides(const Tensor& t, int64_t* s_n, int64_t* s_c, int64_t* s_k) const {
-    *s_n = swapped ? 0 : t.stride(0);
-    *s_c = rows_layout ? 1 : t.stride(1);
-    *s_k = swapped ? t.stride(0) : t.stride(2);
-  }
-
-  // A tensor like t whose strides fit the layout: t itself, or a fresh one.
-  Tensor fitting(const Tensor& t) const {
-    if (fits(t)) return t;
-    if (rows_layout) return at::empty({t.size(0), t.size(2), t.size(1)}, t.options()).transpose(1, 2);
-    if (swapped) return at::empty({t.size(1), t.size(2), t.size(0)}, t.options()).permute({2, 0, 1});
-    return at::empty(t.sizes(), t.options());
-  }
-
-  bool swapped = false;  // [N, C, 1] with samples next to each other: run as one sample of N positions
-
-  Prepared(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS) {
-    const int64_t n = input.size(0), k = input.size(2);
-    call.classes = input.size(1);
-    rows = n * k;
-    TORCH_CHECK_VALUE(call.classes <= std::numeric_limits<int32_t>::max(), "input: got ", call.classes,
-                      " classes, expected at most 2147483647");
-    Tensor x = input;
-    rows_layout = call.classes == 1 || x.stride(1) == 1;
-    swapped = !rows_layout && k == 1 && x.stride(0) == 1;
-    if (!rows_layout && !swapped && (k == 1 || x.stride(2) != 1)) {
-      x = keep(x.contiguous());
-      rows_layout = k == 1;
-    }
-    call.n = swapped ? 1 : n;
-    call.k = swapped ? n : k;
-    call.x = x.const_data_ptr();
-    strides(x, &call.x_n, &call.x_c, &call.x_k);
+  explicit Prepared(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS) : layout(input) {
+    call.classes = layout.classes;
+    call.n = layout.n;
+    call.k = layout.k;
+    call.x = layout.input.const_data_ptr();
+    layout.strides(layout.input, &call.x_n, &call.x_c, &call.x_k);
     kernels = &kernels_for<A>(input.scalar_type());
 
     const A learned = learned_scale.has_value() ? static_cast<A>(learned_scale->item<double>()) : A(1);
@@ -285,10 +249,10 @@ struct Prepared {
     }
     if (target.is_floating_point()) {
       Tensor q = target.to(dtype());
-      if (!fits(q)) q = fitting(q).copy_(q);
+      if (!layout.fits(q)) q = layout.fitting(q).copy_(q);
       keep(q);
       call.q = q.const_data_ptr<A>();
-      strides(q, &call.q_n, &call.q_c, &call.q_k);
+      layout.strides(q, &call.q_n, &call.q_c, &call.q_k);
     } else {
       const Tensor first = keep(target.contiguous());
       check_targets(first, call.classes, ignore_index, "target");
@@ -305,9 +269,9 @@ struct Prepared {
 
   // The tensor that kernels write to in place of `wanted`; copy back with `wanted.copy_(...)` where it is another.
   Tensor grad_target(const Tensor& wanted) {
-    Tensor out = keep(fitting(wanted));
+    Tensor out = keep(layout.fitting(wanted));
     call.grad = out.mutable_data_ptr();
-    strides(out, &call.grad_n, &call.grad_c, &call.grad_k);
+    layout.strides(out, &call.grad_n, &call.grad_c, &call.grad_k);
     return out;
   }
 };
@@ -316,9 +280,9 @@ template <class A>
 void run_forward(Prepared<A>& prepared) {
   const Call<A>& call = prepared.call;
   const Kernels<A>& kernels = *prepared.kernels;
-  const int64_t classes = call.classes, rows = prepared.rows;
+  const int64_t classes = call.classes, rows = prepared.layout.rows;
   const int64_t largest_row = kLargestRow / static_cast<int64_t>(sizeof(A));
-  if (!prepared.rows_layout) {
+  if (!prepared.layout.is_rows) {
     const int64_t most = kPanelScratch / static_cast<int64_t>(sizeof(A)) / classes;
     const int64_t width = std::clamp<int64_t>(most / kPadding * kPadding, kPadding, kPanel);
     const int64_t panels = (call.k + width - 1) / width;
@@ -364,11 +328,11 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
   Tensor prediction = at::empty({0}, input.options().dtype(at::kLong));
   if (with_prediction) prediction = at::empty({n, k}, prediction.options());
   Tensor grad = with_grad ? GradientPool::empty_like(input) : at::empty({0}, input.options());
-  if (prepared.rows > 0) {
+  if (prepared.layout.rows > 0) {
     call.loss = loss.mutable_data_ptr<A>();
     call.lse = lse.mutable_data_ptr<A>();
     call.peak = rest.mutable_data_ptr<A>();
-    call.total = call.peak + prepared.rows;
+    call.total = call.peak + prepared.layout.rows;
     call.prediction = with_prediction ? prediction.mutable_data_ptr<int64_t>() : nullptr;
     Tensor written;
     if (with_grad) {
@@ -384,7 +348,7 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
 // Upstream gradient as values and stride: one for all rows, or one per row.
 template <class A>
 const A* upstream(Prepared<A>& prepared, const Tensor& grad, int64_t* stride) {
-  const bool single = grad.dim() == 0 || (grad.numel() > 0 && grad.stride(0) == 0 && grad.stride(1) == 0);
+  const bool single = is_single(grad);
   *stride = single ? 0 : 1;
   return prepared.pointer(single && grad.dim() > 0 ? grad.select(0, 0).select(0, 0) : grad);
 }
@@ -397,7 +361,7 @@ template <class A>
 void row_sweep(Prepared<A>& prepared, const std::vector<RowGradient<A>>& gradients, ColumnSums* sums) {
   const Call<A>& call = prepared.call;
   const Kernels<A>& kernels = *prepared.kernels;
-  const int64_t classes = call.classes, rows = prepared.rows;
+  const int64_t classes = call.classes, rows = prepared.layout.rows;
   const int64_t width = sums ? 512 : kRange, ranges = (classes + width - 1) / width;
   if (!sums) {
     at::parallel_for(0, rows * ranges, grain(std::min(classes, width)), [&](int64_t begin, int64_t end) {
@@ -471,30 +435,30 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   for (const int i : {kClassBias, kClassScale, kClassMargin})
     if (needs.get(i)) grads[i] = at::zeros({call.classes}, options);
   if (needs.get(kLearnedScale)) grads[kLearnedScale] = at::zeros({}, options);
-  if (prepared.rows == 0) return grads;
+  if (prepared.layout.rows == 0) return grads;
 
   const Tensor saved = prepared.keep(rest.contiguous());
   call.peak = const_cast<A*>(saved.const_data_ptr<A>());
-  call.total = call.peak + prepared.rows;
+  call.total = call.peak + prepared.layout.rows;
   call.grad_loss = upstream(prepared, grad_loss, &call.grad_loss_stride);
   if (grad_lse.has_value()) call.grad_lse = upstream(prepared, *grad_lse, &call.grad_lse_stride);
-  std::vector<RowGradient<A>> gradients(prepared.rows);
+  std::vector<RowGradient<A>> gradients(prepared.layout.rows);
   at::parallel_for(
-      0, prepared.rows, target.is_floating_point() ? grain(call.classes) : 256,
+      0, prepared.layout.rows, target.is_floating_point() ? grain(call.classes) : 256,
       [&](int64_t begin, int64_t end) { prepared.kernels->row_gradients(call, begin, end, gradients.data()); });
 
   Tensor written, written_q;
   if (needs.get(kInput)) written = prepared.grad_target(grads[kInput]);
   if (needs.get(kTarget)) {
     const bool same = target.scalar_type() == Prepared<A>::dtype();
-    written_q = prepared.keep(prepared.fitting(same ? grads[kTarget] : at::empty_like(target, options)));
+    written_q = prepared.keep(prepared.layout.fitting(same ? grads[kTarget] : at::empty_like(target, options)));
     call.grad_q = written_q.mutable_data_ptr<A>();
-    prepared.strides(written_q, &call.grad_q_n, &call.grad_q_c, &call.grad_q_k);
+    prepared.layout.strides(written_q, &call.grad_q_n, &call.grad_q_c, &call.grad_q_k);
   }
   ColumnSums sums;
   const bool need_sums = needs.get(kClassBias) || needs.get(kClassScale) || needs.get(kLearnedScale);
   if (need_sums) sums = {std::vector<double>(call.classes), std::vector<double>(call.classes)};
-  if (prepared.rows_layout) {
+  if (prepared.layout.is_rows) {
     row_sweep(prepared, gradients, need_sums ? &sums : nullptr);
   } else {
     panel_sweep(prepared, gradients, need_sums ? &sums : nullptr);
@@ -509,7 +473,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   }
   if (needs.get(kClassMargin)) {
     std::vector<double> total(call.classes);
-    for (int64_t row = 0; row < prepared.rows; ++row)
+    for (int64_t row = 0; row < prepared.layout.rows; ++row)
       for (int i = 0; i < (call.mixed ? 2 : 1); ++i) {
         const int64_t column = (i ? call.mixed : call.target)[row];
         if (column != call.ignore_index) total[column] += gradients[row].dm[i];
@@ -551,6 +515,10 @@ std::vector<Tensor> margin_cross_entropy_bwd_cpu(const Tensor& grad_loss, const 
   return input.scalar_type() == at::kDouble
              ? backward<double>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs)
              : backward<float>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs);
+}
+
+void scale_gradient_cpu(Tensor& gradient, const Tensor& factor) {
+  if (factor.item<double>() != 1.0) gradient.mul_(factor);
 }
 
 }  // namespace ltk

@@ -332,17 +332,10 @@ LTK_INLINE RowTargets<A> targets_of(const Call<A>& call, int64_t row, const T* x
     t.weight = weight_of(call, column);
     t.x = IO<T>::get(x + column * stride);
     const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0);
-    const A margin = call.class_margin ? call.class_margin[column] : call.margin;
-    t.plain = affine(t.x, a, bias);
-    if (margin == A(0) && !call.angular) {
-      t.cosine = call.scale != A(0) ? a * t.x / call.scale : A(0);
-      t.shift = {t.cosine, A(1), A(-1)};
-      t.shifted = t.plain;
-    } else {
-      t.cosine = call.class_scale ? call.cosine_scale[column] * t.x : t.x;
-      t.shift = shift_target(t.cosine, margin, call.angular);
-      t.shifted = call.scale * t.shift.phi + bias;
-    }
+    const A m = call.class_margin ? call.class_margin[column] : call.margin;
+    const Margin<A> margin = {m, call.angular ? std::cos(m) : A(1), call.angular ? std::sin(m) : A(0)};
+    const A cosine = call.class_scale ? call.cosine_scale[column] * t.x : t.x;
+    set_target(t, affine(t.x, a, bias), cosine, call.scale, bias, margin, call.angular);
   }
   return r;
 }

@@ -1,0 +1,147 @@
+// What kernels use of the CUDA language, behind names of our own, so that tests/emulator can run the same kernels on a
+// machine without a GPU (LTK_EMULATED). Include this instead of CUDA's headers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(LTK_EMULATED)
+#include "emulated_device.h"  // in tests/emulator
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace ltk::device {
+
+using Stream = cudaStream_t;
+using Error = cudaError_t;
+
+#if defined(__CUDACC__)
+
+#define LTK_DEVICE static __device__ __forceinline__  // a function
+#define LTK_METHOD static __device__ __forceinline__  // of a class, without an object
+#define LTK_MEMBER __device__ __forceinline__
+
+LTK_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+LTK_DEVICE int64_t block_index() { return blockIdx.x; }
+LTK_DEVICE int64_t block_count() { return gridDim.x; }
+
+// Dynamic shared memory of this block, 16-byte aligned.
+LTK_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+LTK_DEVICE void block_barrier() { __syncthreads(); }
+LTK_DEVICE void warp_barrier() { __syncwarp(); }
+
+template <class V>
+LTK_DEVICE V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Thread-block clusters exist from compute capability 9.0 on; elsewhere a cluster is one block.
+LTK_DEVICE int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+#else
+  return 1;
+#endif
+}
+
+LTK_DEVICE int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<int>(cooperative_groups::this_cluster().block_rank());
+#else
+  return 0;
+#endif
+}
+
+LTK_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// The same place in the shared memory of another block of the cluster.
+template <class V>
+LTK_DEVICE V* peer_memory(V* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+#else
+  return mine;
+#endif
+}
+
+// 16 bytes from global to shared memory; complete for this thread after wait_for_copies().
+LTK_DEVICE void copy_async(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+LTK_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// exp with the accuracy of the hardware's 2^x; results below 1e-38 are 0.
+LTK_DEVICE float fast_exp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+LTK_DEVICE double fast_exp(double x) { return exp(x); }
+
+LTK_DEVICE float float_from_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+LTK_DEVICE uint32_t pack_halves(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+LTK_DEVICE uint32_t pack_bfloat16s(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <class To, class From>
+LTK_DEVICE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  int cluster;  // blocks per cluster; 1: none
+  Stream stream;
+};
+
+template <class Argument>
+Error launch(void (*kernel)(Argument), const Launch& l, const Argument& argument) {
+  if (l.shared_bytes > 48 * 1024) {  // what a block gets without asking
+    const Error error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(l.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(l.threads));
+  config.dynamicSmemBytes = l.shared_bytes;
+  config.stream = l.stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = l.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, argument);
+}
+
+#endif  // __CUDACC__
+
+}  // namespace ltk::device
+#endif

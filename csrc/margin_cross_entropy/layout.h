@@ -1,0 +1,62 @@
+// How kernels see [N, C, K] tensors: rows (classes next to each other) or panels (positions next to each other).
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <limits>
+
+#include "arguments.h"
+
+namespace ltk {
+
+struct Layout {
+  Tensor input;           // that of the call, or a contiguous copy where neither layout fits it
+  int64_t classes, rows;  // rows of the call: N * K
+  int64_t n, k;           // as the kernels count them
+  bool is_rows,
+      swapped = false;  // swapped: [N, C, 1] with samples next to each other, run as one sample of N positions
+
+  explicit Layout(const Tensor& given) : input(given), classes(given.size(1)), rows(given.size(0) * given.size(2)) {
+    const int64_t samples = given.size(0), positions = given.size(2);
+    TORCH_CHECK_VALUE(classes <= std::numeric_limits<int32_t>::max(), "input: got ", classes,
+                      " classes, expected at most 2147483647");
+    is_rows = classes == 1 || given.stride(1) == 1;
+    swapped = !is_rows && positions == 1 && given.stride(0) == 1;
+    if (!is_rows && !swapped && (positions == 1 || given.stride(2) != 1)) {
+      input = given.contiguous();
+      is_rows = positions == 1;
+    }
+    n = swapped ? 1 : samples;
+    k = swapped ? samples : positions;
+  }
+
+  bool fits(const Tensor& t) const {
+    if (classes == 1 && is_rows) return true;
+    return is_rows ? t.stride(1) == 1 : (swapped ? t.stride(0) == 1 : t.stride(2) == 1);
+  }
+
+  void strides(const Tensor& t, int64_t* s_n, int64_t* s_c, int64_t* s_k) const {
+    *s_n = swapped ? 0 : t.stride(0);
+    *s_c = is_rows ? 1 : t.stride(1);
+    *s_k = swapped ? t.stride(0) : t.stride(2);
+  }
+
+  // A tensor like t whose strides fit: t itself, or a fresh one.
+  Tensor fitting(const Tensor& t) const {
+    if (fits(t)) return t;
+    if (is_rows) return at::empty({t.size(0), t.size(2), t.size(1)}, t.options()).transpose(1, 2);
+    if (swapped) return at::empty({t.size(1), t.size(2), t.size(0)}, t.options()).permute({2, 0, 1});
+    return at::empty(t.sizes(), t.options());
+  }
+};
+
+// Positions of the gradients in `needs` and in what backward returns.
+enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };
+
+// Whether an upstream gradient is one value for all rows.
+inline bool is_single(const Tensor& grad) {
+  return grad.dim() == 0 || (grad.numel() > 0 && grad.stride(0) == 0 && grad.stride(1) == 0);
+}
+
+}  // namespace ltk
