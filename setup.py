@@ -1,11 +1,14 @@
-"""Decides what to build: no extension, or the C++ kernels for the CPU. Everything else is in pyproject.toml.
+"""Decides what to build: no extension, the C++ kernels for the CPU, or those and the CUDA ones. Everything else is in
+pyproject.toml.
 
 LT_KERNELS_BUILD = auto (default) | none | cpu | cuda. An explicit request that fails is an error; auto builds what it
 can and otherwise installs the package without an extension (its reference and Triton backends), with one clear line.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 
 from setuptools import setup
@@ -15,6 +18,13 @@ SOURCES = [
     "csrc/library.cpp",
     *(f"csrc/margin_cross_entropy/{name}.cpp" for name in ("cpu", "cpu_default", "cpu_avx2", "cpu_avx512")),
 ]
+CUDA_SOURCES = [
+    "csrc/margin_cross_entropy/cuda.cpp",
+    *(f"csrc/margin_cross_entropy/cuda_{dtype}.cu" for dtype in ("float", "bfloat16", "half", "double")),
+]
+CUDA_FLAGS = ["-O3"]
+#: Compute capabilities that are built for where neither TORCH_CUDA_ARCH_LIST nor a GPU says which.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # GCC warns about vector arguments of functions that are inlined anyway, and about its own AVX-512 headers.
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
@@ -24,7 +34,7 @@ def compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
-def reason_against(mode: str) -> str | None:
+def reason_against() -> str | None:
     """Why the extension cannot be built, or None."""
     if sys.platform == "win32":
         return "the C++ kernels are not built on Windows"
@@ -42,9 +52,55 @@ def reason_against(mode: str) -> str | None:
     except ImportError:
         if shutil.which("ninja") is None:
             return "ninja was not found (pip install ninja)"
-    if mode == "cuda":
-        return "this version has no CUDA C++ kernels; on a GPU use the Triton backend (pip install triton)"
     return None
+
+
+def reason_against_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built where the CPU ones can, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    nvcc = os.path.join(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
+    if nvcc is None or not os.path.exists(nvcc):
+        return "nvcc was not found (CUDA_HOME names the toolkit)"
+    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if found is None or found[1] != torch.version.cuda.split(".")[0]:
+        version = f"{found[1]}.{found[2]}" if found else "unknown"
+        return f"nvcc is version {version}, but torch was built with CUDA {torch.version.cuda}"
+    return None
+
+
+def cuda_architectures() -> str:
+    """Compute capabilities to build for, in the manner of TORCH_CUDA_ARCH_LIST, which this sets for torch's builder."""
+    import torch
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{a}.{b}" for a, b in sorted(here)) or CUDA_ARCHITECTURES
+    return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
+
+
+def extension(cuda: bool):
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    # at::parallel_for is compiled into the caller: it needs the flag of the thread pool that torch was built with.
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
+    flags = [*FLAGS, *openmp]
+    facts = {"LTK_COMPILER": os.path.basename(compiler() or ""), "LTK_FLAGS": " ".join(flags)}
+    if cuda:
+        facts["LTK_CUDA_ARCHITECTURES"] = cuda_architectures()
+    flags += [f'-D{name}="{value}"' for name, value in facts.items()]
+    return (CUDAExtension if cuda else CppExtension)(
+        "lt_kernels._C",
+        [*SOURCES, *(CUDA_SOURCES if cuda else [])],
+        include_dirs=[os.path.join(HERE, "csrc")],
+        depends=[os.path.join(folder, name) for folder, _, names in os.walk("csrc") for name in names],
+        extra_compile_args={"cxx": flags, "nvcc": CUDA_FLAGS},
+        extra_link_args=openmp,
+    )
 
 
 def extension_arguments() -> dict:
@@ -53,38 +109,35 @@ def extension_arguments() -> dict:
         raise SystemExit(f"LT_KERNELS_BUILD: got {mode!r}, expected 'auto', 'none', 'cpu' or 'cuda'")
     if mode == "none":
         return {}
-    reason = reason_against(mode)
+    reason = reason_against()
     if reason is not None:
         if mode != "auto":
             raise SystemExit(f"LT_KERNELS_BUILD={mode}: {reason}")
         print(f"lt_kernels: installing without the C++ extension: {reason}", file=sys.stderr)
         return {}
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    reason = reason_against_cuda() if mode != "cpu" else "not asked for"
+    if mode == "cuda" and reason is not None:
+        raise SystemExit(f"LT_KERNELS_BUILD=cuda: {reason}")
+    if mode == "auto" and reason is not None:
+        print(f"lt_kernels: building without the CUDA C++ kernels: {reason}", file=sys.stderr)
+    from torch.utils.cpp_extension import BuildExtension
 
     class BuildNative(BuildExtension):
         def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                if mode != "auto":
-                    raise
-                print(f"lt_kernels: installing without the C++ extension: it failed to build: {error}", file=sys.stderr)
-                self.extensions = []
+            attempts = [self.extensions]
+            if mode == "auto" and reason is None:
+                attempts.append([extension(cuda=False)])
+            for self.extensions in attempts:
+                try:
+                    return super().run()
+                except Exception as error:
+                    if mode != "auto":
+                        raise
+                    what = "CUDA C++ kernels" if len(attempts) > 1 and self.extensions is attempts[0] else "C++ extension"
+                    print(f"lt_kernels: installing without the {what}: build failed: {error}", file=sys.stderr)
+            self.extensions = []
 
-    # at::parallel_for is compiled into the caller: it needs the flag of the thread pool that torch was built with.
-    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
-    flags = [*FLAGS, *openmp]
-    facts = {"LTK_COMPILER": os.path.basename(compiler() or ""), "LTK_FLAGS": " ".join(flags)}
-    extension = CppExtension(
-        "lt_kernels._C",
-        SOURCES,
-        include_dirs=[os.path.join(HERE, "csrc")],
-        depends=[os.path.join(folder, name) for folder, _, names in os.walk("csrc") for name in names],
-        extra_compile_args=[*flags, *(f'-D{name}="{value}"' for name, value in facts.items())],
-        extra_link_args=openmp,
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
+    return {"ext_modules": [extension(cuda=reason is None)], "cmdclass": {"build_ext": BuildNative}}
 
 
 setup(**extension_arguments())

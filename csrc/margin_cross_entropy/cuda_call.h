@@ -24,6 +24,7 @@ struct alignas(16) Record {
   A peak, slope, smooth, soft;
   int column[2], target[2];  // -1: none; as in RowGradient, and the classes that dm belongs to
   A du[2], dc[2], dm[2], z;
+  A log_total;
 };
 
 template <class A>

@@ -11,6 +11,7 @@
 // Sums are merged in an order that depends on sizes alone.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda_call.h"
@@ -102,6 +103,27 @@ template <class V, int kCount>
 struct alignas(sizeof(V) * kCount) Pack {
   V value[kCount];
 };
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint64_t;
+};
+
+// In one access: as a number, or the compiler may write value by value.
+template <class P>
+LTK_DEVICE void store_pack(void* to, const P& pack) {
+  *static_cast<typename Word<sizeof(P)>::type*>(to) = bits_as<typename Word<sizeof(P)>::type>(pack);
+}
 
 // kCount values that follow each other in a class vector, with the widest accesses that their address allows.
 template <int kCount, class A>
@@ -357,26 +379,24 @@ LTK_DEVICE void write_row(const Call<A>& call, int64_t row, const Targets<A>& ta
 template <class A>
 LTK_DEVICE Record<A> record_of(const Call<A>& call, const Targets<A>& targets, const Rest<A>& rest, A soft_mass,
                                A grad_loss, A grad_lse) {
+  const A log_total = std::log(rest.total);
+  Record<A> r = {rest.peak, 0, 0, 0, {-1, -1}, {-1, -1}, {0, 0}, {0, 0}, {0, 0}, 0, log_total};
   if (call.q) {
-    const A k = grad_loss * coefficient_of(call, 0), share = call.smoothing / static_cast<A>(call.classes);
-    return {rest.peak, (k * soft_mass + grad_lse) / rest.total,
-            k * share, k * (A(1) - call.smoothing),
-            {-1, -1},  {-1, -1},
-            {0, 0},    {0, 0},
-            {0, 0},    0};
+    const A k = grad_loss * coefficient_of(call, 0);
+    r.slope = (k * soft_mass + grad_lse) / rest.total;
+    r.smooth = k * (call.smoothing / static_cast<A>(call.classes));
+    r.soft = k * (A(1) - call.smoothing);
+    return r;
   }
-  const RowGradient<A> g = row_gradient(targets.row, rest.peak, std::log(rest.total), grad_loss, grad_lse);
-  const int second = targets.row.count == 2 ? static_cast<int>(targets.row.t[1].column) : -1;
-  return {g.peak,
-          g.slope,
-          g.smooth,
-          g.soft,
-          {static_cast<int>(g.column[0]), static_cast<int>(g.column[1])},
-          {static_cast<int>(targets.row.t[0].column), second},
-          {g.du[0], g.du[1]},
-          {g.dc[0], g.dc[1]},
-          {g.dm[0], g.dm[1]},
-          g.z};
+  const RowGradient<A> g = row_gradient(targets.row, rest.peak, log_total, grad_loss, grad_lse);
+  r.slope = g.slope, r.smooth = g.smooth, r.soft = g.soft, r.z = g.z;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    r.column[i] = static_cast<int>(g.column[i]);
+    r.target[i] = i < targets.row.count ? static_cast<int>(targets.row.t[i].column) : -1;
+    r.du[i] = g.du[i], r.dc[i] = g.dc[i], r.dm[i] = g.dm[i];
+  }
+  return r;
 }
 
 template <class A>
@@ -749,7 +769,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   }
   if (call.grad == nullptr) return;
   const Record<A>& r = shared.record;
-  const Slopes<A> slopes = {r.peak, r.slope, r.smooth, r.soft, A(0)};
+  const Slopes<A> slopes = {r.peak, r.slope, r.smooth, r.soft, r.log_total};
   write_gradient<kGeneral, T>(call, source, edge, scale, slopes, r.column, r.dc);
 }
 
@@ -838,7 +858,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   const Record<A>& r = call.records[row];
   const int target[2] = {r.column[0], r.column[1]};
   const A dc[2] = {r.dc[0], r.dc[1]};
-  const Slopes<A> slopes = {r.peak, r.slope, r.smooth, r.soft, call.grad_q ? std::log(call.total[row]) : A(0)};
+  const Slopes<A> slopes = {r.peak, r.slope, r.smooth, r.soft, r.log_total};
   write_gradient<kGeneral, T>(call, source, edge, full_scale(call), slopes, target, dc);
 }
 
@@ -851,12 +871,11 @@ struct ColumnGradient {
 };
 
 template <class A>
-LTK_DEVICE ColumnGradient<A> column_gradient(const Call<A>& call, const Record<A>& r, int column, A a, A b, A w, A x,
-                                             A q, A log_total) {
+LTK_DEVICE ColumnGradient<A> column_gradient(const Record<A>& r, int column, A a, A b, A w, A x, A q) {
   const A u = x * a + b - r.peak;
   ColumnGradient<A> g;
   g.du = r.slope * fast_exp(u) - w * (r.smooth + r.soft * q);
-  g.dq = r.soft * w * (log_total - u);
+  g.dq = r.soft * w * (r.log_total - u);
   g.dc = g.du, g.dm = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -901,14 +920,13 @@ __global__ void __launch_bounds__(kColumnThreads)
         logits.value[0] = x[0];
       }
       const Record<A>& r = call.records[row];
-      const A log_total = call.grad_q ? std::log(call.total[row]) : A(0);
       Pack<Stored, kCount> out;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         if (i >= count) continue;
         const A logit = T::get(logits.value[i]);
         const A q = call.q ? probability(call, n * call.q_n + k * call.q_k + first + i) : A(0);
-        const ColumnGradient<A> g = column_gradient(call, r, first + i, a[i], b[i], w[i], logit, q, log_total);
+        const ColumnGradient<A> g = column_gradient(r, first + i, a[i], b[i], w[i], logit, q);
         part[0][i] += g.du, part[1][i] += g.dc * logit, part[2][i] += g.dm;
         out.value[i] = T::put(g.dc * a[i]);
         if (call.grad_q) put_probability_gradient(call, n * call.grad_q_n + k * call.grad_q_k + first + i, g.dq);
@@ -916,7 +934,7 @@ __global__ void __launch_bounds__(kColumnThreads)
       if (call.grad) {
         Stored* grad = static_cast<Stored*>(call.grad) + (n * call.grad_n + k * call.grad_k + first);
         if (count == kCount) {
-          *reinterpret_cast<Pack<Stored, kCount>*>(grad) = out;
+          store_pack(grad, out);
         } else {
           grad[0] = out.value[0];
         }
@@ -951,7 +969,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
   using A = typename T::A;
   using Stored = typename T::Stored;
   using Logits = Pack<Stored, kCount>;
-  constexpr int kPositions = 32 * kCount;
+  constexpr int kPositions = 32 * kCount, kAhead = 4;
   static_assert(kCount <= kPanelWarps);
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   auto* sums = reinterpret_cast<Sums<A>*>(shared_memory());  // [kPanelWarps, kPositions]
@@ -981,27 +999,42 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
         column[0][v] = exist ? target_column(call, first_row + v, 0, &bad) : -1;
         column[1][v] = exist ? target_column(call, first_row + v, 1, &bad) : -1;
       }
-      if (exist) {
-#pragma unroll 4
-        for (int c = warp; c < call.classes; c += kPanelWarps) {
-          const Logits raw = *reinterpret_cast<const Logits*>(x + c * call.x_c);
-          if (call.keep_panel) kept[c * 32 + lane] = raw;
-          const A a = kGeneral ? scale * class_scale_of(call, c) : scale, b = bias_of(call, c);
-          const A w = weighted ? weight_of(call, c) : A(1);
+      for (int begin_class = warp; exist && begin_class < call.classes; begin_class += kAhead * kPanelWarps) {
+        Logits raw[kAhead];
+        A a[kAhead], b[kAhead], w[kAhead];
 #pragma unroll
-          for (int v = 0; v < kCount; ++v) {
-            const A logit = T::get(raw.value[v]);
+        for (int i = 0; i < kAhead; ++i) {
+          const int c = begin_class + i * kPanelWarps;
+          if (c < call.classes) raw[i] = *reinterpret_cast<const Logits*>(x + c * call.x_c);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int c = begin_class + i * kPanelWarps;
+          if (c >= call.classes) continue;
+          if (call.keep_panel) kept[c * 32 + lane] = raw[i];
+          a[i] = kGeneral ? scale * class_scale_of(call, c) : scale, b[i] = bias_of(call, c);
+          w[i] = weighted ? weight_of(call, c) : A(1);
+        }
+#pragma unroll
+        for (int v = 0; v < kCount; ++v) {
+          A u[kAhead];
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            const int c = begin_class + i * kPanelWarps;
+            u[i] = -infinity<A>();
+            if (c >= call.classes) continue;
+            const A logit = T::get(raw[i].value[v]);
             if (kGeneral && call.prediction) take_better(s[v], logit, c);
             if (c == column[0][v] || c == column[1][v]) continue;
-            const A u[1] = {logit * a + b};
-            A each[1] = {w};
-            if (weighted && call.q) each[0] = soft_weight(call, probability(call, q + c * call.q_c + v), w);
+            u[i] = logit * a[i] + b[i];
             if (weighted) {
-              add<true>(s[v], u, each);
-            } else {
-              add<false>(s[v], u, each);
+              const A one_u[1] = {u[i]};
+              A one_w[1] = {w[i]};
+              if (call.q) one_w[0] = soft_weight(call, probability(call, q + c * call.q_c + v), w[i]);
+              add<true>(s[v], one_u, one_w);
             }
           }
+          if (!weighted) add<false>(s[v], u, w);
         }
       }
 #pragma unroll
@@ -1046,7 +1079,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
       peak[v] = exist ? r.peak : A(0), slope[v] = exist ? r.slope : A(0);
       smooth[v] = exist ? r.smooth : A(0), soft[v] = exist ? r.soft : A(0);
       column[0][v] = exist ? r.column[0] : -1, column[1][v] = exist ? r.column[1] : -1;
-      log_total[v] = kBackward && kGeneral && call.grad_q && exist ? std::log(call.total[first_row + v]) : A(0);
+      log_total[v] = exist ? r.log_total : A(0);
     }
     Stored* grad = static_cast<Stored*>(call.grad) + (n * call.grad_n + here);
     const int64_t grad_q = n * call.grad_q_n + here;
@@ -1083,7 +1116,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
               if (c == r.target[i]) sum[2] += r.dm[i];
           }
         }
-        if (call.grad) *reinterpret_cast<Logits*>(grad + c * call.grad_c) = out;
+        if (call.grad) store_pack(grad + c * call.grad_c, out);
       }
       if (summed) {
 #pragma unroll
@@ -1175,13 +1208,15 @@ struct Launches {
   static Error rows_gradient(const Call<A>& call, bool general, Stream stream) {
     Call<A> c = call;
     const int64_t groups = call.classes / T::kGroup, rows = call.row_end - call.row_begin;
-    const bool narrow = groups <= 32 * kChunkGroups;
-    c.splits = static_cast<int>(narrow ? 1 : ceil_div(groups, kSplitThreads * kChunkGroups));
-    if (narrow) {
-      const Launch l = warp_per_row(rows, stream);
-      return general ? launch(&rows_gradient_kernel<T, 32, true>, l, c)
-                     : launch(&rows_gradient_kernel<T, 32, false>, l, c);
+    if constexpr (sizeof(A) < 8) {  // one warp per row; with doubles its registers do not suffice
+      if (groups <= 32 * kChunkGroups) {
+        c.splits = 1;
+        const Launch l = warp_per_row(rows, stream);
+        return general ? launch(&rows_gradient_kernel<T, 32, true>, l, c)
+                       : launch(&rows_gradient_kernel<T, 32, false>, l, c);
+      }
     }
+    c.splits = static_cast<int>(std::max<int64_t>(1, ceil_div(groups, kSplitThreads * kChunkGroups)));
     const Launch l = {rows * c.splits, kSplitThreads, 0, 1, stream};
     return general ? launch(&rows_gradient_kernel<T, kSplitThreads, true>, l, c)
                    : launch(&rows_gradient_kernel<T, kSplitThreads, false>, l, c);

@@ -63,12 +63,9 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
 
 def _scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """gradient *= factor without a host synchronisation, and without touching memory where factor is 1."""
-    if gradient.device.type == "cpu":
-        if factor.item() != 1.0:
-            gradient.mul_(factor)
-    elif backend == "triton":
+    if backend != "reference":
         load(OP, backend).scale_gradient_(gradient, factor)
-    else:
+    elif gradient.device.type != "cpu" or factor.item() != 1.0:
         gradient.mul_(factor)
 
 
