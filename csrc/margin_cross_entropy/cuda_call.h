@@ -18,7 +18,8 @@ struct Sums {
   int best_column;
 };
 
-// A row's gradient, and where its margins' gradients go.
+// A row's gradient, and where its margins' gradients go. With class probabilities soft is the factor of their weights
+// and smooth is 0.
 template <class A>
 struct alignas(16) Record {
   A peak, slope, smooth, soft;

@@ -382,10 +382,8 @@ LTK_DEVICE Record<A> record_of(const Call<A>& call, const Targets<A>& targets, c
   const A log_total = std::log(rest.total);
   Record<A> r = {rest.peak, 0, 0, 0, {-1, -1}, {-1, -1}, {0, 0}, {0, 0}, {0, 0}, 0, log_total};
   if (call.q) {
-    const A k = grad_loss * coefficient_of(call, 0);
-    r.slope = (k * soft_mass + grad_lse) / rest.total;
-    r.smooth = k * (call.smoothing / static_cast<A>(call.classes));
-    r.soft = k * (A(1) - call.smoothing);
+    r.soft = grad_loss * coefficient_of(call, 0);
+    r.slope = (r.soft * soft_mass + grad_lse) / rest.total;
     return r;
   }
   const RowGradient<A> g = row_gradient(targets.row, rest.peak, log_total, grad_loss, grad_lse);
@@ -625,6 +623,16 @@ LTK_DEVICE Sums<A> row_sums(const Call<A>& call, const Source& source, int edge,
   return s;
 }
 
+// What du lacks beside slope exp(u - peak) in an ordinary column, and d/d(q).
+template <class A>
+LTK_DEVICE A less_of(const Call<A>& call, A smooth, A soft, A w, A q) {
+  return call.q ? soft * soft_weight(call, q, w) : smooth * w;
+}
+template <class A>
+LTK_DEVICE A dq_of(const Call<A>& call, A soft, A w, A log_inverse) {
+  return soft * (A(1) - call.smoothing) * w * log_inverse;
+}
+
 template <class A>
 struct Slopes {  // what every column of a row needs of its record
   A peak, slope, smooth, soft, log_total;
@@ -642,13 +650,14 @@ LTK_DEVICE void gradient_of_columns(const Call<A>& call, const Slopes<A>& g, int
     dx[i] = g.slope * fast_exp(u[i]);
   }
   if (kGeneral && (call.q || g.smooth != A(0))) {
-    A w[kCount], q[kCount];
+    A w[kCount], q[kCount] = {};
     load_weights<kCount>(call, column, w);
     if (call.q) load_probabilities<kCount>(call, q_offset + column, q);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      dx[i] -= w[i] * (call.q ? g.smooth + g.soft * q[i] : g.smooth);
-      if (call.grad_q) put_probability_gradient(call, grad_q_offset + column + i, g.soft * w[i] * (g.log_total - u[i]));
+      dx[i] -= less_of(call, g.smooth, g.soft, w[i], q[i]);
+      if (call.grad_q)
+        put_probability_gradient(call, grad_q_offset + column + i, dq_of(call, g.soft, w[i], g.log_total - u[i]));
     }
   }
 #pragma unroll
@@ -871,11 +880,12 @@ struct ColumnGradient {
 };
 
 template <class A>
-LTK_DEVICE ColumnGradient<A> column_gradient(const Record<A>& r, int column, A a, A b, A w, A x, A q) {
+LTK_DEVICE ColumnGradient<A> column_gradient(const Call<A>& call, const Record<A>& r, int column, A a, A b, A w, A x,
+                                             A q) {
   const A u = x * a + b - r.peak;
   ColumnGradient<A> g;
-  g.du = r.slope * fast_exp(u) - w * (r.smooth + r.soft * q);
-  g.dq = r.soft * w * (r.log_total - u);
+  g.du = r.slope * fast_exp(u) - less_of(call, r.smooth, r.soft, w, q);
+  g.dq = dq_of(call, r.soft, w, r.log_total - u);
   g.dc = g.du, g.dm = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -926,7 +936,7 @@ __global__ void __launch_bounds__(kColumnThreads)
         if (i >= count) continue;
         const A logit = T::get(logits.value[i]);
         const A q = call.q ? probability(call, n * call.q_n + k * call.q_k + first + i) : A(0);
-        const ColumnGradient<A> g = column_gradient(r, first + i, a[i], b[i], w[i], logit, q);
+        const ColumnGradient<A> g = column_gradient(call, r, first + i, a[i], b[i], w[i], logit, q);
         part[0][i] += g.du, part[1][i] += g.dc * logit, part[2][i] += g.dm;
         out.value[i] = T::put(g.dc * a[i]);
         if (call.grad_q) put_probability_gradient(call, n * call.grad_q_n + k * call.grad_q_k + first + i, g.dq);
@@ -1098,7 +1108,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
           A du = slope[v] * fast_exp(u);
           if (kGeneral) {
             const A q_here = call.q ? probability(call, q + c * call.q_c + v) : A(0);
-            du -= w * (smooth[v] + soft[v] * q_here);
+            du -= less_of(call, smooth[v], soft[v], w, q_here);
           }
           A dc = du;
           if (c == column[0][v] || c == column[1][v]) {
@@ -1107,7 +1117,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
             du = r.du[i], dc = r.dc[i];
           }
           if (kBackward && kGeneral && call.grad_q)
-            put_probability_gradient(call, grad_q + c * call.grad_q_c + v, soft[v] * w * (log_total[v] - u));
+            put_probability_gradient(call, grad_q + c * call.grad_q_c + v, dq_of(call, soft[v], w, log_total[v] - u));
           out.value[v] = T::put(dc * a);
           if (summed) {
             const Record<A>& r = records[first_position + v];

@@ -1,0 +1,79 @@
+"""The CUDA kernels on the CPU: build tests/emulator into a library, and (as a pytest plugin) make it the native backend.
+
+    PYTHONPATH=tests/emulator python -m pytest -p emulated_cuda ...      runs tests on it
+    python tests/emulator/emulated_cuda.py                               builds it and prints its path
+
+The environment variables LTK_EMULATED_DEVICE and LTK_EMULATED_ORDER choose the chip and the threads' order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "csrc/margin_cross_entropy"
+SOURCES = (
+    *sorted(KERNELS.glob("cuda_*.cu")),
+    KERNELS / "cuda.cpp",
+    ROOT / "tests/emulator/emulator.cpp",
+)
+# the compiler cannot see that what is read was filled in under the same condition
+FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized -DLTK_EMULATED".split()
+
+
+def build() -> Path:
+    """The library, built again only when its sources or torch changed."""
+    files = sorted(path for folder in ("csrc", "tests/emulator") for path in (ROOT / folder).rglob("*.[ch]*"))
+    key = hashlib.sha256(torch.__version__.encode())
+    for path in (*files, *SOURCES):
+        key.update(path.read_bytes())
+    folder = ROOT / "build/emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"emulated_{key.hexdigest()[:16]}.so"
+    with FileLock(folder / "lock"):
+        if library.exists():
+            return library
+        for old in folder.glob("emulated_*"):
+            old.unlink()
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}", *(f"-isystem{i}" for i in include_paths())]
+        compiler = os.environ.get("CXX", "g++")
+
+        def compile_one(source: Path) -> str:
+            output = str(folder / f"{source.name}.o")
+            subprocess.run([compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", output], check=True)
+            return output
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_one, SOURCES))
+        paths = [f"-L{path}" for path in library_paths()]
+        command = [compiler, "-shared", *objects, *paths, "-lc10", "-ltorch", "-ltorch_cpu", "-o", f"{library}.new"]
+        subprocess.run(command, check=True)
+        Path(f"{library}.new").rename(library)
+    return library
+
+
+def install() -> None:
+    """Make the emulated kernels the native backend of this process."""
+    torch.ops.load_library(str(build()))
+    from lt_kernels.ops.margin_cross_entropy import native
+
+    namespace = torch.ops.lt_kernels_emulated
+    native.forward = lambda a, *flags: namespace.margin_cross_entropy_fwd(*a, *flags)
+    native.backward = lambda grad_loss, grad_lse, rest, a, needs: namespace.margin_cross_entropy_bwd(
+        grad_loss, grad_lse, rest, *a, needs
+    )
+    native.scale_gradient_ = namespace.scale_gradient_
+
+
+if __name__ == "__main__":
+    print(build())
+else:
+    install()

@@ -1,0 +1,64 @@
+"""The CUDA kernels without a GPU: compiled for the CPU with emulated threads (tests/emulator), in processes of their own.
+
+What this cannot show -- the real machine's timing, memory model and conversions -- is for scripts/gpu_check.sh.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="the emulator needs a C++ compiler"),
+]
+
+#: major version, shared memory per block and per processor, second-level cache: real chips, and small ones on which the
+#: tests' rows need clusters, or two passes over several batches of rows.
+DEVICES = {
+    "sm_90": "9 232448 233472 52428800",
+    "clusters of 2 to 8 blocks": "9 8192 16384 52428800",
+    "two passes": "8 8192 12000 65536",
+}
+
+
+def run_on_the_emulator(file: str, *options: str, device: str = "sm_90") -> str:
+    environment = {
+        **os.environ,
+        "LTK_EMULATED_DEVICE": DEVICES[device],
+        "LT_KERNELS_TEST_BACKENDS": "native",
+        "OMP_NUM_THREADS": "1",
+    }
+    paths = [str(HERE.parent / "emulator"), str(HERE.parent), str(HERE.parent.parent)]
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "-p", "emulated_cuda"]
+    result = subprocess.run(
+        [*command, *options, str(HERE / file)], env=environment, capture_output=True, text=True, timeout=1800
+    )
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report[-6000:]
+    assert "skipped" not in report.splitlines()[-1]
+    return report
+
+
+def passed(report: str) -> int:
+    found = re.search(r"(\d+) passed", report)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_on_the_emulator(device):
+    assert passed(run_on_the_emulator("cuda_emulated.py", device=device)) > 300
+
+
+def test_every_generic_case_on_the_emulator():
+    """The suite of all backends, but for what compares CPU backends, threads or compiled code."""
+    elsewhere = "TestProperties or same_bits or opcheck or compile or gradcheck"
+    assert passed(run_on_the_emulator("test_margin_cross_entropy.py", "-k", f"not ({elsewhere})")) > 800
