@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench report docs aot clean
+.PHONY: help setup demo test lint format bench results report docs aot clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -57,8 +57,13 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-## make bench    measure on this machine, save under benchmarks/results/, regenerate tables and figures
+## make bench    benchmarks of a few cases, and whether they have become slower than the committed results say
 bench: setup
+	$(BIN)/python -m pytest benchmarks -m "not slow" --quiet --benchmark-columns=min,median,stddev,rounds
+	$(BIN)/lt-kernels bench compare
+
+## make results  measure everything on this machine, save under benchmarks/results/, regenerate tables and figures
+results: setup
 	$(BIN)/lt-kernels bench --save
 	$(BIN)/lt-kernels bench report
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__, info
 
@@ -54,34 +55,44 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench",
-        help="measure an op; make tables and figures from results",
-        description="Measure an op against eager PyTorch and torch.compile, after checking each provider's result\n"
-        "against float64; or, with the word `report`, make tables and figures from saved results.",
+        help="measure an op; compare with saved results; make tables and figures from them",
+        description="Measure an op against eager PyTorch, torch.compile and other libraries, after checking each\n"
+        "provider's result against float64. With the word `compare`: has our code become slower, relative to\n"
+        "eager PyTorch and torch.compile? With the word `report`: tables and figures from saved results.",
         epilog="""examples:
   lt-kernels bench --list                                   ops, providers and cases
   lt-kernels bench                                          everything on the CPU
   lt-kernels bench margin_cross_entropy --case inat18-n512 --dtype float32
   lt-kernels bench --provider 'eager,lt[native]' --json out.json
   lt-kernels bench --device cuda --save                     into benchmarks/results/<device>/
-  lt-kernels bench report                                   write README.md, docs/benchmarks.md and the figure
+  lt-kernels bench --device cuda --budget 240 --json out.json   what fits into four minutes, headline cases first
+  lt-kernels bench compare                                  a few cases now, against the saved results
+  lt-kernels bench compare before.json after.json           two results files; nothing is measured
+  lt-kernels bench report                                   write README.md, docs/benchmarks.md and the figures
   lt-kernels bench report --check                           fail if they do not show the saved results""",
     )
-    command.add_argument("op", nargs="?", metavar="OP", help="an op (default: all), or `report`")
+    command.add_argument(
+        "op", nargs="*", metavar="OP", help="an op (default: all), or `compare [BEFORE.json AFTER.json]`, or `report`"
+    )
     command.add_argument("--list", action="store_true", help="list ops, providers and cases, and stop")
     for name, text in (
-        ("provider", "what to measure (default: what is available here, without lt[reference])"),
+        ("provider", "what to measure (default: what is available here; reasons are printed for the rest)"),
         ("case", "shapes to measure (default: those meant for the device)"),
-        ("dtype", "float32, bfloat16, float16 (default: the first two)"),
-        ("direction", "fwd, bwd, fwd_bwd (default: fwd and fwd_bwd)"),
+        ("dtype", "float32, bfloat16, float16 (default: all)"),
+        ("direction", "fwd, bwd, fwd_bwd (default: all)"),
     ):
         command.add_argument(
             f"--{name}", action="append", metavar="NAME", help=f"{text}; comma-separated, or given several times"
         )
     command.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-    command.add_argument("--repetitions", type=int, default=20, metavar="N", help="of each provider, at least")
-    command.add_argument(
-        "--seconds", type=float, default=2.0, metavar="S", help="per case, dtype and direction, at least"
-    )
+    for name, number, unit, text in (
+        ("repetitions", int, "N", "of each provider, at least (20)"),
+        ("seconds", float, "S", "per case and dtype, for fwd and again for bwd and fwd_bwd, at least (1)"),
+        ("limit", float, "S", "the same, at most, once each provider has 3 repetitions (6)"),
+        ("budget", float, "S", "for everything: headline cases first, what does not fit is named (no limit)"),
+        ("tolerance", float, "X", "with `compare`: growth of our relative time that is a regression (0.3)"),
+    ):
+        command.add_argument(f"--{name}", type=number, metavar=unit, help=text)
     command.add_argument(
         "--json", type=Path, metavar="FILE", help="write the records to FILE (same cases are replaced)"
     )
@@ -89,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--check", action="store_true", help="with `report`: change nothing, fail if something is stale"
     )
-    command.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="checkout for --save and `report`")
+    command.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="checkout with the saved results")
     command.set_defaults(run=_bench)
 
     command = commands.add_parser(
@@ -142,43 +153,31 @@ def _info(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench import records, report, runner
 
-    if arguments.op == "report":
-        root = report.find_root(arguments.root)
-        if arguments.check:
-            try:
-                report.check(root)
-            except report.StaleReportError as error:
-                print(f"lt-kernels: {error}", file=sys.stderr)
-                return 1
-            print("tables and figures show the saved results")
-            return 0
-        changed = report.write(root)
-        print("\n".join(f"wrote {path}" for path in changed) or "everything is up to date")
-        if not any((root / report.RESULTS).glob("nvidia-*/*.json")):
-            print(report.NOT_ON_GPU)
-        return 0
-    if arguments.check:
+    word, *files = arguments.op or [None]
+    if files and word != "compare":
+        raise ValueError(f"got {' '.join(arguments.op)!r}, expected one op, or `compare` with two files, or `report`")
+    if arguments.check and word != "report":
         raise ValueError("--check goes with `lt-kernels bench report`")
-    if arguments.op is not None and arguments.op not in runner.OPS:
-        raise ValueError(f"unknown op {arguments.op!r}; choose from: {', '.join(runner.OPS)}, or `report`")
-    ops = [arguments.op] if arguments.op else list(runner.OPS)
+    if arguments.tolerance is not None and word != "compare":
+        raise ValueError("--tolerance goes with `lt-kernels bench compare`")
+    if word == "report":
+        return _report(arguments)
+    if word == "compare":
+        return _compare(arguments, [Path(file) for file in files])
+    if word is not None and word not in runner.OPS:
+        raise ValueError(f"unknown op {word!r}; choose from: {', '.join(runner.OPS)}, or `compare` or `report`")
+    ops = [word] if word else list(runner.OPS)
     if arguments.list:
         for op in ops:
             _list(op)
         return 0
 
-    files = [arguments.json] if arguments.json else []
-    options = {
-        "cases": _names(arguments.case),
-        "providers": _names(arguments.provider),
-        "device": arguments.device,
-        "repetitions": arguments.repetitions,
-        "seconds": arguments.seconds,
-    }
-    for name, value in (("dtypes", _names(arguments.dtype)), ("directions", _names(arguments.direction))):
-        options.update({name: value} if value else {})
+    options = _options(arguments)
+    if arguments.provider:
+        options["providers"] = _names(arguments.provider)
+    status = 0
     for op in ops:
-        targets = list(files)
+        targets = [arguments.json] if arguments.json else []
         if arguments.save:
             results = report.find_root(arguments.root) / report.RESULTS
             targets.append(results / records.device_slug(arguments.device) / f"{op}.json")
@@ -187,10 +186,72 @@ def _bench(arguments: argparse.Namespace) -> int:
             for path in targets:
                 records.save(path, group)
 
-        runner.run(op, log=lambda line: print(line, flush=True), on_records=keep, **options)
+        try:
+            runner.run(op, device=arguments.device, log=_print, on_records=keep, **options)
+        except runner.BenchmarkError as error:
+            print(f"lt-kernels: {error}", file=sys.stderr)
+            status = 1
         for path in targets:
-            print(f"wrote {path}")
+            if path.exists():
+                print(f"wrote {path}")
+    return status
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .bench import report
+
+    root = report.find_root(arguments.root)
+    if arguments.check:
+        try:
+            report.check(root)
+        except report.StaleReportError as error:
+            print(f"lt-kernels: {error}", file=sys.stderr)
+            return 1
+        print("tables and figures show the saved results")
+        return 0
+    changed = [f"{'wrote' if path.exists() else 'removed'} {path}" for path in report.write(root)]
+    print("\n".join(changed) or "everything is up to date")
+    if all(path.parent.name.startswith("cpu-") for path in report.result_files(root)):
+        print(report.NOT_ON_GPU)
     return 0
+
+
+def _compare(arguments: argparse.Namespace, files: list[Path]) -> int:
+    from .bench import compare, records, report, runner
+
+    tolerance = compare.TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    if not tolerance > 0:
+        raise ValueError(f"--tolerance: got {tolerance}, expected a number above 0")
+    if len(files) not in (0, 2):
+        raise ValueError(f"compare: got {len(files)} file, expected two, or none to measure now")
+    if files:
+        found = compare.compare(records.load(files[0]), records.load(files[1]), tolerance)
+        if not found:
+            raise ValueError(f"{files[0]} and {files[1]} have no case in common with our time and a reference's")
+    else:
+        results = report.find_root(arguments.root) / report.RESULTS
+        try:
+            found = compare.compare_now(results, arguments.device, tolerance, _print, **_options(arguments))
+        except runner.BenchmarkError as error:
+            print(f"lt-kernels: {error}", file=sys.stderr)
+            return 1
+    print(f"\nour time / that of the reference, before -> now; a regression grows beyond {1 + tolerance:g}x in each")
+    print(compare.table(found))
+    regressions = sum(one.verdict == "regression" for one in found)
+    print(f"{regressions} of {len(found)} are regressions" if regressions else "no regression")
+    return 1 if regressions else 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options that choose and time measurements, by the names of ``runner.run``."""
+    lists = {"cases": arguments.case, "dtypes": arguments.dtype, "directions": arguments.direction}
+    numbers = {name: getattr(arguments, name) for name in ("repetitions", "seconds", "limit", "budget")}
+    given: dict[str, Any] = {name: _names(value) for name, value in lists.items() if value}
+    return given | {name: value for name, value in numbers.items() if value is not None}
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _list(op: str) -> None:
@@ -199,20 +260,22 @@ def _list(op: str) -> None:
     module = runner.OPS[op]
     print(op)
     print("  providers")
-    for provider in module.PROVIDERS:
-        reasons = {device: runner.unavailable_reason(op, provider, device) for device in ("cpu", "cuda")}
-        print(
-            f"    {provider:14} "
-            + "; ".join(f"{device}: {reason or 'available'}" for device, reason in reasons.items())
-        )
+    for name, provider in module.PROVIDERS.items():
+        states = []
+        for device in ("cpu", "cuda"):
+            unasked = provider.unasked(device)
+            state = runner.unavailable_reason(op, name, device) or (unasked and f"only when asked for: {unasked}")
+            states.append(f"{device}: {state or 'available'}")
+        print(f"    {name:21} {'; '.join(states)}")
     print("  cases")
     for case in module.CASES.values():
         where = "/".join(case.devices) or "on request"
-        print(f"    {case.name:18} N {case.rows:>6,}  C {case.classes:>7,}  {where:10}  {case.note}".rstrip())
+        shape = " x ".join(f"{size:,}" for size in case.sizes.values())
+        print(f"    {case.name:18} {shape:22}  {where:10}  {case.note}".rstrip())
 
 
-def _names(values: list[str] | None) -> list[str] | None:
-    return [name for value in values for name in value.split(",") if name] if values else None
+def _names(values: list[str]) -> list[str]:
+    return [name for value in values for name in value.split(",") if name]
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -1,14 +1,17 @@
-"""Benchmarks: cases, records, the agreement check, the runner, and the report with its staleness check."""
+"""Benchmarks: cases, providers, agreement, the runner and its budget, the report and its staleness, the comparison."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from lt_kernels.bench import cases, records, report, runner
+from lt_kernels.bench import cases, compare, figures, providers, records, report, roofline, runner
 from lt_kernels.bench import margin_cross_entropy as op
 
 MARKERS = "# Title\n\n{}\n\nafter\n"
@@ -47,19 +50,28 @@ def record(**changes) -> records.Record:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with the documents that the report writes, and results of two providers."""
+    """A folder with the documents that the report writes, and results of two providers on two cases."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(MARKERS.format(block("summary")))
     (tmp_path / "docs/benchmarks.md").write_text(
-        MARKERS.format("\n\n".join(map(block, ("summary", "targets", "tables"))))
+        MARKERS.format("\n\n".join(map(block, ("summary", "targets", "figures", "tables"))))
     )
     path = tmp_path / report.RESULTS / "cpu-a-cpu-2c" / f"{op.OP}.json"
     ours = record(provider="lt[native]", backend="native", ms_median=1.6, gbps=20.8, fraction_of_floor=1.04)
-    records.save(path, [record(), ours])
+    wide = {"case": "c65536-n256", "sizes": {"N": 256, "C": 65536}}
+    records.save(path, [record(), ours, record(**wide), dataclasses.replace(ours, **wide)])
     compiled = tmp_path / report.RESULTS / "aot" / path.name  # no measurements: the ahead-of-time gate's table
     compiled.parent.mkdir()
     compiled.write_text("{}")
     return tmp_path
+
+
+@pytest.fixture
+def small_inputs():
+    return op.make_inputs(op.CASES["odd-7x123"], torch.float32, "cpu")
+
+
+# Cases and costs
 
 
 @pytest.mark.parametrize("case", op.CASES.values(), ids=lambda case: case.name)
@@ -71,64 +83,340 @@ def test_case_counts_fit_and_are_long_tailed(case: cases.Case):
     assert case.log_prior().exp().sum().item() == pytest.approx(1)
 
 
-def test_cases_cover_the_targets_and_the_headline():
-    for name in (*op.HEADLINE_CASES, *(target.case for target in op.TARGETS)):
-        assert name in op.CASES
+def test_cases_cover_the_targets_and_the_comparison():
     for target in op.TARGETS:
         assert target.device in op.CASES[target.case].devices
         assert target.against in ("floor", *op.PROVIDERS)
+    for name in op.COMPARE_CASES:
+        assert "cpu" in op.CASES[name].devices
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_cover_every_number_of_classes_on_each_device(device):
+    wanted = {1000, 1203, 8142, 8192, 10_000, 21_841, 65_536, 100_000, 1_000_000}
+    swept = [case for case in op.CASES.values() if device in case.sweep]
+    assert {case.classes for case in swept} == wanted
+    assert len(swept) == len(wanted)
+    measured = [case for case in op.CASES.values() if device in case.devices]
+    assert {case.rows for case in measured if case.classes == 8142} == {64, 256, 512, 2048, 8192}
+    assert (16, 150, (512, 512)) in {(case.rows, case.classes, case.positions) for case in measured}
+    assert any(device in case.headline for case in measured)
 
 
 @pytest.mark.parametrize(("direction", "factor"), [("fwd", 1), ("bwd", 2), ("fwd_bwd", 2)])
 def test_cost_counts_each_logit_once_per_pass(direction, factor):
-    case = cases.Case("c", 7, 123)
-    bytes_moved, flops = op.cost(case, torch.bfloat16, direction)
-    assert bytes_moved == factor * 7 * 123 * 2
-    assert flops % (7 * 123) == 0
+    cost = op.cost(cases.Case("c", 7, 123), torch.bfloat16, direction)
+    assert cost.bytes_moved == factor * 7 * 123 * 2
+    assert cost.flops % (7 * 123) == 0
+    assert cost.exponentials == 7 * 123
+    assert op.cost(cases.Case("m", 7, 123, positions=(4, 5)), torch.bfloat16, direction).flops == cost.flops * 20
 
 
-def test_agreement_check_rejects_a_wrong_provider(monkeypatch):
-    inputs = op.make_inputs(op.CASES["odd-7x123"], torch.float32, "cpu")
-    op.check_agreement("lt[reference]", inputs)
-    right = op.make_step
-    monkeypatch.setattr(
-        op, "make_step", lambda name, values: lambda: right(name, values)() * (1.01 if name == "lt[native]" else 1.0)
-    )
-    with pytest.raises(AssertionError, match="lt\\[native\\] loss"):
-        op.check_agreement("lt[native]", inputs)
+def test_static_floor_is_the_slowest_of_what_a_chip_does():
+    assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 0) == pytest.approx(10)
+    assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 418 * 10**9) == pytest.approx(100)
+    assert roofline.static_floor_ms("A CPU, 2 threads, AVX2", 1, 1, 1) is None
 
 
-def test_run_makes_complete_records():
-    providers = ["eager", "lt[reference]"]
-    found = runner.run(
-        op.OP,
-        cases=["odd-7x123"],
-        providers=providers,
-        dtypes=["float32"],
-        directions=list(runner.DIRECTIONS),
-        repetitions=3,
-        seconds=0.0,
-    )
-    assert [(r.direction, r.provider) for r in found] == [(d, p) for d in runner.DIRECTIONS for p in providers]
+# Providers
+
+
+@pytest.mark.parametrize("provider", ["loop", "lt[reference]", "lt[native]"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
+def test_providers_agree(case, dtype, provider):
+    reason = runner.unavailable_reason(op.OP, provider, "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    op.check_agreement(provider, op.make_inputs(op.CASES[case], dtype, "cpu"))
+
+
+def test_providers_that_cannot_run_say_why(monkeypatch):
+    def reason(name: str, device: str) -> str | None:
+        return op.PROVIDERS[name].unavailable(device)
+
+    for peer in ("liger", "flash-attn", "quack"):
+        assert reason(peer, "cpu") == "its kernels need CUDA tensors"
+    monkeypatch.setitem(sys.modules, "quack", None)  # as if it were not there, wherever this runs
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", None)
+    assert "quack" in reason("quack", "cuda")
+    assert "embeddings" in reason("cut-cross-entropy", "cuda")
+    assert "code is that of compile" in op.PROVIDERS["compile-max-autotune"].unasked("cpu")
+    assert op.PROVIDERS["compile-max-autotune"].unasked("cuda") is None
+
+
+def test_a_peer_that_breaks_on_import_is_skipped_with_its_message(monkeypatch):
+    def import_module(name):
+        raise RuntimeError("needs another driver\nand more")
+
+    monkeypatch.setattr(providers.importlib, "import_module", import_module)
+    reason = op.PROVIDERS["liger"].unavailable("cuda")
+    assert reason == "liger_kernel.transformers cannot be imported: RuntimeError: needs another driver"
+
+
+class InPlace(torch.autograd.Function):
+    """Like Liger's: the gradient is made in the forward pass and written over the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        probabilities = logits.softmax(1)
+        loss = -probabilities.gather(1, target[:, None]).log().mean()
+        probabilities.scatter_add_(1, target[:, None], -torch.ones_like(target[:, None], dtype=logits.dtype))
+        logits.data.copy_(probabilities / len(target))
+        ctx.save_for_backward(logits.detach())
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream, None
+
+
+def fake_peer(name: str, wrong: float = 1.0) -> tuple[str, types.ModuleType, list]:
+    """(module name, a module with the interface of that peer, what it was called with)."""
+    calls = []
+
+    def loss(logits, target, **options):
+        assert logits.dim() == 2
+        assert target.shape == logits.shape[:1]
+        calls.append(options)
+        return wrong * InPlace.apply(logits, target)
+
+    def quack(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="none", inplace_backward=False):
+        return loss(x, target, reduction=reduction, inplace_backward=inplace_backward)
+
+    class LossModule(torch.nn.Module):
+        def __init__(self, ignore_index=-100, reduction="mean"):
+            super().__init__()
+
+        def forward(self, logits, target):
+            return loss(logits, target)
+
+    class FlashAttention(LossModule):
+        def __init__(self, ignore_index=-100, reduction="mean", inplace_backward=False):
+            super().__init__()
+            calls.append({"inplace_backward": inplace_backward})
+
+    path, member, value = {
+        "liger": ("liger_kernel.transformers", "LigerCrossEntropyLoss", LossModule),
+        "flash-attn": ("flash_attn.losses.cross_entropy", "CrossEntropyLoss", FlashAttention),
+        "quack": ("quack.cross_entropy", "cross_entropy", quack),
+    }[name]
+    module = types.ModuleType(path)
+    setattr(module, member, value)
+    return path, module, calls
+
+
+@pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
+@pytest.mark.parametrize("peer", ["liger", "flash-attn", "quack"])
+def test_an_importable_peer_is_called_properly(monkeypatch, peer, case):
+    path, module, calls = fake_peer(peer)
+    for index in range(path.count(".")):
+        parent = ".".join(path.split(".")[: index + 1])
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, path, module)
+    assert op.PROVIDERS[peer].unavailable("cuda") is None
+    inputs = op.make_inputs(op.CASES[case], torch.float32, "cpu")
+    before = inputs.logits.detach().clone()
+    op.check_agreement(peer, inputs)
+    op.check_agreement(peer, inputs)
+    assert torch.equal(inputs.logits, before)  # it may write over its shifted copy, never over the logits
+    if peer != "liger":
+        assert {"inplace_backward": True}.items() <= calls[0].items()
+    if peer == "quack":
+        assert calls[0]["reduction"] == "mean"
+
+
+def test_a_wrong_peer_fails_the_agreement_check(monkeypatch, small_inputs):
+    path, module, _ = fake_peer("liger", wrong=1.01)
+    monkeypatch.setitem(sys.modules, path, module)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    with pytest.raises(AssertionError, match="liger loss: error"):
+        op.check_agreement("liger", small_inputs)
+
+
+# Agreement
+
+
+def test_agreement_rejects_a_wrong_gradient_in_the_last_row(small_inputs):
+    def spoiled(error):
+        logit = small_inputs.logits[-1, 5]
+        return op.make_step("eager", small_inputs)() + error * (logit - logit.detach())
+
+    agreement = op.Agreement(small_inputs)
+    agreement.check("same", lambda: spoiled(0.0))
+    with pytest.raises(AssertionError, match="spoiled gradient"):
+        agreement.check("spoiled", lambda: spoiled(0.01))
+
+
+@pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
+def test_agreement_of_a_large_case_samples_rows_but_not_the_loss(monkeypatch, case):
+    monkeypatch.setattr(op, "CHECKED_LOGITS", 3 * op.CASES[case].classes)  # three rows
+    inputs = op.make_inputs(op.CASES[case], torch.float32, "cpu")
+    agreement = op.Agreement(inputs)
+    rows = inputs.target.numel()
+    assert agreement._rows.tolist() == [0, (rows - 1) // 2, rows - 1]
+    for provider in ("eager", "lt[reference]"):
+        agreement.check(provider, op.make_step(provider, inputs))
+    without_a_row = F.cross_entropy(inputs.logits.detach()[1:] + inputs.per_class(inputs.log_prior), inputs.target[1:])
+    with pytest.raises(AssertionError, match="short loss"):
+        agreement.check("short", lambda: without_a_row + 0 * inputs.logits.sum())
+
+
+# The runner
+
+
+def run_small(**options):
+    options = {"cases": ["odd-7x123"], "dtypes": ["float32"], "repetitions": 3, "seconds": 0.0} | options
+    return runner.run(op.OP, **options)
+
+
+@pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
+def test_run_makes_complete_records(case):
+    names = ["eager", "lt[reference]"]
+    found = run_small(cases=[case], providers=names)
+    assert [(r.direction, r.provider) for r in found] == [(d, p) for d in runner.DIRECTIONS for p in names]
     for r in found:
         assert r.repetitions == 3
         assert 0 < r.ms_p20 <= r.ms_median <= r.ms_p80
         assert r.gbps == pytest.approx(r.bytes_moved / r.ms_median / 1e6, rel=1e-3)
         assert r.fraction_of_floor == pytest.approx(r.gbps / r.copy_gbps, rel=1e-3)
-        assert r.sizes == {"N": 7, "C": 123}
+        assert r.sizes == op.CASES[case].sizes
         assert r.device_slug.startswith("cpu-")
         assert r.versions["torch"] == torch.__version__
-    eager = found[runner.DIRECTIONS.index("fwd_bwd") * len(providers)]
-    assert eager.peak_bytes is None or eager.peak_bytes >= 7 * 123 * 4
+        assert r.static_floor_ms is None
+    eager = {r.direction: r for r in found if r.provider == "eager"}
+    assert eager["bwd"].ms_p20 < eager["fwd_bwd"].ms_median
+    logits = 4 * op.CASES[case].logits
+    if eager["fwd_bwd"].peak_bytes is not None:
+        assert eager["fwd_bwd"].peak_bytes >= eager["bwd"].peak_bytes >= logits
+        assert eager["fwd"].peak_bytes >= 2 * logits  # shifted, and its log-softmax
+
+
+def test_a_provider_that_disagrees_is_left_out_and_said(monkeypatch):
+    lines = []
+    broken = dataclasses.replace(
+        op.PROVIDERS["loop"], make=lambda inputs: lambda: op.make_step("eager", inputs)() * 1.01
+    )
+    monkeypatch.setitem(op.PROVIDERS, "loop", broken)
+    for name, provider in op.PROVIDERS.items():  # the rest, but for eager, is not what this is about
+        if name not in ("eager", "loop"):
+            monkeypatch.setitem(op.PROVIDERS, name, dataclasses.replace(provider, unavailable=lambda device: "absent"))
+    found = run_small(directions=["fwd"], log=lines.append)
+    assert {r.provider for r in found} == {"eager"}
+    assert any(line.startswith("without loop on odd-7x123 float32: AssertionError") for line in lines)
+    assert "without quack: absent" in lines
+    kept = []
+    with pytest.raises(runner.BenchmarkError, match="loop on odd-7x123 float32: AssertionError"):
+        run_small(directions=["fwd"], providers=["eager", "loop"], on_records=kept.extend)
+    assert {r.provider for r in kept} == {"eager"}
+
+
+def test_our_own_failure_is_an_error_even_unasked(monkeypatch):
+    def make(inputs):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    native = dataclasses.replace(op.PROVIDERS["lt[native]"], make=make, unavailable=lambda device: None)
+    monkeypatch.setitem(op.PROVIDERS, "lt[native]", native)
+    monkeypatch.setitem(
+        op.PROVIDERS, "compile", dataclasses.replace(op.PROVIDERS["compile"], unavailable=lambda device: "slow")
+    )
+    with pytest.raises(
+        runner.BenchmarkError, match=r"lt\[native\] on odd-7x123 float32: RuntimeError: no kernel image$"
+    ):
+        run_small(directions=["fwd"])
+
+
+def test_an_overflow_of_eager_is_said_and_is_no_error_of_ours(monkeypatch):
+    lines = []
+    case = cases.Case("overflow", 4, 5)
+    monkeypatch.setitem(op.CASES, "overflow", case)
+    inputs = op.make_inputs(case, torch.float16, "cpu")
+    inputs.logits.data[:] = torch.tensor([-3e4, 3e4, 0.0, 0.0, 0.0])
+    inputs.target[:] = 0  # losses of 60,000, whose float16 sum is infinite
+    monkeypatch.setattr(op, "make_inputs", lambda *_: inputs)
+    for name, provider in op.PROVIDERS.items():
+        if name not in ("eager", "lt[reference]"):
+            monkeypatch.setitem(op.PROVIDERS, name, dataclasses.replace(provider, unavailable=lambda device: "absent"))
+    monkeypatch.setitem(
+        op.PROVIDERS, "lt[reference]", dataclasses.replace(op.PROVIDERS["lt[reference]"], unasked=lambda device: None)
+    )
+    found = run_small(cases=["overflow"], dtypes=["float16"], log=lines.append)
+    assert {r.provider for r in found} == {"lt[reference]"}
+    assert any(line.startswith("without eager on overflow float16: AssertionError") for line in lines)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def group_order(monkeypatch):
+    """Groups take ten seconds each and measure nothing; their names and time limits."""
+    clock, seen = Clock(), []
+
+    def run_group(module, case, dtype, providers, directions, device, timing, check, log):
+        clock.now += 10
+        seen.append((f"{case.name} {dtype}", timing.limit))
+        return [], {}
+
+    monkeypatch.setattr(runner, "time", clock)
+    monkeypatch.setattr(runner, "_run_group", run_group)
+    return seen
+
+
+def test_headline_cases_come_first_and_float16_last(group_order):
+    runner.run(op.OP, cases=["lvis-n512", "inat18-n512"], dtypes=["float16", "float32"])
+    names = [name for name, _ in group_order]
+    assert names == ["inat18-n512 float32", "lvis-n512 float32", "inat18-n512 float16", "lvis-n512 float16"]
+
+
+def test_budget_leaves_out_the_least_important_and_names_it(group_order):
+    lines = []
+    runner.run(op.OP, cases=["lvis-n512", "inat18-n512"], budget=35, limit=6, log=lines.append)
+    assert [name for name, _ in group_order] == ["inat18-n512 float32", "inat18-n512 bfloat16", "lvis-n512 float32"]
+    assert [limit for _, limit in group_order] == [6, 6, 6]
+    assert lines[-1] == ("left out to stay within 35 s: lvis-n512 bfloat16, inat18-n512 float16, lvis-n512 float16")
+
+
+def test_budget_measures_something_and_shortens_what_is_left(group_order):
+    runner.run(op.OP, cases=["lvis-n512"], budget=21, limit=6)
+    assert [limit for _, limit in group_order] == [6, 5.5]
+    del group_order[:]
+    runner.run(op.OP, cases=["lvis-n512"], budget=0)
+    assert len(group_order) == 1
 
 
 def test_measure_takes_turns():
     order = []
-    steps = {name: (lambda: None, lambda _, name=name: order.append(name)) for name in "abc"}
-    times = runner.measure(steps, "cpu", repetitions=11, seconds=0.0)
+    steps = {name: [lambda name=name: order.append(name)] for name in "abc"}
+    times = runner.measure(steps, torch.zeros(1), "cpu", runner.Timing(repetitions=11, seconds=0.0))
     assert {name: len(samples) for name, samples in times.items()} == {"a": 15, "b": 15, "c": 15}
     # bursts of five after one untimed repetition, in an order that rotates
     assert "".join(order[-54:]) == "".join(name * 6 for name in "abcbcacab")
+
+
+def test_measure_repeats_a_slow_step_three_times_only(monkeypatch):
+    clock, logits = Clock(), torch.zeros(1, requires_grad=True)
+    monkeypatch.setattr(runner, "time", clock)
+
+    def part(seconds):
+        def run():
+            assert logits.grad is None
+            clock.now += seconds
+
+        return run
+
+    steps = {"slow": [part(1.0), part(3.0)], "fast": [part(0.001), part(0.002)]}
+    times = runner.measure(steps, logits, "cpu", runner.Timing(repetitions=20, seconds=1.0, limit=6.0))
+    assert times["slow"] == [pytest.approx((1000, 3000))] * 3
+    assert times["fast"] == [pytest.approx((1, 2))] * 10
+
+
+# Records
 
 
 def test_save_replaces_whole_groups_only(tmp_path):
@@ -139,41 +427,90 @@ def test_save_replaces_whole_groups_only(tmp_path):
     records.save(path, [faster])
     assert records.load(path) == [bf16, faster]
     content = json.loads(path.read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == records.SCHEMA
     assert set(content["records"][0]) == {field.name for field in dataclasses.fields(records.Record)}
 
 
+def test_load_reads_the_first_schema_and_refuses_others(tmp_path):
+    path = tmp_path / "old.json"
+    old = {name: value for name, value in dataclasses.asdict(record()).items() if name != "static_floor_ms"}
+    path.write_text(json.dumps({"schema": 1, "records": [old]}))
+    assert records.load(path) == [record()]
+    path.write_text(json.dumps({"schema": 3, "records": []}))
+    with pytest.raises(ValueError, match=r"old.json: got schema 3, expected one of \(1, 2\)"):
+        records.load(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"old.json: expected a results file"):
+        records.load(path)
+
+
+# The report
+
+FIGURE_NAMES = [f"cpu-a-cpu-2c-margin-cross-entropy-{name}.png" for name in ("throughput", "floor", "memory", "rows")]
+
+
 def test_report_writes_checks_and_notices_stale(checkout):
+    pytest.importorskip("matplotlib")
     with pytest.raises(report.StaleReportError, match=r"README.md.*docs/benchmarks.md.*throughput.png"):
         report.check(checkout)
     changed = report.write(checkout)
-    assert [path.name for path in changed] == ["README.md", "benchmarks.md", "throughput.png"]
+    assert [path.name for path in changed] == ["README.md", "benchmarks.md", *FIGURE_NAMES]
     report.check(checkout)
     assert report.write(checkout) == []
 
     readme, docs = ((checkout / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
     assert "| A CPU, 2 threads, AVX2 | 512 x 8,142 | float32 | 8 |  | **1.6** (native) | 5.0x |  | 104% |" in readme
-    assert "](docs/figures/throughput.png)" in readme
-    assert "](figures/throughput.png)" in docs
+    assert "](docs/figures/cpu-a-cpu-2c-margin-cross-entropy-throughput.png)" in readme
+    assert "-memory.png" not in readme
+    for name in FIGURE_NAMES:
+        assert f"](figures/{name})" in docs
     assert "| inat18-n512 | float32 | eager | 4x | 5.00x | yes |" in docs
     assert "| inat18-n512 | float32 | compile | 2x | not yet measured |" in docs
+    assert "#### Forward and backward, float32: milliseconds" in docs
+    assert "| inat18-n512 | 512 x 8,142 | 8 | **1.6** | 5.0x | 5.0x | 104% |" in docs
     assert report.NOT_ON_GPU in readme
     assert readme.startswith("# Title")
     assert readme.endswith("after\n")
 
-    path = next((checkout / report.RESULTS).glob("*/*.json"))
-    records.save(path, [record(ms_median=9.0), record(provider="lt[native]", backend="native", ms_median=3.0)])
+    path = next((checkout / report.RESULTS).glob("cpu-*/*.json"))
+    records.save(path, [record(ms_median=9.0), record(provider="lt[native]", backend="native", gbps=3.0)])
     with pytest.raises(report.StaleReportError, match=r"throughput.png"):
         report.check(checkout)
 
 
-def test_report_without_results_says_so(checkout):
+def test_a_figure_is_stale_only_if_what_it_shows_changed(checkout):
+    pytest.importorskip("matplotlib")
+    report.write(checkout)
+    path = next((checkout / report.RESULTS).glob("cpu-*/*.json"))
+    found = records.load(path)
+    records.save(path, [dataclasses.replace(found[0], peak_bytes=1), *found[1:]])
+    assert [path.name for path in report.write(checkout)] == [
+        "benchmarks.md",
+        "cpu-a-cpu-2c-margin-cross-entropy-memory.png",
+    ]
+
+
+def test_report_removes_figures_of_results_that_are_gone(checkout):
+    pytest.importorskip("matplotlib")
+    report.write(checkout)
+    other = checkout / report.FIGURES / "drawing.png"
+    other.write_bytes(b"not ours")
     for path in report.result_files(checkout):
         path.unlink()
+    with pytest.raises(report.StaleReportError, match=r"cpu-a-cpu-2c-margin-cross-entropy-memory.png"):
+        report.check(checkout)
     report.write(checkout)
     report.check(checkout)
+    assert list((checkout / report.FIGURES).iterdir()) == [other]
     assert "Not yet measured. " + report.NOT_ON_GPU in (checkout / "README.md").read_text()
-    assert not (checkout / report.FIGURE).exists()
+
+
+def test_report_without_matplotlib_says_so_and_changes_nothing(checkout, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    before = (checkout / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"^.*figures need matplotlib.*pip install 'lt_kernels\[bench\]'$"):
+        report.write(checkout)
+    assert (checkout / "README.md").read_text() == before
 
 
 def test_report_needs_its_markers(checkout):
@@ -182,12 +519,116 @@ def test_report_needs_its_markers(checkout):
         report.write(checkout)
 
 
+def test_figures_show_each_provider_over_the_classes_of_its_device(checkout):
+    shown = [record for path in report.result_files(checkout) for record in records.load(path)]
+    throughput, floor, memory, rows = figures.figures(shown, op.CASES)
+    (panel,) = throughput.panels
+    assert panel.ticks == ["8,142 (512)", "65,536 (256)"]
+    assert panel.lines == {
+        "eager": [(0, 4.2), (1, 4.2)],
+        "lt[native]": [(0, 20.8), (1, 20.8)],
+        "copy": [(0, 20.0), (1, 20.0)],
+    }
+    assert floor.panels[0].lines["lt[native]"][0] == (0, pytest.approx(104))
+    assert memory.panels[0].lines["eager"][0] == (0, pytest.approx(33_000_000 / 33_349_632 * 2))
+    assert rows.panels[0].ticks == ["512"]
+    for figure in (throughput, floor, memory, rows):
+        assert "forward + backward" in figure.title
+        assert "A CPU, 2 threads, AVX2" in figure.title
+        assert figure.panels[0].title == "float32"
+
+
 def test_gpu_results_are_reported_beside_those_of_the_cpu(checkout):
     gpu = {"device": "NVIDIA X", "device_slug": "nvidia-x", "case": "inat18-n8192", "dtype": "bfloat16"}
-    gpu |= {"sizes": {"N": 8192, "C": 8142}}
+    gpu |= {"sizes": {"N": 8192, "C": 8142}, "static_floor_ms": 0.062}
     path = checkout / report.RESULTS / "nvidia-x" / f"{op.OP}.json"
-    records.save(path, [record(**gpu), record(**gpu, provider="lt[triton]", backend="triton", fraction_of_floor=0.5)])
-    report.write(checkout)
-    docs = (checkout / "docs/benchmarks.md").read_text()
-    assert report.NOT_ON_GPU not in docs
-    assert "| NVIDIA X | inat18-n8192 | bfloat16 | copy bandwidth | 85% | 50% | no |" in docs
+    ours = record(**gpu, provider="lt[triton]", backend="triton", fraction_of_floor=0.5)
+    records.save(path, [record(**gpu), record(**gpu, provider="liger", ms_median=9.0), ours])
+    shown = [record for path in report.result_files(checkout) for record in records.load(path)]
+    assert {figure.name.split("-margin")[0] for figure in figures.figures(shown, op.CASES)} == {
+        "cpu-a-cpu-2c",
+        "nvidia-x",
+    }
+    text = report.summary(shown, image_folder=report.FIGURES)
+    assert "](docs/figures/nvidia-x-margin-cross-entropy-throughput.png)" in text
+    assert "| NVIDIA X | 8,192 x 8,142 | bfloat16 | 8 |  | 9 (liger) | **8** (triton) | 1.0x |  | 50% |" in text
+    assert report.NOT_ON_GPU not in text
+    assert "| NVIDIA X | inat18-n8192 | bfloat16 | copy bandwidth | 85% | 50% | no |" in report.targets(shown)
+    assert "| inat18-n8192 | 8,192 x 8,142 | 8 | 9 | **8** | 1.0x | 1.0x | 50% | 0.062 |" in report.tables(shown)
+
+
+# The comparison
+
+
+def timed(ours: float, eager: float = 8.0, compiled: float = 4.0, **changes) -> list[records.Record]:
+    names = {"eager": eager, "compile": compiled, "lt[native]": ours}
+    return [record(provider=name, ms_median=ms, **changes) for name, ms in names.items()]
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        (timed(1.0), "same"),
+        (timed(1.25), "same"),
+        (timed(1.4), "regression"),
+        (timed(1.4, eager=16.0), "same"),  # one reference was slow too: noise
+        (timed(2.0, eager=16.0, compiled=8.0), "same"),  # a slower day
+        (timed(0.5), "faster"),
+    ],
+    ids=["equal", "within", "slower", "noisy-reference", "slower-machine", "faster"],
+)
+def test_compare_judges_ratios(now, verdict):
+    (one,) = compare.compare(timed(1.0), now)
+    assert one.verdict == verdict
+    assert one.ratios["eager"] == (pytest.approx(1 / 8), pytest.approx(now[2].ms_median / now[0].ms_median))
+    assert verdict in compare.table([one])
+    (lenient,) = compare.compare(timed(1.0), now, tolerance=1.0)
+    assert lenient.verdict == "same"
+
+
+def test_compare_takes_what_both_have_in_the_order_of_the_first():
+    wide = {"case": "c65536-n256"}
+    before = [*timed(1.0, **wide), *timed(1.0), *timed(1.0, dtype="bfloat16")]
+    now = [*timed(1.0), *timed(1.0, **wide)[1:], record(case="lvis-n512")]
+    found = compare.compare(before, now)
+    assert [(one.case, one.dtype) for one in found] == [("c65536-n256", "float32"), ("inat18-n512", "float32")]
+    assert list(found[0].ratios) == ["compile"]
+
+
+@pytest.fixture
+def results(tmp_path):
+    records.save(tmp_path / "cpu-another-4c" / f"{op.OP}.json", timed(1.0))
+    return tmp_path
+
+
+def test_compare_now_measures_a_suspect_twice(results, monkeypatch):
+    lines, runs = [], []
+    times = iter([2.0, 1.1])
+
+    def run(name, **options):
+        runs.append(options)
+        return timed(next(times))
+
+    monkeypatch.setattr(compare, "run", run)
+    (one,) = compare.compare_now(results, "cpu", 0.3, lines.append, seconds=0.5)
+    assert one.verdict == "same"
+    assert one.ratios["eager"] == (pytest.approx(1 / 8), pytest.approx(1.1 / 8))
+    assert runs[0]["cases"] == op.COMPARE_CASES
+    assert runs[1]["cases"] == ["inat18-n512"]
+    assert runs[0]["seconds"] == 0.5
+    assert any("comparing with those of cpu-another-4c" in line for line in lines)
+    assert "measured once more: inat18-n512" in lines
+
+
+def test_compare_now_prefers_the_results_of_this_device(results, monkeypatch):
+    lines = []
+    records.save(results / records.device_slug("cpu") / f"{op.OP}.json", timed(2.0))
+    monkeypatch.setattr(compare, "run", lambda name, **options: timed(2.0))
+    (one,) = compare.compare_now(results, "cpu", 0.3, lines.append)
+    assert one.ratios["eager"] == (pytest.approx(1 / 4), pytest.approx(1 / 4))
+    assert lines == []
+
+
+def test_compare_now_needs_results(tmp_path):
+    with pytest.raises(ValueError, match="no committed results of a cpu device"):
+        compare.compare_now(tmp_path, "cpu", 0.3, print)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -73,7 +74,15 @@ def test_module_runs_as_the_command():
         (["bench", "--device", "tpu"], ["unknown device 'tpu'", "cuda"]),
         (["bench", "--seconds", "0", "--device", "cuda"], ["no CUDA device is available"]),
         (["bench", "--repetitions", "0"], ["repetitions: got 0", "at least 1"]),
+        (["bench", "--budget", "-1"], ["budget: got -1.0", "0 or more"]),
         (["bench", "--check"], ["--check goes with"]),
+        (["bench", "--tolerance", "1"], ["--tolerance goes with"]),
+        (["bench", "margin_cross_entropy", "softmax"], ["'margin_cross_entropy softmax'", "one op", "compare"]),
+        (["bench", "compare", "--tolerance", "0"], ["--tolerance: got 0.0", "above 0"]),
+        (["bench", "compare", "one.json"], ["got 1 file, expected two"]),
+        (["bench", "compare", "a.json", "b.json"], ["a.json"]),
+        (["bench", "compare", "--device", "tpu"], ["unknown device 'tpu'", "cuda"]),
+        (["bench", "compare", "--device", "cuda"], ["no CUDA device is available"]),
         (["demo", "--seeds", "0"], ["--seeds: got 0"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0] in ("bench", "demo") else "",
@@ -100,6 +109,58 @@ def test_bench_list_names_all(capsys):
     _, out, _ = run(capsys, "bench", "--list")
     for name in (*op.CASES, *op.PROVIDERS):
         assert name in out
+
+
+def test_bench_runs_writes_and_compares_with_itself(capsys, tmp_path):
+    path = tmp_path / "out.json"
+    argv = ["--case", "tiny-3x5", "--provider", "eager,lt[reference]", "--dtype", "float32", "--repetitions", "1"]
+    status, out, _ = run(capsys, "bench", *argv, "--seconds", "0", "--json", str(path))
+    assert status == 0
+    for direction in ("fwd", "bwd", "fwd_bwd"):
+        assert f"tiny-3x5           float32   {direction:8} lt[reference]" in out
+    assert f"wrote {path}" in out
+    status, out, _ = run(capsys, "bench", "compare", str(path), str(path))
+    assert status == 0
+    assert "no regression" in out
+
+
+def test_bench_compare_fails_on_a_regression(capsys, tmp_path):
+    from lt_kernels.bench import records
+    from lt_kernels.bench.runner import run as measure
+
+    found = measure(
+        "margin_cross_entropy",
+        cases=["tiny-3x5"],
+        providers=["eager", "lt[reference]"],
+        dtypes=["float32"],
+        directions=["fwd_bwd"],
+        repetitions=1,
+        seconds=0.0,
+    )
+    slower = [
+        dataclasses.replace(record, ms_median=record.ms_median * (1 if record.provider == "eager" else 2))
+        for record in found
+    ]
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    records.save(before, found)
+    records.save(after, slower)
+    status, out, _ = run(capsys, "bench", "compare", str(before), str(after))
+    assert status == 1
+    assert "1 of 1 are regressions" in out
+    status, out, _ = run(capsys, "bench", "compare", str(before), str(after), "--tolerance", "1.5")
+    assert status == 0
+
+
+def test_bench_fails_if_a_provider_asked_for_disagrees(capsys, monkeypatch):
+    from lt_kernels.bench import margin_cross_entropy as op
+
+    wrong = dataclasses.replace(op.PROVIDERS["loop"], make=lambda inputs: lambda: inputs.logits.sum())
+    monkeypatch.setitem(op.PROVIDERS, "loop", wrong)
+    argv = ["--case", "tiny-3x5", "--dtype", "float32", "--direction", "fwd", "--repetitions", "1", "--seconds", "0"]
+    status, out, err = run(capsys, "bench", *argv, "--provider", "eager,loop")
+    assert status == 1
+    assert "float32   fwd      eager" in out
+    assert err.startswith("lt-kernels: loop on tiny-3x5 float32: AssertionError")
 
 
 def test_report_outside_a_checkout(capsys, tmp_path):

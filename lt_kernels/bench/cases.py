@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +10,32 @@ from torch import Tensor
 
 from .. import datasets
 
+BOTH = ("cpu", "cuda")
+
 
 @dataclass(frozen=True)
 class Case:
-    """Logits [rows, classes] and where the class counts come from."""
+    """Logits [rows, classes, *positions] and where the class counts come from."""
 
     name: str
     rows: int
     classes: int
     counts: str | None = None  # a name of lt_kernels.datasets.class_counts; None: exponential profile, imbalance 256
-    devices: tuple[str, ...] = ("cpu", "cuda")  # where a run without --case includes it
+    positions: tuple[int, ...] = ()  # e.g. height and width of a segmentation map
+    devices: tuple[str, ...] = BOTH  # where a run without --case includes it
+    headline: tuple[str, ...] = ()  # devices on which it is measured first and stands in the summary
+    sweep: tuple[str, ...] = ()  # devices on which it is a point of the plots over the number of classes
     note: str = ""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        names = ("H", "W") if len(self.positions) == 2 else tuple(f"d{i + 1}" for i in range(len(self.positions)))
+        return {"N": self.rows, "C": self.classes, **dict(zip(names, self.positions, strict=True))}
+
+    @property
+    def logits(self) -> int:
+        """How many there are."""
+        return self.rows * self.classes * math.prod(self.positions)
 
     def class_counts(self) -> Tensor:
         """Training images per class, float64 [classes]."""
@@ -35,6 +51,35 @@ class Case:
         counts = self.class_counts()
         return (counts / counts.sum()).log()
 
+    def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
+        """Logits with standard deviation 3 and targets drawn from the class frequencies, the same ones every time."""
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (self.rows, self.classes, *self.positions)
+        logits = torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
+        counts = self.class_counts()
+        vectors = self.rows * math.prod(self.positions)
+        target = torch.multinomial(counts.to(device, torch.float32), vectors, replacement=True, generator=generator)
+        return Inputs(
+            logits.requires_grad_(),
+            target.reshape(self.rows, *self.positions),
+            self.log_prior().to(device, torch.float32),
+            counts.to(device, torch.float32),
+        )
+
+
+@dataclass
+class Inputs:
+    """One case on one device in one dtype."""
+
+    logits: Tensor  # [N, C] or [N, C, d1, ..., dk], requires grad
+    target: Tensor  # [N] or [N, d1, ..., dk], int64
+    log_prior: Tensor  # [C], float32
+    counts: Tensor  # [C], float32, training images per class
+
+    def per_class(self, vector: Tensor) -> Tensor:
+        """``vector`` [C] in a shape that broadcasts against the logits."""
+        return vector.reshape(-1, *[1] * (self.logits.dim() - 2))
+
 
 def exponential_counts(classes: int, largest: float, imbalance: float) -> Tensor:
     """The profile of long-tailed CIFAR: largest * imbalance^(-j / (classes - 1)), rounded, float64 [classes]."""
@@ -46,19 +91,33 @@ def _cases(*cases: Case) -> dict[str, Case]:
     return {case.name: case for case in cases}
 
 
-#: Logits in memory, [N, C].
+_CPU, _GPU = ("cpu",), ("cuda",)
+
+#: Logits in memory, [N, C] or [N, C, H, W]. Few rows where one CPU measures, many where a GPU does: each point of a
+#: plot over C holds about as many bytes as the device needs to reach its bandwidth.
 ROWS = _cases(
-    Case("inat18-n512", 512, 8142, "inat18_like", note="the head of iNaturalist 2018, no multiple of 8"),
-    Case("c65536-n256", 256, 65_536, note="few rows, many classes"),
-    Case("c100k-n256", 256, 100_000, note="beyond one on-chip row of the Triton kernel"),
-    Case("imagenet21k-n512", 512, 21_841, note="the head of ImageNet-21k"),
-    Case("inat21-n512", 512, 10_000, note="the head of iNaturalist 2021"),
-    Case("aligned-n512", 512, 8192, note="a multiple of everything, to compare with inat18-n512"),
-    Case("lvis-n512", 512, 1203, "lvis_v1_images", note="the head of LVIS v1"),
-    Case("imagenet-lt-n512", 512, 1000, "imagenet_lt", note="the head of ImageNet-LT"),
-    Case("inat18-n8192", 8192, 8142, "inat18_like", ("cuda",), "a large batch of the iNaturalist 2018 head"),
-    Case("c65536-n4096", 4096, 65_536, None, ("cuda",), "a large batch of many classes"),
-    Case("c100k-n4096", 4096, 100_000, None, ("cuda",), "a large batch of very many classes"),
+    Case("inat18-n512", 512, 8142, "inat18_like", headline=_CPU, sweep=_CPU, note="iNaturalist 2018, no multiple of 8"),
+    Case("inat18-n8192", 8192, 8142, "inat18_like", headline=_GPU, sweep=_GPU, note="iNaturalist 2018, a large batch"),
+    Case("c65536-n256", 256, 65_536, headline=_CPU, sweep=_CPU, note="few rows, many classes"),
+    Case("c65536-n4096", 4096, 65_536, devices=_GPU, headline=_GPU, sweep=_GPU, note="many rows, many classes"),
+    Case("c100k-n4096", 4096, 100_000, devices=_GPU, headline=_GPU, sweep=_GPU, note="many rows, very many classes"),
+    Case("c100k-n256", 256, 100_000, sweep=_CPU, note="few rows, very many classes"),
+    Case("seg-n16", 16, 150, positions=(512, 512), note="segmentation maps with the classes of ADE20K"),
+    Case("c1m-n512", 512, 1_000_000, devices=_GPU, sweep=_GPU, note="many rows, a million classes"),
+    Case("c1m-n64", 64, 1_000_000, sweep=_CPU, note="few rows, a million classes"),
+    Case("imagenet21k-n8192", 8192, 21_841, devices=_GPU, sweep=_GPU, note="ImageNet-21k"),
+    Case("imagenet21k-n512", 512, 21_841, sweep=_CPU, note="ImageNet-21k"),
+    Case("inat21-n8192", 8192, 10_000, devices=_GPU, sweep=_GPU, note="iNaturalist 2021"),
+    Case("inat21-n512", 512, 10_000, sweep=_CPU, note="iNaturalist 2021"),
+    Case("aligned-n8192", 8192, 8192, devices=_GPU, sweep=_GPU, note="a power of two, to compare with inat18-n8192"),
+    Case("aligned-n512", 512, 8192, sweep=_CPU, note="a power of two, to compare with inat18-n512"),
+    Case("imagenet-lt-n8192", 8192, 1000, "imagenet_lt", devices=_GPU, sweep=_GPU, note="ImageNet-LT"),
+    Case("imagenet-lt-n512", 512, 1000, "imagenet_lt", sweep=_CPU, note="ImageNet-LT"),
+    Case("lvis-n8192", 8192, 1203, "lvis_v1_images", devices=_GPU, sweep=_GPU, note="LVIS v1"),
+    Case("lvis-n512", 512, 1203, "lvis_v1_images", sweep=_CPU, note="LVIS v1"),
+    Case("inat18-n64", 64, 8142, "inat18_like", note="iNaturalist 2018, a small batch"),
+    Case("inat18-n256", 256, 8142, "inat18_like", note="iNaturalist 2018, a small batch"),
+    Case("inat18-n2048", 2048, 8142, "inat18_like", note="iNaturalist 2018, a middling batch"),
 )
 
 #: Small shapes for tests and for trying the command: every alignment of a row, and both ends of the size range.
@@ -68,4 +127,5 @@ SMALL = _cases(
     Case("odd-5x507", 5, 507, devices=()),
     Case("places-lt-16x365", 16, 365, "places_lt", devices=()),
     Case("even-16x1024", 16, 1024, devices=()),
+    Case("map-2x19x6x7", 2, 19, positions=(6, 7), devices=()),
 )

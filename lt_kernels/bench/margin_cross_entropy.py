@@ -1,11 +1,10 @@
 """Benchmark of ``margin_cross_entropy`` as logit adjustment: cross-entropy of logits shifted by a log prior.
 
-Providers: ``eager`` is what a user writes without the library, ``compile`` is ``torch.compile`` of it, ``lt[backend]``
-is one call of ours. Bytes and operations are counted per logit, for the least work that the result needs:
+Bytes and operations are counted per logit, for the least work that the result needs:
 
-    fwd      reads each logit once                            itemsize bytes,     4 operations
-    bwd      reads each logit and writes its gradient         2 * itemsize bytes, 4 operations
-    fwd_bwd  reads each logit once, writes its gradient once  2 * itemsize bytes, 8 operations
+    fwd      reads each logit once                            itemsize bytes,     4 operations, 1 exponential
+    bwd      reads each logit and writes its gradient         2 * itemsize bytes, 4 operations, 1 exponential
+    fwd_bwd  reads each logit once, writes its gradient once  2 * itemsize bytes, 8 operations, 1 exponential
 
 The operations of a pass are a multiply-add, an exponential and an addition or multiplication. ``bytes_moved`` is a
 floor, and "gbps" is useful bytes over time, whatever a provider really moves.
@@ -13,24 +12,22 @@ floor, and "gbps" is useful bytes over time, whatever a provider really moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import use_backend
-from ..functional import margin_cross_entropy
 from ..testing import assert_within_budget
-from . import cases
-from .cases import Case
+from . import cases, providers
+from .cases import Case, Inputs
+from .providers import PROVIDERS, Step
 from .records import Target
 
-OP = "margin_cross_entropy"
+OP = providers.OP
 CASES = cases.ROWS | cases.SMALL
-PROVIDERS = ("eager", "compile", "lt[reference]", "lt[native]", "lt[triton]")
-HEADLINE_CASES = ("inat18-n512", "c65536-n256", "inat18-n8192", "c65536-n4096")
+#: What ``lt-kernels bench compare`` measures: narrow, middling and wide rows.
+COMPARE_CASES = ("lvis-n512", "inat18-n512", "c65536-n256")
 
 TARGETS = (
     Target("cpu", "inat18-n512", "float32", "eager", 4.0),
@@ -47,69 +44,90 @@ TARGETS = (
     Target("cuda", "c100k-n4096", "bfloat16", "floor", 0.80),
 )
 
+#: At most this many logits have their gradients compared with float64 (at least one row does); and the float64 loss is
+#: computed in pieces of about this size.
+CHECKED_LOGITS = 2**22
 
-@dataclass
-class Inputs:
-    """One case on one device in one dtype."""
 
-    logits: Tensor  # [N, C], requires grad
-    target: Tensor  # [N], drawn from the class frequencies
-    log_prior: Tensor  # [C], float32
+class Cost(NamedTuple):
+    """The least work for one direction."""
 
-    def double(self) -> Inputs:
-        return Inputs(self.logits.detach().double().requires_grad_(), self.target, self.log_prior.double())
+    bytes_moved: int
+    flops: int
+    exponentials: int
+
+
+def cost(case: Case, dtype: torch.dtype, direction: str) -> Cost:
+    """Counted as in the module's docstring."""
+    passes, operations = {"fwd": (1, 4), "bwd": (2, 4), "fwd_bwd": (2, 8)}[direction]
+    return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits)
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(case.rows, case.classes, generator=generator, device=device).mul_(3).to(dtype)
-    frequency = case.class_counts().to(device, torch.float32)
-    target = torch.multinomial(frequency, case.rows, replacement=True, generator=generator)
-    return Inputs(logits.requires_grad_(), target, case.log_prior().to(device, torch.float32))
+    return case.inputs(dtype, device)
 
 
-def logit_adjusted(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
-    """The eager provider: what the library replaces."""
-    return F.cross_entropy(logits + log_prior.to(logits.dtype), target)
-
-
-def make_step(provider: str, inputs: Inputs) -> Callable[[], Tensor]:
+def make_step(provider: str, inputs: Inputs) -> Step:
     """A call without arguments that computes the loss of ``inputs``."""
-    logits, target, log_prior = inputs.logits, inputs.target, inputs.log_prior
-    if provider == "eager":
-        return lambda: logit_adjusted(logits, target, log_prior)
-    if provider == "compile":
-        compiled = torch.compile(logit_adjusted, fullgraph=True, dynamic=False)
-        return lambda: compiled(logits, target, log_prior)
-    backend = provider.removeprefix("lt[").removesuffix("]")
-
-    def fused() -> Tensor:
-        with use_backend(backend):
-            return margin_cross_entropy(logits, target, class_bias=log_prior)
-
-    return fused
+    return PROVIDERS[provider].make(inputs)
 
 
-def cost(case: Case, dtype: torch.dtype, direction: str) -> tuple[int, int]:
-    """(bytes, operations) of the least work for one direction, as counted in the module's docstring."""
-    logits = case.rows * case.classes
-    passes, operations = {"fwd": (1, 4), "bwd": (2, 4), "fwd_bwd": (2, 8)}[direction]
-    return passes * logits * dtype.itemsize, operations * logits
+class Agreement:
+    """Float64 truth and same-dtype eager of one case, to which every provider is held before it is timed.
+
+    The providers run on the whole case with ``reduction="mean"``. Their loss is compared with the float64 loss of all
+    rows, their gradient with the float64 gradient of rows spread evenly from the first to the last: all of them as long
+    as that is at most ``CHECKED_LOGITS`` logits. (A row is the C logits of one sample, or of one pixel.)
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        rows = inputs.target.numel()
+        checked = max(1, min(rows, CHECKED_LOGITS // inputs.logits.shape[1]))
+        self._rows = torch.linspace(0, rows - 1, checked, dtype=torch.float64, device=inputs.target.device).long()
+        self._eager = self._run(make_step("eager", inputs))
+        self._truth = self._true_loss(), self._true_gradient()
+
+    def check(self, provider: str, step: Step) -> None:
+        """AssertionError unless value and gradient are within the error budget: 2 * eager's error + eps."""
+        actual = self._run(step)
+        for what, a, e, t in zip(("loss", "gradient"), actual, self._eager, self._truth, strict=True):
+            assert_within_budget(a, e, t, f"{OP} {provider} {what}")
+
+    def _run(self, step: Step) -> tuple[Tensor, Tensor]:
+        logits = self._inputs.logits
+        logits.grad = None
+        loss = step()
+        loss.backward()
+        gradient, logits.grad = logits.grad, None
+        assert gradient is not None, "no gradient"
+        assert gradient.shape == logits.shape, f"gradient: shape {tuple(gradient.shape)}"
+        return loss.detach(), self._checked_rows(gradient)
+
+    def _checked_rows(self, values: Tensor) -> Tensor:
+        """[checked, C] of [N, C, ...]."""
+        values = values.flatten(2) if values.dim() > 2 else values[:, :, None]
+        return values[self._rows // values.shape[2], :, self._rows % values.shape[2]]
+
+    def _true_loss(self) -> Tensor:
+        inputs = self._inputs
+        log_prior = inputs.per_class(inputs.log_prior.double())
+        samples = max(1, CHECKED_LOGITS // inputs.logits[0].numel())
+        parts = [
+            F.cross_entropy(logits.double() + log_prior, target, reduction="sum")
+            for logits, target in zip(inputs.logits.detach().split(samples), inputs.target.split(samples), strict=True)
+        ]
+        return torch.stack(parts).sum() / inputs.target.numel()
+
+    def _true_gradient(self) -> Tensor:
+        inputs = self._inputs
+        logits = self._checked_rows(inputs.logits.detach()).double().requires_grad_()
+        shifted = logits + inputs.log_prior.double()
+        loss = F.cross_entropy(shifted, inputs.target.flatten()[self._rows], reduction="sum") / inputs.target.numel()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        return gradient
 
 
 def check_agreement(provider: str, inputs: Inputs) -> None:
-    """AssertionError unless value and gradient are within the error budget: 2 * eager's error against float64 + eps."""
-
-    def run(name: str, values: Inputs) -> tuple[Tensor, Tensor]:
-        values.logits.grad = None
-        loss = make_step(name, values)()
-        loss.backward()
-        gradient, values.logits.grad = values.logits.grad, None
-        assert gradient is not None
-        return loss.detach(), gradient
-
-    truth = run("eager", inputs.double())
-    eager = run("eager", inputs)
-    actual = run(provider, inputs)
-    for what, a, e, t in zip(("loss", "gradient"), actual, eager, truth, strict=True):
-        assert_within_budget(a, e, t, f"{OP} {provider} {what}")
+    """AssertionError unless ``provider`` agrees with float64 on ``inputs``; see ``Agreement``."""
+    Agreement(inputs).check(provider, make_step(provider, inputs))

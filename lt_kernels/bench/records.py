@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 
 from .. import __version__
+
+SCHEMA = 2
+_READABLE = (1, 2)  # 1: without static_floor_ms
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,36 @@ class Record:
     device_slug: str
     versions: dict[str, str | None]
     git: str | None
+    static_floor_ms: float | None = None  # roofline.static_floor_ms; None for a chip it does not know
+
+    @property
+    def kind(self) -> str:
+        """cpu | cuda"""
+        return "cpu" if self.device_slug.startswith("cpu-") else "cuda"
 
     @property
     def group(self) -> tuple[str, str, str]:
         """Records of one group were measured in turns in one run, so their ratios mean something."""
         return (self.op, self.case, self.dtype)
+
+
+#: Our providers in the order in which the library chooses among them.
+PREFERRED = {"cuda": ("lt[triton]", "lt[native]", "lt[reference]"), "cpu": ("lt[native]", "lt[reference]")}
+
+
+def by_direction(records: Iterable[Record]) -> list[dict[str, Record]]:
+    """Provider -> record, for each device, op, case, dtype and direction, in order of appearance."""
+    found: dict[tuple[str, ...], dict[str, Record]] = {}
+    for record in records:
+        key = (record.device_slug, *record.group, record.direction)
+        found.setdefault(key, {})[record.provider] = record
+    return list(found.values())
+
+
+def ours(providers: dict[str, Record]) -> Record | None:
+    """The record of the backend that the library picks by itself."""
+    first = next(iter(providers.values()))
+    return next((providers[name] for name in PREFERRED[first.kind] if name in providers), None)
 
 
 @dataclass(frozen=True)
@@ -109,8 +138,20 @@ def git_revision() -> str | None:
 
 
 def load(path: Path) -> list[Record]:
-    content: dict[str, Any] = json.loads(path.read_text())
-    return [Record(**record) for record in content["records"]]
+    """The records of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a results file, or one of another schema.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        schema, entries = content["schema"], content["records"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path}: expected a results file of `lt-kernels bench`") from None
+    if schema not in _READABLE:
+        raise ValueError(f"{path}: got schema {schema!r}, expected one of {_READABLE}")
+    return [Record(**record) for record in entries]
 
 
 def save(path: Path, records: list[Record]) -> None:
@@ -119,4 +160,4 @@ def save(path: Path, records: list[Record]) -> None:
     kept = [record for record in load(path) if record.group not in measured] if path.exists() else []
     lines = ",\n  ".join(json.dumps(asdict(record)) for record in kept + records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"schema": 1, "records": [\n  {lines}\n]}}\n')
+    path.write_text(f'{{"schema": {SCHEMA}, "records": [\n  {lines}\n]}}\n')

@@ -1,24 +1,25 @@
 """Tables and figures from result files, for README.md and docs/benchmarks.md, and the check that they are current.
 
-Text is written between ``<!-- bench:NAME begin -->`` and ``<!-- bench:NAME end -->``; the figure carries the SHA-256 of
-the results it was drawn from in its metadata.
+Text is written between ``<!-- bench:NAME begin -->`` and ``<!-- bench:NAME end -->``. How a figure tells what it
+shows is described in ``figures``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .records import Record, Target, load
-from .runner import OPS
+from .cases import Case
+from .figures import Figure, draw, figures, stored_digest
+from .records import Record, Target, by_direction, load, ours
+from .runner import DIRECTIONS, DTYPES, OPS
 
 RESULTS = Path("benchmarks/results")
-FIGURE = Path("docs/figures/throughput.png")
+FIGURES = Path("docs/figures")
 NOT_ON_GPU = "Not yet measured on a GPU."
-_HASH_KEY = "Results-SHA256"
+_PYTORCH = ("eager", "loop", "compile", "compile-max-autotune")
+_DIRECTION_NAMES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward and backward"}
 
 
 class StaleReportError(RuntimeError):
@@ -44,33 +45,44 @@ def result_files(root: Path) -> list[Path]:
 
 
 def write(root: Path) -> list[Path]:
-    """Bring every table and figure up to date; return the files that changed."""
-    records = [record for path in result_files(root) for record in load(path)]
-    changed = []
-    for path, blocks in _documents(root).items():
-        text = path.read_text()
-        updated = _with_blocks(text, blocks, records, path)
-        if updated != text:
-            path.write_text(updated)
-            changed.append(path)
-    if records and _figure_hash(root / FIGURE) != _results_hash(root):
-        draw(records, root / FIGURE, _results_hash(root))
-        changed.append(root / FIGURE)
-    return changed
+    """Bring every table and figure up to date; return the files that changed or went.
+
+    Raises:
+        ValueError: a document lacks its markers, or a figure must be drawn and matplotlib is not installed.
+    """
+    texts, to_draw, unused = _stale(root)
+    for figure in to_draw:
+        draw(figure, root / FIGURES / figure.name)
+    for path, text in texts.items():
+        path.write_text(text)
+    for path in unused:
+        path.unlink()
+    return [*texts, *(root / FIGURES / figure.name for figure in to_draw), *unused]
 
 
 def check(root: Path) -> None:
     """Raise StaleReportError, naming the files, unless every table and figure shows the results."""
-    records = [record for path in result_files(root) for record in load(path)]
-    stale = [
-        str(path.relative_to(root))
-        for path, blocks in _documents(root).items()
-        if _with_blocks(path.read_text(), blocks, records, path) != path.read_text()
-    ]
-    if records and _figure_hash(root / FIGURE) != _results_hash(root):
-        stale.append(str(FIGURE))
+    texts, to_draw, unused = _stale(root)
+    stale = [*texts, *(root / FIGURES / figure.name for figure in to_draw), *unused]
     if stale:
-        raise StaleReportError(f"{', '.join(stale)}: not made from {RESULTS}; run `lt-kernels bench report`")
+        names = ", ".join(path.relative_to(root).as_posix() for path in stale)
+        raise StaleReportError(f"{names}: not made from {RESULTS}; run `lt-kernels bench report`")
+
+
+def _stale(root: Path) -> tuple[dict[Path, str], list[Figure], list[Path]]:
+    """(document -> its text as it should be, figures to draw, figures that nothing shows any more)."""
+    records = [record for path in result_files(root) for record in load(path)]
+    made = figures(records, _cases())
+    texts = {}
+    for path, blocks in _documents(root).items():
+        text = path.read_text()
+        updated = _with_blocks(text, blocks, records, path)
+        if updated != text:
+            texts[path] = updated
+    to_draw = [figure for figure in made if stored_digest(root / FIGURES / figure.name) != figure.digest]
+    names = {figure.name for figure in made}
+    ours_there = [path for path in sorted((root / FIGURES).glob("*.png")) if stored_digest(path) is not None]
+    return texts, to_draw, [path for path in ours_there if path.name not in names]
 
 
 Block = Callable[[list[Record]], str]
@@ -78,10 +90,11 @@ Block = Callable[[list[Record]], str]
 
 def _documents(root: Path) -> dict[Path, dict[str, Block]]:
     return {
-        root / "README.md": {"summary": lambda records: summary(records, image=FIGURE.as_posix())},
+        root / "README.md": {"summary": lambda records: summary(records, image_folder=FIGURES)},
         root / "docs/benchmarks.md": {
-            "summary": lambda records: summary(records, image=FIGURE.relative_to("docs").as_posix()),
+            "summary": summary,
             "targets": targets,
+            "figures": lambda records: images(records, FIGURES.relative_to("docs")),
             "tables": tables,
         },
     }
@@ -98,32 +111,45 @@ def _with_blocks(text: str, blocks: dict[str, Block], records: list[Record], pat
     return text
 
 
-def summary(records: list[Record], image: str) -> str:
-    """The figure and one table: forward and backward on the headline cases, ours against eager and torch.compile."""
+def summary(records: list[Record], image_folder: Path | None = None) -> str:
+    """One table, forward and backward on the headline cases, and the throughput figure of one device, a GPU's first."""
     if not records:
         return "Not yet measured. " + NOT_ON_GPU
-    parts = [f"![Useful bandwidth by provider, forward and backward]({image})"]
+    groups = [
+        group
+        for group in by_direction(record for record in records if record.direction == "fwd_bwd")
+        if _is_headline(next(iter(group.values()))) and ours(group) is not None
+    ]
+    groups.sort(key=lambda group: next(iter(group.values())).kind == "cpu")
+    with_peers = any(_fastest(group, _peers(group)) for group in groups)
     rows = []
-    for group in _groups(record for record in records if record.direction == "fwd_bwd"):
-        first = next(iter(group.values()))
-        ours = _ours(group)
-        if ours is None or first.case not in OPS[first.op].HEADLINE_CASES:
-            continue
+    for group in groups:
+        first, mine = next(iter(group.values())), ours(group)
+        assert mine is not None
+        compiled = _fastest(group, ("compile", "compile-max-autotune"))
+        peer = _fastest(group, _peers(group))
         rows.append(
             (
                 first.device,
-                f"{first.sizes['N']:,} x {first.sizes['C']:,}",
+                _shape(first),
                 first.dtype,
-                *(_ms(group.get(name)) for name in ("eager", "compile")),
-                f"**{_ms(ours)}** ({ours.backend})",
-                *(f"{_ratio(group, ours, name)}" for name in ("eager", "compile")),
-                f"{ours.fraction_of_floor:.0%}",
+                _ms(group.get("eager")),
+                _ms(compiled),
+                *([f"{_ms(peer)} ({peer.provider})" if peer else ""] if with_peers else []),
+                f"**{_ms(mine)}** ({mine.backend})",
+                _ratio(group.get("eager"), mine),
+                _ratio(compiled, mine),
+                f"{mine.fraction_of_floor:.0%}",
             )
         )
-    head = ("device", "logits", "dtype", "eager", "torch.compile", "lt_kernels")
-    parts.append(_table((*head, "vs eager", "vs compile", "of copy bandwidth"), rows))
+    head = ("device", "logits", "dtype", "eager", "torch.compile", *(["fastest peer"] if with_peers else []))
+    parts = [_table((*head, "lt_kernels", "vs eager", "vs compile", "of copy bandwidth"), rows)]
     parts.append("Milliseconds for forward and backward, medians; all providers measured in turns in one run.")
-    if not _has_gpu(records):
+    made = sorted(figures(records, _cases()), key=lambda figure: figure.name.startswith("cpu-"))
+    throughput = [figure for figure in made if figure.name.endswith("-throughput.png")]
+    if image_folder is not None and throughput:
+        parts.insert(0, _image(throughput[0], image_folder))
+    if not any(record.kind == "cuda" for record in records):
         parts.append(NOT_ON_GPU)
     return "\n\n".join(parts)
 
@@ -142,14 +168,14 @@ def _target_rows(target: Target, records: list[Record]) -> Sequence[tuple[str, .
     against = "copy bandwidth" if floor else target.against
     goal = f"{target.at_least:.0%}" if floor else f"{target.at_least:g}x"
     rows: list[tuple[str, ...]] = []
-    for group in _groups(record for record in records if record.direction == "fwd_bwd"):
-        first, ours = next(iter(group.values())), _ours(group)
+    for group in by_direction(record for record in records if record.direction == "fwd_bwd"):
+        first, mine = next(iter(group.values())), ours(group)
         same = (first.case, first.dtype) == (target.case, target.dtype)
-        if not same or _is_gpu(first) != (target.device == "cuda") or ours is None:
+        if not same or first.kind != target.device or mine is None:
             continue
         if not floor and target.against not in group:
             continue
-        value = ours.fraction_of_floor if floor else group[target.against].ms_median / ours.ms_median
+        value = mine.fraction_of_floor if floor else group[target.against].ms_median / mine.ms_median
         shown = f"{value:.0%}" if floor else f"{value:.2f}x"
         met = "yes" if value >= target.at_least else "no"
         rows.append((first.device, target.case, target.dtype, against, goal, shown, met))
@@ -157,127 +183,117 @@ def _target_rows(target: Target, records: list[Record]) -> Sequence[tuple[str, .
     return rows or [(kind, target.case, target.dtype, against, goal, "not yet measured", "")]
 
 
+def images(records: list[Record], folder: Path) -> str:
+    """Every figure."""
+    made = figures(records, _cases())
+    return "\n\n".join(_image(figure, folder) for figure in made) or "Not yet measured. " + NOT_ON_GPU
+
+
 def tables(records: list[Record]) -> str:
-    """Everything that was measured, one table per device and op."""
+    """Everything that was measured: per device times of each direction and dtype, then memory."""
     if not records:
         return "Not yet measured. " + NOT_ON_GPU
     parts = []
-    for (device, op), some in groupby(records, key=lambda record: (record.device, record.op)):
-        found = list(some)
-        parts.append(f"### {op} on {device}")
-        rows = []
-        for group in _groups(found):
-            for record in group.values():
-                speedup = group["eager"].ms_median / record.ms_median if "eager" in group else None
-                rows.append(
-                    (
-                        record.case,
-                        record.dtype,
-                        record.direction,
-                        record.provider,
-                        f"{_ms(record)} ({record.ms_p20:.3g} - {record.ms_p80:.3g})",
-                        f"{record.gbps:.1f}",
-                        f"{record.fraction_of_floor:.0%}",
-                        "" if record.peak_bytes is None else f"{record.peak_bytes / 1e6:.1f}",
-                        "" if speedup is None else f"{speedup:.2f}x",
-                    )
-                )
-        head = (
-            "case",
-            "dtype",
-            "direction",
-            "provider",
-            "ms, median (p20 - p80)",
-            "GB/s",
-            "of copy",
-            "peak MB",
-            "vs eager",
-        )
-        parts.append(_table(head, rows))
+    for device in dict.fromkeys(record.device for record in records):
+        found = [record for record in records if record.device == device]
+        parts.append(f"### {device}")
+        for direction in sorted(DIRECTIONS, key="fwd_bwd fwd bwd".split().index):
+            for dtype in DTYPES:
+                some = [record for record in found if (record.direction, record.dtype) == (direction, dtype)]
+                if some:
+                    parts.append(f"#### {_DIRECTION_NAMES[direction].capitalize()}, {dtype}: milliseconds")
+                    parts.append(_times(some))
+        for dtype in DTYPES:
+            some = [record for record in found if (record.direction, record.dtype) == ("fwd_bwd", dtype)]
+            if any(record.peak_bytes is not None for record in some):
+                parts.append(f"#### Peak memory, forward and backward, {dtype}: multiples of the logits' bytes")
+                parts.append(_memory(some))
         made_with = sorted({_provenance(record) for record in found})
         parts.append("Measured with " + "; ".join(made_with) + ".")
-    if not _has_gpu(records):
+    if not any(record.kind == "cuda" for record in records):
         parts.append(NOT_ON_GPU)
     return "\n\n".join(parts)
 
 
-def draw(records: list[Record], path: Path, results_hash: str | None = None) -> None:
-    """Bars of useful bandwidth by provider on the headline cases, one panel per device; a line marks a plain copy.
-
-    A dotted line stands for a copy beyond the scale: of logits that stay in the cache.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [r for r in records if r.direction == "fwd_bwd" and r.case in OPS[r.op].HEADLINE_CASES]
-    devices = sorted({record.device for record in shown})
-    figure, axes = plt.subplots(len(devices) or 1, 1, figsize=(8, 3.6 * (len(devices) or 1)), squeeze=False)
-    providers = [name for name in _provider_order(shown) if name != "lt[reference]"]
-    for axis, device in zip(axes[:, 0], devices, strict=False):
-        groups = _groups(record for record in shown if record.device == device)
-        width = 0.8 / len(providers)
-        for index, provider in enumerate(providers):
-            at = [place for place, group in enumerate(groups) if provider in group]
-            heights = [groups[place][provider].gbps for place in at]
-            offset = (index - (len(providers) - 1) / 2) * width
-            bars = axis.bar([place + offset for place in at], heights, width, label=provider)
-            axis.bar_label(bars, fmt="%.1f", fontsize=7)
-        limit = 1.7 * max(record.gbps for group in groups for record in group.values())
-        axis.set_ylim(0, limit)
-        for place, group in enumerate(groups):
-            copy = next(iter(group.values())).copy_gbps
-            height, style = (copy, "--") if copy < limit else (0.97 * limit, ":")  # in the cache, far above
-            axis.plot([place - 0.42, place + 0.42], [height, height], color="black", linestyle=style, linewidth=1)
-            axis.text(place - 0.42, height, f"copy {copy:.0f}", fontsize=7, ha="left", va="top")
-        firsts = [next(iter(group.values())) for group in groups]
-        axis.set_xticks(range(len(groups)), [f"{r.sizes['N']:,} x {r.sizes['C']:,}\n{r.dtype}" for r in firsts])
-        axis.set_ylabel("useful GB/s")
-        axis.set_title(f"forward + backward on {device}", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Software": "lt-kernels bench"} | ({_HASH_KEY: results_hash} if results_hash else {})
-    figure.savefig(path, dpi=150, metadata=metadata)
-    plt.close(figure)
+def _times(records: list[Record]) -> str:
+    """Cases by providers. A backward pass alone has no ratios: some providers make the gradient in the forward pass."""
+    providers = _providers(records)
+    ratios = records[0].direction != "bwd"
+    static = any(record.static_floor_ms is not None for record in records)
+    rows = []
+    for group in _by_size(records):
+        first, mine = next(iter(group.values())), ours(group)
+        others = _fastest(group, [name for name in group if not name.startswith("lt[")])
+        rows.append(
+            (
+                first.case,
+                _shape(first),
+                *(f"**{_ms(group[name])}**" if group.get(name) is mine else _ms(group.get(name)) for name in providers),
+                *([_ratio(group.get("eager"), mine), _ratio(others, mine)] if ratios else []),
+                *([f"{mine.fraction_of_floor:.0%}" if mine else ""] if ratios else []),
+                *([f"{first.static_floor_ms:.3g}" if first.static_floor_ms is not None else ""] if static else []),
+            )
+        )
+    head = ["case", "logits", *providers, *(["vs eager", "vs fastest other", "of copy"] if ratios else [])]
+    return _table((*head, *(["static floor"] if static else [])), rows)
 
 
-def _groups(records: Iterable[Record]) -> list[dict[str, Record]]:
-    """Provider -> record, for each device, op, case, dtype and direction, in order of appearance."""
-    groups: dict[tuple[str, ...], dict[str, Record]] = {}
-    for record in records:
-        key = (record.device_slug, *record.group, record.direction)
-        groups.setdefault(key, {})[record.provider] = record
-    return list(groups.values())
+def _memory(records: list[Record]) -> str:
+    providers = _providers(records)
+    rows = []
+    for group in _by_size(records):
+        first = next(iter(group.values()))
+        logits = first.bytes_moved / 2  # of fwd_bwd: the logits and their gradient
+        peaks = [group[name].peak_bytes if name in group else None for name in providers]
+        rows.append((first.case, _shape(first), *("" if peak is None else f"{peak / logits:.2f}" for peak in peaks)))
+    return _table(("case", "logits", *providers), rows)
 
 
-def _ours(group: dict[str, Record]) -> Record | None:
-    """The record of the backend that the library picks by itself."""
-    first = next(iter(group.values()))
-    preferred = ("lt[triton]", "lt[native]", "lt[reference]") if _is_gpu(first) else ("lt[native]", "lt[reference]")
-    return next((group[name] for name in preferred if name in group), None)
+def _cases() -> dict[str, Case]:
+    return {name: case for module in OPS.values() for name, case in module.CASES.items()}
 
 
-def _is_gpu(record: Record) -> bool:
-    return not record.device_slug.startswith("cpu-")
+def _is_headline(record: Record) -> bool:
+    case = OPS[record.op].CASES.get(record.case)
+    return case is not None and record.kind in case.headline and record.dtype != "float16"
 
 
-def _has_gpu(records: list[Record]) -> bool:
-    return any(map(_is_gpu, records))
+def _by_size(records: list[Record]) -> list[dict[str, Record]]:
+    def size(group: dict[str, Record]) -> tuple[bool, int, int]:
+        sizes = next(iter(group.values())).sizes
+        return len(sizes) > 2, sizes["C"], sizes["N"]
+
+    return sorted(by_direction(records), key=size)
 
 
-def _provider_order(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(record.provider for record in records))
+def _providers(records: list[Record]) -> list[str]:
+    """Ours last."""
+    names = dict.fromkeys(record.provider for record in records)
+    return sorted(names, key=lambda name: name.startswith("lt["))
+
+
+def _peers(group: dict[str, Record]) -> list[str]:
+    return [name for name in group if name not in _PYTORCH and not name.startswith("lt[")]
+
+
+def _fastest(group: dict[str, Record], names: Sequence[str]) -> Record | None:
+    return min((group[name] for name in names if name in group), key=lambda record: record.ms_median, default=None)
+
+
+def _shape(record: Record) -> str:
+    return " x ".join(f"{size:,}" for size in record.sizes.values())
 
 
 def _ms(record: Record | None) -> str:
     return "" if record is None else f"{record.ms_median:.3g}"
 
 
-def _ratio(group: dict[str, Record], ours: Record, name: str) -> str:
-    return f"{group[name].ms_median / ours.ms_median:.1f}x" if name in group else ""
+def _ratio(other: Record | None, mine: Record | None) -> str:
+    return "" if other is None or mine is None else f"{other.ms_median / mine.ms_median:.1f}x"
+
+
+def _image(figure: Figure, folder: Path) -> str:
+    return f"![{figure.title.replace(chr(10), ', ')}]({(folder / figure.name).as_posix()})"
 
 
 def _provenance(record: Record) -> str:
@@ -285,22 +301,6 @@ def _provenance(record: Record) -> str:
     return f"{named} (revision {record.git or 'unknown'})"
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _results_hash(root: Path) -> str:
-    digest = hashlib.sha256()
-    for path in result_files(root):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _figure_hash(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.info.get(_HASH_KEY)

@@ -1,0 +1,209 @@
+"""Plots of records: what they show is computed first, as plain data, and drawn by matplotlib afterwards.
+
+A figure file carries the SHA-256 of that data and of this module, so that a stale one is noticed without drawing it
+again, whatever matplotlib renders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .cases import Case
+from .records import Record, by_direction
+from .runner import DTYPES
+
+_KEY = "Shown-SHA256"
+_COLORS = {
+    "copy": "black",
+    "eager": "tab:gray",
+    "loop": "tab:brown",
+    "compile": "tab:orange",
+    "compile-max-autotune": "tab:olive",
+    "lt[native]": "tab:blue",
+    "lt[triton]": "tab:green",
+    "lt[reference]": "tab:cyan",
+    "liger": "tab:red",
+    "flash-attn": "tab:purple",
+    "quack": "tab:pink",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One axis: lines over the same ticks."""
+
+    title: str
+    ticks: Sequence[str]
+    lines: Mapping[str, Sequence[tuple[int, float]]]  # provider -> (index of the tick, height)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels side by side, one per dtype."""
+
+    name: str  # of the file
+    title: str
+    x_label: str
+    y_label: str
+    logarithmic: bool
+    panels: Sequence[Panel]
+
+    @property
+    def digest(self) -> str:
+        shown = json.dumps(asdict(self), sort_keys=True).encode()
+        return hashlib.sha256(shown + Path(__file__).read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Plot:
+    name: str
+    what: str
+    y_label: str
+    height: Callable[[Record], float | None]
+    over_rows: bool = False  # with the classes of iNaturalist 2018; otherwise over the number of classes
+    copy: bool = False
+    logarithmic: bool = False
+
+
+def _memory(record: Record) -> float | None:
+    # the bytes of forward and backward are those of the logits and their gradient
+    return None if record.peak_bytes is None else 2 * record.peak_bytes / record.bytes_moved
+
+
+_PLOTS = (
+    _Plot(
+        "throughput",
+        "useful bandwidth (logits read once, gradient written once)",
+        "useful GB/s",
+        lambda record: record.gbps,
+        copy=True,
+        logarithmic=True,
+    ),
+    _Plot(
+        "floor",
+        "share of the bandwidth of a copy in the same run",
+        "% of copy bandwidth",
+        lambda record: 100 * record.fraction_of_floor,
+    ),
+    _Plot("memory", "peak memory of a step beyond its inputs", "multiples of the logits' bytes", _memory),
+    _Plot(
+        "rows",
+        "useful bandwidth with the 8,142 classes of iNaturalist 2018",
+        "useful GB/s",
+        lambda record: record.gbps,
+        over_rows=True,
+        copy=True,
+        logarithmic=True,
+    ),
+)
+
+
+def figures(records: Sequence[Record], cases: Mapping[str, Case]) -> list[Figure]:
+    """For each device and op: throughput, share of the copy bandwidth and peak memory over C, and throughput over N."""
+    made = []
+    for slug, op in dict.fromkeys((record.device_slug, record.op) for record in records):
+        flat = [
+            record
+            for record in records
+            if (record.device_slug, record.op, record.direction) == (slug, op, "fwd_bwd")
+            and record.provider != "lt[reference]"
+            and record.sizes.keys() == {"N", "C"}
+        ]
+        swept = [record for record in flat if record.case in cases and record.kind in cases[record.case].sweep]
+        inat18 = [record for record in flat if record.sizes["C"] == 8142]
+        for plot in _PLOTS:
+            shown = inat18 if plot.over_rows else swept
+            if shown:
+                made.append(
+                    Figure(
+                        name=f"{slug}-{op.replace('_', '-')}-{plot.name}.png",
+                        title=f"{op}, forward + backward: {plot.what}\n{shown[0].device}",
+                        x_label="rows N" if plot.over_rows else "classes C (rows N)",
+                        y_label=plot.y_label,
+                        logarithmic=plot.logarithmic,
+                        panels=_panels(shown, plot),
+                    )
+                )
+    return made
+
+
+def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
+    panels = []
+    for dtype in sorted({record.dtype for record in records}, key=DTYPES.index):
+        groups = by_direction(record for record in records if record.dtype == dtype)
+        sizes = [next(iter(group.values())).sizes for group in groups]
+        order = sorted(range(len(groups)), key=lambda index: (sizes[index]["C"], sizes[index]["N"]))
+        ticks = [f"{sizes[i]['N']:,}" if plot.over_rows else f"{sizes[i]['C']:,} ({sizes[i]['N']:,})" for i in order]
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for place, index in enumerate(order):
+            for provider, record in groups[index].items():
+                value = plot.height(record)
+                if value is not None:
+                    lines.setdefault(provider, []).append((place, value))
+            if plot.copy:
+                first = next(iter(groups[index].values()))
+                lines.setdefault("copy", []).append((place, first.copy_gbps))
+        panels.append(Panel(dtype, ticks, lines))
+    return panels
+
+
+def draw(figure: Figure, path: Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError(
+            f"{path.name}: figures need matplotlib, which is not installed: pip install 'lt_kernels[bench]'"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    width = 1.5 + 4.2 * len(figure.panels)
+    drawn, axes = plt.subplots(1, len(figure.panels), figsize=(width, 4.4), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], figure.panels, strict=True):
+        for provider, points in panel.lines.items():
+            ours = provider.startswith("lt[")
+            axis.plot(
+                *zip(*points, strict=True),
+                label=provider,
+                color=_COLORS.get(provider),
+                linestyle="--" if provider == "copy" else "-",
+                linewidth=3.5 if ours else 1.2,
+                zorder=2 if ours else 3,  # thin lines stay visible where they coincide with ours
+                marker=None if provider == "copy" else "o",
+                markersize=5 if ours else 3.5,
+            )
+        axis.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=45, ha="right", fontsize=7)
+        axis.set_title(panel.title, fontsize=9)
+        axis.set_xlabel(figure.x_label, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if figure.logarithmic:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel(figure.y_label, fontsize=9)
+    legend = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    drawn.legend(legend.values(), legend.keys(), loc="center right", fontsize=8, frameon=False)
+    drawn.suptitle(figure.title, fontsize=10)
+    drawn.tight_layout(rect=(0, 0, 1 - 1.5 / width, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=110, metadata={"Software": "lt-kernels bench", _KEY: figure.digest})
+    plt.close(drawn)
+
+
+def stored_digest(path: Path) -> str | None:
+    """The digest in a file that ``draw`` wrote (an uncompressed text chunk); None for any other file, or none."""
+    if not path.exists():
+        return None
+    found = re.search(_KEY.encode() + rb"\0([0-9a-f]{64})", path.read_bytes())
+    return found.group(1).decode() if found else None

@@ -1,0 +1,28 @@
+"""The time that a chip's data sheet and a plain copy allow, whatever the kernel: printed beside measured times.
+
+floor = max(bytes / copy bandwidth, operations / peak FLOP/s, exponentials / special-function rate)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """Rates a second."""
+
+    bytes: float  # what a copy reaches, read + write
+    flops: float
+    exponentials: float
+
+
+#: By a part of the device's name.
+CHIPS = {"H200": Chip(bytes=4.3e12, flops=790e12, exponentials=4.18e12)}
+
+
+def static_floor_ms(device: str, bytes_moved: int, flops: int, exponentials: int) -> float | None:
+    """Milliseconds; None for a device whose rates are not known."""
+    chip = next((chip for name, chip in CHIPS.items() if name in device), None)
+    if chip is None:
+        return None
+    return 1e3 * max(bytes_moved / chip.bytes, flops / chip.flops, exponentials / chip.exponentials)
