@@ -1,180 +1,243 @@
-"""Hold ``margin_cross_entropy`` to the error budget on a device, with nothing installed but torch (and Triton).
+"""Run the device checks of ``tests/gpu/device_checks.py`` with nothing installed but torch (and Triton).
 
-Every dtype x case x set of options, value and gradients, through ``lt_kernels.testing``; and that two runs agree bit
-for bit. It needs no pytest, so it runs where only torch is installed. Writes JSON; exit status 1 if a check failed.
+Several processes share the device, and the time limit. A check that brings its process down, or that takes too long,
+fails alone: the process is replaced. Writes JSON; exit status 1 if a check failed or was not reached, or none passed.
 
-    python3 scripts/run_device_checks.py --device cuda --backend triton --json checks.json
+    python3 scripts/run_device_checks.py --device cuda --backend triton,native --jobs 16 --json checks.json
+    python3 scripts/run_device_checks.py --device cpu --backend native --match bad_targets
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import importlib
 import json
+import multiprocessing
+import os
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/gpu")]
 
-import torch
+import torch  # noqa: E402
 
-import lt_kernels
-from lt_kernels import testing
-from lt_kernels.functional import margin_cross_entropy
+import lt_kernels  # noqa: E402
 
-#: rows, classes, positions: both sides of every alignment, of one on-chip row, and a segmentation layout.
-Shape = tuple[int, int, tuple[int, ...]]
-SHAPES: tuple[Shape, ...] = (
-    (1, 1, ()),
-    (3, 5, ()),
-    (7, 123, ()),
-    (5, 507, ()),
-    (64, 1000, ()),
-    (33, 1203, ()),
-    (16, 8142, ()),
-    (16, 8192, ()),
-    (8, 21_841, ()),
-    (4, 32_768, ()),
-    (4, 32_769, ()),
-    (4, 65_536, ()),
-    (2, 100_000, ()),
-    (2, 19, (5, 7)),
-    (2, 150, (16, 16)),
-)
-#: those that every set of options is checked on; the others are checked with a class bias
-SHAPES_OF_ALL_OPTIONS: tuple[Shape, ...] = ((7, 123, ()), (16, 8142, ()), (4, 65_536, ()), (2, 19, (5, 7)))
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bias": {"options": ("class_bias",)},
-    "vs": {"options": ("class_bias", "class_scale"), "ignored": 0.2},
-    "margin": {"options": ("class_bias", "margin", "weight"), "scale": 20.0, "spread": 0.3},
-    "angular": {"options": ("margin",), "margin_type": "angular", "scale": 20.0},
-    "smoothed": {"options": ("class_bias", "weight"), "label_smoothing": 0.1},
-    "mixed": {"options": ("class_bias", "mixed_target")},
-    "soft": {"options": ("class_bias",), "soft": True},
-    "unreduced": {"options": ("class_bias",), "reduction": "none"},
-    "sum": {"options": ("class_bias",), "reduction": "sum"},
-    "learned": {
-        "options": ("class_bias", "class_scale", "scale"),
-        "requires_grad": ("input", "class_bias", "class_scale", "scale"),
-    },
-}
+#: Of a check; "not run" are those that the time limit left no time for.
+STATES = ("passed", "failed", "skipped", "not run")
+Task = tuple[str, str]  # backend, name of the check
 
 
-def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Name and body of every check."""
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for shape in SHAPES:
-            for name in OPTIONS if shape in SHAPES_OF_ALL_OPTIONS else ("bias",):
-                rows, classes, positions = shape
-                label = f"{'x'.join(map(str, (rows, classes, *positions)))}-{str(dtype).removeprefix('torch.')}"
-                draw = functools.partial(
-                    testing.sample_inputs, rows, classes, positions, dtype=dtype, device=device, **OPTIONS[name]
-                )
-                yield f"{name}-{label}", functools.partial(_within_budget, draw)
-                if name == "bias":
-                    yield f"deterministic-{label}", functools.partial(_deterministic, draw)
-                    yield f"outputs-{label}", functools.partial(_outputs, draw)
-                    yield f"bad-target-{label}", functools.partial(_bad_target, draw)
-                    yield f"no-sync-{label}", functools.partial(_no_synchronisation, draw)
+@dataclass
+class Result:
+    backend: str
+    name: str
+    state: str
+    seconds: float = 0.0
+    message: str = ""
 
 
-def _within_budget(draw: Callable[[], testing.Sample]) -> None:
-    testing.check_margin_cross_entropy(margin_cross_entropy, draw())
-
-
-def _deterministic(draw: Callable[[], testing.Sample]) -> None:
-    first, second = (_value_and_gradient(draw()) for _ in range(2))
-    assert all(map(torch.equal, first, second)), "two runs differ"
-
-
-def _outputs(draw: Callable[[], testing.Sample]) -> None:
-    sample = draw()
-    output = margin_cross_entropy(
-        sample.input, sample.target, **sample.options, return_prediction=True, return_lse=True
-    )
-    assert torch.equal(output.prediction, sample.input.argmax(1)), "prediction is not the argmax"
-    assert torch.isfinite(output.lse).all(), "log-sum-exp is not finite"
-
-
-def _bad_target(draw: Callable[[], testing.Sample]) -> None:
-    sample = draw()
-    sample.target.view(-1)[0] = sample.input.shape[1]
-    if sample.input.device.type == "cpu":
-        try:
-            margin_cross_entropy(sample.input, sample.target, **sample.options)
-        except IndexError:
-            return
-        raise AssertionError("a target out of range raised nothing")
-    loss = margin_cross_entropy(sample.input, sample.target, **{**sample.options, "reduction": "none"})
-    assert torch.isnan(loss.view(-1)[0]), "the loss of a bad target is not NaN"
-    assert torch.isfinite(loss.view(-1)[1:]).all(), "a bad target spoilt another row"
-
-
-def _no_synchronisation(draw: Callable[[], testing.Sample]) -> None:
-    sample = draw()
-    _value_and_gradient(sample)  # compiles
-    sample = draw()
-    if sample.input.device.type != "cuda":
-        return
-    torch.cuda.set_sync_debug_mode("error")
+def run(module: str, task: Task, device: str) -> Result:
+    """Run one check in this process."""
+    backend, name = task
+    started = time.perf_counter()
+    state, message = "passed", ""
     try:
-        _value_and_gradient(sample)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        importlib.import_module(module).CHECKS[name].run(backend, device)
+        _synchronise(device)
+    except SkipTest as reason:
+        state, message = "skipped", str(reason)
+    except Exception as error:
+        state, message = "failed", f"{type(error).__name__}: {error}"
+        if not isinstance(error, AssertionError):
+            message += "\n" + traceback.format_exc()[-4000:]
+    return Result(backend, name, state, round(time.perf_counter() - started, 3), message)
 
 
-def _value_and_gradient(sample: testing.Sample) -> tuple[torch.Tensor, torch.Tensor]:
-    loss = margin_cross_entropy(sample.input, sample.target, **sample.options)
-    loss.sum().backward()
-    assert sample.input.grad is not None
-    return loss.detach(), sample.input.grad
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _work(pipe: Connection, module: str, device: str) -> None:
+    """Run what comes through ``pipe`` until None does, or the device no longer answers."""
+    if device.startswith("cuda"):
+        torch.set_num_threads(1)
+        torch.cuda.init()
+    pipe.send("ready")
+    while (task := pipe.recv()) is not None:
+        result = run(module, task, device)
+        pipe.send(result)
+        if result.state == "failed":
+            try:
+                _synchronise(device)
+            except Exception:  # an illegal access: nothing works in this process from here on
+                os._exit(1)
+
+
+class Worker:
+    """A process that runs checks, replaced when it ends or takes too long."""
+
+    def __init__(self, module: str, device: str) -> None:
+        self.arguments = (module, device)
+        self.process: Any = None
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, *self.arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pipe.recv()  # it has imported everything: that is not part of a check's time
+
+    def run(self, task: Task, limit: float) -> Result:
+        started = time.perf_counter()
+        try:
+            if self.process is None or not self.process.is_alive():
+                self.start()
+            started = time.perf_counter()
+            self.pipe.send(task)
+            if self.pipe.poll(limit):
+                result: Result = self.pipe.recv()
+                return result
+            message = f"took more than {limit:.0f} s"
+            self.process.kill()
+        except (EOFError, OSError):
+            message = "its process ended"
+        self.process.join()
+        message += f" (status {self.process.exitcode})"
+        return Result(*task, "failed", round(time.perf_counter() - started, 3), message)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.is_alive():
+            self.pipe.send(None)
+            self.process.join()
+
+
+def run_all(
+    tasks: list[Task], *, module: str, device: str, jobs: int, seconds: float, seconds_per_check: float
+) -> list[Result]:
+    """Run ``tasks`` in ``jobs`` processes (0: in this one). One of them alone takes those marked large, first."""
+    checks = importlib.import_module(module).CHECKS
+    large = deque(task for task in tasks if checks[task[1]].large)
+    others = deque(task for task in tasks if not checks[task[1]].large)
+    results: list[Result] = []
+    deadline = time.perf_counter() + seconds
+
+    def take(queues: tuple[deque[Task], ...]) -> Task | None:
+        for queue in queues:
+            try:
+                return queue.popleft()
+            except IndexError:
+                continue
+        return None
+
+    def drive(queues: tuple[deque[Task], ...]) -> None:
+        worker = Worker(module, device)
+        while (task := take(queues)) is not None:
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                result = Result(*task, "not run")
+            elif jobs == 0:
+                result = run(module, task, device)
+            else:
+                result = worker.run(task, min(seconds_per_check, left + 5))
+            results.append(result)
+            if result.state == "failed":
+                print(f"FAILED {result.backend}: {result.name}: {result.message.splitlines()[0][:300]}", flush=True)
+        worker.stop()
+
+    threads = [
+        threading.Thread(target=drive, args=((large, others) if index == 0 else (others,),))
+        for index in range(max(1, jobs))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    order = {task: position for position, task in enumerate(tasks)}
+    return sorted(results, key=lambda result: order[result.backend, result.name])
+
+
+def report(results: list[Result], unavailable: dict[str, str], device: str, seconds: float) -> dict[str, Any]:
+    """What the JSON file says: counts by backend, everything that did not pass and why, and what took longest."""
+    counts = {
+        backend: {state: tally.get(state, 0) for state in STATES}
+        for backend in dict.fromkeys(result.backend for result in results)
+        for tally in [Counter(result.state for result in results if result.backend == backend)]
+    }
+    return {
+        "device": device,
+        "seconds": round(seconds, 1),
+        "counts": counts,
+        "unavailable_backends": unavailable,
+        **{
+            state.replace(" ", "_"): {
+                f"{result.backend}: {result.name}": result.message for result in results if result.state == state
+            }
+            for state in STATES[1:]
+        },
+        "slowest": [asdict(result) for result in sorted(results, key=lambda result: -result.seconds)[:20]],
+        "info": lt_kernels.info(),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--backend", default="triton", choices=("reference", "native", "triton"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what passed and what failed")
-    parser.add_argument("--match", default="", metavar="TEXT", help="only checks whose name contains TEXT")
-    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="stop, and fail, after this")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    parser.add_argument("--backend", default="triton,native", metavar="NAME[,NAME]", help="default: %(default)s")
+    parser.add_argument("--match", default="", metavar="TEXT[,TEXT]", help="only checks whose name contains a TEXT")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1); 0: no other process")
+    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="start no check after this")
+    parser.add_argument("--seconds-per-check", type=float, default=120.0, metavar="S", help="limit of a check (120)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what passed, failed, was skipped, and why")
+    parser.add_argument("--module", default="device_checks", metavar="NAME", help="where CHECKS is (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the names, and stop")
+    options = parser.parse_args()
+    words = options.match.split(",")
+    names = [name for name in importlib.import_module(options.module).CHECKS if any(word in name for word in words)]
+    if options.list:
+        print("\n".join(names))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is available", file=sys.stderr)
         return 1
 
-    passed, started = 0, time.perf_counter()
-    failed: dict[str, str] = {}
-    not_run: list[str] = []
-    with lt_kernels.use_backend(arguments.backend):
-        for name, body in checks(arguments.device):
-            if arguments.match not in name:
-                continue
-            if time.perf_counter() - started > arguments.seconds:
-                not_run.append(name)
-                continue
-            try:
-                body()
-                passed += 1
-            except Exception as error:
-                failed[name] = f"{type(error).__name__}: {error}"
-                print(f"FAILED {name}: {failed[name]}", flush=True)
-                if not isinstance(error, AssertionError):
-                    traceback.print_exc()
-    seconds = time.perf_counter() - started
-    print(
-        f"{passed} passed, {len(failed)} failed, {len(not_run)} not run in {seconds:.0f} s "
-        f"on {arguments.device} with {arguments.backend}"
+    reasons = lt_kernels.info()["backends"]["margin_cross_entropy"][options.device]
+    backends = options.backend.split(",")
+    if unknown := set(backends) - set(reasons):
+        parser.error(f"--backend: got {', '.join(sorted(unknown))}, expected some of {', '.join(reasons)}")
+    unavailable = {backend: reasons[backend] for backend in backends if reasons[backend] is not None}
+    for backend, reason in unavailable.items():
+        print(f"WITHOUT {backend}: {reason}", flush=True)
+    started = time.perf_counter()
+    results = run_all(
+        [(backend, name) for name in names for backend in backends if backend not in unavailable],
+        module=options.module,
+        device=options.device,
+        jobs=options.jobs,
+        seconds=options.seconds,
+        seconds_per_check=options.seconds_per_check,
     )
-    if arguments.json:
-        facts: dict[str, Any] = {"passed": passed, "failed": failed, "not_run": not_run, "seconds": round(seconds, 1)}
-        facts["info"] = lt_kernels.info()
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-    return 1 if failed or not_run or not passed else 0
+    facts = report(results, unavailable, options.device, time.perf_counter() - started)
+    for reason, count in Counter(result.message for result in results if result.state == "skipped").items():
+        print(f"SKIPPED {count}: {reason}")
+    for backend, counts in facts["counts"].items():
+        print(f"{backend} on {options.device}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    print(f"{len(results)} checks in {facts['seconds']:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    bad = [result for result in results if result.state in ("failed", "not run")]
+    return 1 if bad or not any(result.state == "passed" for result in results) else 0
 
 
 if __name__ == "__main__":

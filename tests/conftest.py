@@ -1,7 +1,8 @@
 """Which backends and device the generic tests run on.
 
 LT_KERNELS_TEST_BACKENDS (default "reference,native": both must be there, or the tests fail) and LT_KERNELS_TEST_DEVICE
-(default "cpu") choose; scripts/gpu_check.sh sets "triton" and "cuda".
+(default "cpu") choose; scripts/gpu_check.sh sets "triton" or "triton,native", and "cuda". Tests with the marker ``gpu``
+are skipped where there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -10,10 +11,20 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import lt_kernels
 
 BACKENDS = os.environ.get("LT_KERNELS_TEST_BACKENDS", "reference,native").split(",")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device is available")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
 
 
 @pytest.fixture(params=BACKENDS)
