@@ -62,13 +62,15 @@ def reason_against_cuda() -> str | None:
 
     if torch.version.cuda is None:
         return "torch was built without CUDA"
-    nvcc = os.path.join(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
-    if nvcc is None or not os.path.exists(nvcc):
-        return "nvcc was not found (CUDA_HOME names the toolkit)"
-    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    needed = [os.path.join(CUDA_HOME or "", *path) for path in (("bin", "nvcc"), ("include", "cuda_runtime.h"))]
+    missing = next((path for path in needed if not os.path.exists(path)), None)
+    if missing is not None:
+        return f"CUDA_HOME={CUDA_HOME} is no CUDA toolkit: {missing} is not there"
+    version = subprocess.run([needed[0], "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", version)
     if found is None or found[1] != torch.version.cuda.split(".")[0]:
-        version = f"{found[1]}.{found[2]}" if found else "unknown"
-        return f"nvcc is version {version}, but torch was built with CUDA {torch.version.cuda}"
+        release = f"{found[1]}.{found[2]}" if found else "unknown"
+        return f"nvcc is version {release}, but torch was built with CUDA {torch.version.cuda}"
     return None
 
 
@@ -133,7 +135,7 @@ def extension_arguments() -> dict:
                 except Exception as error:
                     if mode != "auto":
                         raise
-                    what = "CUDA C++ kernels" if len(attempts) > 1 and self.extensions is attempts[0] else "C++ extension"
+                    what = "CUDA C++ kernels" if self.extensions is not attempts[-1] else "C++ extension"
                     print(f"lt_kernels: installing without the {what}: build failed: {error}", file=sys.stderr)
             self.extensions = []
 

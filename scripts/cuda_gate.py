@@ -1,7 +1,7 @@
-"""Compile the CUDA C++ backend for every shipped GPU architecture, without a GPU, and hold the machine code to its rules.
+"""Compile the CUDA C++ backend for every shipped GPU architecture, without a GPU, and hold its machine code to rules.
 
     python scripts/cuda_gate.py --check    compile, assert, and compare with the committed table
-    python scripts/cuda_gate.py --write    compile, assert, and rewrite the table (JSON, and docs/cuda_kernels.md from it)
+    python scripts/cuda_gate.py --write    compile, assert, and rewrite the table (JSON; docs/cuda_kernels.md from it)
 
 Asserted: every kernel compiles for sm_80, sm_90 and sm_100 without a stack frame and without spills (what ptxas says);
 on sm_90 the rows' kernels read and write 16 bytes at a time, the wide panels 8; the host's side compiles with the
@@ -173,12 +173,12 @@ def view(table: dict[str, Any]) -> str:
     lines = [
         "# Machine code of the CUDA C++ kernels",
         "",
-        "Written by `python scripts/cuda_gate.py --write`, like `benchmarks/results/aot/cuda_margin_cross_entropy.json`.",
+        f"Written by `python scripts/cuda_gate.py --write`, like `{TABLE.relative_to(ROOT)}`.",
         f"Compiled with nvcc {table['nvcc']}, not run: no GPU is needed for it. Loads and stores: how many of global",
-        "memory of each width in bits, on sm_90; kernels that read class vectors at any alignment have a branch for each.",
-        "No kernel uses a stack or spills. Template arguments: logits; of rows threads and groups of 16 bytes (0: in",
-        "shared memory), of panels positions per thread and whether backward; whether class_scale, smoothing, probabilities",
-        "or predictions are possible.",
+        "memory of each width in bits, on sm_90; class vectors are read by a branch for each alignment. No kernel uses",
+        "a stack or spills. Template arguments: logits; of rows threads and groups of 16 bytes (0: in shared memory),",
+        "of panels positions per thread and whether backward; whether class_scale, smoothing, probabilities and",
+        "predictions are possible.",
         "",
         "| kernel | registers sm_80 / 90 / 100 | loads | stores |",
         "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: build tests/emulator into a library, and (as a pytest plugin) make it the native backend.
+"""The CUDA kernels on the CPU: build tests/emulator into a library and (as a pytest plugin) make it the native backend.
 
     PYTHONPATH=tests/emulator python -m pytest -p emulated_cuda ...      runs tests on it
     python tests/emulator/emulated_cuda.py                               builds it and prints its path

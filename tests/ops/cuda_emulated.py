@@ -48,9 +48,11 @@ def test_every_shape_of_a_row(classes, option, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("classes", "positions"), [(1, (3,)), (9, (5, 7)), (19, (4, 64)), (150, (130,)), (8142, (33,))])
+@pytest.mark.parametrize(
+    ("classes", "positions"), [(1, (3,)), (9, (5, 7)), (19, (4, 64)), (150, (130,)), (8142, (33,))]
+)
 def test_panels(classes, positions, option, dtype):
-    """Contiguous positions, 8 bytes of them per thread where (4, 64) allows, with logits that fit on the chip or not."""
+    """Contiguous positions: 8 bytes per thread for (4, 64), one each for the others; on the chip or read twice."""
     samples = 2 if math.prod(positions) < 100 else 1
     sample = sample_inputs(samples, classes, positions, dtype=DTYPES[dtype], seed=2, ignored=0.2, **OPTIONS[option])
     check_margin_cross_entropy(margin_cross_entropy, sample)

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: compiled for the CPU with emulated threads (tests/emulator), in processes of their own.
+"""The CUDA kernels without a GPU: compiled for the CPU with emulated threads (tests/emulator), each in a process.
 
 What this cannot show -- the real machine's timing, memory model and conversions -- is for scripts/gpu_check.sh.
 """
@@ -38,10 +38,9 @@ def run_on_the_emulator(file: str, *options: str, device: str = "sm_90") -> str:
     }
     paths = [str(HERE.parent / "emulator"), str(HERE.parent), str(HERE.parent.parent)]
     environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "-p", "emulated_cuda"]
-    result = subprocess.run(
-        [*command, *options, str(HERE / file)], env=environment, capture_output=True, text=True, timeout=1800
-    )
+    plugins = ["-p", "no:cacheprovider", "-p", "emulated_cuda"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", *plugins, *options, str(HERE / file)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-6000:]
     assert "skipped" not in report.splitlines()[-1]
