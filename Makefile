@@ -1,6 +1,7 @@
 # Needs python3 (3.10 or newer), a C++ compiler, make and a package index. Everything is installed into .venv.
 #   make demo    the main job on real data, with a table and two plots
 #   make test    every test
+# LT_KERNELS_BUILD=cuda builds the CUDA C++ kernels too, where torch has CUDA and nvcc is there.
 # TORCH_INDEX chooses where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU-only build.
 
 PYTHON ?= python3
@@ -9,10 +10,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lt_kernels
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+LT_KERNELS_BUILD ?= cpu
 SOURCES := $(shell find csrc -type f 2>/dev/null)
+FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench results report docs aot clean
+.PHONY: help setup demo test lint format bench results report docs aot cuda clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -31,7 +34,7 @@ $(STAMP).dependencies: pyproject.toml constraints.txt | $(STAMP).python
 	touch $@
 
 $(STAMP).extension: $(STAMP).dependencies setup.py $(SOURCES)
-	LT_KERNELS_BUILD=cpu $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	LT_KERNELS_BUILD=$(LT_KERNELS_BUILD) $(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 ## make demo     train on long-tailed digits, measure throughput, write plots to output/
@@ -46,7 +49,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/lt-kernels bench report --check
@@ -55,7 +58,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 ## make bench    benchmarks of a few cases, and whether they have become slower than the committed results say
 bench: setup
@@ -78,6 +81,10 @@ docs: setup
 ## make aot      compile every Triton kernel ahead of time and compare with the committed table (no GPU needed)
 aot: setup
 	$(BIN)/python scripts/aot_gate.py --check
+
+## make cuda     compile the CUDA C++ kernels for every GPU architecture and compare (needs nvcc, no GPU)
+cuda: setup
+	$(BIN)/python scripts/cuda_gate.py --check
 
 ## make clean    remove what was built; keep .venv
 clean:

@@ -21,10 +21,10 @@ using cuda::Kernels;
 using cuda::RowsShape;
 
 constexpr int64_t kGroupBytes = 16;
-constexpr int64_t kSplitGroups = 2048;  // of a block that reads part of a row
-constexpr int64_t kBlocks = 1024;       // where their number is free: several per processor of any chip
-constexpr int64_t kShortRows = 64;      // at least this many rows per sum over rows
-constexpr int64_t kKeptPanel = 98304;   // largest panel in shared memory, so that two blocks fit a processor
+constexpr int64_t kSplitGroups = 2048;       // of a block that reads part of a row
+constexpr int64_t kBlocks = 1024;            // where their number is free: several per processor of any chip
+constexpr int64_t kShortRows = 64;           // at least this many rows per sum over rows
+constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that the system takes
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -61,7 +61,7 @@ RowsShape shape_of(int64_t classes, int64_t itemsize, const device::Facts& facts
   if (groups <= 1024) return {256, 4, 1};
   if (groups <= 2048) return {256, 8, 1};
   // two blocks per processor, so that one computes while the other waits for memory; else one
-  const int64_t room[] = {facts.shared_per_processor / 2 - 1024, facts.shared_per_block};
+  const int64_t room[] = {facts.shared_per_processor / 2 - kReservedPerBlock, facts.shared_per_block};
   const int largest_cluster = facts.major >= 9 ? 8 : 1;
   for (const int64_t bytes : room)
     for (int cluster = 1; cluster <= largest_cluster; cluster *= 2)
@@ -212,9 +212,8 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
     forward_rows(p);
   } else {
     const bool wide = p.wide_panels();
-    const int64_t positions = 32 * (wide ? 8 / input.element_size() : 1);
-    call.keep_panel = with_grad && positions * input.element_size() * p.layout.classes <=
-                                       std::min(kKeptPanel, device::facts().shared_per_block / 2);
+    const device::Facts facts = device::facts();
+    call.panel_room = std::min(facts.shared_per_block, facts.shared_per_processor / 2 - kReservedPerBlock);
     device::check(p.kernels.panels(call, false, wide, p.general(), p.stream));
   }
   if (with_grad && !written.is_same(grad)) grad.copy_(written);

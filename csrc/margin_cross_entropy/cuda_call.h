@@ -77,7 +77,8 @@ struct Call {
   A* z;                // [rows]: RowGradient's, or null
   A* column_sums;      // [chunks, 3, classes]: sums over a chunk's rows of du, dc * x and dm, or null
   int splits, chunks;
-  bool keep_panel;  // whether a panel's logits fit into shared memory
+  int64_t panel_room;  // bytes of shared memory that a block of panels may take
+  bool keep_panel;     // set at launch: a panel's logits stay there until its gradient is written
 };
 
 // How one row is cut up. threads x groups of 16 bytes stay in registers; groups == 0: in shared memory, over the blocks

@@ -972,6 +972,23 @@ LTK_DEVICE A sum_of_lanes(A value) {
   return value;
 }
 
+// A warp's sums for one position, in shared memory: all of them, or what the simple kernels use.
+template <class A, bool kGeneral>
+struct PanelSums : Sums<A> {
+  LTK_METHOD PanelSums of(const Sums<A>& s) { return {s}; }
+  LTK_MEMBER Sums<A> sums() const { return *this; }
+};
+template <class A>
+struct PanelSums<A, false> {
+  A peak, total;
+  LTK_METHOD PanelSums of(const Sums<A>& s) { return {s.peak, s.total}; }
+  LTK_MEMBER Sums<A> sums() const {
+    Sums<A> s = no_sums<A>();
+    s.peak = peak, s.total = total;
+    return s;
+  }
+};
+
 // Panels of 32 x kCount positions, each a block's; block i takes panels i, i + blocks, ... Shared memory: the warps'
 // sums of every position, the positions' records, and (call.keep_panel) the panel's logits.
 template <class T, int kCount, bool kBackward, bool kGeneral>
@@ -982,7 +999,8 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
   constexpr int kPositions = 32 * kCount, kAhead = 4;
   static_assert(kCount <= kPanelWarps);
   const int warp = thread_index() / 32, lane = thread_index() % 32;
-  auto* sums = reinterpret_cast<Sums<A>*>(shared_memory());  // [kPanelWarps, kPositions]
+  using Kept = PanelSums<A, kGeneral>;
+  auto* sums = reinterpret_cast<Kept*>(shared_memory());  // [kPanelWarps, kPositions]
   auto* records = reinterpret_cast<Record<A>*>(sums + kPanelWarps * kPositions);
   auto* kept = reinterpret_cast<Logits*>(records + kPositions);  // [classes, 32]
   const A scale = full_scale(call);
@@ -1048,7 +1066,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
         }
       }
 #pragma unroll
-      for (int v = 0; v < kCount; ++v) sums[warp * kPositions + first_position + v] = s[v];
+      for (int v = 0; v < kCount; ++v) sums[warp * kPositions + first_position + v] = Kept::of(s[v]);
     } else if (kGeneral && call.q) {
       A mass[kCount] = {};
       if (exist)
@@ -1057,7 +1075,11 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
           for (int v = 0; v < kCount; ++v)
             mass[v] += soft_weight(call, probability(call, q + c * call.q_c + v), weight_of(call, c));
 #pragma unroll
-      for (int v = 0; v < kCount; ++v) sums[warp * kPositions + first_position + v].weight = mass[v];
+      for (int v = 0; v < kCount; ++v) {
+        Sums<A> s = no_sums<A>();
+        s.weight = mass[v];
+        sums[warp * kPositions + first_position + v] = Kept::of(s);
+      }
     }
     block_barrier();
 
@@ -1068,12 +1090,12 @@ __global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_c
       const Targets<A> targets = targets_of<T>(call, row, logits);
       Sums<A> s = no_sums<A>();
       if (!kBackward) {
-        for (int i = 0; i < kPanelWarps; ++i) merge<kGeneral>(s, sums[i * kPositions + p]);
+        for (int i = 0; i < kPanelWarps; ++i) merge<kGeneral>(s, sums[i * kPositions + p].sums());
         write_row(call, row, targets, s);
         if (call.grad) records[p] = record_of(call, targets, rest_of(targets, s), s.weight, A(1), A(0));
       } else {
         if (kGeneral && call.q)
-          for (int i = 0; i < kPanelWarps; ++i) s.weight += sums[i * kPositions + p].weight;
+          for (int i = 0; i < kPanelWarps; ++i) s.weight += sums[i * kPositions + p].sums().weight;
         records[p] = backward_record(call, row, targets, s.weight);
         if (call.z) call.z[row] = records[p].z;
       }
@@ -1241,10 +1263,13 @@ struct Launches {
   }
 
   template <int kCount>
-  static Error panels_of(const Call<A>& call, bool backward, bool general, Stream stream) {
+  static Error panels_of(Call<A> call, bool backward, bool general, Stream stream) {
     constexpr int kPositions = 32 * kCount;
-    size_t shared = kPanelWarps * kPositions * sizeof(Sums<A>) + kPositions * sizeof(Record<A>);
-    if (call.keep_panel) shared += sizeof(typename T::Stored) * kPositions * call.classes;
+    const size_t sums = general ? sizeof(PanelSums<A, true>) : sizeof(PanelSums<A, false>);
+    size_t shared = kPanelWarps * kPositions * sums + kPositions * sizeof(Record<A>);
+    const size_t logits = sizeof(typename T::Stored) * kPositions * call.classes;
+    call.keep_panel = call.grad != nullptr && !backward && shared + logits <= static_cast<size_t>(call.panel_room);
+    if (call.keep_panel) shared += logits;
     const int64_t panels = call.rows / call.k * ceil_div(call.k, kPositions);
     const Launch l = {call.column_sums ? call.chunks : panels, 32 * kPanelWarps, shared, 1, stream};
     if (backward)
