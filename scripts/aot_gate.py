@@ -2,14 +2,15 @@
 
     python scripts/aot_gate.py --check    compile, assert, and compare with the committed table
     python scripts/aot_gate.py --write    compile, assert, and rewrite the table (JSON, and docs/kernels.md from it)
+    python scripts/aot_gate.py --no-table compile and assert only: for another Triton than the table was written with
 
 What is compiled is what the launchers launch: they are called with tensors on the meta device while the kernels'
 launch is replaced by a recorder, and the recorded arguments are specialised by Triton's own rules (None and 1 become
 constants, multiples of 16 are marked). Targets: sm_80, sm_90, sm_100, gfx942.
 
 "instructions per logit" is (SASS instructions on the longest path through the sm_90 kernel, predicated ones included,
-NOPs not) * threads / classes: an upper bound of what a row costs, its scalar arithmetic included. Only kernels without
-a loop over the classes have one.
+NOPs not, a loop as often as it runs) * threads / logits: an upper bound of what a program costs, the rows' scalar
+arithmetic included.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MAX_INSTRUCTIONS_PER_LOGIT = 20.0
+#: Asserted limits of instructions per logit: of rows that one program keeps; and what an H200 executes (3.35e13 a
+#: second) while its memory moves the 4 bytes of a bfloat16 logit and its gradient (4.3e12 a second).
+ONE_TILE_BUDGET, MEMORY_BUDGET = 20.0, 31.0
 REGISTERS_PER_BLOCK = 65536
 SHARED_BYTES = 227 * 1024
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -99,12 +102,13 @@ def recording() -> Iterator[list[Launch]]:
 
     class Recorder:
         def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*args: Any, num_warps: int, **named: Any) -> None:
+            def launch(*args: Any, **named: Any) -> None:
                 arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **named}
-                launches.append(Launch(self.kernel, arguments, {"num_warps": num_warps}))
+                options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg") if name in arguments}
+                launches.append(Launch(self.kernel, arguments, options))
 
             return launch
 
@@ -135,7 +139,7 @@ class Configuration:
     positions: int = 1
     transposed: bool = False
     wide: bool = False  # held to 16-byte loads and stores
-    budget: bool = False  # held to the instruction budget
+    budget: float | None = None  # limit of instructions per logit
 
     def launches(self) -> list[Launch]:
         n, c, k = self.rows, self.classes, self.positions
@@ -184,72 +188,127 @@ _HALF, _SINGLE = torch.float16, torch.float32
 
 def _configurations() -> list[Configuration]:
     one_pass = [
-        *(Configuration("plain", c, wide=True, budget=c != 21841) for c in (1000, 8142, 8192, 21841, 32768)),
-        *(Configuration("plain", c, _SINGLE, wide=True, budget=True) for c in (8142, 8192, 32768)),
-        Configuration("plain", 8142, _HALF, wide=True, budget=True),
-        *(Configuration("class_bias", c, options=_VS[:1], wide=True, budget=True) for c in (8142, 8192, 32768)),
-        Configuration("class_bias", 8142, _SINGLE, _VS[:1], wide=True, budget=True),
+        *(
+            Configuration("plain", c, wide=True, budget=ONE_TILE_BUDGET if c != 21841 else None)
+            for c in (1000, 8142, 8192, 21841, 32768)
+        ),
+        *(Configuration("plain", c, _SINGLE, wide=True, budget=ONE_TILE_BUDGET) for c in (8142, 8192, 32768)),
+        Configuration("plain", 8142, _HALF, wide=True, budget=ONE_TILE_BUDGET),
+        *(
+            Configuration("class_bias", c, options=_VS[:1], wide=True, budget=ONE_TILE_BUDGET)
+            for c in (8142, 8192, 32768)
+        ),
+        Configuration("class_bias", 8142, _SINGLE, _VS[:1], wide=True, budget=ONE_TILE_BUDGET),
         *(Configuration("class_bias, class_scale", c, options=_VS, wide=True) for c in (8142, 16384)),
         *(
             Configuration("class_bias, prediction", c, options=(*_VS[:1], "prediction"), wide=True)
             for c in (8142, 16384)
         ),
+        Configuration("class_bias, prediction", 16384, _SINGLE, (*_VS[:1], "prediction"), wide=True),
+        Configuration("class_bias, class_scale, prediction", 16384, _SINGLE, (*_VS, "prediction"), wide=True),
         Configuration("weight, smoothing", 8142, options=("class_bias", "weight", "smoothing"), wide=True),
         Configuration("weight, smoothing", 16384, options=("class_bias", "weight", "smoothing"), wide=True),
         Configuration("angular", 10000, _SINGLE, ("angular", "margin"), wide=True),
         Configuration("mixed", 8142, options=("class_bias", "mixed"), wide=True),
+        Configuration("mixed", 16384, _SINGLE, ("class_bias", "mixed", "margin"), wide=True),
+        Configuration("smoothing", 32768, _SINGLE, ("class_bias", "smoothing"), wide=True),
+        Configuration("mixed, smoothing", 16384, _SINGLE, ("class_bias", "mixed", "smoothing", "margin"), wide=True),
         Configuration("probabilities", 8142, options=("class_bias", "soft"), wide=True),
+        Configuration("probabilities, prediction", 16384, _SINGLE, ("class_bias", "soft", "prediction"), wide=True),
         Configuration("all", 8142, options=_MANY, wide=True),
         Configuration("all", 8142, _SINGLE, _MANY, wide=True),
     ]
     forward_only = [
-        Configuration("no gradient, class_bias", 8142, options=_VS[:1], with_grad=False, budget=True),
-        Configuration("no gradient, class_bias", 8142, _HALF, _VS[:1], with_grad=False, budget=True),
+        Configuration("no gradient, class_bias", 8142, options=_VS[:1], with_grad=False, budget=ONE_TILE_BUDGET),
+        Configuration("no gradient, class_bias", 8142, _HALF, _VS[:1], with_grad=False, budget=ONE_TILE_BUDGET),
         Configuration("no gradient, class_bias", 100003, options=_VS[:1], with_grad=False),
         Configuration("rows without a common alignment, class_bias", 8142, options=_VS[:1], padding=1),
     ]
     looped = [
-        Configuration("plain", 65536, wide=True),
-        Configuration("plain", 65536, _SINGLE, wide=True),
+        Configuration("plain", 32776, wide=True, rows=4096),
+        Configuration("plain", 65536, wide=True, rows=4096, budget=MEMORY_BUDGET),
+        Configuration("plain", 65536, _SINGLE, wide=True, rows=4096, budget=MEMORY_BUDGET),
+        Configuration("class_bias", 65536, options=_VS[:1], wide=True, rows=4096, budget=MEMORY_BUDGET),
+        Configuration("class_bias, prediction", 65536, _SINGLE, (*_VS[:1], "prediction"), wide=True, rows=4096),
+        Configuration("smoothing", 65536, options=("class_bias", "smoothing"), wide=True, rows=4096),
+        Configuration(
+            "all but weights", 65536, _SINGLE, tuple(o for o in _MANY if o not in ("class_scale", "weight")), wide=True
+        ),
         Configuration("class_bias", 100003, options=_VS[:1], wide=True),
         Configuration("probabilities", 65536, options=("soft", "weight", "smoothing"), wide=True),
         Configuration("all", 65536, options=_MANY, wide=True),
     ]
     backward = [
-        Configuration("plain", 8142, needs=("input",), wide=True),
+        Configuration("plain", 8142, needs=("input",), wide=True, budget=ONE_TILE_BUDGET),
         Configuration("class_bias", 8142, _SINGLE, _VS[:1], ("input",), wide=True),
         Configuration("all", 65536, options=_MANY, needs=("input",), wide=True),
         Configuration("probabilities", 8142, options=("class_bias", "soft"), needs=("input",), wide=True),
         Configuration("class_bias, log-sum-exp", 8142, options=_VS[:1], needs=("input",), with_lse=True, wide=True),
         Configuration("rows without a common alignment", 8142, needs=("input",), padding=1),
+        Configuration("class_bias", 8142, options=_VS[:1], needs=("input", "class_bias"), budget=MEMORY_BUDGET),
+        Configuration(
+            "class_bias", 8192, options=_VS[:1], needs=("input", "class_bias"), wide=True, budget=MEMORY_BUDGET
+        ),
         Configuration("class vectors", 8142, options=_MANY, needs=_CLASS_VECTORS),
         Configuration("probabilities", 8142, _SINGLE, ("soft", "weight"), ("input", "target")),
     ]
     tiles = [
-        Configuration("segmentation", 150, rows=4, positions=512 * 512, wide=True),
+        Configuration("segmentation", 150, rows=4, positions=512 * 512, wide=True, budget=MEMORY_BUDGET),
+        Configuration("segmentation", 19, rows=4, positions=512 * 512, wide=True),
+        Configuration(
+            "segmentation, class_bias, prediction", 150, options=(*_VS[:1], "prediction"), rows=4, positions=512 * 512
+        ),
+        Configuration("segmentation", 150, _SINGLE, rows=4, positions=512 * 512, wide=True),
         Configuration("segmentation, all", 150, _SINGLE, _MANY, rows=4, positions=512 * 512),
-        Configuration("segmentation", 19, needs=("input",), rows=4, positions=512 * 512, wide=True),
+        Configuration(
+            "segmentation", 19, needs=("input",), rows=4, positions=512 * 512, wide=True, budget=MEMORY_BUDGET
+        ),
+        Configuration(
+            "segmentation, class_bias", 150, options=_VS[:1], needs=("input", "class_bias"), rows=4, positions=512 * 512
+        ),
         Configuration("segmentation, class vectors", 150, _HALF, _MANY, _CLASS_VECTORS, rows=4, positions=512 * 512),
         Configuration("transposed", 8142, options=_VS[:1], transposed=True, wide=True),
         Configuration("few classes", 10),
+        Configuration("channels last", 19, rows=512 * 512),
         Configuration("few classes", 100, _SINGLE, _VS[:1]),
     ]
-    return [*one_pass, *forward_only, *looped, *backward, *tiles]
+    parts = [
+        Configuration("few rows", 1_000_000, rows=64, wide=True, budget=ONE_TILE_BUDGET),
+        Configuration("few rows, class_bias", 100003, _SINGLE, _VS[:1], rows=16, wide=True),
+        Configuration("few rows, probabilities", 65536, options=("soft", "weight", "smoothing"), rows=64, wide=True),
+        Configuration("few rows, all", 65536, options=_MANY, rows=64, wide=True),
+    ]
+    return [*one_pass, *forward_only, *looped, *parts, *backward, *tiles]
 
 
-def _scale_launches() -> list[tuple[str, Launch]]:
+def _small_launches() -> list[tuple[str, Launch]]:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def mean(rows: int, mixed: bool, weighted: bool) -> None:
+        targets = [meta(rows, dtype=torch.int64) for _ in range(2)]
+        kernels.mean_coefficient(
+            targets[0], targets[1] if mixed else None, meta(1000) if weighted else None, -100, 1000
+        )
+
+    calls = {
+        "scale bfloat16": lambda: kernels.scale_gradient_(meta(1024, 8192, dtype=torch.bfloat16), meta()),
+        "scale float32": lambda: kernels.scale_gradient_(meta(1024, 8192), meta()),
+        "mean of 8192 rows": lambda: mean(8192, False, False),
+        "mean of 8192 rows, mixed, weight": lambda: mean(8192, True, True),
+        "mean of 512 x 512 x 4 pixels": lambda: mean(512 * 512 * 4, False, False),
+        "mean of 512 x 512 x 4 pixels, weight": lambda: mean(512 * 512 * 4, False, True),
+    }
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for name, call in calls.items():
         with recording() as launches:
-            kernels.scale_gradient_(
-                torch.empty((1024, 8192), dtype=dtype, device="meta"), torch.empty((), device="meta")
-            )
-        found += [(f"scale {str(dtype).removeprefix('torch.')}", launch) for launch in launches]
+            call()
+        found += [(name, launch) for launch in launches]
     return found
 
 
-def _longest_path(sass: str) -> tuple[int, bool]:
-    """Instructions on the longest way through, each loop's body once, and whether there is a loop."""
+def _longest_path(sass: str, trips: int = 1) -> int:
+    """Instructions on the longest way through, the body of each loop ``trips`` times."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in sass.splitlines():
@@ -257,24 +316,47 @@ def _longest_path(sass: str) -> tuple[int, bool]:
             labels[label[1]] = len(lines)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*;)", line):
             lines.append(instruction[1])
-    cost = [0] * (len(lines) + 1)
-    reachable_loop = False
-    for i in reversed(range(len(lines))):
-        predicate, opcode = re.match(r"(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", lines[i]).groups()  # type: ignore[union-attr]
-        target = re.search(r"\((\.L_\w+)\)", lines[i])
-        following = cost[i + 1]
-        if opcode.startswith(("EXIT", "RET")):
-            following = following if predicate else 0
-        elif opcode.startswith("CALL") and target:
-            following += cost[labels[target[1]]]
-        elif opcode.startswith("BRA") and target:
-            there = labels[target[1]]
-            conditional = bool(predicate) or lines[i].count(",") > 0
-            reachable_loop |= there < i
-            jump = cost[there] if there > i else 0
-            following = max(following, jump) if conditional else jump
-        cost[i] = following + (opcode != "NOP")
-    return cost[0], reachable_loop
+    parts = [re.match(r"(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line).groups() for line in lines]  # type: ignore[union-attr]
+    targets = [re.search(r"\((\.L_\w+)\)", line) for line in lines]
+
+    def cost_from(first: int, last: int) -> int:
+        """From one instruction to another or to any exit; a jump back or beyond ends the way."""
+        cost = [0] * (len(lines) + 1)
+        for i in reversed(range(first, last + 1)):
+            predicate, opcode = parts[i]
+            following, there = cost[i + 1], labels[targets[i][1]] if targets[i] else -1  # type: ignore[index]
+            if opcode.startswith(("EXIT", "RET")):
+                following = following if predicate else 0
+            elif opcode.startswith("CALL") and there >= 0:
+                following += cost[there] if first <= there <= last else cost_from(there, len(lines) - 1)
+            elif opcode.startswith("BRA") and there >= 0:
+                jump = cost[there] if i < there <= last else 0
+                following = max(following, jump) if predicate or lines[i].count(",") > 0 else jump
+            cost[i] = following + (opcode != "NOP")
+        return cost[first]
+
+    loops = [
+        (labels[t[1]], i) for i, t in enumerate(targets) if t and parts[i][1].startswith("BRA") and labels[t[1]] < i
+    ]
+    return cost_from(0, len(lines) - 1) + (trips - 1) * sum(cost_from(*loop) for loop in loops)
+
+
+def _work(launch: Launch) -> tuple[int, int]:
+    """How often a program of the launch runs its loop, and how many logits it is then through with; 0 for no count."""
+    a, kernel = launch.arguments, launch.kernel.__name__
+    if kernel.startswith("_rows") and a.get("BODY") != "parts":
+        block = a["GROUP"] * a["LANES"] * a["REPEAT"]
+        if kernel == "_rows_forward_kernel":
+            return triton.cdiv(a["classes"], block), a["classes"]
+        columns = a["part_groups"] * a["GROUP"] if kernel == "_rows_statistics_kernel" else block
+        return triton.cdiv(columns, block), columns
+    if kernel == "_tiles_forward_kernel":
+        return triton.cdiv(a["classes"], a["REPEAT"] * a["LANES"]), a["classes"] * a["BLOCK_K"]
+    if kernel == "_soft_mass_kernel":
+        return triton.cdiv(a["classes"], a["BLOCK_C"]), a["classes"] * a["BLOCK_K"]
+    if kernel == "_tiles_backward_kernel":
+        return a["blocks_per_program"], a["blocks_per_program"] * a["BLOCK_C"] * a["BLOCK_K"]
+    return 1, 0
 
 
 def _widths(sass: str, opcode: str) -> dict[str, int]:
@@ -286,7 +368,7 @@ def _widths(sass: str, opcode: str) -> dict[str, int]:
     return {str(width): counts[width] for width in sorted(counts, reverse=True)}
 
 
-def _nvidia(compiled: Any, directory: Path) -> dict[str, Any]:
+def _nvidia(compiled: Any, directory: Path, trips: int) -> dict[str, Any]:
     binary = directory / f"{os.getpid()}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
 
@@ -298,7 +380,7 @@ def _nvidia(compiled: Any, directory: Path) -> dict[str, Any]:
     usage = tool("cuobjdump", "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     sass = tool("nvdisasm", "-c")
-    instructions, loop = _longest_path(sass)
+    instructions = _longest_path(sass, trips)
     if instructions < 10:
         raise RuntimeError(f"could not read the machine code: {instructions} instructions found")
     return {
@@ -306,7 +388,6 @@ def _nvidia(compiled: Any, directory: Path) -> dict[str, Any]:
         "stack": stack + local,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "instructions": instructions,
-        "loop": loop,
         "loads": _widths(sass, "LDG"),
         "stores": _widths(sass, "STG"),
         "shared": compiled.metadata.shared,
@@ -335,12 +416,13 @@ def _problems(record: dict[str, Any], configuration: Configuration | None) -> li
             found.append(f"{target}: {record[target]['registers']} registers x {record['num_warps']} warps do not fit")
     if sm90["shared"] > SHARED_BYTES:
         found.append(f"{sm90['shared']} bytes of shared memory, at most {SHARED_BYTES}")
-    if configuration is not None and configuration.wide and record["kernel"].startswith(("_rows", "_tiles")):
-        for kind in ("loads", "stores"):
+    wide = configuration is not None and configuration.wide and record.get("BODY") != "parts"
+    if wide and record["kernel"].startswith(("_rows", "_tiles")):
+        for kind in ("loads",) if record["kernel"] == "_rows_statistics_kernel" else ("loads", "stores"):
             if "128" not in sm90[kind]:
                 found.append(f"no 16-byte {kind}: {sm90[kind]}")
-    if configuration is not None and configuration.budget and not record["per_logit"] <= MAX_INSTRUCTIONS_PER_LOGIT:
-        found.append(f"{record['per_logit']} instructions per logit, at most {MAX_INSTRUCTIONS_PER_LOGIT}")
+    if "budget" in record and not record["per_logit"] <= record["budget"]:
+        found.append(f"{record['per_logit']} instructions per logit, at most {record['budget']}")
     return found
 
 
@@ -350,16 +432,18 @@ def _compile(
     """Table row of one launch, and its problems."""
     os.environ["TRITON_CACHE_DIR"] = directory
     record: dict[str, Any] = {"case": name, "kernel": launch.kernel.__name__, **launch.options}
-    constants = ("GROUP", "BLOCK", "BLOCK_C", "BLOCK_K", "ONE_TILE")
+    constants = ("BODY", "GROUP", "LANES", "REPEAT", "BLOCK", "BLOCK_C", "BLOCK_K")
     record.update({key: launch.arguments[key] for key in constants if key in launch.arguments})
+    trips, logits = _work(launch)
     for target, gpu in TARGETS.items():
-        compiled = triton.compile(launch.source(), target=gpu, options=dict(launch.options))
-        record[target] = _amd(compiled) if gpu.backend == "hip" else _nvidia(compiled, Path(directory))
+        options = {key: value for key, value in launch.options.items() if key != "maxnreg" or gpu.backend == "cuda"}
+        compiled = triton.compile(launch.source(), target=gpu, options=options)
+        record[target] = _amd(compiled) if gpu.backend == "hip" else _nvidia(compiled, Path(directory), trips)
     sm90 = record["sm_90"]
-    if configuration is not None and record.get("ONE_TILE"):
-        record["per_logit"] = round(sm90["instructions"] * 32 * launch.options["num_warps"] / configuration.classes, 1)
-        if configuration.budget:
-            record["budget"] = MAX_INSTRUCTIONS_PER_LOGIT
+    if logits:
+        record["per_logit"] = round(sm90["instructions"] * 32 * launch.options["num_warps"] / logits, 1)
+        if configuration is not None and configuration.budget is not None:
+            record["budget"] = configuration.budget
     for target in ("sm_80", "sm_100"):
         record[target] = {key: record[target][key] for key in ("registers", "stack", "spills")}
     return record, [f"{name} {record['kernel']}: {problem}" for problem in _problems(record, configuration)]
@@ -371,7 +455,7 @@ def _tasks(only: str) -> list[tuple[str, Launch, Configuration | None]]:
         direction = f"backward ({', '.join(c.needs)})" if c.needs else "forward" + " + gradient" * c.with_grad
         name = f"{c.name}, C {c.classes}, {str(c.dtype).removeprefix('torch.')}, {direction}"
         tasks += [(name, launch, c) for launch in c.launches()]
-    tasks += [(name, launch, None) for name, launch in _scale_launches()]
+    tasks += [(name, launch, None) for name, launch in _small_launches()]
     return [task for task in tasks if only in task[0]]
 
 
@@ -388,20 +472,51 @@ def build(only: str = "", jobs: int = 1) -> tuple[list[dict[str, Any]], list[str
     return [row for row, _ in results], [problem for _, problems in results for problem in problems]
 
 
+_PATHS = """
+# Machine code of the Triton kernels
+
+Written by `python scripts/aot_gate.py --write`, like `benchmarks/results/aot/margin_cross_entropy.json`. Compiled ahead
+of time with Triton {triton}, not run: no GPU is needed for it. Nothing on this page has been measured on one.
+
+## How wide rows are visited
+
+Rows of up to 32,768 classes stay in the registers of one program (16,384 with class_scale, with label smoothing and
+class weights, with class probabilities, for predictions, with a mixed target, or with any two options beside
+class_bias, scale and margin; 8192 with two of the first three): each logit is read once and its gradient written
+once. Wider rows are read twice where a gradient is computed. Either one program *loops* over a row, so that the
+second read, last tile first, finds in L2 what the first one left there; or rows are split into *parts* of 8192
+classes, each with a program of its own, merged in order by a small kernel before the gradient's programs start. Which
+of the two depends on the sizes alone, never on the device: on what should take less time on 132 multiprocessors that
+share 25 MB of L2. The number in each cell is the traffic that this estimate counts with, in units of the logits' own
+bytes: 2 is the floor, and 3 means that nothing is left in L2 for the second read.
+"""
+
+_CODE = """
+## Registers, instructions, widths
+
+Per logit: SASS instructions on the longest path through the kernel, loops as often as they run, x threads / logits of
+the program. Of the branches for the alignment of a class vector the longest counts. Loads and stores: how many of each
+width in bits. No kernel uses a stack or spills.
+
+The limits in the table are asserted: {one_tile:.0f} for cross-entropy and logit adjustment of rows that one program
+keeps, {memory:.0f} for others: what an H200 can execute while its memory moves a bfloat16 logit and its gradient. The
+rest is recorded, not held to a limit: it does more for each logit (class_scale and weights are loaded for every column;
+predictions and probabilities add sums of their own), or pads (21,841 classes fill 32,768 lanes), or has rows of too few
+classes to share their scalar arithmetic.
+"""
+
+
 def _view(table: dict[str, Any]) -> str:
     """The table as Markdown."""
+    paths, code = _PATHS.format(**table), _CODE.format(one_tile=ONE_TILE_BUDGET, memory=MEMORY_BUDGET)
     lines = [
-        "# Machine code of the Triton kernels",
+        *paths.strip().splitlines(),
         "",
-        "Written by `python scripts/aot_gate.py --write`, like `benchmarks/results/aot/margin_cross_entropy.json`.",
-        f"Compiled ahead of time with Triton {table['triton']}, not run: no GPU is needed for it. Instructions per",
-        "logit: SASS instructions on the longest path through the kernel x threads / classes (kernels without a loop",
-        "over the classes). Loads and stores: how many of each width in bits. No kernel uses a stack or spills.",
+        "| rows x classes | bfloat16 | float32 |",
+        "|---|---|---|",
+        *_paths(),
         "",
-        f"At most {MAX_INSTRUCTIONS_PER_LOGIT} instructions per logit are asserted for the rows that say so:",
-        "cross-entropy and logit adjustment, where a row fills its block. The others are recorded, not held to it:",
-        "they do more for each logit (class_scale and weights are loaded for every column, at alignments that depend",
-        "on the row; prediction and probabilities add sums of their own), or pad (21,841 classes fill 32,768 lanes).",
+        *code.strip().splitlines(),
         "",
         "| case | kernel | warps | registers sm_80 / 90 / 100 / gfx942 | per logit | loads | stores | shared |",
         "|---|---|---|---|---|---|---|---|",
@@ -421,6 +536,20 @@ def _view(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _paths() -> list[str]:
+    """How the launch table visits rows, with the estimate that it goes by."""
+
+    def cell(rows: int, classes: int, itemsize: int) -> str:
+        launch, row_bytes = kernels._rows_launch(rows, classes, itemsize, True), classes * itemsize
+        if launch.body == "tile":
+            return f"one tile, {launch.num_warps} warps, 2.0"
+        together = rows if launch.body == "parts" else 132
+        return f"{launch.body}, {launch.num_warps} warps, {kernels._traffic(together * row_bytes, True):.1f}"
+
+    sizes = [(n, c) for c in (8142, 32768, 65536, 100_000, 1_000_000) for n in (64, 256, 4096)]
+    return [f"| {n} x {c:,} | {cell(n, c, 2)} | {cell(n, c, 4)} |" for n, c in sizes]
+
+
 def _text(table: dict[str, Any]) -> str:
     """One row a line, so that differences can be read."""
     rows = ",\n".join("  " + json.dumps(row) for row in table["rows"])
@@ -432,6 +561,7 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--check", action="store_true", help="compare with the committed table")
     mode.add_argument("--write", action="store_true", help="rewrite the committed table")
+    mode.add_argument("--no-table", action="store_true", help="compile and assert only")
     parser.add_argument("--only", default="", metavar="TEXT", help="check only cases whose name contains TEXT")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes (default 2)")
     parser.add_argument("--table", type=Path, default=TABLE, help="another table than the committed one")
@@ -453,7 +583,7 @@ def main() -> int:
         if options.table == TABLE:
             VIEW.write_text(_view(table))
         print(f"wrote {options.table}")
-    else:
+    elif options.check:
         problems += _differences(table, options.table, options.only)
     return 1 if problems else 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lt_kernels
-from lt_kernels.functional import margin_cross_entropy
+from lt_kernels.functional import _total_weight, margin_cross_entropy
 from lt_kernels.ops.margin_cross_entropy import triton as backend
 from lt_kernels.testing import Sample, check_margin_cross_entropy, sample_inputs
 
@@ -120,16 +120,117 @@ def test_inat18_rows(option, dtype):
     check(sample)
 
 
+@pytest.fixture(params=["loop", "parts"])
+def several_tiles(request, monkeypatch):
+    """Rows too wide for one tile: tiles of 512 columns, where in parts of 640 columns."""
+
+    def launch(rows, classes, itemsize, aligned, *others, **named):
+        group = 16 // itemsize if aligned else 1
+        return backend._RowsLaunch(
+            request.param, group, 16 // group, 1, part_groups=640 // group, parts=-(-classes // 640)
+        )
+
+    monkeypatch.setattr(backend, "_rows_launch", launch)
+
+
+@pytest.mark.usefixtures("several_tiles")
+class TestRowsWiderThanOneTile:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("option", OPTIONS)
+    def test_value_and_gradients(self, option, dtype):
+        check(sample_inputs(3, 1400, dtype=DTYPES[dtype], seed=3, ignored=0.3, **OPTIONS[option]))
+
+    @pytest.mark.parametrize("classes", [640, 1280, 1281, 1535, 2049])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_odd_sizes(self, classes, reduction):
+        check(sample_inputs(3, classes, dtype=torch.bfloat16, options=("class_bias",), seed=3, reduction=reduction))
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    @pytest.mark.parametrize("before", [0, 1, 3, 8])
+    def test_neighbouring_memory_is_not_read(self, before, dtype):
+        for option in ("bias", "probabilities"):
+            sample = sample_inputs(3, 1203, dtype=DTYPES[dtype], seed=5, **OPTIONS[option])
+            sample.input = window(sample.input, before, 5)
+            check(sample)
+
+    def test_channels_last(self):
+        sample = sample_inputs(2, 700, (3,), seed=7, **OPTIONS["bias"])
+        sample.input = sample.input.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        check(sample)
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    def test_prediction(self, dtype):
+        """The first column of the maximum, and of a NaN, wherever it is and however often."""
+        torch.manual_seed(4)
+        x = torch.randn(12, 1403).to(DTYPES[dtype])
+        x[1] = 0.0
+        x[2, [5, 700, 1402]] = 9.0
+        x[3, [639, 640]] = 9.0
+        x[4, [1280, 1281, 1402]] = 9.0
+        x[5] = -math.inf
+        x[6, :1300] = -math.inf
+        x[7, [650, 3, 1402]] = math.nan
+        x[8, 1402] = math.nan
+        x[9, [600, 601]] = math.inf
+        x[10, 1402] = 9.0
+        x[11, :9] = 9.0
+        target = torch.tensor([3, 3, 700, 639, 0, 3, 1400, 0, 0, 0, 1402, 0])
+        for grad in (False, True):
+            output = on_triton(x.clone().requires_grad_(grad), target, return_prediction=True)
+            assert torch.equal(output.prediction, x.argmax(1))
+
+    def test_masked_classes(self):
+        """Whole tiles and parts of -inf, among them all columns but the target's."""
+        sample = sample_inputs(5, 1403, seed=11)
+        with torch.no_grad():
+            sample.input[0, :700] = -math.inf
+            sample.input[1, 100:] = -math.inf
+            sample.input[2, 512:1300] = -math.inf
+            sample.input[3, :] = -math.inf
+            sample.input[3, 1000] = 3.0
+        sample.target[:] = torch.tensor([1402, 4, 1, 1000, 9])
+        check(sample)
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("target", [-1, 1400, 2**40])
+    def test_a_bad_target_makes_its_row_nan_and_no_other(self, target, reduction):
+        sample = sample_inputs(3, 1400, seed=8)
+        sample.target[1] = target
+        loss = on_triton(sample.input, sample.target, reduction=reduction)
+        (grad,) = torch.autograd.grad(loss.sum(), sample.input)
+        assert loss.isnan().tolist() == ([False, True, False] if reduction == "none" else True)
+        assert grad.isnan().all(1).tolist() == [False, True, False]
+        assert grad.isnan().any(1).tolist() == [False, True, False]
+
+    @pytest.mark.parametrize("option", ["vectors", "mixed", "all probabilities"])
+    def test_the_same_bits_every_time(self, option):
+        def run() -> list[Tensor]:
+            sample = sample_inputs(3, 1300, seed=9, **OPTIONS[option])
+            loss = on_triton(sample.input, sample.target, **sample.options)
+            return [loss.detach(), *torch.autograd.grad(loss, list(sample.differentiable.values()))]
+
+        for first, second in zip(run(), run(), strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("option", ["plain", "vectors", "smoothing", "mixed", "probabilities", "all probabilities"])
-def test_rows_wider_than_one_tile(option, dtype, monkeypatch):
-    """The looped kernel, with small tiles so that a row has several."""
-    real = backend._rows_launch
-    monkeypatch.setattr(backend, "_rows_launch", lambda *args: real(*args)._replace(block=512, one_tile=False))
-    check(sample_inputs(3, 1400, dtype=DTYPES[dtype], seed=3, **OPTIONS[option]))
-    sample = sample_inputs(4, 1203, dtype=DTYPES[dtype], seed=4)
-    output = on_triton(sample.input, sample.target, return_prediction=True)
-    assert torch.equal(output.prediction, sample.input.argmax(1))
+def test_launches_of_wide_rows(rows, dtype):
+    """As the launch table has them."""
+    check(sample_inputs(rows, 40_003, dtype=DTYPES[dtype], seed=12, options=("class_bias",)))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("classes", [130, 201])
+def test_prediction_of_ties_and_nan(classes, dtype):
+    x = torch.zeros(6, classes).to(DTYPES[dtype])
+    x[1, [9, 100, 129]] = 1.0
+    x[2, [8, 100]] = math.nan
+    x[3] = -math.inf
+    x[4, 129] = 1.0
+    x[5, [0, 127, 128]] = math.inf
+    target = torch.tensor([0, 9, 100, 3, 129, 60])
+    assert torch.equal(on_triton(x, target, return_prediction=True).prediction, x.argmax(1))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -143,6 +244,10 @@ def test_neighbouring_memory_is_not_read(before, reduction, dtype):
     sample = sample_inputs(2, 40, (9,), dtype=DTYPES[dtype], seed=5, reduction=reduction)
     sample.input = window(sample.input, before, 5)
     check(sample)
+    for classes in (132, 201):  # with the gradients of class vectors
+        sample = sample_inputs(4, classes, dtype=DTYPES[dtype], seed=5, reduction=reduction, **OPTIONS["vectors"])
+        sample.input = window(sample.input, before, 4)
+        check(sample)
 
 
 LAYOUTS = {
@@ -208,6 +313,37 @@ def test_scale_gradient(factor):
     backend.scale_gradient_(grad, torch.tensor(factor))
     assert torch.equal(grad, expected)
     grad.new_empty((1,))  # the fixture wants to see an allocation
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("rows", [0, 1, 129, 20_000])
+@pytest.mark.parametrize("option", ["plain", "weight", "mixed", "mixed, weight", "all ignored"])
+def test_mean_coefficient(option, rows, dtype, monkeypatch):
+    torch.manual_seed(rows)
+    ignore_index = -100 if dtype.is_signed else 255
+    target, other = (torch.randint(0, 30, (rows,)).to(dtype) for _ in range(2))
+    for t in (target, other):
+        t[torch.rand(rows) < (1.0 if option == "all ignored" else 0.3)] = ignore_index
+        t[-1:] = 200  # out of range
+        t[-2:-1] = -1 if dtype.is_signed else 254
+    if option == "all ignored":
+        target.fill_(ignore_index)
+    weight = torch.rand(30) if "weight" in option else None
+    mixed = other if "mixed" in option else None
+    expected = torch.cat(
+        [
+            _total_weight(t.long(), weight, ignore_index, 30, torch.float32).reciprocal()
+            for t in (target, mixed)
+            if t is not None
+        ]
+    )
+    for counted in (8192, 128):
+        monkeypatch.setattr(backend, "_COUNTED", counted)
+        actual = backend.mean_coefficient(target, mixed, weight, ignore_index, 30)
+        if weight is None:
+            assert torch.equal(actual, expected)
+        else:
+            torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0.0)
 
 
 def test_a_row_with_one_finite_logit():
