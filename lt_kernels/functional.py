@@ -11,9 +11,8 @@ from torch import Tensor
 
 from . import _settings
 from .ops._backend import resolve
-from .ops._reduce import ordered_sum
 from .ops.margin_cross_entropy.arguments import Arguments
-from .ops.margin_cross_entropy.op import OP, forward
+from .ops.margin_cross_entropy.op import OP, forward, mean_coefficient
 
 __all__ = ["MarginCrossEntropyOutput", "margin_cross_entropy"]
 
@@ -161,6 +160,7 @@ def margin_cross_entropy(
         if mixed_target is not None:
             _check_values(mixed_target, ignore_index, classes, "mixed_target")
 
+    backend = resolve(OP, input)
     logits, row_shape = _rows(input)
     index_shape = (logits.shape[0], logits.shape[2])
     if soft:
@@ -176,10 +176,7 @@ def margin_cross_entropy(
         share_of_row = 1 / max(1, math.prod(index_shape))
         coefficient = torch.full((1,), share_of_row, dtype=compute_dtype, device=input.device)
     elif reduction == "mean":
-        coefficient = _total_weight(target, weight, ignore_index, classes, compute_dtype).reciprocal()
-        if mixed_target is not None:
-            other = _total_weight(mixed_target, weight, ignore_index, classes, compute_dtype).reciprocal()
-            coefficient = torch.cat([coefficient, other])
+        coefficient = mean_coefficient(target, mixed_target, weight, ignore_index, classes, compute_dtype, backend)
 
     needs_other = any(
         t is not None and t.requires_grad for t in (class_bias, class_scale, class_margin, learned_scale, target)
@@ -212,7 +209,7 @@ def margin_cross_entropy(
         ignore_index,
         label_smoothing,
     )
-    loss, lse, prediction, _, _ = forward(*arguments, reduce, return_prediction, one_pass, resolve(OP, input))
+    loss, lse, prediction, _, _ = forward(*arguments, reduce, return_prediction, one_pass, backend)
     if not reduce:
         loss = loss.reshape(row_shape)
     elif reduction == "mean" and math.prod(index_shape) == 0:
@@ -234,14 +231,6 @@ def _rows(input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return input[:, :, None], (input.shape[0],)
     positions = input.shape[2:]
     return input.reshape(input.shape[0], input.shape[1], math.prod(positions)), (input.shape[0], *positions)
-
-
-def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype) -> Tensor:
-    """Sum of the class weights of the targets that are not ignored, [1]."""
-    valid = (target != ignore_index).reshape(-1)
-    if weight is None:
-        return valid.sum(0, keepdim=True).to(dtype)
-    return ordered_sum(weight[target.reshape(-1).clamp(0, classes - 1)] * valid).reshape(1)
 
 
 def _check_logits(input: Tensor) -> int:

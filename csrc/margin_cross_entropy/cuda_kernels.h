@@ -715,10 +715,19 @@ struct SourceOf<T, kThreads, 0> {
 
 constexpr int kRowsPerBlock = 4;  // where a row is one warp's
 
+// How many blocks of a kernel must fit a processor, so that some compute while others wait for memory: this bounds the
+// registers. 1 where more would spill.
+constexpr int blocks_per_processor(int threads, int groups, bool general) {
+  if (general) return 1;
+  if (threads <= 128) return 6;
+  return groups == 4 ? 4 : groups == 8 ? 3 : 2;
+}
+
 // A row's loss and, where call.grad, its gradient, the row staying on the chip. A row is the work of one warp
 // (kThreads 32), of one block, or (kGroups 0) of the blocks of a cluster.
 template <class T, int kThreads, int kGroups, bool kGeneral>
-__global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
+__global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads,
+                                  blocks_per_processor(kThreads, kGroups, kGeneral))
     rows_forward_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   constexpr int kWarps = kThreads / 32, kRows = kWarps == 1 ? kRowsPerBlock : 1;
@@ -784,7 +793,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
 
 // Sums over one of call.splits ranges of a row's columns per block.
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kSplitThreads)
+__global__ void __launch_bounds__(kSplitThreads, 1)
     rows_statistics_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   constexpr int kWarps = kSplitThreads / 32;
@@ -810,7 +819,7 @@ __global__ void __launch_bounds__(kSplitThreads)
 // One warp per row: merges its parts, writes its outputs and, where call.grad, its record for an upstream gradient
 // of 1.
 template <class T>
-__global__ void __launch_bounds__(32 * kRowsPerBlock)
+__global__ void __launch_bounds__(32 * kRowsPerBlock, 1)
     rows_finish_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   const int lane = thread_index() % 32;
@@ -827,7 +836,7 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
 
 // One warp per row: its record for the upstream gradients.
 template <class T>
-__global__ void __launch_bounds__(32 * kRowsPerBlock)
+__global__ void __launch_bounds__(32 * kRowsPerBlock, 1)
     rows_records_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   const int lane = thread_index() % 32;
@@ -850,7 +859,7 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
 // Gradients of logits and probabilities from records: kThreads x kChunkGroups groups of a row per block or (kThreads
 // 32) warp. A row is call.splits of them.
 template <class T, int kThreads, bool kGeneral>
-__global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
+__global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads, 1)
     rows_gradient_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   constexpr int kRows = kThreads == 32 ? kRowsPerBlock : 1;
@@ -897,7 +906,7 @@ LTK_DEVICE ColumnGradient<A> column_gradient(const Call<A>& call, const Record<A
 
 // A block takes kColumnThreads x kCount columns of the rows of one of call.chunks chunks.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     columns_gradient_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   using Stored = typename T::Stored;
@@ -992,7 +1001,7 @@ struct PanelSums<A, false> {
 // Panels of 32 x kCount positions, each a block's; block i takes panels i, i + blocks, ... Shared memory: the warps'
 // sums of every position, the positions' records, and (call.keep_panel) the panel's logits.
 template <class T, int kCount, bool kBackward, bool kGeneral>
-__global__ void __launch_bounds__(32 * kPanelWarps) panels_kernel(const __grid_constant__ Call<typename T::A> call) {
+__global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   using Stored = typename T::Stored;
   using Logits = Pack<Stored, kCount>;

@@ -26,7 +26,8 @@ def unavailable_reason(device_type: str) -> str | None:
         return module
     if device_type in module.build_info()["devices"]:
         return None
-    return f"the extension was built without kernels for {device_type} tensors (LT_KERNELS_BUILD={device_type} builds them)"
+    hint = f"LT_KERNELS_BUILD={device_type} builds them"
+    return f"the extension was built without kernels for {device_type} tensors ({hint})"
 
 
 def build_info() -> dict[str, Any] | None:

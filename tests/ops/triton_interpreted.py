@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import lt_kernels
-from lt_kernels.functional import _total_weight, margin_cross_entropy
+from lt_kernels.functional import margin_cross_entropy
 from lt_kernels.ops.margin_cross_entropy import triton as backend
+from lt_kernels.ops.margin_cross_entropy.op import mean_coefficient
 from lt_kernels.testing import Sample, check_margin_cross_entropy, sample_inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -330,13 +331,8 @@ def test_mean_coefficient(option, rows, dtype, monkeypatch):
         target.fill_(ignore_index)
     weight = torch.rand(30) if "weight" in option else None
     mixed = other if "mixed" in option else None
-    expected = torch.cat(
-        [
-            _total_weight(t.long(), weight, ignore_index, 30, torch.float32).reciprocal()
-            for t in (target, mixed)
-            if t is not None
-        ]
-    )
+    second = None if mixed is None else mixed.long()
+    expected = mean_coefficient(target.long(), second, weight, ignore_index, 30, torch.float32, "reference")
     for counted in (8192, 128):
         monkeypatch.setattr(backend, "_COUNTED", counted)
         actual = backend.mean_coefficient(target, mixed, weight, ignore_index, 30)

@@ -82,6 +82,54 @@ BACKWARD = define(
 )
 
 
+def _mean_coefficient(
+    target: Tensor,
+    mixed_target: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return load(OP, backend).mean_coefficient(target, mixed_target, weight, ignore_index, classes, dtype)
+
+
+def _mean_coefficient_fake(target: Tensor, mixed_target: Tensor | None, *args: Any) -> Tensor:
+    return target.new_empty((1 if mixed_target is None else 2,), dtype=args[3])
+
+
+MEAN_COEFFICIENT = define(
+    f"{OP}_mean_coefficient(Tensor target, Tensor? mixed_target, Tensor? weight, int ignore_index, int classes,"
+    " ScalarType dtype, str backend) -> Tensor",
+    _mean_coefficient,
+    _mean_coefficient_fake,
+)
+
+
+def mean_coefficient(
+    target: Tensor,
+    mixed_target: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """1 / total class weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf where 0."""
+    if backend == "triton" and not torch.compiler.is_compiling():  # one launch; compiled code fuses what follows
+        return torch.ops.lt_kernels.margin_cross_entropy_mean_coefficient(
+            target, mixed_target, weight, ignore_index, classes, dtype, backend
+        )
+    totals = []
+    for each in (target,) if mixed_target is None else (target, mixed_target):
+        valid = (each != ignore_index).reshape(-1)
+        if weight is None:
+            totals.append(valid.sum(0, keepdim=True).to(dtype))
+        else:
+            totals.append(ordered_sum(weight[each.reshape(-1).clamp(0, classes - 1)] * valid).reshape(1))
+    return (totals[0] if mixed_target is None else torch.cat(totals)).reciprocal()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *arguments, _, _, with_grad, backend = inputs
     _, _, prediction, rest, grad_input = output
