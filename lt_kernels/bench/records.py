@@ -125,16 +125,20 @@ def versions() -> dict[str, str | None]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this package is imported from, with "-dirty" where files changed; None outside of one."""
+    """Commit of the checkout this package is imported from, with "-dirty" where its code changed; None outside of one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return os.environ.get("LT_KERNELS_GIT_REVISION")  # a copy of a checkout without its history
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        revision = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+        changed = git("status", "--porcelain", "--", "lt_kernels", "csrc", "setup.py").stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() or None
+    return f"{revision}-dirty" if revision and changed else revision or None
 
 
 def load(path: Path) -> list[Record]:
