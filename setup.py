@@ -25,6 +25,7 @@ CUDA_SOURCES = [
 CUDA_FLAGS = ["-O3"]
 #: Compute capabilities that are built for where neither TORCH_CUDA_ARCH_LIST nor a GPU says which.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_ARCHITECTURES_BEFORE_12_8 = "8.0;9.0+PTX"
 # GCC warns about vector arguments of functions that are inlined anyway, and about its own AVX-512 headers.
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
@@ -55,32 +56,46 @@ def reason_against() -> str | None:
     return None
 
 
+def nvcc_release(home: str) -> tuple[int, int] | None:
+    nvcc = os.path.join(home, "bin", "nvcc")
+    found = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def reason_against_cuda() -> str | None:
     """Why the CUDA kernels cannot be built where the CPU ones can, or None."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
+    too_old = re.findall(r"\b[1-7]\.\d", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if too_old:
+        return f"TORCH_CUDA_ARCH_LIST names {too_old[0]}; the CUDA kernels need compute capability 8.0 or newer"
     if torch.version.cuda is None:
         return "torch was built without CUDA"
     needed = [os.path.join(CUDA_HOME or "", *path) for path in (("bin", "nvcc"), ("include", "cuda_runtime.h"))]
     missing = next((path for path in needed if not os.path.exists(path)), None)
     if missing is not None:
         return f"CUDA_HOME={CUDA_HOME} is no CUDA toolkit: {missing} is not there"
-    version = subprocess.run([needed[0], "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+)\.(\d+)", version)
-    if found is None or found[1] != torch.version.cuda.split(".")[0]:
-        release = f"{found[1]}.{found[2]}" if found else "unknown"
-        return f"nvcc is version {release}, but torch was built with CUDA {torch.version.cuda}"
+    release = nvcc_release(CUDA_HOME)
+    if release is None or release[0] != int(torch.version.cuda.split(".")[0]):
+        version = ".".join(map(str, release)) if release else "unknown"
+        return f"nvcc is version {version}, but torch was built with CUDA {torch.version.cuda}"
     return None
 
 
 def cuda_architectures() -> str:
     """Compute capabilities to build for, in the manner of TORCH_CUDA_ARCH_LIST, which this sets for torch's builder."""
     import torch
+    from torch.utils.cpp_extension import CUDA_HOME
 
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        default = (
+            CUDA_ARCHITECTURES if (nvcc_release(CUDA_HOME) or (0, 0)) >= (12, 8) else CUDA_ARCHITECTURES_BEFORE_12_8
+        )
         here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{a}.{b}" for a, b in sorted(here)) or CUDA_ARCHITECTURES
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{a}.{b}" for a, b in sorted(here)) or default
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
 
 

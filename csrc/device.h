@@ -69,6 +69,18 @@ LTK_DEVICE void cluster_barrier() {
 #endif
 }
 
+// A barrier in two halves: what a thread needs from others before it arrives must already be in its registers.
+LTK_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+LTK_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // The same place in the shared memory of another block of the cluster.
 template <class V>
 LTK_DEVICE V* peer_memory(V* mine, int rank) {
@@ -120,11 +132,24 @@ struct Launch {
   Stream stream;
 };
 
+// Blocks per cluster that a kernel's code for the current device can use: code compiled for less than compute
+// capability 9.0 has no clusters, on newer chips too.
+template <class Kernel>
+int largest_cluster(Kernel* kernel) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 1;  // the launch will say why
+  return attributes.ptxVersion >= 90 ? 8 : 1;
+}
+
 template <class Argument>
 Error launch(void (*kernel)(Argument), const Launch& l, const Argument& argument) {
-  if (l.shared_bytes > 48 * 1024) {  // what a block gets without asking
-    const Error error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes));
+  if (l.shared_bytes > 48 * 1024) {  // what a block gets without asking; always the most, for other threads launch too
+    int device = 0, most = 0;
+    Error error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);  // percent
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

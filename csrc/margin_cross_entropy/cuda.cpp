@@ -54,15 +54,16 @@ cuda::Dtype dtype_of(const Tensor& t) {
 }
 
 // How a row whose gradient is wanted stays on the chip; threads 0 where it cannot.
-RowsShape shape_of(int64_t classes, int64_t itemsize, const device::Facts& facts) {
+template <class A>
+RowsShape shape_of(int64_t classes, int64_t itemsize, const device::Facts& facts, const Kernels<A>& kernels) {
   const int64_t groups = classes * itemsize / kGroupBytes;
   if (groups <= 128) return {32, 4, 1};
   if (groups <= 512) return {128, 4, 1};
-  if (groups <= 1024) return {256, 4, 1};
+  if (groups <= 1024) return {128, 8, 1};
   if (groups <= 2048) return {256, 8, 1};
   // two blocks per processor, so that one computes while the other waits for memory; else one
   const int64_t room[] = {facts.shared_per_processor / 2 - kReservedPerBlock, facts.shared_per_block};
-  const int largest_cluster = facts.major >= 9 ? 8 : 1;
+  const int largest_cluster = kernels.largest_cluster();
   for (const int64_t bytes : room)
     for (int cluster = 1; cluster <= largest_cluster; cluster *= 2)
       if (ceil_div(groups, cluster) * kGroupBytes + cuda::kRowBytesReserved <= std::min(bytes, facts.shared_per_block))
@@ -167,27 +168,20 @@ struct Prepared {
 template <class A>
 void forward_rows(Prepared<A>& p) {
   Call<A>& call = p.call;
-  const device::Facts facts = device::facts();
   const int64_t itemsize = p.layout.input.element_size(), groups = p.layout.classes * itemsize / kGroupBytes;
-  const RowsShape shape = shape_of(p.layout.classes, itemsize, facts);
+  const RowsShape shape = shape_of(p.layout.classes, itemsize, device::facts(), p.kernels);
   if (shape.groups > 0 || (call.grad && shape.threads > 0)) {
     device::check(p.kernels.rows_forward(call, shape, p.general(), p.stream));
     return;
   }
-  // Two passes, over as many rows at a time as the second finds in the second-level cache.
-  call.splits = static_cast<int>(ceil_div(groups, kSplitGroups));
-  const int64_t row_bytes = p.layout.classes * itemsize;
-  int64_t batch = call.grad ? std::max<int64_t>(1, facts.l2 / 4 / row_bytes) : p.layout.rows;
-  batch = std::min({batch, p.layout.rows, kMost / call.splits});
-  call.parts = static_cast<cuda::Sums<A>*>(p.bytes(batch * call.splits * sizeof(cuda::Sums<A>)).mutable_data_ptr());
+  call.splits = static_cast<int>(ceil_div(groups, kSplitGroups));  // two passes, or one that only reads
+  call.parts =
+      static_cast<cuda::Sums<A>*>(p.bytes(p.layout.rows * call.splits * sizeof(cuda::Sums<A>)).mutable_data_ptr());
   if (call.grad)
     call.records = static_cast<cuda::Record<A>*>(p.bytes(p.layout.rows * sizeof(cuda::Record<A>)).mutable_data_ptr());
-  for (call.row_begin = 0; call.row_begin < p.layout.rows; call.row_begin = call.row_end) {
-    call.row_end = std::min(p.layout.rows, call.row_begin + batch);
-    device::check(p.kernels.rows_statistics(call, p.general(), p.stream));
-    device::check(p.kernels.rows_finish(call, p.stream));
-    if (call.grad) device::check(p.kernels.rows_gradient(call, p.general(), p.stream));
-  }
+  device::check(p.kernels.rows_statistics(call, p.general(), p.stream));
+  device::check(p.kernels.rows_finish(call, p.stream));
+  if (call.grad) device::check(p.kernels.rows_gradient(call, p.general(), p.stream));
 }
 
 template <class A>
@@ -230,7 +224,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   for (Tensor& grad : grads) grad = at::empty({0}, options);
   if (needs.get(kInput)) grads[kInput] = at::empty_like(input);
   if (needs.get(kTarget)) grads[kTarget] = at::empty_like(target);
-  if (p.layout.rows == 0) {
+  if (p.layout.rows == 0 || std::none_of(needs.begin(), needs.end(), [](bool need) { return need; })) {
     for (const int i : {kClassBias, kClassScale, kClassMargin})
       if (needs.get(i)) grads[i] = at::zeros({p.layout.classes}, options);
     if (needs.get(kLearnedScale)) grads[kLearnedScale] = at::zeros({}, options);

@@ -97,6 +97,8 @@ constexpr int kRowBytesReserved = 4096;  // shared memory beside the logits, at 
 // The kernels of one dtype of logits. Each launches on the stream and returns CUDA's error.
 template <class A>
 struct Kernels {
+  // Most blocks of a cluster: 1 where the code that runs on the current device has none, whatever the chip could.
+  int (*largest_cluster)();
   // Loss, statistics and, where call.grad, the gradient in one pass.
   device::Error (*rows_forward)(const Call<A>&, RowsShape, bool general, device::Stream);
   // The same for rows too wide for that: sums over call.splits ranges of columns; from them the outputs and records.

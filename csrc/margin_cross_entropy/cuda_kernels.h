@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cuda_call.h"
 
@@ -261,7 +262,7 @@ LTK_DEVICE Targets<A> targets_of(const Call<A>& call, int64_t row, const typenam
       margin.value = call.class_margin[column];
       if (call.angular)
         margin.cosine = call.class_margin[call.classes + column],
-        margin.sine = call.class_margin[2 * call.classes + column];
+        margin.sine = call.class_margin[int64_t{2} * call.classes + column];
     }
     set_target(t, t.x * (scale * class_scale) + bias, class_scale * t.x, scale, bias, margin, call.angular);
   }
@@ -533,13 +534,28 @@ struct InGlobalMemory : Part<T, kThreads> {
 
 // ------------------------------------------------------------------------------------------- rows: the work on columns
 
-// Class vectors at kCount columns from `column` on. kGeneral: class_scale too.
-template <bool kGeneral, int kCount, class A>
+// What a row's columns need: its logits only; class_bias; or anything, decided at run time.
+enum Kind { kPlain, kBiased, kAnything };
+
+// Calls f with the kind of this call as a constant.
+template <bool kGeneral, class A, class F>
+LTK_DEVICE void with_kind(const Call<A>& call, const F& f) {
+  if constexpr (kGeneral) {
+    f(std::integral_constant<Kind, kAnything>{});
+  } else if (call.class_bias) {
+    f(std::integral_constant<Kind, kBiased>{});
+  } else {
+    f(std::integral_constant<Kind, kPlain>{});
+  }
+}
+
+// Class vectors at kCount columns from `column` on.
+template <Kind kKind, int kCount, class A>
 struct Columns {
   A a[kCount], b[kCount];  // u = a x + b
 
   LTK_MEMBER Columns(const Call<A>& call, int column, A scale) {
-    if (kGeneral && call.class_scale) {
+    if (kKind == kAnything && call.class_scale) {
       load_values<kCount>(call.class_scale + column, a);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) a[i] *= scale;
@@ -547,7 +563,7 @@ struct Columns {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) a[i] = scale;
     }
-    if (call.class_bias) {
+    if (kKind == kBiased || (kKind == kAnything && call.class_bias)) {
       load_values<kCount>(call.class_bias + column, b);
     } else {
 #pragma unroll
@@ -578,14 +594,14 @@ LTK_DEVICE void load_probabilities(const Call<A>& call, int64_t offset, A (&q)[k
 }
 
 // Adds kCount ordinary columns from `column` on to the sums.
-template <bool kGeneral, int kCount, class A>
+template <Kind kKind, int kCount, class A>
 LTK_DEVICE void add_columns(const Call<A>& call, Sums<A>& s, int64_t q_offset, int column, A scale,
                             const A (&x)[kCount]) {
-  const Columns<kGeneral, kCount, A> columns(call, column, scale);
+  const Columns<kKind, kCount, A> columns(call, column, scale);
   A u[kCount], w[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) u[i] = x[i] * columns.a[i] + columns.b[i];
-  if (kGeneral && (call.q || call.smoothing > A(0))) {
+  if (kKind == kAnything && (call.q || call.smoothing > A(0))) {
     load_weights<kCount>(call, column, w);
     if (call.q) {
       A q[kCount];
@@ -599,26 +615,41 @@ LTK_DEVICE void add_columns(const Call<A>& call, Sums<A>& s, int64_t q_offset, i
   }
 }
 
-// The sums over this block's part of a row; those of the edge are added where `edge`.
+// The column of a row's edge that a lane does, and its logit.
+template <class A>
+struct Edge {
+  int column;  // -1: none
+  A x;
+};
+
+template <class T>
+LTK_DEVICE Edge<typename T::A> edge_of(const View<T>& view, int lane, int classes) {
+  const int column = view.edge_column(lane, classes);
+  return {column, column >= 0 ? T::get(view.x[column]) : typename T::A(0)};
+}
+
+// The sums over this block's part of a row, and over this lane's column of the edge.
 template <bool kGeneral, class T, class Source, class A>
-LTK_DEVICE Sums<A> row_sums(const Call<A>& call, const Source& source, int edge, A scale) {
+LTK_DEVICE Sums<A> row_sums(const Call<A>& call, const Source& source, const Edge<A>& edge, A scale) {
   const View<T>& view = source.view;
   Sums<A> s = no_sums<A>();
-  source.each([&](int group, const Group& raw) {
-    const int column = view.first_column(group);
-    A x[T::kGroup];
+  with_kind<kGeneral>(call, [&](auto kind) {
+    source.each([&](int group, const Group& raw) {
+      const int column = view.first_column(group);
+      A x[T::kGroup];
 #pragma unroll
-    for (int i = 0; i < T::kGroup; ++i) x[i] = T::at(raw, i);
-    add_columns<kGeneral>(call, s, view.q, column, scale, x);
-    if (kGeneral && call.prediction) {
+      for (int i = 0; i < T::kGroup; ++i) x[i] = T::at(raw, i);
+      add_columns<decltype(kind)::value>(call, s, view.q, column, scale, x);
+      if (kGeneral && call.prediction) {
 #pragma unroll
-      for (int i = 0; i < T::kGroup; ++i) take_better(s, x[i], column + i);
-    }
+        for (int i = 0; i < T::kGroup; ++i) take_better(s, x[i], column + i);
+      }
+    });
   });
-  if (edge >= 0) {
-    const A x[1] = {T::get(view.x[edge])};
-    if (!view.is_target(edge)) add_columns<kGeneral>(call, s, view.q, edge, scale, x);
-    if (kGeneral && call.prediction) take_better(s, x[0], edge);
+  if (edge.column >= 0) {
+    const A x[1] = {edge.x};
+    if (!view.is_target(edge.column)) add_columns<kAnything>(call, s, view.q, edge.column, scale, x);
+    if (kGeneral && call.prediction) take_better(s, edge.x, edge.column);
   }
   return s;
 }
@@ -639,17 +670,19 @@ struct Slopes {  // what every column of a row needs of its record
 };
 
 // Gradients of kCount ordinary columns: of the logits in dx, those of probabilities written.
-template <bool kGeneral, int kCount, class A>
+template <Kind kKind, int kCount, class A>
 LTK_DEVICE void gradient_of_columns(const Call<A>& call, const Slopes<A>& g, int64_t q_offset, int64_t grad_q_offset,
                                     int column, A scale, const A (&x)[kCount], A (&dx)[kCount]) {
-  const Columns<kGeneral, kCount, A> columns(call, column, scale);
+  const Columns<kKind, kCount, A> columns(call, column, scale);
+  const A scaled_slope = g.slope * scale;
   A u[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    u[i] = x[i] * columns.a[i] + columns.b[i] - g.peak;
-    dx[i] = g.slope * fast_exp(u[i]);
+    u[i] = kKind == kPlain ? x[i] * scale - g.peak : x[i] * columns.a[i] + columns.b[i] - g.peak;
+    dx[i] = (kKind == kAnything ? g.slope : scaled_slope) * fast_exp(u[i]);
   }
-  if (kGeneral && (call.q || g.smooth != A(0))) {
+  if constexpr (kKind != kAnything) return;
+  if (call.q || g.smooth != A(0)) {
     A w[kCount], q[kCount] = {};
     load_weights<kCount>(call, column, w);
     if (call.q) load_probabilities<kCount>(call, q_offset + column, q);
@@ -664,33 +697,35 @@ LTK_DEVICE void gradient_of_columns(const Call<A>& call, const Slopes<A>& g, int
   for (int i = 0; i < kCount; ++i) dx[i] *= columns.a[i];
 }
 
-// Writes the gradient of this block's part of a row, and of the edge's column of this lane.
+// Writes the gradient of this block's part of a row, and of this lane's column of the edge.
 template <bool kGeneral, class T, class Source, class A>
-LTK_DEVICE void write_gradient(const Call<A>& call, const Source& source, int edge, A scale, const Slopes<A>& g,
-                               const int (&target)[2], const A (&dc)[2]) {
+LTK_DEVICE void write_gradient(const Call<A>& call, const Source& source, const Edge<A>& edge, A scale,
+                               const Slopes<A>& g, const int (&target)[2], const A (&dc)[2]) {
   const View<T>& view = source.view;
-  source.each([&](int group, const Group& raw) {
-    const int column = view.first_column(group);
-    A x[T::kGroup], dx[T::kGroup];
+  with_kind<kGeneral>(call, [&](auto kind) {
+    source.each([&](int group, const Group& raw) {
+      const int column = view.first_column(group);
+      A x[T::kGroup], dx[T::kGroup];
 #pragma unroll
-    for (int i = 0; i < T::kGroup; ++i) x[i] = T::at(raw, i);
-    gradient_of_columns<kGeneral>(call, g, view.q, view.grad_q, column, scale, x, dx);
-    if (kGeneral && call.grad == nullptr) return;
-    if (view.grad_aligned) {
-      *reinterpret_cast<Group*>(view.grad + column) = T::pack(dx);
-    } else {
+      for (int i = 0; i < T::kGroup; ++i) x[i] = T::at(raw, i);
+      gradient_of_columns<decltype(kind)::value>(call, g, view.q, view.grad_q, column, scale, x, dx);
+      if (kGeneral && call.grad == nullptr) return;
+      if (view.grad_aligned) {
+        *reinterpret_cast<Group*>(view.grad + column) = T::pack(dx);
+      } else {
 #pragma unroll
-      for (int i = 0; i < T::kGroup; ++i) view.grad[column + i] = T::put(dx[i]);
-    }
+        for (int i = 0; i < T::kGroup; ++i) view.grad[column + i] = T::put(dx[i]);
+      }
+    });
   });
-  if (edge >= 0) {
-    const A x[1] = {T::get(view.x[edge])};
+  if (edge.column >= 0) {
+    const A x[1] = {edge.x};
     A dx[1];
-    gradient_of_columns<kGeneral>(call, g, view.q, view.grad_q, edge, scale, x, dx);
+    gradient_of_columns<kAnything>(call, g, view.q, view.grad_q, edge.column, scale, x, dx);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (edge == target[i]) dx[0] = scale * class_scale_of(call, edge) * dc[i];
-    if (!kGeneral || call.grad != nullptr) view.grad[edge] = T::put(dx[0]);
+      if (edge.column == target[i]) dx[0] = scale * class_scale_of(call, edge.column) * dc[i];
+    if (!kGeneral || call.grad != nullptr) view.grad[edge.column] = T::put(dx[0]);
   }
 }
 
@@ -719,8 +754,8 @@ constexpr int kRowsPerBlock = 4;  // where a row is one warp's
 // registers. 1 where more would spill.
 constexpr int blocks_per_processor(int threads, int groups, bool general) {
   if (general) return 1;
-  if (threads <= 128) return 6;
-  return groups == 4 ? 4 : groups == 8 ? 3 : 2;
+  if (threads <= 128) return threads == 32 ? 4 : 6;
+  return groups == 0 ? 2 : 3;
 }
 
 // A row's loss and, where call.grad, its gradient, the row staying on the chip. A row is the work of one warp
@@ -748,7 +783,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   source.load();
   view.find_targets(call, row);
   const A scale = full_scale(call);
-  const int edge = warp == 0 && rank == 0 ? view.edge_column(lane, call.classes) : -1;
+  const Edge<A> edge = warp == 0 && rank == 0 ? edge_of(view, lane, call.classes) : Edge<A>{-1, 0};
   if (warp == kTargetWarp && lane == 0) shared.targets = targets_of<T>(call, row, view.x);
   if constexpr (kGroups == 0) wait_for_copies();
 
@@ -776,19 +811,18 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
     shared.record = record_of(call, shared.targets, rest, sums.weight, A(1), A(0));
   }
   if (warp == kTargetWarp && lane == 0 && rank == 0) write_row(call, row, shared.targets, sums);
-  if (kGroups == 0 && blocks > 1) {
-    cluster_barrier();  // also: no block ends while others read its sums
-  } else if (call.grad == nullptr) {
-    return;
-  } else if constexpr (kWarps > 1) {
+  if constexpr (kWarps > 1) {
     block_barrier();
   } else {
     warp_barrier();
   }
-  if (call.grad == nullptr) return;
-  const Record<A>& r = shared.record;
-  const Slopes<A> slopes = {r.peak, r.slope, r.smooth, r.soft, r.log_total};
-  write_gradient<kGeneral, T>(call, source, edge, scale, slopes, r.column, r.dc);
+  if (kGroups == 0 && blocks > 1) cluster_arrive();
+  if (call.grad) {
+    const Record<A>& r = shared.record;
+    const Slopes<A> slopes = {r.peak, r.slope, r.smooth, r.soft, r.log_total};
+    write_gradient<kGeneral, T>(call, source, edge, scale, slopes, r.column, r.dc);
+  }
+  if (kGroups == 0 && blocks > 1) cluster_wait();  // no block ends while others may read its sums
 }
 
 // Sums over one of call.splits ranges of a row's columns per block.
@@ -805,7 +839,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   View<T>& view = source.view;
   source.take_part(split, call.splits);
   view.find_targets(call, row);
-  const int edge = warp == 0 && split == 0 ? view.edge_column(lane, call.classes) : -1;
+  const Edge<A> edge = warp == 0 && split == 0 ? edge_of(view, lane, call.classes) : Edge<A>{-1, 0};
   Sums<A> sums = row_sums<kGeneral, T>(call, source, edge, full_scale(call));
   merge_lanes<kGeneral>(sums);
   if (lane == 0) warps[warp] = sums;
@@ -872,7 +906,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   source.first = split * kThreads * kChunkGroups, source.last = view.groups;
   source.load();
   view.find_targets(call, row);
-  const int edge = thread < 32 && split == 0 ? view.edge_column(thread, call.classes) : -1;
+  const Edge<A> edge = thread < 32 && split == 0 ? edge_of(view, thread, call.classes) : Edge<A>{-1, 0};
   const Record<A>& r = call.records[row];
   const int target[2] = {r.column[0], r.column[1]};
   const A dc[2] = {r.dc[0], r.dc[1]};
@@ -911,6 +945,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   using A = typename T::A;
   using Stored = typename T::Stored;
   constexpr int kShort = 64;  // rows that are added in A before their sum is added to a double
+  constexpr int kAhead = 8;
   const int blocks = (call.classes + kColumnThreads * kCount - 1) / (kColumnThreads * kCount);
   const int64_t chunk = divide(block_index(), blocks), per_chunk = divide(call.rows + call.chunks - 1, call.chunks);
   const int first = (static_cast<int>(block_index() - chunk * blocks) * kColumnThreads + thread_index()) * kCount;
@@ -929,36 +964,46 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   for (int64_t begin = chunk * per_chunk; begin < last; begin += kShort) {
     A part[3][kCount] = {};
     const int64_t stop = begin + kShort < last ? begin + kShort : last;
-#pragma unroll 4
-    for (int64_t row = begin; row < stop; ++row) {
-      const Stored* x = static_cast<const Stored*>(call.x) + (n * call.x_n + k * call.x_k + first);
-      Pack<Stored, kCount> logits = {};
-      if (count == kCount) {
-        logits = *reinterpret_cast<const Pack<Stored, kCount>*>(x);
-      } else {
-        logits.value[0] = x[0];
-      }
-      const Record<A>& r = call.records[row];
-      Pack<Stored, kCount> out;
+    for (int64_t first_row = begin; first_row < stop; first_row += kAhead) {
+      Pack<Stored, kCount> logits[kAhead];
+      int64_t ahead_n = n, ahead_k = k;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (i >= count) continue;
-        const A logit = T::get(logits.value[i]);
-        const A q = call.q ? probability(call, n * call.q_n + k * call.q_k + first + i) : A(0);
-        const ColumnGradient<A> g = column_gradient(call, r, first + i, a[i], b[i], w[i], logit, q);
-        part[0][i] += g.du, part[1][i] += g.dc * logit, part[2][i] += g.dm;
-        out.value[i] = T::put(g.dc * a[i]);
-        if (call.grad_q) put_probability_gradient(call, n * call.grad_q_n + k * call.grad_q_k + first + i, g.dq);
-      }
-      if (call.grad) {
-        Stored* grad = static_cast<Stored*>(call.grad) + (n * call.grad_n + k * call.grad_k + first);
+      for (int j = 0; j < kAhead; ++j) {  // several loads on their way before the first store
+        if (first_row + j >= stop) continue;
+        const Stored* x = static_cast<const Stored*>(call.x) + (ahead_n * call.x_n + ahead_k * call.x_k + first);
         if (count == kCount) {
-          store_pack(grad, out);
+          logits[j] = *reinterpret_cast<const Pack<Stored, kCount>*>(x);
         } else {
-          grad[0] = out.value[0];
+          logits[j] = {};
+          logits[j].value[0] = x[0];
         }
+        if (++ahead_k == call.k) ahead_k = 0, ++ahead_n;
       }
-      if (++k == call.k) k = 0, ++n;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first_row + j >= stop) continue;
+        const Record<A> r = call.records[first_row + j];
+        Pack<Stored, kCount> out = {};
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (i >= count) continue;
+          const A logit = T::get(logits[j].value[i]);
+          const A q = call.q ? probability(call, n * call.q_n + k * call.q_k + first + i) : A(0);
+          const ColumnGradient<A> g = column_gradient(call, r, first + i, a[i], b[i], w[i], logit, q);
+          part[0][i] += g.du, part[1][i] += g.dc * logit, part[2][i] += g.dm;
+          out.value[i] = T::put(g.dc * a[i]);
+          if (call.grad_q) put_probability_gradient(call, n * call.grad_q_n + k * call.grad_q_k + first + i, g.dq);
+        }
+        if (call.grad) {
+          Stored* grad = static_cast<Stored*>(call.grad) + (n * call.grad_n + k * call.grad_k + first);
+          if (count == kCount) {
+            store_pack(grad, out);
+          } else {
+            grad[0] = out.value[0];
+          }
+        }
+        if (++k == call.k) k = 0, ++n;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
@@ -998,6 +1043,18 @@ struct PanelSums<A, false> {
   }
 };
 
+// What every column of a panel's positions needs of their records, without bank conflicts.
+template <class A, int kPositions>
+struct alignas(16) PanelRows {
+  A peak[kPositions], slope[kPositions], smooth[kPositions], soft[kPositions], log_total[kPositions];
+  int column[2][kPositions];
+
+  LTK_MEMBER void set(int p, const Record<A>& r) {
+    peak[p] = r.peak, slope[p] = r.slope, smooth[p] = r.smooth, soft[p] = r.soft, log_total[p] = r.log_total;
+    column[0][p] = r.column[0], column[1][p] = r.column[1];
+  }
+};
+
 // Panels of 32 x kCount positions, each a block's; block i takes panels i, i + blocks, ... Shared memory: the warps'
 // sums of every position, the positions' records, and (call.keep_panel) the panel's logits.
 template <class T, int kCount, bool kBackward, bool kGeneral>
@@ -1011,7 +1068,8 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
   using Kept = PanelSums<A, kGeneral>;
   auto* sums = reinterpret_cast<Kept*>(shared_memory());  // [kPanelWarps, kPositions]
   auto* records = reinterpret_cast<Record<A>*>(sums + kPanelWarps * kPositions);
-  auto* kept = reinterpret_cast<Logits*>(records + kPositions);  // [classes, 32]
+  auto* rows = reinterpret_cast<PanelRows<A, kPositions>*>(records + kPositions);
+  auto* kept = reinterpret_cast<Logits*>(rows + 1);  // [classes, 32]
   const A scale = full_scale(call);
   const int64_t per_sample = (call.k + kPositions - 1) / kPositions, panels = divide(call.rows, call.k) * per_sample;
   const int first_position = lane * kCount;
@@ -1098,16 +1156,19 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
       const Stored* logits = static_cast<const Stored*>(call.x) + (n * call.x_n + begin + p);
       const Targets<A> targets = targets_of<T>(call, row, logits);
       Sums<A> s = no_sums<A>();
+      Record<A> record = {};
       if (!kBackward) {
         for (int i = 0; i < kPanelWarps; ++i) merge<kGeneral>(s, sums[i * kPositions + p].sums());
         write_row(call, row, targets, s);
-        if (call.grad) records[p] = record_of(call, targets, rest_of(targets, s), s.weight, A(1), A(0));
+        if (call.grad) record = record_of(call, targets, rest_of(targets, s), s.weight, A(1), A(0));
       } else {
         if (kGeneral && call.q)
           for (int i = 0; i < kPanelWarps; ++i) s.weight += sums[i * kPositions + p].sums().weight;
-        records[p] = backward_record(call, row, targets, s.weight);
-        if (call.z) call.z[row] = records[p].z;
+        record = backward_record(call, row, targets, s.weight);
+        if (call.z) call.z[row] = record.z;
       }
+      records[p] = record;
+      rows->set(p, record);
     }
     block_barrier();
     if (!kBackward && call.grad == nullptr) continue;
@@ -1116,55 +1177,66 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
     int column[2][kCount];
 #pragma unroll
     for (int v = 0; v < kCount; ++v) {
-      const Record<A>& r = records[first_position + v];
-      peak[v] = exist ? r.peak : A(0), slope[v] = exist ? r.slope : A(0);
-      smooth[v] = exist ? r.smooth : A(0), soft[v] = exist ? r.soft : A(0);
-      column[0][v] = exist ? r.column[0] : -1, column[1][v] = exist ? r.column[1] : -1;
-      log_total[v] = exist ? r.log_total : A(0);
+      const int p = first_position + v;
+      peak[v] = exist ? rows->peak[p] : A(0), slope[v] = exist ? rows->slope[p] : A(0);
+      smooth[v] = exist ? rows->smooth[p] : A(0), soft[v] = exist ? rows->soft[p] : A(0);
+      column[0][v] = exist ? rows->column[0][p] : -1, column[1][v] = exist ? rows->column[1][p] : -1;
+      log_total[v] = exist ? rows->log_total[p] : A(0);
     }
     Stored* grad = static_cast<Stored*>(call.grad) + (n * call.grad_n + here);
     const int64_t grad_q = n * call.grad_q_n + here;
-#pragma unroll 4
-    for (int c = warp; c < call.classes; c += kPanelWarps) {
-      A sum[3] = {};
-      if (exist) {
-        const bool on_chip = !kBackward && call.keep_panel;
-        const Logits raw = on_chip ? kept[c * 32 + lane] : *reinterpret_cast<const Logits*>(x + c * call.x_c);
-        const A a = kGeneral ? scale * class_scale_of(call, c) : scale, b = bias_of(call, c);
-        const A w = kGeneral ? weight_of(call, c) : A(1);
-        Logits out;
+    const bool on_chip = !kBackward && call.keep_panel;
+    for (int begin_class = warp; begin_class < call.classes; begin_class += kAhead * kPanelWarps) {
+      Logits ahead[kAhead];
 #pragma unroll
-        for (int v = 0; v < kCount; ++v) {
-          const A logit = T::get(raw.value[v]), u = logit * a + b - peak[v];
-          A du = slope[v] * fast_exp(u);
-          if (kGeneral) {
-            const A q_here = call.q ? probability(call, q + c * call.q_c + v) : A(0);
-            du -= less_of(call, smooth[v], soft[v], w, q_here);
-          }
-          A dc = du;
-          if (c == column[0][v] || c == column[1][v]) {
-            const Record<A>& r = records[first_position + v];
-            const int i = c == column[0][v] ? 0 : 1;
-            du = r.du[i], dc = r.dc[i];
-          }
-          if (kBackward && kGeneral && call.grad_q)
-            put_probability_gradient(call, grad_q + c * call.grad_q_c + v, dq_of(call, soft[v], w, log_total[v] - u));
-          out.value[v] = T::put(dc * a);
-          if (summed) {
-            const Record<A>& r = records[first_position + v];
-            sum[0] += du, sum[1] += dc * logit;
-            for (int i = 0; i < 2; ++i)
-              if (c == r.target[i]) sum[2] += r.dm[i];
-          }
-        }
-        if (call.grad) store_pack(grad + c * call.grad_c, out);
+      for (int j = 0; j < kAhead; ++j) {  // several loads on their way before the first store
+        const int c = begin_class + j * kPanelWarps;
+        if (exist && c < call.classes)
+          ahead[j] = on_chip ? kept[c * 32 + lane] : *reinterpret_cast<const Logits*>(x + c * call.x_c);
       }
-      if (summed) {
 #pragma unroll
-        for (int i = 0; i < 3; ++i) {
-          const A total = sum_of_lanes(sum[i]);
-          A* place = call.column_sums + (block_index() * 3 + i) * call.classes + c;
-          if (lane == 0) *place = first_panel ? total : *place + total;
+      for (int j = 0; j < kAhead; ++j) {
+        const int c = begin_class + j * kPanelWarps;
+        if (c >= call.classes) continue;
+        A sum[3] = {};
+        if (exist) {
+          const Logits raw = ahead[j];
+          const A a = kGeneral ? scale * class_scale_of(call, c) : scale, b = bias_of(call, c);
+          const A w = kGeneral ? weight_of(call, c) : A(1);
+          Logits out;
+#pragma unroll
+          for (int v = 0; v < kCount; ++v) {
+            const A logit = T::get(raw.value[v]), u = logit * a + b - peak[v];
+            A du = slope[v] * fast_exp(u);
+            if (kGeneral) {
+              const A q_here = call.q ? probability(call, q + c * call.q_c + v) : A(0);
+              du -= less_of(call, smooth[v], soft[v], w, q_here);
+            }
+            A dc = du;
+            if (c == column[0][v] || c == column[1][v]) {
+              const Record<A>& r = records[first_position + v];
+              const int i = c == column[0][v] ? 0 : 1;
+              du = r.du[i], dc = r.dc[i];
+            }
+            if (kBackward && kGeneral && call.grad_q)
+              put_probability_gradient(call, grad_q + c * call.grad_q_c + v, dq_of(call, soft[v], w, log_total[v] - u));
+            out.value[v] = T::put(dc * a);
+            if (summed) {
+              const Record<A>& r = records[first_position + v];
+              sum[0] += du, sum[1] += dc * logit;
+              for (int i = 0; i < 2; ++i)
+                if (c == r.target[i]) sum[2] += r.dm[i];
+            }
+          }
+          if (call.grad) store_pack(grad + c * call.grad_c, out);
+        }
+        if (summed) {
+#pragma unroll
+          for (int i = 0; i < 3; ++i) {
+            const A total = sum_of_lanes(sum[i]);
+            A* place = call.column_sums + (block_index() * 3 + i) * call.classes + c;
+            if (lane == 0) *place = first_panel ? total : *place + total;
+          }
         }
       }
     }
@@ -1225,10 +1297,12 @@ struct Launches {
   static Error rows_forward(const Call<A>& call, RowsShape shape, bool general, Stream stream) {
     if (shape.groups == 0) return rows_shape<kSharedThreads, 0>(call, general, shape.cluster, stream);
     if (shape.threads == 32) return rows_shape<32, 4>(call, general, 1, stream);
-    if (shape.threads == 128) return rows_shape<128, 4>(call, general, 1, stream);
-    if (shape.groups == 4) return rows_shape<256, 4>(call, general, 1, stream);
+    if (shape.threads == 128 && shape.groups == 4) return rows_shape<128, 4>(call, general, 1, stream);
+    if (shape.threads == 128) return rows_shape<128, 8>(call, general, 1, stream);
     return rows_shape<256, 8>(call, general, 1, stream);
   }
+
+  static int largest_cluster() { return device::largest_cluster(&rows_forward_kernel<T, kSharedThreads, 0, true>); }
 
   static Error rows_statistics(const Call<A>& call, bool general, Stream stream) {
     const Launch l = {(call.row_end - call.row_begin) * call.splits, kSplitThreads, kRowBytesReserved, 1, stream};
@@ -1275,7 +1349,7 @@ struct Launches {
   static Error panels_of(Call<A> call, bool backward, bool general, Stream stream) {
     constexpr int kPositions = 32 * kCount;
     const size_t sums = general ? sizeof(PanelSums<A, true>) : sizeof(PanelSums<A, false>);
-    size_t shared = kPanelWarps * kPositions * sums + kPositions * sizeof(Record<A>);
+    size_t shared = kPanelWarps * kPositions * sums + kPositions * sizeof(Record<A>) + sizeof(PanelRows<A, kPositions>);
     const size_t logits = sizeof(typename T::Stored) * kPositions * call.classes;
     call.keep_panel = call.grad != nullptr && !backward && shared + logits <= static_cast<size_t>(call.panel_room);
     if (call.keep_panel) shared += logits;
@@ -1299,8 +1373,8 @@ struct Launches {
     return launch(&scale_kernel<T>, {blocks, 256, 0, 1, stream}, ScaleCall<A>{data, elements, factor});
   }
 
-  static constexpr Kernels<A> table = {rows_forward,  rows_statistics,  rows_finish, rows_records,
-                                       rows_gradient, columns_gradient, panels,      scale};
+  static constexpr Kernels<A> table = {largest_cluster, rows_forward,     rows_statistics, rows_finish, rows_records,
+                                       rows_gradient,   columns_gradient, panels,          scale};
 };
 
 }  // namespace

@@ -125,7 +125,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this package is imported from, with "-dirty" where its code changed; None outside of one."""
+    """Commit of the checkout this package is imported from, with "-dirty" where its code changed; None outside one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return os.environ.get("LT_KERNELS_GIT_REVISION")  # a copy of a checkout without its history

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 from types import ModuleType
 from typing import Any
+
+import torch
 
 
 @functools.cache
@@ -24,10 +27,36 @@ def unavailable_reason(device_type: str) -> str | None:
     module = load()
     if isinstance(module, str):
         return module
+    if device_type == "cuda" and device_type in module.build_info()["devices"]:
+        return _architecture_reason(module.build_info()["cuda_architectures"])
     if device_type in module.build_info()["devices"]:
         return None
     hint = f"LT_KERNELS_BUILD={device_type} builds them"
     return f"the extension was built without kernels for {device_type} tensors ({hint})"
+
+
+def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures`` (as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "10.0+PTX") runs on a GPU."""
+    for name in architectures:
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if found is None:  # a code name; torch's builder knows those
+            return True
+        built = (int(found[1]), int(found[2]))
+        if built == capability or (built[0] == capability[0] and built[1] <= capability[1] and not found[3]):
+            return True
+        if found[4] and built <= capability and not found[3]:
+            return True
+    return False
+
+
+def _architecture_reason(architectures: list[str]) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # asked on a machine without a GPU: nothing to compare with
+    capability = torch.cuda.get_device_capability()
+    if runs_on(architectures, capability):
+        return None
+    built, here = ", ".join(architectures), ".".join(map(str, capability))
+    return f"the extension was built for compute capability {built}, not {here} (TORCH_CUDA_ARCH_LIST={here})"
 
 
 def build_info() -> dict[str, Any] | None:

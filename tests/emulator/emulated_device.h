@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define __global__
@@ -30,6 +31,8 @@ void warp_barrier();
 int cluster_size();
 int cluster_rank();
 void cluster_barrier();
+inline void cluster_arrive() {}
+void cluster_wait();
 void copy_async(void* shared, const void* global);
 void wait_for_copies();
 void* peer_address(void* mine, int rank);
@@ -63,6 +66,12 @@ To bits_as(const From& from) {
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
+}
+
+template <class Kernel>
+int largest_cluster(Kernel*) {
+  const char* device = std::getenv("LTK_EMULATED_DEVICE");
+  return device == nullptr ? 8 : std::atoi(device);
 }
 
 struct Launch {

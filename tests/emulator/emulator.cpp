@@ -16,11 +16,11 @@ namespace ltk::device {
 enum class Wait { kNothing, kWarp, kBlock, kCluster, kDone };
 
 struct Fiber {
-  int thread;        // within its block
-  int rank;          // of the block within its cluster
+  int thread;  // within its block
+  int rank;    // of the block within its cluster
   int64_t block;
   Wait wait = Wait::kNothing;
-  uint64_t value = 0;  // what it offers to exchange()
+  uint64_t value = 0;     // what it offers to exchange()
   Fiber* warp = nullptr;  // the first lane of its warp
   ucontext_t start;
   jmp_buf state;
@@ -108,6 +108,7 @@ void warp_barrier() { yield(Wait::kWarp); }
 int cluster_size() { return launched->cluster; }
 int cluster_rank() { return running->rank; }
 void cluster_barrier() { yield(Wait::kCluster); }
+void cluster_wait() { yield(Wait::kCluster); }
 
 void* peer_address(void* mine, int rank) {
   return shared[rank].data() + (static_cast<unsigned char*>(mine) - shared_memory());

@@ -20,12 +20,12 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="the emulator needs a C++ compiler"),
 ]
 
-#: major version, shared memory per block and per processor, second-level cache: real chips, and small ones on which the
-#: tests' rows need clusters, or two passes over several batches of rows.
+#: Largest cluster, shared memory per block and per processor: a real chip, and small ones on which the tests' rows need
+#: clusters, or two passes.
 DEVICES = {
-    "sm_90": "9 232448 233472 52428800",
-    "clusters of 2 to 8 blocks": "9 8192 16384 52428800",
-    "two passes": "8 8192 12000 65536",
+    "sm_90": "8 232448 233472",
+    "clusters of 2 to 8 blocks": "8 8192 16384",
+    "two passes": "1 8192 12000",
 }
 
 
