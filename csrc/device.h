@@ -91,6 +91,11 @@ LTK_DEVICE V* peer_memory(V* mine, int rank) {
 #endif
 }
 
+// A store that the compiler does not take apart.
+LTK_DEVICE void store_whole(uint16_t* to, uint16_t value) { __stwb(to, value); }
+LTK_DEVICE void store_whole(uint32_t* to, uint32_t value) { __stwb(to, value); }
+LTK_DEVICE void store_whole(uint64_t* to, uint64_t value) { __stwb(reinterpret_cast<unsigned long long*>(to), value); }
+
 // 16 bytes from global to shared memory; complete for this thread after wait_for_copies().
 LTK_DEVICE void copy_async(void* shared, const void* global) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -123,7 +123,8 @@ struct Word<8> {
 // In one access: as a number, or the compiler may write value by value.
 template <class P>
 LTK_DEVICE void store_pack(void* to, const P& pack) {
-  *static_cast<typename Word<sizeof(P)>::type*>(to) = bits_as<typename Word<sizeof(P)>::type>(pack);
+  using W = typename Word<sizeof(P)>::type;
+  store_whole(static_cast<W*>(to), bits_as<W>(pack));
 }
 
 // kCount values that follow each other in a class vector, with the widest accesses that their address allows.
@@ -752,8 +753,8 @@ constexpr int kRowsPerBlock = 4;  // where a row is one warp's
 
 // How many blocks of a kernel must fit a processor, so that some compute while others wait for memory: this bounds the
 // registers. 1 where more would spill.
-constexpr int blocks_per_processor(int threads, int groups, bool general) {
-  if (general) return 1;
+constexpr int blocks_per_processor(int threads, int groups, bool general, bool doubles) {
+  if (general || doubles) return 1;
   if (threads <= 128) return threads == 32 ? 4 : 6;
   return groups == 0 ? 2 : 3;
 }
@@ -762,7 +763,7 @@ constexpr int blocks_per_processor(int threads, int groups, bool general) {
 // (kThreads 32), of one block, or (kGroups 0) of the blocks of a cluster.
 template <class T, int kThreads, int kGroups, bool kGeneral>
 __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads,
-                                  blocks_per_processor(kThreads, kGroups, kGeneral))
+                                  blocks_per_processor(kThreads, kGroups, kGeneral, sizeof(typename T::A) == 8))
     rows_forward_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   constexpr int kWarps = kThreads / 32, kRows = kWarps == 1 ? kRowsPerBlock : 1;

@@ -53,6 +53,11 @@ V shuffle_xor(V value, int mask) {
   return value;
 }
 
+template <class V>
+void store_whole(V* to, V value) {
+  *to = value;
+}
+
 inline float fast_exp(float x) { return std::exp(x); }
 inline double fast_exp(double x) { return std::exp(x); }
 
