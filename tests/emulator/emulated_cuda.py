@@ -25,7 +25,7 @@ SOURCES = (
     KERNELS / "cuda.cpp",
     ROOT / "tests/emulator/emulator.cpp",
 )
-#the compiler cannot see that what is read was filled in under the same condition
+# the compiler cannot see that what is read was filled in under the same condition
 FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized -DLTK_EMULATED".split()
 
 
