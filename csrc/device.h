@@ -72,12 +72,12 @@ LTK_DEVICE void cluster_barrier() {
 // A barrier in two halves: what a thread needs from others before it arrives must already be in its registers.
 LTK_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 LTK_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
 }
 
