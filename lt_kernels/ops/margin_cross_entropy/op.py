@@ -82,16 +82,9 @@ BACKWARD = define(
 )
 
 
-def _mean_coefficient(
-    target: Tensor,
-    mixed_target: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    classes: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return load(OP, backend).mean_coefficient(target, mixed_target, weight, ignore_index, classes, dtype)
+def _mean_coefficient(*args: Any) -> Tensor:
+    *inputs, backend = args
+    return load(OP, backend).mean_coefficient(*inputs)
 
 
 def _mean_coefficient_fake(target: Tensor, mixed_target: Tensor | None, *args: Any) -> Tensor:
