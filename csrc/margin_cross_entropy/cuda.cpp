@@ -96,7 +96,7 @@ struct Prepared {
       : layout(input), kernels(kernels_for<A>(input.scalar_type())), stream(device::current_stream()) {
     const Tensor& x = layout.input;
     TORCH_CHECK_VALUE(layout.rows <= kMost / 8, "input: got ", layout.rows, " rows, expected at most ", kMost / 8);
-    call.rows = call.row_end = layout.rows;
+    call.rows = layout.rows;
     call.k = layout.k;
     call.classes = static_cast<int>(layout.classes);
     call.x = x.const_data_ptr();

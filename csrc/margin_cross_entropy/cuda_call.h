@@ -32,7 +32,7 @@ template <class A>
 struct Call {
   // Logits [n, classes, k], a row for each (n, k); strides in elements. Kernels of rows need stride_c == 1, those of
   // panels stride_k == 1.
-  int64_t rows, k, row_begin, row_end;  // rows [row_begin, row_end) are this launch's
+  int64_t rows, k;
   int classes;
   const void* x;
   int64_t x_n, x_c, x_k;
@@ -46,7 +46,7 @@ struct Call {
 
   const A* class_scale;    // [classes] or null: 1
   const A* class_bias;     // or null: 0
-  const A* class_margin;   // or null; added to margin
+  const A* class_margin;   // [classes], or [3, classes] where angular: the fields of Margin; or null: margin
   const A* weight;         // or null: 1
   const A* total_weight;   // 0-dim sum of the weights, or null: classes
   const A* learned_scale;  // 0-dim factor of scale, or null
@@ -72,7 +72,7 @@ struct Call {
   const A* grad_lse;  // or null
   int64_t grad_lse_stride;
 
-  Sums<A>* parts;      // [row_end - row_begin, splits]
+  Sums<A>* parts;      // [rows, splits]
   Record<A>* records;  // [rows]
   A* z;                // [rows]: RowGradient's, or null
   A* column_sums;      // [chunks, 3, classes]: sums over a chunk's rows of du, dc * x and dm, or null

@@ -4,7 +4,7 @@
 // the columns before the first group, after the last, and the groups that hold a target are the row's *edge*, done one
 // column per lane by one warp. So the body needs no comparison per column, no memory of a neighbouring row is touched,
 // and no target is part of a sum. Bytes per logit: 2 itemsize where the row stays on the chip (registers, or shared
-// memory of a cluster of blocks), else 3 itemsize, of which the second read should hit L2.
+// memory of a cluster of blocks), else 3 itemsize.
 //
 // Panels: positions (pixels) are contiguous. A warp takes every 8th class of 32 x V positions, a block all classes.
 //
@@ -262,7 +262,7 @@ LTK_DEVICE Targets<A> targets_of(const Call<A>& call, int64_t row, const typenam
     if (call.class_margin) {
       margin.value = call.class_margin[column];
       if (call.angular)
-        margin.cosine = call.class_margin[call.classes + column],
+        margin.cosine = call.class_margin[int64_t{call.classes} + column],
         margin.sine = call.class_margin[int64_t{2} * call.classes + column];
     }
     set_target(t, t.x * (scale * class_scale) + bias, class_scale * t.x, scale, bias, margin, call.angular);
@@ -737,7 +737,6 @@ struct RowShared {  // of one row and block
   Sums<A> warps[kWarps], block;
   Targets<A> targets;
   Record<A> record;
-  A log_total;
 };
 
 template <class T, int kThreads, int kGroups>
@@ -773,8 +772,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   const int slot = kWarps == 1 ? thread_index() / 32 : 0, thread = thread_index() - slot * 32;
   const int warp = thread / 32, lane = thread % 32;
   const int blocks = kGroups == 0 ? cluster_size() : 1, rank = kGroups == 0 ? cluster_rank() : 0;
-  const int64_t row = call.row_begin + (kWarps == 1 ? block_index() * kRows + slot : divide(block_index(), blocks));
-  if (kWarps == 1 && row >= call.row_end) return;
+  const int64_t row = kWarps == 1 ? block_index() * kRows + slot : divide(block_index(), blocks);
+  if (kWarps == 1 && row >= call.rows) return;
   Shared& shared = reinterpret_cast<Shared*>(shared_memory())[slot];
 
   typename SourceOf<T, kThreads, kGroups>::type source{View<T>(call, row), thread};
@@ -834,8 +833,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   constexpr int kWarps = kSplitThreads / 32;
   auto* warps = reinterpret_cast<Sums<A>*>(shared_memory());
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const int64_t local = divide(block_index(), call.splits), row = call.row_begin + local;
-  const int split = static_cast<int>(block_index() - local * call.splits);
+  const int64_t row = divide(block_index(), call.splits);
+  const int split = static_cast<int>(block_index() - row * call.splits);
   InGlobalMemory<T, kSplitThreads> source{View<T>(call, row), thread};
   View<T>& view = source.view;
   source.take_part(split, call.splits);
@@ -858,10 +857,10 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock, 1)
     rows_finish_kernel(const __grid_constant__ Call<typename T::A> call) {
   using A = typename T::A;
   const int lane = thread_index() % 32;
-  const int64_t local = block_index() * kRowsPerBlock + thread_index() / 32, row = call.row_begin + local;
-  if (row >= call.row_end) return;
+  const int64_t row = block_index() * kRowsPerBlock + thread_index() / 32;
+  if (row >= call.rows) return;
   Sums<A> sums = no_sums<A>();
-  for (int i = lane; i < call.splits; i += 32) merge<true>(sums, call.parts[local * call.splits + i]);
+  for (int i = lane; i < call.splits; i += 32) merge<true>(sums, call.parts[row * call.splits + i]);
   merge_lanes<true>(sums);
   if (lane > 0) return;
   const Targets<A> targets = targets_of<T>(call, row, View<T>(call, row).x);
@@ -899,9 +898,9 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   using A = typename T::A;
   constexpr int kRows = kThreads == 32 ? kRowsPerBlock : 1;
   const int slot = kRows > 1 ? thread_index() / 32 : 0, thread = thread_index() - slot * 32;
-  const int64_t item = block_index() * kRows + slot, local = divide(item, call.splits), row = call.row_begin + local;
-  if (row >= call.row_end) return;
-  const int split = static_cast<int>(item - local * call.splits);
+  const int64_t item = block_index() * kRows + slot, row = divide(item, call.splits);
+  if (row >= call.rows) return;
+  const int split = static_cast<int>(item - row * call.splits);
   InRegisters<T, kThreads, kChunkGroups> source{View<T>(call, row), thread};
   View<T>& view = source.view;
   source.first = split * kThreads * kChunkGroups, source.last = view.groups;
@@ -1284,7 +1283,7 @@ struct Launches {
 
   template <int kThreads, int kGroups>
   static Error rows_shape(const Call<A>& call, bool general, int cluster, Stream stream) {
-    const int64_t rows = call.row_end - call.row_begin;
+    const int64_t rows = call.rows;
     Launch l = {rows, kThreads, kRowBytesReserved, cluster, stream};
     if (kThreads == 32) l.blocks = ceil_div(rows, kRowsPerBlock), l.threads = 32 * kRowsPerBlock;
     if (kGroups == 0) {
@@ -1306,7 +1305,7 @@ struct Launches {
   static int largest_cluster() { return device::largest_cluster(&rows_forward_kernel<T, kSharedThreads, 0, true>); }
 
   static Error rows_statistics(const Call<A>& call, bool general, Stream stream) {
-    const Launch l = {(call.row_end - call.row_begin) * call.splits, kSplitThreads, kRowBytesReserved, 1, stream};
+    const Launch l = {call.rows * call.splits, kSplitThreads, kRowBytesReserved, 1, stream};
     return general ? launch(&rows_statistics_kernel<T, true>, l, call)
                    : launch(&rows_statistics_kernel<T, false>, l, call);
   }
@@ -1315,7 +1314,7 @@ struct Launches {
     return {ceil_div(rows, kRowsPerBlock), 32 * kRowsPerBlock, 0, 1, stream};
   }
   static Error rows_finish(const Call<A>& call, Stream stream) {
-    return launch(&rows_finish_kernel<T>, warp_per_row(call.row_end - call.row_begin, stream), call);
+    return launch(&rows_finish_kernel<T>, warp_per_row(call.rows, stream), call);
   }
   static Error rows_records(const Call<A>& call, Stream stream) {
     return launch(&rows_records_kernel<T>, warp_per_row(call.rows, stream), call);
@@ -1323,7 +1322,7 @@ struct Launches {
 
   static Error rows_gradient(const Call<A>& call, bool general, Stream stream) {
     Call<A> c = call;
-    const int64_t groups = call.classes / T::kGroup, rows = call.row_end - call.row_begin;
+    const int64_t groups = call.classes / T::kGroup, rows = call.rows;
     if constexpr (sizeof(A) < 8) {  // one warp per row; with doubles its registers do not suffice
       if (groups <= 32 * kChunkGroups) {
         c.splits = 1;
