@@ -4,9 +4,16 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cpu_memory.h"
 #include "margin_cross_entropy/arguments.h"
 
-TORCH_LIBRARY(lt_kernels_native, m) { LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m); }
+TORCH_LIBRARY(lt_kernels_native, m) {
+  LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m);
+  m.def("empty_pooled(int[] size, ScalarType dtype) -> Tensor");
+}
+
+// Without a tensor among its arguments, an operator has no device to be found by.
+TORCH_LIBRARY_IMPL(lt_kernels_native, CompositeExplicitAutograd, m) { m.impl("empty_pooled", &ltk::empty_pooled); }
 
 TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
   m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd_cpu);

@@ -11,13 +11,15 @@ from types import ModuleType
 
 from . import datasets, functional, losses, priors, schedules
 from ._info import info
-from ._settings import set_checks, set_gradient_policy, use_backend
+from ._settings import set_checks, set_gradient_policy, set_memory_budget, use_backend
 from ._version import __version__
+from .functional import plan_linear
 from .losses import (
     ArcFaceLoss,
     BalancedSoftmaxLoss,
     CosFaceLoss,
     LDAMLoss,
+    LinearHead,
     LogitAdjustmentLoss,
     VSLoss,
     post_hoc_logit_adjustment,
@@ -30,6 +32,7 @@ __all__ = [
     "BalancedSoftmaxLoss",
     "CosFaceLoss",
     "LDAMLoss",
+    "LinearHead",
     "LogitAdjustmentLoss",
     "VSLoss",
     "__version__",
@@ -37,11 +40,13 @@ __all__ = [
     "functional",
     "info",
     "losses",
+    "plan_linear",
     "post_hoc_logit_adjustment",
     "priors",
     "schedules",
     "set_checks",
     "set_gradient_policy",
+    "set_memory_budget",
     "use_backend",
 ]
 

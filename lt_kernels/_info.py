@@ -12,9 +12,10 @@ from . import _settings
 from ._version import __version__
 from .ops import _native
 from .ops._backend import unavailable_reason
+from .ops.linear_margin_cross_entropy.op import OP as LINEAR
 from .ops.margin_cross_entropy.op import OP
 
-OPS = (OP,)
+OPS = (OP, LINEAR)
 
 
 def _distribution_version(name: str) -> str | None:
@@ -43,6 +44,7 @@ def info() -> dict[str, Any]:
             "backend": _settings.backend,
             "checks": _settings.checks,
             "gradient_policy": _settings.gradient_policy,
+            "memory_budget": _settings.memory_budget,
         },
         "extension": _native.build_info(),
         "backends": {

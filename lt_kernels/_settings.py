@@ -26,6 +26,24 @@ gradient_policy: str = _choice(
 )
 
 
+def checked_budget(value: object, name: str = "memory_budget") -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int, in bytes")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1 byte")
+    return value
+
+
+def _budget_from_environment() -> int:
+    given = os.environ.get("LT_KERNELS_MEMORY_BUDGET", str(2 * 2**30))
+    if not given.strip().isdecimal():
+        raise ValueError(f"LT_KERNELS_MEMORY_BUDGET: got {given!r}, expected a number of bytes")
+    return checked_budget(int(given), "LT_KERNELS_MEMORY_BUDGET")
+
+
+memory_budget: int = _budget_from_environment()
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the enclosed calls on one backend.
@@ -75,3 +93,17 @@ def set_gradient_policy(policy: str) -> None:
     """
     global gradient_policy
     gradient_policy = _choice("set_gradient_policy(policy)", policy, GRADIENT_POLICIES)
+
+
+def set_memory_budget(bytes: int) -> None:
+    """Bound the buffer that linear heads compute logits in (``LT_KERNELS_MEMORY_BUDGET``; default 2 GiB).
+
+    Args:
+        bytes: at most this large is the logits' buffer of ``linear_margin_cross_entropy`` and ``linear_topk`` (one row
+            is the least). Logits that fit are kept from forward to backward; others are computed in chunks.
+
+    Raises:
+        TypeError, ValueError: if ``bytes`` is not a positive int.
+    """
+    global memory_budget
+    memory_budget = checked_budget(bytes, "set_memory_budget(bytes)")

@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _settings
-from .ops._backend import resolve
+from ._validation import (
+    FLOATING,
+    RowOptions,
+    _scalar_tensor,
+    check_choice,
+    class_vector,
+    logits_layout,
+    number,
+    row_options,
+)
+from .ops._backend import BackendUnavailableError, resolve
+from .ops.linear_margin_cross_entropy import plan as plans
+from .ops.linear_margin_cross_entropy.arguments import Arguments as LinearArguments
+from .ops.linear_margin_cross_entropy.op import OP as LINEAR
+from .ops.linear_margin_cross_entropy.op import forward as linear_forward
+from .ops.linear_margin_cross_entropy.op import sizes as linear_sizes
+from .ops.linear_margin_cross_entropy.plan import LinearPlan
+from .ops.linear_margin_cross_entropy.topk import BUFFER as TOPK_BUFFER
+from .ops.linear_margin_cross_entropy.topk import linear_topk as topk_forward
 from .ops.margin_cross_entropy.arguments import Arguments
 from .ops.margin_cross_entropy.op import OP, forward, mean_coefficient
 
-__all__ = ["MarginCrossEntropyOutput", "margin_cross_entropy"]
-
-_LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INDEX_DTYPES = (
-    *(torch.int64, torch.int32, torch.int16, torch.int8),
-    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-)
-_REDUCTIONS = ("none", "mean", "sum")
-_MARGIN_TYPES = ("additive", "angular")
+__all__ = [
+    "LinearPlan",
+    "MarginCrossEntropyOutput",
+    "TopK",
+    "linear_margin_cross_entropy",
+    "linear_topk",
+    "margin_cross_entropy",
+    "plan_linear",
+]
 
 
 class MarginCrossEntropyOutput(NamedTuple):
-    """What ``margin_cross_entropy`` returns when more than the loss is asked for; fields not asked for are None."""
+    """What a loss returns when more than it is asked for; fields not asked for are None."""
 
     loss: Tensor
     lse: Tensor | None = None
@@ -109,110 +127,369 @@ def margin_cross_entropy(
         >>> log_prior = torch.full((8142,), 1 / 8142).log()
         >>> margin_cross_entropy(logits, target, class_bias=log_prior).backward()
     """
-    classes = _check_logits(input)
-    soft = _check_target("target", target, input)
-    compute_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    _check_choice("reduction", reduction, _REDUCTIONS)
-    _check_choice("margin_type", margin_type, _MARGIN_TYPES)
-    label_smoothing = _number("label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1]")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an int")
-    weight = _class_vector("weight", weight, classes, input, compute_dtype)
-    if weight is not None and weight.requires_grad:
-        raise ValueError("weight: got a tensor that requires grad, expected one that does not (not differentiable)")
-    class_bias = _class_vector("class_bias", class_bias, classes, input, compute_dtype)
-    class_scale = _class_vector("class_scale", class_scale, classes, input, compute_dtype)
-    fixed_margin, class_margin = 0.0, None
-    if isinstance(margin, Tensor):
-        class_margin = _class_vector(
-            "margin", margin.expand(classes) if margin.dim() == 0 else margin, classes, input, compute_dtype
-        )
-    elif margin is not None:
-        fixed_margin = _number("margin", margin)
-        if margin_type == "angular" and not 0.0 <= fixed_margin <= math.pi:
-            raise ValueError(f"margin: got {fixed_margin}, expected an angle in [0, pi]")
+    _check_logits(input)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    options = row_options(
+        tuple(input.shape),
+        input,
+        dtype,
+        target,
+        weight,
+        class_bias=class_bias,
+        class_scale=class_scale,
+        margin=margin,
+        scale=scale,
+        margin_type=margin_type,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        mixed_target=mixed_target,
+        mix_lambda=mix_lambda,
+    )
+    backend = resolve(OP, input)
+    flat, row_shape = logits_layout(tuple(input.shape))
+    one_pass = (
+        input.requires_grad
+        and not torch.compiler.is_compiling()
+        and _one_pass(options, reduction, return_lse, input.dtype)
+    )
+    loss, lse, prediction, _, _ = forward(
+        *Arguments(input.reshape(flat), *_row_arguments(options, reduction, backend)),
+        reduction != "none",
+        return_prediction,
+        one_pass,
+        backend,
+    )
+    return _output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
+
+
+def linear_margin_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    class_bias: Tensor | None = None,
+    class_scale: Tensor | None = None,
+    margin: float | Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    margin_type: Literal["additive", "angular"] = "additive",
+    normalize: bool = False,
+    ignore_index: int | None = None,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    label_smoothing: float = 0.0,
+    mixed_target: Tensor | None = None,
+    mix_lambda: float | Tensor | None = None,
+    return_lse: bool = False,
+    return_prediction: bool = False,
+    strategy: Literal["auto", "materialize", "chunked", "tiled"] = "auto",
+) -> Any:
+    """``margin_cross_entropy`` of the logits of a linear layer, which are never handed out and need not be stored.
+
+    With every option at its default this equals ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) for each
+    input that one takes. It is ``margin_cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)`` with
+    the features' and the weight's gradients computed next to the loss: logits of one chunk of rows or classes exist at
+    a time where all of them would not fit ``lt_kernels.set_memory_budget``.
+
+    Args:
+        input: features ``[D]`` or ``[N, D]``; float16, bfloat16, float32 or float64.
+        linear_weight: ``[C, D]``, or ``[C, d1, ..., dk, D]`` for a loss at each of d1 x ... x dk positions (then
+            ``input`` is ``[N, D]``), as in ``F.linear_cross_entropy``. Where features and weight differ in dtype (mixed
+            precision with float32 master weights) the matrix products run in the narrower one; under autocast in
+            autocast's, as ``F.linear`` would. The gradient has the weight's own dtype and is not rounded to the
+            narrower one where the library can avoid it.
+        target: class indices ``[]``, ``[N]`` or ``[N, d1, ..., dk]`` of any integer dtype, or class probabilities
+            shaped like the logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]`` in any floating dtype.
+        linear_bias: ``[C]`` or ``[C, d1, ..., dk]``, added to the logits before anything else; not with ``normalize``.
+        normalize: a cosine head: logits are the cosines of the features and each class's weight. The normalised
+            weight is never stored; a norm below 1e-12 counts as 1e-12, as in ``F.normalize``.
+        ignore_index: None is -100 for class indices; not with probabilities.
+        strategy: ``"materialize"`` (all logits in one buffer), ``"chunked"`` (by rows or by classes), ``"tiled"``
+            (Triton: logits never leave the chip; features up to 512 wide, class-index targets), or ``"auto"``:
+            the cheapest by the cost model that [`plan_linear`][lt_kernels.functional.plan_linear] explains.
+
+    ``weight``, ``class_bias``, ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``reduction``,
+    ``label_smoothing``, ``mixed_target``, ``mix_lambda``, ``return_lse`` and ``return_prediction`` are those of
+    [`margin_cross_entropy`][lt_kernels.functional.margin_cross_entropy], of the logits above (cosines with
+    ``normalize``).
+
+    Returns:
+        The loss (0-dim, or shaped like a class-index target for ``reduction="none"``), or a
+        ``MarginCrossEntropyOutput`` if ``return_lse`` or ``return_prediction``. float32 (float64 for float64).
+
+    Gradients flow to ``input``, ``linear_weight``, ``linear_bias`` and to all that ``margin_cross_entropy`` has
+    gradients for; products for what needs none (a frozen head, frozen features) are left out. They are exact for every
+    upstream gradient and every pass over a retained graph. Gradients of the weight from several chunks add up in
+    float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``; on a GPU without checks the
+            row's loss and the gradients it is part of are NaN.
+        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
+        BackendUnavailableError: a backend or strategy asked for by name cannot run the call.
+
+    Example:
+        >>> features, weight = torch.randn(4, 64), torch.nn.Parameter(torch.randn(8142, 64))
+        >>> target = torch.tensor([3, 14, 15, 92])
+        >>> log_prior = torch.full((8142,), 1 / 8142).log()
+        >>> linear_margin_cross_entropy(features, weight, target, class_bias=log_prior).backward()
+        >>> weight.grad.shape
+        torch.Size([8142, 64])
+    """
+    shape, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
+    check_choice("strategy", strategy, plans.STRATEGIES)
+    if isinstance(target, Tensor) and target.is_floating_point() and ignore_index is not None:
+        raise ValueError(f"ignore_index: got {ignore_index} with class-probability targets, expected None")
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    options = row_options(
+        shape,
+        input,
+        compute_dtype,
+        target,
+        weight,
+        class_bias=class_bias,
+        class_scale=class_scale,
+        margin=margin,
+        scale=scale,
+        margin_type=margin_type,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        mixed_target=mixed_target,
+        mix_lambda=mix_lambda,
+    )
+    flat, row_shape = logits_layout(shape)
+    features = input.reshape(flat[0], input.shape[-1])
+    if normalize:
+        features = F.normalize(features.to(compute_dtype), dim=1)
+    features = features.to(dtype)
+    matrix = linear_weight.reshape(flat[1] * flat[2], linear_weight.shape[-1]).contiguous()
+    copy = None if matrix.dtype == dtype else matrix.detach().to(dtype)
+    bias = None if linear_bias is None else linear_bias.reshape(-1).contiguous()
+
+    backend = resolve(LINEAR, features)
+    needs = [t is not None and t.requires_grad for t in (features, matrix, bias)]
+    training = torch.is_grad_enabled() and (any(needs) or options.learns)
+    rows = _row_arguments(options, reduction, backend)
+    a = LinearArguments._make((features, matrix, copy, bias, *rows, normalize))
+    one_pass = any(needs) and _one_pass(options, reduction, return_lse, dtype)
+    sizes = linear_sizes(a, training, one_pass, options.learns)
+    tiled_reason = _tiled_reason(a, backend) if strategy in ("auto", "tiled") else None
+    if strategy == "tiled" and tiled_reason is not None:
+        raise BackendUnavailableError(f"strategy 'tiled' cannot run {LINEAR}: {tiled_reason}")
+    chosen = plans.choose(sizes, strategy, tiled_reason is None, _settings.memory_budget)
+    loss, lse, prediction, *_ = linear_forward(
+        *a,
+        chosen,
+        _settings.memory_budget,
+        reduction != "none",
+        return_prediction,
+        one_pass and chosen != "tiled",
+        needs if one_pass else [False] * 3,
+        backend,
+    )
+    return _output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
+
+
+def plan_linear(
+    rows: int,
+    width: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cuda",
+    *,
+    weight_dtype: torch.dtype | None = None,
+    strategy: Literal["auto", "materialize", "chunked", "tiled"] = "auto",
+    training: bool = True,
+    one_pass: bool = True,
+    memory_budget: int | None = None,
+) -> LinearPlan:
+    """How ``linear_margin_cross_entropy`` computes a classifier of these sizes, and what that costs.
+
+    Nothing is run and no such device needs to be there. The cost model (operations, bytes, estimated seconds):
+    "tiled" if it can run and is estimated to be faster; else "materialize" if the logits fit the memory budget; else
+    "chunked", by rows or by classes, whichever is estimated to be faster.
+
+    Args:
+        rows: N, samples of a call.
+        width: D, features.
+        classes: C.
+        dtype: of the matrix products: float16, bfloat16, float32 or float64.
+        device: its type decides; "tiled" is considered for "cuda" alone.
+        weight_dtype: of the weight and its gradient; default ``dtype``.
+        strategy: as asked of ``linear_margin_cross_entropy``.
+        training: whether features and weight receive gradients.
+        one_pass: whether forward knows the upstream gradient up to a factor: not for ``reduction="none"``,
+            ``return_lse``, class vectors that learn, or float16 (see ``set_gradient_policy``).
+        memory_budget: bytes of a buffer of logits; default what ``set_memory_budget`` set.
+
+    Returns:
+        ``LinearPlan(strategy, by, chunk, flops, bytes_moved, peak_memory, seconds)``: ``peak_memory`` counts bytes
+        beside inputs, results and gradients; ``seconds`` is for comparing plans, not a promise.
+
+    Raises:
+        TypeError, ValueError: sizes that are not positive, or an unknown dtype, device type or strategy.
+
+    Example:
+        >>> plan = plan_linear(8192, 2048, 8142, torch.bfloat16)
+        >>> plan.strategy, plan.flops == 6 * 8192 * 2048 * 8142
+        ('materialize', True)
+    """
+    for name, value in (("rows", rows), ("width", width), ("classes", classes)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype or dtype)):
+        if given not in FLOATING:
+            raise TypeError(f"{name}: got {given}, expected one of {FLOATING}")
+    check_choice("strategy", strategy, plans.STRATEGIES)
+    kind = torch.device(device).type
+    check_choice("device", kind, ("cpu", "cuda"))
+    budget = _settings.memory_budget if memory_budget is None else _settings.checked_budget(memory_budget)
+    one_pass = one_pass and dtype != torch.float16
+    sizes = plans.Sizes(rows, width, classes, 1, dtype, weight_dtype or dtype, kind, training, one_pass, True)
+    tiled = kind == "cuda" and plans.tiled_reason(width, 1, dtype, False) is None
+    if strategy == "tiled" and not tiled:
+        reason = plans.tiled_reason(width, 1, dtype, False) or "its kernels need CUDA tensors"
+        raise ValueError(f"strategy: got 'tiled', expected another one: {reason}")
+    return plans.make_plan(sizes, plans.choose(sizes, strategy, tiled, budget), budget)
+
+
+class TopK(NamedTuple):
+    """Predictions of ``linear_topk``; shapes without N for features ``[D]``."""
+
+    classes: Tensor  #: [N, k] int64, the most likely first
+    confidence: Tensor  #: [N, k], their softmax probabilities among all classes
+    lse: Tensor  #: [N], log-sum-exp of all shifted logits
+
+
+def linear_topk(
+    input: Tensor,
+    linear_weight: Tensor,
+    k: int = 1,
+    *,
+    linear_bias: Tensor | None = None,
+    class_shift: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    normalize: bool = False,
+) -> TopK:
+    """The k most likely classes of a linear layer and their probabilities, for inference with very many classes.
+
+    With x the logits ``F.linear(input, linear_weight, linear_bias)``, or the cosines of features and class weights
+    with ``normalize``,
+
+        u_j = scale * x_j + class_shift_j,    confidence_j = exp(u_j) / sum over all classes of exp(u)
+
+    It is ``torch.topk(u.softmax(-1), k)`` computed block by block: no more logits than fit a buffer of 64 MiB, or of
+    ``lt_kernels.set_memory_budget`` if that is less, exist at a time, however many rows and classes there are. The
+    probabilities are exact: their log-sum-exp is over all classes.
+
+    Args:
+        input: features ``[D]`` or ``[N, D]``; float16, bfloat16, float32 or float64.
+        linear_weight: ``[C, D]``. Its dtype, and autocast, as in
+            [`linear_margin_cross_entropy`][lt_kernels.functional.linear_margin_cross_entropy].
+        k: how many classes, 1 to C.
+        linear_bias: ``[C]``, added to the logits; not with ``normalize``.
+        class_shift: ``[C]``, added to the scaled logits in float32. The log ratio of the new and the training prior
+            makes predictions for a known test prior, ``-tau * log_prior`` is post-hoc logit adjustment (Menon et al.,
+            2021), -inf masks a class.
+        scale: a number or 0-dim tensor: multiplies all logits (the inverse temperature of a cosine head).
+        normalize: a cosine head, as in ``linear_margin_cross_entropy``.
+
+    Returns:
+        ``TopK(classes, confidence, lse)``: int64 and float32 (float64 for float64 features), by decreasing u. Of equal
+        logits the lowest class comes first, everywhere. NaN counts as the largest; a row with one has NaN for
+        confidence and lse. Masked classes come last, with confidence 0; rows without any other have NaN.
+
+    Nothing is differentiable, and nothing waits for a GPU.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+        BackendUnavailableError: a backend asked for by name cannot run the call.
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0], [2.0, 5.0], [4.0, 0.0]])
+        >>> linear_topk(features, weight, k=2)
+        TopK(classes=tensor([[2, 0]]), confidence=tensor([[0.6652, 0.2447]]), lse=tensor([4.4076]))
+        >>> linear_topk(features, weight, class_shift=torch.tensor([0.0, 0.0, -torch.inf])).classes
+        tensor([[0]])
+    """
+    _check_floating("linear_weight", linear_weight)
+    if linear_weight.dim() != 2:
+        raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [C, D]")
+    shape, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
+    classes = linear_weight.shape[0]
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: got {type(k).__name__}, expected an int")
+    if not 1 <= k <= classes:
+        raise ValueError(f"k: got {k}, expected 1 to {classes}, the number of classes")
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    shift = class_vector("class_shift", class_shift, classes, input, compute_dtype)
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
         learned_scale = _scalar_tensor("scale", scale, input).to(compute_dtype)
     else:
-        fixed_scale = _number("scale", scale)
-    if soft and margin is not None:
-        raise ValueError(
-            "margin: got a margin with class-probability targets, expected class indices (a margin acts on one class)"
+        fixed_scale = number("scale", scale)
+    with torch.no_grad():
+        features = input.reshape(-1, input.shape[-1])
+        if normalize:
+            features = F.normalize(features.to(compute_dtype), dim=1)
+        features = features.to(dtype)
+        result = TopK(
+            *topk_forward(
+                features,
+                linear_weight,
+                linear_bias,
+                shift,
+                learned_scale,
+                fixed_scale,
+                normalize,
+                k,
+                min(_settings.memory_budget, TOPK_BUFFER),
+                resolve(OP, features),
+            )
         )
-    if soft and ignore_index >= 0:
-        raise ValueError(f"ignore_index: got {ignore_index} with class-probability targets, expected class indices")
-    if soft and mixed_target is not None:
-        raise ValueError(
-            "mixed_target: got class-probability targets, expected class indices (mix the probabilities instead)"
-        )
-    share = _check_mixture(mixed_target, mix_lambda, target, input, compute_dtype)
-    checks = _settings.checks and not torch.compiler.is_compiling()  # they read values: traced code does without
-    if checks and margin_type == "angular" and class_margin is not None:
-        if not bool(((class_margin >= 0) & (class_margin <= math.pi)).all()):
-            raise ValueError("margin: got values outside [0, pi], expected angles")
-    if checks and isinstance(mix_lambda, Tensor) and not bool(((mix_lambda >= 0) & (mix_lambda <= 1)).all()):
-        raise ValueError("mix_lambda: got values outside [0, 1], expected a share")
-    if checks and not soft:
-        _check_values(target, ignore_index, classes, "target")
-        if mixed_target is not None:
-            _check_values(mixed_target, ignore_index, classes, "mixed_target")
+    return TopK(*(value[0] for value in result)) if len(shape) == 1 else result
 
-    backend = resolve(OP, input)
-    logits, row_shape = _rows(input)
-    index_shape = (logits.shape[0], logits.shape[2])
-    if soft:
-        target = target.reshape(logits.shape)
-    else:
-        target = target.to(torch.int64).reshape(index_shape)
-        if mixed_target is not None:
-            mixed_target = mixed_target.to(torch.int64).reshape(index_shape)
-        if share is not None and share.dim() > 0:
-            share = share.reshape(index_shape)
-    coefficient = None
-    if reduction == "mean" and soft:
-        share_of_row = 1 / max(1, math.prod(index_shape))
-        coefficient = torch.full((1,), share_of_row, dtype=compute_dtype, device=input.device)
-    elif reduction == "mean":
-        coefficient = mean_coefficient(target, mixed_target, weight, ignore_index, classes, compute_dtype, backend)
 
-    needs_other = any(
-        t is not None and t.requires_grad for t in (class_bias, class_scale, class_margin, learned_scale, target)
-    )
-    reduce = reduction != "none"
-    one_pass = (
+def _one_pass(options: RowOptions, reduction: str, return_lse: bool, dtype: torch.dtype) -> bool:
+    """Whether forward knows the gradient of its loss up to a factor."""
+    return (
         torch.is_grad_enabled()
-        and input.requires_grad
-        and reduce
-        and not needs_other
+        and reduction != "none"
+        and not options.learns
         and not return_lse
-        and not torch.compiler.is_compiling()
         and _settings.gradient_policy != "recompute"
-        and (input.dtype != torch.float16 or _settings.gradient_policy == "one_pass")
+        and (dtype != torch.float16 or _settings.gradient_policy == "one_pass")
     )
-    arguments = Arguments(
-        logits,
-        target,
-        mixed_target,
-        share,
-        weight,
-        class_bias,
-        class_scale,
-        class_margin,
-        learned_scale,
-        coefficient,
-        fixed_scale,
-        fixed_margin,
-        margin_type == "angular",
-        ignore_index,
-        label_smoothing,
-    )
-    loss, lse, prediction, _, _ = forward(*arguments, reduce, return_prediction, one_pass, backend)
-    if not reduce:
+
+
+def _row_arguments(o: RowOptions, reduction: str, backend: str) -> tuple[Any, ...]:
+    """What follows the logits among the rows kernel's arguments, with the factor that makes sums means."""
+    coefficient = None
+    if reduction == "mean" and o.soft:
+        rows = o.target.shape[0] * o.target.shape[2]
+        coefficient = torch.full((1,), 1 / max(1, rows), dtype=o.dtype, device=o.target.device)
+    elif reduction == "mean":
+        coefficient = mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, o.classes, o.dtype, backend)
+    return o.arguments(coefficient)
+
+
+def _output(
+    loss: Tensor,
+    lse: Tensor,
+    prediction: Tensor,
+    reduction: str,
+    row_shape: tuple[int, ...],
+    return_lse: bool,
+    return_prediction: bool,
+) -> Any:
+    if reduction == "none":
         loss = loss.reshape(row_shape)
-    elif reduction == "mean" and math.prod(index_shape) == 0:
+    elif reduction == "mean" and math.prod(row_shape) == 0:
         loss = loss * math.nan  # the mean of no rows, as torch has it
     if not (return_lse or return_prediction):
         return loss
@@ -223,127 +500,74 @@ def margin_cross_entropy(
     )
 
 
-def _rows(input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Logits as [N, C, K] without a copy where strides allow, and the shape of per-row results."""
-    if input.dim() == 1:
-        return input[None, :, None], ()
-    if input.dim() == 2:
-        return input[:, :, None], (input.shape[0],)
-    positions = input.shape[2:]
-    return input.reshape(input.shape[0], input.shape[1], math.prod(positions)), (input.shape[0], *positions)
-
-
-def _check_logits(input: Tensor) -> int:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: got {type(input).__name__}, expected a Tensor")
-    if input.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"input: got dtype {input.dtype}, expected one of {_LOGIT_DTYPES}")
+def _check_logits(input: Tensor) -> None:
+    _check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input: got a 0-dim tensor, expected [C], [N, C] or [N, C, d1, ..., dk]")
-    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-    if classes == 0:
+    if (input.shape[0] if input.dim() == 1 else input.shape[1]) == 0:
         raise ValueError(f"input: got shape {tuple(input.shape)}, expected at least one class")
-    return classes
 
 
-def _check_target(name: str, target: Tensor, input: Tensor) -> bool:
-    """Whether the target holds class probabilities."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name}: got {type(target).__name__}, expected a Tensor")
-    if target.device != input.device:
-        raise ValueError(f"{name}: got device {target.device}, expected {input.device} as input")
-    index_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
-    if target.dtype in _LOGIT_DTYPES:
-        if target.shape != input.shape:
-            raise ValueError(
-                f"{name}: got class probabilities (dtype {target.dtype}) of shape {tuple(target.shape)}, "
-                f"expected {tuple(input.shape)} as input, or class indices of shape {tuple(index_shape)}"
-            )
-        return True
-    if target.dtype not in _INDEX_DTYPES:
-        raise TypeError(
-            f"{name}: got dtype {target.dtype}, expected an integer dtype, or a floating one for probabilities"
-        )
-    if target.shape != index_shape:
-        raise ValueError(
-            f"{name}: got class indices of shape {tuple(target.shape)}, expected {tuple(index_shape)} "
-            f"for input of shape {tuple(input.shape)}"
-        )
-    return False
-
-
-def _check_mixture(
-    mixed_target: Tensor | None, mix_lambda: float | Tensor | None, target: Tensor, input: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """The share of ``target``, 0-dim or shaped like it; None without ``mixed_target``."""
-    if (mixed_target is None) != (mix_lambda is None):
-        given, missing = ("mix_lambda", "mixed_target") if mixed_target is None else ("mixed_target", "mix_lambda")
-        raise ValueError(f"{missing}: got None with {given}, expected both or neither")
-    if mixed_target is None or mix_lambda is None:
-        return None
-    if _check_target("mixed_target", mixed_target, input):
-        raise TypeError(f"mixed_target: got dtype {mixed_target.dtype}, expected class indices of an integer dtype")
-    if not isinstance(mix_lambda, Tensor):
-        share = _number("mix_lambda", mix_lambda)
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"mix_lambda: got {share}, expected a number in [0, 1]")
-        return torch.full((), share, dtype=dtype, device=input.device)
-    if mix_lambda.device != input.device:
-        raise ValueError(f"mix_lambda: got device {mix_lambda.device}, expected {input.device} as input")
-    if not mix_lambda.is_floating_point():
-        raise TypeError(f"mix_lambda: got dtype {mix_lambda.dtype}, expected a floating dtype")
-    if mix_lambda.dim() > 0 and mix_lambda.shape != target.shape:
-        raise ValueError(
-            f"mix_lambda: got shape {tuple(mix_lambda.shape)}, expected 0-dim or {tuple(target.shape)} as target"
-        )
-    if mix_lambda.requires_grad:
-        raise ValueError("mix_lambda: got a tensor that requires grad, expected one that does not (not differentiable)")
-    return mix_lambda.to(dtype)
-
-
-def _check_values(target: Tensor, ignore_index: int, classes: int, name: str) -> None:
-    target = target.to(torch.int64)
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"{name}: row {row} has class {int(target.flatten()[row])}, "
-            f"expected 0 <= class < {classes} or ignore_index={ignore_index}"
-        )
-
-
-def _class_vector(name: str, value: Tensor | None, classes: int, input: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if value is None:
-        return None
+def _check_floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor of shape [{classes}]")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
-    if value.shape != (classes,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{classes}], one value per class")
-    if value.device != input.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {input.device} as input")
-    return value.to(dtype).contiguous()
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {FLOATING}")
 
 
-def _scalar_tensor(name: str, value: Tensor, input: Tensor) -> Tensor:
-    if value.dim() != 0:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-dim tensor")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
-    if value.device != input.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {input.device} as input")
-    return value
+def _check_linear(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, normalize: bool
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """The logits' shape, and the dtype of the matrix products."""
+    _check_floating("input", input)
+    _check_floating("linear_weight", linear_weight)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: got {type(normalize).__name__}, expected a bool")
+    if input.dim() not in (1, 2):
+        raise ValueError(f"input: got shape {tuple(input.shape)}, expected features [D] or [N, D]")
+    if linear_weight.dim() < 2:
+        raise ValueError(
+            f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [C, D] or [C, d1, ..., dk, D]"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise ValueError(f"input: got shape {tuple(input.shape)} with a loss at each position, expected [N, D]")
+    if linear_weight.shape[0] == 0:
+        raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected at least one class")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise ValueError(
+            f"linear_weight: got {linear_weight.shape[-1]} features (shape {tuple(linear_weight.shape)}), "
+            f"expected {input.shape[-1]} as input of shape {tuple(input.shape)}"
+        )
+    if linear_weight.device != input.device:
+        raise ValueError(f"linear_weight: got device {linear_weight.device}, expected {input.device} as input")
+    if linear_bias is not None:
+        _check_floating("linear_bias", linear_bias)
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            raise ValueError(
+                f"linear_bias: got shape {tuple(linear_bias.shape)}, expected {tuple(linear_weight.shape[:-1])}"
+            )
+        if linear_bias.device != input.device:
+            raise ValueError(f"linear_bias: got device {linear_bias.device}, expected {input.device} as input")
+        if normalize:
+            raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
+    return (*input.shape[:-1], *linear_weight.shape[:-1]), _product_dtype(input, linear_weight)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not -math.inf < float(value) < math.inf:  # NaN too; math.isfinite does not trace where the number is symbolic
-        raise ValueError(f"{name}: got {value}, expected a finite number")
-    return float(value)
+def _product_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    kinds = {input.dtype, linear_weight.dtype}
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in kinds:
+        return torch.get_autocast_dtype(device)
+    if len(kinds) == 2 and (torch.float32 not in kinds or torch.float64 in kinds):
+        raise TypeError(
+            f"linear_weight: got dtype {linear_weight.dtype}, expected {input.dtype} as input, "
+            "or float32 beside float16 or bfloat16"
+        )
+    return min(kinds, key=lambda kind: kind.itemsize)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+def _tiled_reason(a: LinearArguments, backend: str) -> str | None:
+    """Why the strategy "tiled" cannot run the call; None where it can."""
+    if backend != "triton":
+        return f"it needs the backend 'triton', not {backend!r}"
+    return plans.tiled_reason(a.input.shape[1], a.positions, a.input.dtype, a.target.is_floating_point())

@@ -22,8 +22,11 @@ from torch import Tensor
 __all__ = [
     "Sample",
     "assert_within_budget",
+    "check_linear_margin_cross_entropy",
     "check_margin_cross_entropy",
+    "dense_linear_margin_cross_entropy",
     "dense_margin_cross_entropy",
+    "linear_sample_inputs",
     "sample_inputs",
 ]
 
@@ -97,6 +100,23 @@ def dense_margin_cross_entropy(
             parts.append((share * one(labels, "none")).sum() / total)
         return parts[0] + parts[1]
     return mix_lambda * one(target, reduction) + (1 - mix_lambda) * one(mixed_target, reduction)
+
+
+def dense_linear_margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    normalize: bool = False,
+    **options: Any,
+) -> Tensor:
+    """``linear_margin_cross_entropy`` written with ``F.linear`` (and ``F.normalize``) and all logits in memory."""
+    shape = linear_weight.shape
+    if normalize:
+        input, linear_weight = F.normalize(input, dim=-1), F.normalize(linear_weight, dim=-1)
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.reshape(-1, shape[-1]), bias)
+    return dense_margin_cross_entropy(logits.reshape(*input.shape[:-1], *shape[:-1]), target, **options)
 
 
 def assert_within_budget(
@@ -234,6 +254,45 @@ def sample_inputs(
     return sample
 
 
+def linear_sample_inputs(
+    rows: int,
+    width: int,
+    classes: int,
+    positions: tuple[int, ...] = (),
+    *,
+    bias: bool = True,
+    normalize: bool = False,
+    requires_grad: Iterable[str] = ("input", "linear_weight", "linear_bias"),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    spread: float = 3.0,
+    seed: int = 0,
+    **keywords: Any,
+) -> Sample:
+    """Random inputs for ``linear_margin_cross_entropy``: features ``[rows, width]``; ``linear_weight`` and
+    ``linear_bias`` (None with ``normalize``) are among the options. ``keywords``: those of ``sample_inputs``.
+    """
+    requires = tuple(requires_grad)
+    sample = sample_inputs(
+        rows, classes, positions, dtype=torch.float64, requires_grad=requires, spread=spread, seed=seed, **keywords
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    drawn = {
+        "linear_weight": normal(classes, *positions, width) * (spread / width**0.5),
+        "linear_bias": normal(classes, *positions) if bias and not normalize else None,
+    }
+    options = {**drawn, "normalize": normalize, **sample.options}
+    sample = Sample(normal(rows, width).requires_grad_("input" in requires), sample.target, options)
+    for name, value in drawn.items():
+        if value is not None:
+            value.requires_grad_(name in requires)
+    return sample.converted(dtype, device)
+
+
 def _run(function: Callable[..., Tensor], sample: Sample, upstream: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
     loss = function(sample.input, sample.target, **sample.options)
     leaves = sample.differentiable
@@ -249,6 +308,7 @@ def check_margin_cross_entropy(
     upstream: Tensor | float = 1.0,
     factor: float = 2.0,
     roundings: float | None = None,
+    dense: Callable[..., Tensor] = dense_margin_cross_entropy,
 ) -> None:
     """Hold ``function``'s value and every gradient of ``sample`` to the error budget.
 
@@ -256,12 +316,24 @@ def check_margin_cross_entropy(
         function: called as ``margin_cross_entropy(input, target, **options)``; returns the loss.
         sample: its tensors that require gradients are the ones checked.
         upstream: gradient of the loss: a number, or a tensor shaped like the loss.
+        dense: defines what ``function`` computes; called like it, with float64 tensors and with the sample's own.
     """
-    truth_loss, truth_grads = _run(dense_margin_cross_entropy, sample.converted(torch.float64), upstream)
-    eager_loss, eager_grads = _run(dense_margin_cross_entropy, sample.converted(sample.input.dtype), upstream)
+    truth_loss, truth_grads = _run(dense, sample.converted(torch.float64), upstream)
+    eager_loss, eager_grads = _run(dense, sample.converted(sample.input.dtype), upstream)
     loss, grads = _run(function, sample, upstream)
     expected = torch.float64 if sample.input.dtype == torch.float64 else torch.float32
     assert loss.dtype == expected, f"loss: dtype {loss.dtype}, expected {expected}"
     assert_within_budget(loss, eager_loss, truth_loss, "loss", factor, roundings)
     for name, grad in grads.items():
         assert_within_budget(grad, eager_grads[name], truth_grads[name], f"gradient of {name}", factor, roundings)
+
+
+def check_linear_margin_cross_entropy(
+    function: Callable[..., Tensor], sample: Sample, *, dense: Callable[..., Tensor] | None = None, **budget: Any
+) -> None:
+    """The same for ``function(input, linear_weight, target, **options)`` and a sample of ``linear_sample_inputs``."""
+
+    def in_order(input: Tensor, target: Tensor, linear_weight: Tensor, **options: Any) -> Tensor:
+        return function(input, linear_weight, target, **options)
+
+    check_margin_cross_entropy(in_order, sample, dense=dense or dense_linear_margin_cross_entropy, **budget)

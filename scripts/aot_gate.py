@@ -1,8 +1,8 @@
 """Compile every Triton kernel at every shipped configuration, without a GPU, and hold the machine code to its budget.
 
-    python scripts/aot_gate.py --check    compile, assert, and compare with the committed table
-    python scripts/aot_gate.py --write    compile, assert, and rewrite the table (JSON, and docs/kernels.md from it)
-    python scripts/aot_gate.py --no-table compile and assert only: for another Triton than the table was written with
+    python scripts/aot_gate.py --check    compile, assert, and compare with the committed tables
+    python scripts/aot_gate.py --write    compile, assert, and rewrite the tables (JSON, and docs/kernels.md from them)
+    python scripts/aot_gate.py --no-table compile and assert only: for another Triton than the tables were written with
 
 What is compiled is what the launchers launch: they are called with tensors on the meta device while the kernels'
 launch is replaced by a recorder, and the recorded arguments are specialised by Triton's own rules (None and 1 become
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,10 +41,13 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lt_kernels.ops.linear_margin_cross_entropy import arguments as linear  # noqa: E402
+from lt_kernels.ops.linear_margin_cross_entropy import triton as tiled  # noqa: E402
 from lt_kernels.ops.margin_cross_entropy import triton as kernels  # noqa: E402
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments  # noqa: E402
 
-TABLE = ROOT / "benchmarks/results/aot/margin_cross_entropy.json"
+TABLES = ROOT / "benchmarks/results/aot"
+OPS = ("margin_cross_entropy", "linear_margin_cross_entropy")
 VIEW = ROOT / "docs/kernels.md"
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -55,7 +59,9 @@ TARGETS = {
 #: second) while its memory moves the 4 bytes of a bfloat16 logit and its gradient (4.3e12 a second).
 ONE_TILE_BUDGET, MEMORY_BUDGET = 20.0, 31.0
 REGISTERS_PER_BLOCK = 65536
-SHARED_BYTES = 227 * 1024
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+#: The tensor-core instructions that products of 16-bit numbers must come to.
+TENSOR_CORE = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC\w*MMA\b", "gfx942": r"\bv_mfma"}
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -64,6 +70,9 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+
+
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass
@@ -97,7 +106,7 @@ class Launch:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect the launches of this package's kernels instead of running them."""
+    """Collect the launches of this package's Triton kernels instead of running them."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -107,20 +116,24 @@ def recording() -> Iterator[list[Launch]]:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*args: Any, **named: Any) -> None:
                 arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **named}
-                options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg") if name in arguments}
+                options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
                 launches.append(Launch(self.kernel, arguments, options))
 
             return launch
 
-    names = [name for name in vars(kernels) if name.endswith("_kernel")]
-    originals = {name: getattr(kernels, name) for name in names}
+    originals = [
+        (module, name, kernel)
+        for module in (kernels, tiled)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    ]
     try:
-        for name, kernel in originals.items():
-            setattr(kernels, name, Recorder(kernel))
+        for module, name, kernel in originals:
+            setattr(module, name, Recorder(kernel))
         yield launches
     finally:
-        for name, kernel in originals.items():
-            setattr(kernels, name, kernel)
+        for module, name, kernel in originals:
+            setattr(module, name, kernel)
 
 
 @dataclass
@@ -178,6 +191,61 @@ class Configuration:
             else:
                 kernels.forward(a, "prediction" in self.options, self.with_grad)
         return launches
+
+
+@dataclass
+class LinearConfiguration:
+    """A call of the tiled strategy, forward and backward: shape, dtype, options."""
+
+    name: str
+    width: int
+    dtype: torch.dtype = torch.bfloat16
+    options: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("input", "linear_weight")
+    classes: int = 8142
+    rows: int = 8192
+    scalars: bool = False  # the kernels of rows' and classes' scalars too
+
+    def launches(self, target: str) -> list[Launch]:
+        n, c, d = self.rows, self.classes, self.width
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def option(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return meta(*shape, dtype=dtype) if name in self.options else None
+
+        a = linear.Arguments(
+            input=meta(n, d, dtype=self.dtype),
+            linear_weight=meta(c, d, dtype=self.dtype),
+            weight_copy=None,
+            linear_bias=option("linear_bias", c, dtype=self.dtype),
+            target=meta(n, 1, dtype=torch.int64),
+            mixed_target=option("mixed", n, 1, dtype=torch.int64),
+            mix_lambda=option("mixed", n, 1),
+            weight=option("weight", c),
+            class_bias=option("class_bias", c),
+            class_scale=option("class_scale", c),
+            class_margin=option("class_margin", c),
+            learned_scale=option("learned_scale"),
+            coefficient=meta(2 if "mixed" in self.options else 1),
+            scale=30.0 if "norm" in self.options else 1.0,
+            margin=0.0,
+            angular="angular" in self.options,
+            ignore_index=-100,
+            label_smoothing=0.1 if "smoothing" in self.options else 0.0,
+            normalize="norm" in self.options,
+        )
+        needs = [name in self.needs for name in linear.DIFFERENTIABLE]
+        gpu, architecture_of = TARGETS[target], tiled._architecture
+        tiled._architecture = lambda device: 0 if gpu.backend == "hip" else gpu.arch
+        try:
+            with recording() as launches:
+                tiled.forward(a, option("norm", c), "prediction" in self.options)
+                tiled.backward(meta(), None, meta(2, n, 1), a, option("norm", c), needs)
+        finally:
+            tiled._architecture = architecture_of
+        return [launch for launch in launches if self.scalars or "PRECISION" in launch.arguments]
 
 
 _VS = ("class_bias", "class_scale")
@@ -281,6 +349,25 @@ def _configurations() -> list[Configuration]:
     return [*one_pass, *forward_only, *looped, *parts, *backward, *tiles]
 
 
+_EVERY = (
+    *("norm", "linear_bias", "class_bias", "class_scale", "class_margin", "learned_scale"),
+    *("weight", "mixed", "smoothing", "prediction"),
+)
+
+
+def _linear_configurations() -> list[LinearConfiguration]:
+    return [
+        *(LinearConfiguration("class_bias", d, options=("class_bias",)) for d in (64, 128, 256, 512)),
+        LinearConfiguration("plain", 128, classes=8192),
+        LinearConfiguration("plain", 96, torch.float16),
+        LinearConfiguration("class_bias", 128, torch.float32, ("class_bias",)),
+        LinearConfiguration("cosine, class_bias, prediction", 128, options=("norm", "class_bias", "prediction")),
+        LinearConfiguration("all", 64, options=_EVERY, needs=linear.DIFFERENTIABLE),
+        LinearConfiguration("all", 128, options=_EVERY, needs=linear.DIFFERENTIABLE, scalars=True),
+        LinearConfiguration("all", 256, options=_EVERY, needs=linear.DIFFERENTIABLE),
+    ]
+
+
 def _small_launches() -> list[tuple[str, Launch]]:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -368,7 +455,7 @@ def _widths(sass: str, opcode: str) -> dict[str, int]:
     return {str(width): counts[width] for width in sorted(counts, reverse=True)}
 
 
-def _nvidia(compiled: Any, directory: Path, trips: int) -> dict[str, Any]:
+def _nvidia(compiled: Any, target: str, directory: Path, trips: int) -> dict[str, Any]:
     binary = directory / f"{os.getpid()}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
 
@@ -391,6 +478,7 @@ def _nvidia(compiled: Any, directory: Path, trips: int) -> dict[str, Any]:
         "loads": _widths(sass, "LDG"),
         "stores": _widths(sass, "STG"),
         "shared": compiled.metadata.shared,
+        "products": len(re.findall(TENSOR_CORE[target], sass)),
     }
 
 
@@ -402,6 +490,8 @@ def _amd(compiled: Any) -> dict[str, Any]:
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
         "spills": number("vgpr_spill_count"),  # scalar registers spill into lanes of vector registers, not to memory
+        "shared": compiled.metadata.shared,
+        "products": len(re.findall(TENSOR_CORE["gfx942"], compiled.asm["amdgcn"])),
     }
 
 
@@ -414,8 +504,8 @@ def _problems(record: dict[str, Any], configuration: Configuration | None) -> li
             found.append(f"{target}: {record[target]['stack']} bytes of stack, {record[target]['spills']} spills")
         if target != "gfx942" and record[target]["registers"] * record["num_warps"] * 32 > REGISTERS_PER_BLOCK:
             found.append(f"{target}: {record[target]['registers']} registers x {record['num_warps']} warps do not fit")
-    if sm90["shared"] > SHARED_BYTES:
-        found.append(f"{sm90['shared']} bytes of shared memory, at most {SHARED_BYTES}")
+        if record[target]["shared"] > SHARED_BYTES[target]:
+            found.append(f"{target}: {record[target]['shared']} bytes of shared memory")
     wide = configuration is not None and configuration.wide and record.get("BODY") != "parts"
     if wide and record["kernel"].startswith(("_rows", "_tiles")):
         for kind in ("loads",) if record["kernel"] == "_rows_statistics_kernel" else ("loads", "stores"):
@@ -426,57 +516,103 @@ def _problems(record: dict[str, Any], configuration: Configuration | None) -> li
     return found
 
 
-def _compile(
-    name: str, launch: Launch, configuration: Configuration | None, directory: str
-) -> tuple[dict[str, Any], list[str]]:
+def _compile(name: str, launch: Launch, configuration: Configuration | None, directory: str) -> _Result:
     """Table row of one launch, and its problems."""
-    os.environ["TRITON_CACHE_DIR"] = directory
     record: dict[str, Any] = {"case": name, "kernel": launch.kernel.__name__, **launch.options}
     constants = ("BODY", "GROUP", "LANES", "REPEAT", "BLOCK", "BLOCK_C", "BLOCK_K")
     record.update({key: launch.arguments[key] for key in constants if key in launch.arguments})
     trips, logits = _work(launch)
-    for target, gpu in TARGETS.items():
-        options = {key: value for key, value in launch.options.items() if key != "maxnreg" or gpu.backend == "cuda"}
-        compiled = triton.compile(launch.source(), target=gpu, options=options)
-        record[target] = _amd(compiled) if gpu.backend == "hip" else _nvidia(compiled, Path(directory), trips)
+    for target in TARGETS:
+        record[target] = _machine_code(launch, target, directory, trips)
+        record[target].pop("products")
     sm90 = record["sm_90"]
     if logits:
         record["per_logit"] = round(sm90["instructions"] * 32 * launch.options["num_warps"] / logits, 1)
         if configuration is not None and configuration.budget is not None:
             record["budget"] = configuration.budget
-    for target in ("sm_80", "sm_100"):
+    problems = [f"{name} {record['kernel']}: {problem}" for problem in _problems(record, configuration)]
+    for target in ("sm_80", "sm_100", "gfx942"):
         record[target] = {key: record[target][key] for key in ("registers", "stack", "spills")}
-    return record, [f"{name} {record['kernel']}: {problem}" for problem in _problems(record, configuration)]
+    return "margin_cross_entropy", record, problems
 
 
-def _tasks(only: str) -> list[tuple[str, Launch, Configuration | None]]:
-    tasks: list[tuple[str, Launch, Configuration | None]] = []
+def _machine_code(launch: Launch, target: str, directory: str, trips: int = 1) -> dict[str, Any]:
+    gpu = TARGETS[target]
+    options = {key: value for key, value in launch.options.items() if key != "maxnreg" or gpu.backend == "cuda"}
+    compiled = triton.compile(launch.source(), target=gpu, options=options)
+    return _amd(compiled) if gpu.backend == "hip" else _nvidia(compiled, target, Path(directory), trips)
+
+
+def _compile_linear(
+    name: str, launches: dict[str, Launch], configuration: LinearConfiguration, directory: str
+) -> _Result:
+    """Table row of one kernel of the tiled strategy, which each target launches in its own way; and its problems."""
+    first = next(iter(launches.values()))
+    record: dict[str, Any] = {"case": name, "kernel": first.kernel.__name__}
+    problems = []
+    of_tiles = "PRECISION" in first.arguments
+    for target, launch in launches.items():
+        code = _machine_code(launch, target, directory)
+        keys = ("registers", "stack", "spills", "shared", *(("products",) if of_tiles else ()))
+        sizes = {key: launch.arguments[key] for key in ("BLOCK_N", "BLOCK_C", "BLOCK") if key in launch.arguments}
+        record[target] = {**sizes, **launch.options, **{key: code[key] for key in keys}}
+        if code["stack"] or code["spills"]:
+            problems.append(f"{target}: {code['stack']} bytes of stack, {code['spills']} spills")
+        if target != "gfx942" and code["registers"] * launch.options["num_warps"] * 32 > REGISTERS_PER_BLOCK:
+            problems.append(f"{target}: {code['registers']} registers do not fit")
+        if code["shared"] > SHARED_BYTES[target]:
+            problems.append(f"{target}: {code['shared']} bytes of shared memory, at most {SHARED_BYTES[target]}")
+        if of_tiles and configuration.dtype.itemsize == 2 and code["products"] == 0:
+            problems.append(f"{target}: no tensor-core instructions")
+    return "linear_margin_cross_entropy", record, [f"{name} {record['kernel']}: {problem}" for problem in problems]
+
+
+_Result = tuple[str, dict[str, Any], list[str]]  # op, table row, problems
+
+
+def _tasks(only: str) -> list[tuple[str, Callable[[str], _Result]]]:
+    """Name of every case, and what compiles it in a directory."""
+
+    def dtype_of(c: Configuration | LinearConfiguration) -> str:
+        return str(c.dtype).removeprefix("torch.")
+
+    tasks: list[tuple[str, Callable[[str], _Result]]] = []
     for c in _configurations():
         direction = f"backward ({', '.join(c.needs)})" if c.needs else "forward" + " + gradient" * c.with_grad
-        name = f"{c.name}, C {c.classes}, {str(c.dtype).removeprefix('torch.')}, {direction}"
-        tasks += [(name, launch, c) for launch in c.launches()]
-    tasks += [(name, launch, None) for name, launch in _small_launches()]
+        name = f"{c.name}, C {c.classes}, {dtype_of(c)}, {direction}"
+        if only in name:
+            tasks += [(name, functools.partial(_compile, name, launch, c)) for launch in c.launches()]
+    tasks += [(name, functools.partial(_compile, name, launch, None)) for name, launch in _small_launches()]
+    for linear_case in _linear_configurations():
+        name = f"linear, {linear_case.name}, D {linear_case.width}, C {linear_case.classes}, {dtype_of(linear_case)}"
+        if only in name:
+            by_target = [linear_case.launches(target) for target in TARGETS]
+            for same in zip(*by_target, strict=True):
+                launches = dict(zip(TARGETS, same, strict=True))
+                tasks.append((name, functools.partial(_compile_linear, name, launches, linear_case)))
     return [task for task in tasks if only in task[0]]
 
 
-def _compile_nth(index: int, only: str, directory: str) -> tuple[dict[str, Any], list[str]]:
-    """``_compile`` in another process: a task cannot be sent there, its number can."""
-    return _compile(*_tasks(only)[index], directory)
+def _compile_nth(index: int, only: str, directory: str) -> _Result:
+    """A task in another process: it cannot be sent there, its number can."""
+    os.environ["TRITON_CACHE_DIR"] = directory
+    return _tasks(only)[index][1](directory)
 
 
-def build(only: str = "", jobs: int = 1) -> tuple[list[dict[str, Any]], list[str]]:
-    """Table rows and problems of every configuration whose name contains ``only``."""
+def build(only: str = "", jobs: int = 1) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """By op the table rows of every configuration whose name contains ``only``; and all problems."""
     count = len(_tasks(only))
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(jobs) as pool:
         results = list(pool.map(_compile_nth, range(count), [only] * count, [directory] * count))
-    return [row for row, _ in results], [problem for _, problems in results for problem in problems]
+    rows = {op: [row for of, row, _ in results if of == op] for op in OPS}
+    return rows, [problem for _, _, problems in results for problem in problems]
 
 
 _PATHS = """
 # Machine code of the Triton kernels
 
-Written by `python scripts/aot_gate.py --write`, like `benchmarks/results/aot/margin_cross_entropy.json`. Compiled ahead
-of time with Triton {triton}, not run: no GPU is needed for it. Nothing on this page has been measured on one.
+Written by `python scripts/aot_gate.py --write`, like the tables in `benchmarks/results/aot`. Compiled ahead of time with
+Triton {triton}, not run: no GPU is needed for it. Nothing on this page has been measured on one.
 
 ## How wide rows are visited
 
@@ -506,8 +642,21 @@ classes to share their scalar arithmetic.
 """
 
 
-def _view(table: dict[str, Any]) -> str:
-    """The table as Markdown."""
+_TILED = """
+## Tiles of linear heads
+
+The tiled strategy of `linear_margin_cross_entropy`: a tile of logits is a matrix product of a block of rows with a
+block of classes, and is not stored. Tiles (rows x classes), warps and pipeline stages depend on the GPU, the dtype and
+D; every cell is one kernel compiled for one GPU: tile, warps, stages; registers; kilobytes of shared memory; tensor-core
+instructions in the code (HMMA, HGMMA, UTCHMMA, v_mfma). Asserted for all: no stack, no spills, shared memory within
+the GPU's (163, 227, 227 and 64 KB); for 16-bit numbers, tensor-core instructions. Products of float32 that may not be
+rounded to tf32 have none on NVIDIA's.
+"""
+
+
+def _view(tables: dict[str, dict[str, Any]]) -> str:
+    """The tables as Markdown."""
+    table, linear_table = tables["margin_cross_entropy"], tables["linear_margin_cross_entropy"]
     paths, code = _PATHS.format(**table), _CODE.format(one_tile=ONE_TILE_BUDGET, memory=MEMORY_BUDGET)
     lines = [
         *paths.strip().splitlines(),
@@ -525,7 +674,7 @@ def _view(table: dict[str, Any]) -> str:
         sm90 = row["sm_90"]
         registers = " / ".join(str(row[target]["registers"]) for target in ("sm_80", "sm_90", "sm_100", "gfx942"))
         loads, stores = (", ".join(f"{n}x{width}" for width, n in sm90[kind].items()) for kind in ("loads", "stores"))
-        cells = [row["case"], row["kernel"].strip("_").removesuffix("_kernel"), row["num_warps"], registers]
+        cells = [row["case"], _short(row["kernel"]), row["num_warps"], registers]
         cells += [
             f"{row.get('per_logit', '-')}" + (f" (<= {row['budget']})" if "budget" in row else ""),
             loads,
@@ -533,7 +682,24 @@ def _view(table: dict[str, Any]) -> str:
             sm90["shared"],
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    lines += ["", *_TILED.strip().splitlines(), ""]
+    lines += [f"| case | kernel | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
+    for row in linear_table["rows"]:
+        cells = [row["case"].removeprefix("linear, "), _short(row["kernel"])]
+        lines.append(f"| {' | '.join([*cells, *(_tile_cell(row[target]) for target in targets)])} |")
     return "\n".join(lines) + "\n"
+
+
+def _short(kernel: str) -> str:
+    return kernel.strip("_").removesuffix("_kernel")
+
+
+def _tile_cell(code: dict[str, Any]) -> str:
+    if "products" not in code:
+        return f"{code['num_warps']} warps; {code['registers']}"
+    tile = f"{code['BLOCK_N']}x{code['BLOCK_C']}, {code['num_warps']}, {code['num_stages']}"
+    return f"{tile}; {code['registers']}; {code['shared'] / 1024:.0f}; {code['products']}"
 
 
 def _paths() -> list[str]:
@@ -564,50 +730,58 @@ def main() -> int:
     mode.add_argument("--no-table", action="store_true", help="compile and assert only")
     parser.add_argument("--only", default="", metavar="TEXT", help="check only cases whose name contains TEXT")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes (default 2)")
-    parser.add_argument("--table", type=Path, default=TABLE, help="another table than the committed one")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="another folder than the committed one")
     options = parser.parse_args()
     if options.write and options.only:
-        parser.error("--write takes no --only: the table is written whole")
+        parser.error("--write takes no --only: the tables are written whole")
 
     rows, problems = build(options.only, options.jobs)
-    if not rows:
+    count = sum(map(len, rows.values()))
+    if count == 0:
         print(f"aot gate: nothing was checked (no case contains {options.only!r})")
         return 1
-    table = {"triton": triton.__version__, "rows": rows}
-    print(f"aot gate: {len(rows)} kernels compiled for {', '.join(TARGETS)} with Triton {triton.__version__}")
+    tables = {op: {"triton": triton.__version__, "rows": rows[op]} for op in OPS}
+    print(f"aot gate: {count} kernels compiled for {', '.join(TARGETS)} with Triton {triton.__version__}")
     for problem in problems:
         print(f"FAILED  {problem}")
     if options.write:
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        options.table.write_text(_text(table))
-        if options.table == TABLE:
-            VIEW.write_text(_view(table))
-        print(f"wrote {options.table}")
+        options.tables.mkdir(parents=True, exist_ok=True)
+        for op, table in tables.items():
+            (options.tables / f"{op}.json").write_text(_text(table))
+        if options.tables == TABLES:
+            VIEW.write_text(_view(tables))
+        print(f"wrote {options.tables}")
     elif options.check:
-        problems += _differences(table, options.table, options.only)
+        problems += _differences(tables, options.tables, options.only)
     return 1 if problems else 0
 
 
-def _differences(table: dict[str, Any], path: Path, only: str) -> list[str]:
-    """Print how the table differs from the committed one; nothing if that was written with another Triton."""
-    if not path.exists():
-        print(f"FAILED  no committed table at {path}: run with --write")
-        return ["no table"]
-    committed = json.loads(path.read_text())
-    if committed["triton"] != table["triton"]:
-        print(f"table not compared: it was written with Triton {committed['triton']}, this is {table['triton']}")
-        return []
-    committed["rows"] = [row for row in committed["rows"] if only in row["case"]]
-    diff = list(
-        difflib.unified_diff(*(_text(t).splitlines() for t in (committed, table)), "committed", "now", n=0, lineterm="")
-    )
-    if diff:
-        print("\n".join(diff))
+def _differences(tables: dict[str, dict[str, Any]], folder: Path, only: str) -> list[str]:
+    """Print how the tables differ from the committed ones; nothing if those were written with another Triton."""
+    found: list[str] = []
+    whole: dict[str, dict[str, Any]] = {}
+    for op, table in tables.items():
+        if not table["rows"]:
+            continue
+        path = folder / f"{op}.json"
+        if not path.exists():
+            print(f"FAILED  no committed table at {path}: run with --write")
+            found.append("no table")
+            continue
+        whole[op] = committed = json.loads(path.read_text())
+        if committed["triton"] != table["triton"]:
+            print(f"table not compared: it was written with Triton {committed['triton']}, this is {table['triton']}")
+            continue
+        committed = committed | {"rows": [row for row in committed["rows"] if only in row["case"]]}
+        both = (_text(t).splitlines() for t in (committed, table))
+        found += difflib.unified_diff(*both, f"committed {op}", "now", n=0, lineterm="")
+    if found:
+        print("\n".join(found))
         print("FAILED  the machine code differs from the committed table: read the lines above, then run with --write")
-    if not only and VIEW.exists() and path == TABLE and VIEW.read_text() != _view(committed):
-        diff.append("view")
-        print(f"FAILED  {VIEW} is not what the committed table says: run with --write")
-    return diff
+    if not only and len(whole) == len(OPS) and folder == TABLES and VIEW.exists() and VIEW.read_text() != _view(whole):
+        found.append("view")
+        print(f"FAILED  {VIEW} is not what the committed tables say: run with --write")
+    return found
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ def test_one_pass_kernel_at_8142_and_8192(tmp_path):
     table["rows"] = [row for row in table["rows"] if row["case"].startswith(case)]
     assert len(table["rows"]) == 1
     table["rows"][0]["sm_90"]["registers"] += 1
-    changed = tmp_path / "table.json"
-    changed.write_text(json.dumps(table))
-    result = gate("--check", "--only", case, "--table", str(changed))
+    (tmp_path / "margin_cross_entropy.json").write_text(json.dumps(table))
+    result = gate("--check", "--only", case, "--tables", str(tmp_path))
     if "table not compared" not in result.stdout:  # another Triton than the table's
         assert result.returncode == 1
         assert "differs from the committed table" in result.stdout
@@ -59,3 +58,26 @@ def test_the_committed_table_holds_what_the_gate_promises():
         if "forward" in row["case"]:
             assert row["per_logit"] <= 20
     assert len(one_pass) >= 5
+
+
+@pytest.mark.slow
+def test_tiled_kernels():
+    result = gate("--check", "--only", "linear, class_bias, D 64")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 kernels compiled for sm_90, sm_80, sm_100, gfx942" in result.stdout
+
+
+def test_the_table_of_the_tiled_kernels_holds_what_the_gate_promises():
+    table = json.loads((ROOT / "benchmarks/results/aot/linear_margin_cross_entropy.json").read_text())
+    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    seen = set()
+    for row in table["rows"]:
+        for target, kilobytes in limits.items():
+            assert row[target]["stack"] == row[target]["spills"] == 0, row
+            assert row[target]["shared"] <= kilobytes * 1024, row
+            if "products" in row[target] and "float32" not in row["case"]:
+                assert row[target]["products"] > 0, row
+                seen.add((row["kernel"], row["case"]))
+    for kernel in ("_tiled_forward_kernel", "_grad_input_kernel", "_grad_factor_kernel"):
+        for width in (64, 128, 256):
+            assert (kernel, f"linear, class_bias, D {width}, C 8142, bfloat16") in seen

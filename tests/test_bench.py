@@ -1,4 +1,7 @@
-"""Benchmarks: cases, providers, agreement, the runner and its budget, the report and its staleness, the comparison."""
+"""Benchmarks: cases, providers, agreement, the runner and its budget, the report and its staleness, the comparison.
+
+``op`` is the one on logits in memory, on which everything that ops share is tested; ``head`` is the linear one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lt_kernels.bench import cases, compare, figures, providers, records, report, roofline, runner
+from lt_kernels.bench import linear_margin_cross_entropy as head
 from lt_kernels.bench import margin_cross_entropy as op
 
 MARKERS = "# Title\n\n{}\n\nafter\n"
@@ -48,6 +52,25 @@ def record(**changes) -> records.Record:
     return records.Record(**{**fields, **changes})
 
 
+def head_record(**changes) -> records.Record:
+    fields = {
+        "op": head.OP,
+        "case": "inat18-n512-d2048",
+        "sizes": {"N": 512, "D": 2048, "C": 8142},
+        "ms_median": 700.0,
+        "ms_p20": 690.0,
+        "ms_p80": 720.0,
+        "repetitions": 3,
+        "peak_bytes": 137_592_832,  # gradients, and four times the logits
+        "bytes_moved": 141_787_136,
+        "flops": 51_223_461_888,
+        "gbps": 0.2,
+        "copy_gbps": None,
+        "fraction_of_floor": 0.8,
+    }
+    return record(**{**fields, **changes})
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with the documents that the report writes, and results of two providers on two cases."""
@@ -74,7 +97,7 @@ def small_inputs():
 # Cases and costs
 
 
-@pytest.mark.parametrize("case", op.CASES.values(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*op.CASES.values(), *head.CASES.values()], ids=lambda case: case.name)
 def test_case_counts_fit_and_are_long_tailed(case: cases.Case):
     counts = case.class_counts()
     assert counts.shape == (case.classes,)
@@ -83,12 +106,24 @@ def test_case_counts_fit_and_are_long_tailed(case: cases.Case):
     assert case.log_prior().exp().sum().item() == pytest.approx(1)
 
 
-def test_cases_cover_the_targets_and_the_comparison():
+@pytest.mark.parametrize("op", runner.OPS.values(), ids=runner.OPS)
+def test_cases_cover_the_targets_and_the_comparison(op):
     for target in op.TARGETS:
         assert target.device in op.CASES[target.case].devices
-        assert target.against in ("floor", *op.PROVIDERS)
+        assert target.dtype in op.DTYPES[target.device]
+        assert target.against in ("copy", "memory", "fastest other", *op.PROVIDERS)
+        assert target.ours in (None, *op.PROVIDERS)
+        assert (target.at_least is None) != (target.at_most is None)
+        if target.against in op.PROVIDERS:
+            provider, case = op.PROVIDERS[target.against], op.CASES[target.case]
+            assert provider.unasked(target.device) is provider.left_out(case, target.dtype, target.device) is None
     for name in op.COMPARE_CASES:
         assert "cpu" in op.CASES[name].devices
+    assert set(op.REFERENCES) <= set(op.PROVIDERS)
+
+
+def test_names_of_cases_tell_the_ops_apart():
+    assert not op.CASES.keys() & head.CASES.keys()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -112,6 +147,16 @@ def test_cost_counts_each_logit_once_per_pass(direction, factor):
     assert op.cost(cases.Case("m", 7, 123, positions=(4, 5)), torch.bfloat16, direction).flops == cost.flops * 20
 
 
+@pytest.mark.parametrize(
+    ("direction", "products", "passes"), [("fwd", 1, 1), ("bwd", 2, 2), ("fwd_bwd", 3, 2)], ids=runner.DIRECTIONS
+)
+def test_cost_of_a_head_counts_products_and_operands_but_no_logits(direction, products, passes):
+    cost = head.cost(cases.LinearCase("c", 7, 123, width=19), torch.bfloat16, direction)
+    assert cost.flops == products * 2 * 7 * 19 * 123
+    assert cost.bytes_moved == passes * (7 + 123) * 19 * 2  # features and weight, and their gradients
+    assert cost.exponentials == 7 * 123
+
+
 def test_static_floor_is_the_slowest_of_what_a_chip_does():
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 0) == pytest.approx(10)
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 418 * 10**9) == pytest.approx(100)
@@ -129,6 +174,55 @@ def test_providers_agree(case, dtype, provider):
     if reason is not None:
         pytest.skip(reason)
     op.check_agreement(provider, op.make_inputs(op.CASES[case], dtype, "cpu"))
+
+
+HEADS = ["torch-linear-ce", "torch-linear-ce-chunked", "lt[reference]", "lt[native]", "lt-chunked", "lt-materialize"]
+
+
+@pytest.mark.parametrize("provider", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["odd-7x19x123", "even-16x64x1024"])
+def test_providers_of_heads_agree(case, dtype, provider):
+    reason = runner.unavailable_reason(head.OP, provider, "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    head.check_agreement(provider, head.make_inputs(head.CASES[case], dtype, "cpu"))
+
+
+def test_heads_say_where_they_are_not_measured_unasked(monkeypatch):
+    def reason(name: str, case: str, dtype: str = "float32", device: str = "cpu") -> str | None:
+        return head.PROVIDERS[name].left_out(head.CASES[case], dtype, device)
+
+    assert "takes many seconds" in reason("torch-linear-ce-chunked", "c100k-n512-d512", "bfloat16")
+    assert reason("torch-linear-ce-chunked", "c100k-n512-d512") is None  # a target needs it
+    assert reason("torch-linear-ce-chunked", "c1m-n1024-d256", device="cuda") is None
+    for name in ("compile", "torch-linear-ce"):
+        assert reason(name, "inat18-n512-d2048") is reason(name, "inat21-n512-d2048", device="cuda") is None
+        assert "headline cases only" in reason(name, "inat21-n512-d2048")
+    assert "library chooses here" in reason("lt-materialize", "inat18-n512-d2048")
+    assert reason("lt-chunked", "inat18-n512-d2048") is None
+    assert reason("lt-chunked", "c1m-n64-d256") == "one chunk holds all rows"
+    assert "narrow heads" in reason("lt-tiled", "inat18-n8192-d2048", device="cuda")
+    assert reason("lt-tiled", "c100k-n4096-d512", device="cuda") is None
+    assert "library chooses here" in reason("lt-tiled", "c100k-n8192-d128", "bfloat16", "cuda")
+    assert "CUDA" in head.PROVIDERS["lt-tiled"].unavailable("cpu")
+    assert "not meant to be fast" in head.PROVIDERS["lt[reference]"].unasked("cpu")
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    assert "2.13" in head.PROVIDERS["torch-linear-ce-chunked"].unavailable("cpu")
+    for peer in ("liger", "cut-cross-entropy", "cut-cross-entropy-exact", "quack"):
+        assert head.PROVIDERS[peer].unavailable("cpu") == "its kernels need CUDA tensors"
+
+
+def test_gemms_are_the_three_products():
+    inputs = head.make_inputs(head.CASES["odd-7x19x123"], torch.float32, "cpu")
+    step = head.make_step("gemms", inputs)
+    assert not head.PROVIDERS["gemms"].is_loss
+    for _ in range(2):  # into the same outputs
+        step().backward()
+    logits = inputs.features @ inputs.weight.T
+    torch.testing.assert_close(step._logits, logits)
+    torch.testing.assert_close(step._gradients, (logits @ inputs.weight, logits.T @ inputs.features))
+    assert inputs.features.grad is inputs.weight.grad is None
 
 
 def test_providers_that_cannot_run_say_why(monkeypatch):
@@ -226,6 +320,57 @@ def test_an_importable_peer_is_called_properly(monkeypatch, peer, case):
         assert calls[0]["reduction"] == "mean"
 
 
+def fake_linear_peer(name: str) -> tuple[str, types.ModuleType, list]:
+    """Likewise for heads."""
+    calls = []
+
+    def loss(features, weight, target, bias, **options):
+        assert (weight.shape, target.shape, bias.shape) == ((123, 19), (7,), (123,))
+        calls.append(options)
+        return F.cross_entropy(F.linear(features, weight, bias), target)
+
+    class Liger(torch.nn.Module):
+        def forward(self, lin_weight, _input, target, bias=None):
+            return loss(_input, lin_weight, target, bias)
+
+    def cut(e, c, targets, bias=None, impl="cce"):
+        return loss(e, c, targets, bias, impl=impl)
+
+    def quack(x, weight, bias, target, ignore_index=-100, reduction="mean", inplace_backward=False):
+        return loss(x, weight, target, bias, reduction=reduction, inplace_backward=inplace_backward)
+
+    path, member, value = {
+        "liger": ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", Liger),
+        "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy", cut),
+        "cut-cross-entropy-exact": ("cut_cross_entropy", "linear_cross_entropy", cut),
+        "quack": ("quack.linear_cross_entropy", "linear_cross_entropy_func", quack),
+    }[name]
+    module = types.ModuleType(path)
+    setattr(module, member, value)
+    return path, module, calls
+
+
+@pytest.mark.parametrize(
+    ("peer", "options"),
+    [
+        ("liger", {}),
+        ("cut-cross-entropy", {"impl": "cce"}),
+        ("cut-cross-entropy-exact", {"impl": "cce_exact"}),
+        ("quack", {"reduction": "mean", "inplace_backward": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_importable_peer_of_heads_is_called_properly(monkeypatch, peer, options):
+    path, module, calls = fake_linear_peer(peer)
+    for index in range(path.count(".")):
+        parent = ".".join(path.split(".")[: index + 1])
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, path, module)
+    assert head.PROVIDERS[peer].unavailable("cuda") is None
+    head.check_agreement(peer, head.make_inputs(head.CASES["odd-7x19x123"], torch.float32, "cpu"))
+    assert calls == [options]
+
+
 def test_a_wrong_peer_fails_the_agreement_check(monkeypatch, small_inputs):
     path, module, _ = fake_peer("liger", wrong=1.01)
     monkeypatch.setitem(sys.modules, path, module)
@@ -262,6 +407,40 @@ def test_agreement_of_a_large_case_samples_rows_but_not_the_loss(monkeypatch, ca
         agreement.check("short", lambda: without_a_row + 0 * inputs.logits.sum())
 
 
+@pytest.fixture
+def head_inputs():
+    return head.make_inputs(head.CASES["odd-33x45x507"], torch.float32, "cpu")
+
+
+def test_agreement_of_heads_is_exact_in_what_it_samples(monkeypatch, head_inputs):
+    monkeypatch.setattr(head, "BLOCK_LOGITS", 33 * 100)  # six blocks of classes
+    monkeypatch.setattr(head, "CHECKED_ROWS", 3)
+    truth = head.Agreement(head_inputs)._truth
+    features, weight = (leaf.detach().double().requires_grad_() for leaf in head_inputs.leaves.values())
+    loss = head.eager_loss(features, weight, head_inputs.target, head_inputs.log_prior.double())
+    loss.backward()
+    rows = torch.tensor([0, 16, 32])
+    classes = torch.tensor([0, 253, 506, *head_inputs.target[rows]]).unique()
+    torch.testing.assert_close(truth["loss"], loss.detach())
+    torch.testing.assert_close(truth["gradient of features"], features.grad[rows])
+    torch.testing.assert_close(truth["gradient of weight"], weight.grad[classes])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient of features", "gradient of weight"])
+def test_agreement_of_heads_rejects_each_error(head_inputs, what):
+    def spoiled(error):
+        one = {"gradient of features": head_inputs.features[-1, 7], "gradient of weight": head_inputs.weight[-1, 7]}
+        entry = one.get(what)
+        return head.make_step("eager", head_inputs)() + error * (1.0 if entry is None else entry - entry.detach())
+
+    agreement = head.Agreement(head_inputs)
+    agreement.check("same", lambda: spoiled(0.0))
+    with pytest.raises(AssertionError, match=f"{head.OP} spoiled {what}"):
+        agreement.check("spoiled", lambda: spoiled(0.01))
+    with pytest.raises(AssertionError, match="no gradient of weight"):
+        agreement.check("frozen", lambda: head_inputs.features.sum())
+
+
 # The runner
 
 
@@ -292,15 +471,74 @@ def test_run_makes_complete_records(case):
         assert eager["fwd"].peak_bytes >= 2 * logits  # shifted, and its log-softmax
 
 
+def test_run_of_a_head_measures_its_floor_unasked_and_holds_others_against_it(monkeypatch):
+    checked = []
+    check = head.Agreement.check
+    monkeypatch.setattr(
+        head.Agreement, "check", lambda self, name, step: (checked.append(name), check(self, name, step))
+    )
+    lines = []
+    found = runner.run(
+        head.OP,
+        cases=["odd-33x45x507"],
+        providers=["eager", "lt[reference]"],
+        repetitions=3,
+        seconds=0.0,
+        log=lines.append,
+    )
+    names = ["gemms", "eager", "lt[reference]"]
+    assert [(r.dtype, r.direction, r.provider) for r in found] == [
+        (dtype, direction, name)
+        for dtype in ("float32", "bfloat16")
+        for direction in runner.DIRECTIONS
+        for name in names
+    ]
+    assert checked == ["eager", "lt[reference]"] * 2
+    gemms = {(r.dtype, r.direction): r for r in found if r.provider == "gemms"}
+    for r in found:
+        floor = gemms[r.dtype, r.direction].ms_median
+        assert r.fraction_of_floor == pytest.approx(floor / r.ms_median, rel=1e-3)
+        assert r.copy_gbps is None
+        assert r.sizes == {"N": 33, "D": 45, "C": 507}
+        assert any(f"{r.dtype:9} {r.direction:8} {r.provider} " in line and "of gemms" in line for line in lines)
+    assert {r.peak_bytes for r in gemms.values()} == {None}
+    eager = next(r for r in found if (r.provider, r.dtype, r.direction) == ("eager", "float32", "fwd_bwd"))
+    if eager.peak_bytes is not None:
+        assert eager.peak_bytes >= 4 * (33 + 507) * 45
+        assert 1 < head.memory(eager) < 5
+
+
+def only(monkeypatch, *names: str, **changes) -> None:
+    """Make every other provider unavailable, and change the last of these."""
+    for name, provider in op.PROVIDERS.items():
+        if name not in names:
+            monkeypatch.setitem(op.PROVIDERS, name, dataclasses.replace(provider, unavailable=lambda device: "absent"))
+    monkeypatch.setitem(op.PROVIDERS, names[-1], dataclasses.replace(op.PROVIDERS[names[-1]], **changes))
+
+
+def test_run_leaves_a_provider_out_of_a_case_unless_asked(monkeypatch):
+    only(monkeypatch, "eager", "loop", left_out=lambda case, dtype, device: f"no {case.name} {dtype} on a {device}")
+    lines = []
+    found = run_small(directions=["fwd"], log=lines.append)
+    assert {r.provider for r in found} == {"eager"}
+    assert "without loop on odd-7x123 float32: no odd-7x123 float32 on a cpu" in lines
+    found = run_small(directions=["fwd"], providers=["loop"])
+    assert {r.provider for r in found} == {"loop"}
+
+
+def test_names_of_another_op_are_passed_over():
+    lines = []
+    assert run_small(cases=["odd-7x19x123"], log=lines.append) == []
+    assert lines == [f"{op.OP} has no case odd-7x19x123: another op has"]
+    found = run_small(cases=["odd-7x123", "odd-7x19x123"], providers=["gemms", "eager"], directions=["fwd"])
+    assert {r.provider for r in found} == {"eager"}
+    with pytest.raises(ValueError, match="unknown provider 'jax'"):
+        run_small(providers=["gemms", "jax"])
+
+
 def test_a_provider_that_disagrees_is_left_out_and_said(monkeypatch):
     lines = []
-    broken = dataclasses.replace(
-        op.PROVIDERS["loop"], make=lambda inputs: lambda: op.make_step("eager", inputs)() * 1.01
-    )
-    monkeypatch.setitem(op.PROVIDERS, "loop", broken)
-    for name, provider in op.PROVIDERS.items():  # the rest, but for eager, is not what this is about
-        if name not in ("eager", "loop"):
-            monkeypatch.setitem(op.PROVIDERS, name, dataclasses.replace(provider, unavailable=lambda device: "absent"))
+    only(monkeypatch, "eager", "loop", make=lambda inputs: lambda: op.make_step("eager", inputs)() * 1.01)
     found = run_small(directions=["fwd"], log=lines.append)
     assert {r.provider for r in found} == {"eager"}
     assert any(line.startswith("without loop on odd-7x123 float32: AssertionError") for line in lines)
@@ -334,12 +572,7 @@ def test_an_overflow_of_eager_is_said_and_is_no_error_of_ours(monkeypatch):
     inputs.logits.data[:] = torch.tensor([-3e4, 3e4, 0.0, 0.0, 0.0])
     inputs.target[:] = 0  # losses of 60,000, whose float16 sum is infinite
     monkeypatch.setattr(op, "make_inputs", lambda *_: inputs)
-    for name, provider in op.PROVIDERS.items():
-        if name not in ("eager", "lt[reference]"):
-            monkeypatch.setitem(op.PROVIDERS, name, dataclasses.replace(provider, unavailable=lambda device: "absent"))
-    monkeypatch.setitem(
-        op.PROVIDERS, "lt[reference]", dataclasses.replace(op.PROVIDERS["lt[reference]"], unasked=lambda device: None)
-    )
+    only(monkeypatch, "eager", "lt[reference]", unasked=lambda device: None)
     found = run_small(cases=["overflow"], dtypes=["float16"], log=lines.append)
     assert {r.provider for r in found} == {"lt[reference]"}
     assert any(line.startswith("without eager on overflow float16: AssertionError") for line in lines)
@@ -390,30 +623,45 @@ def test_budget_measures_something_and_shortens_what_is_left(group_order):
     assert len(group_order) == 1
 
 
+class Leaves:
+    """Inputs of steps that need none."""
+
+    def __init__(self):
+        self.drops = 0
+
+    def drop_gradients(self):
+        self.drops += 1
+
+
 def test_measure_takes_turns():
     order = []
     steps = {name: [lambda name=name: order.append(name)] for name in "abc"}
-    times = runner.measure(steps, torch.zeros(1), "cpu", runner.Timing(repetitions=11, seconds=0.0))
+    times = runner.measure(steps, Leaves(), "cpu", runner.Timing(repetitions=11, seconds=0.0))
     assert {name: len(samples) for name, samples in times.items()} == {"a": 15, "b": 15, "c": 15}
     # bursts of five after one untimed repetition, in an order that rotates
     assert "".join(order[-54:]) == "".join(name * 6 for name in "abcbcacab")
 
 
 def test_measure_repeats_a_slow_step_three_times_only(monkeypatch):
-    clock, logits = Clock(), torch.zeros(1, requires_grad=True)
+    clock, leaves = Clock(), Leaves()
     monkeypatch.setattr(runner, "time", clock)
 
     def part(seconds):
         def run():
-            assert logits.grad is None
             clock.now += seconds
 
         return run
 
     steps = {"slow": [part(1.0), part(3.0)], "fast": [part(0.001), part(0.002)]}
-    times = runner.measure(steps, logits, "cpu", runner.Timing(repetitions=20, seconds=1.0, limit=6.0))
+    times = runner.measure(steps, leaves, "cpu", runner.Timing(repetitions=20, seconds=1.0, limit=6.0))
     assert times["slow"] == [pytest.approx((1000, 3000))] * 3
     assert times["fast"] == [pytest.approx((1, 2))] * 10
+    assert leaves.drops >= 13
+    steps["endless"] = [part(2.0), part(4.0)]
+    times = runner.measure(steps, leaves, "cpu", runner.Timing(repetitions=20, seconds=1.0, limit=6.0))
+    assert times["endless"] == [pytest.approx((2000, 4000))]
+    assert len(times["slow"]) == 3
+    assert len(runner.measure({"endless": steps["endless"]}, leaves, "cpu", runner.Timing())["endless"]) == 1
 
 
 # Records
@@ -464,9 +712,9 @@ def test_report_writes_checks_and_notices_stale(checkout):
     assert "-memory.png" not in readme
     for name in FIGURE_NAMES:
         assert f"](figures/{name})" in docs
-    assert "| inat18-n512 | float32 | eager | 4x | 5.00x | yes |" in docs
-    assert "| inat18-n512 | float32 | compile | 2x | not yet measured |" in docs
-    assert "#### Forward and backward, float32: milliseconds" in docs
+    assert "| inat18-n512 | float32 | faster than eager | >= 4.00x | 5.00x | yes |" in docs
+    assert "| inat18-n512 | float32 | faster than compile | >= 2.00x | not yet measured |" in docs
+    assert "##### Forward and backward, float32: milliseconds" in docs
     assert "| inat18-n512 | 512 x 8,142 | 8 | **1.6** | 5.0x | 5.0x | 104% |" in docs
     assert report.NOT_ON_GPU in readme
     assert readme.startswith("# Title")
@@ -521,7 +769,7 @@ def test_report_needs_its_markers(checkout):
 
 def test_figures_show_each_provider_over_the_classes_of_its_device(checkout):
     shown = [record for path in report.result_files(checkout) for record in records.load(path)]
-    throughput, floor, memory, rows = figures.figures(shown, op.CASES)
+    throughput, floor, memory, rows = figures.figures(shown)
     (panel,) = throughput.panels
     assert panel.ticks == ["8,142 (512)", "65,536 (256)"]
     assert panel.lines == {
@@ -545,7 +793,7 @@ def test_gpu_results_are_reported_beside_those_of_the_cpu(checkout):
     ours = record(**gpu, provider="lt[triton]", backend="triton", fraction_of_floor=0.5)
     records.save(path, [record(**gpu), record(**gpu, provider="liger", ms_median=9.0), ours])
     shown = [record for path in report.result_files(checkout) for record in records.load(path)]
-    assert {figure.name.split("-margin")[0] for figure in figures.figures(shown, op.CASES)} == {
+    assert {figure.name.split("-margin")[0] for figure in figures.figures(shown)} == {
         "cpu-a-cpu-2c",
         "nvidia-x",
     }
@@ -553,8 +801,80 @@ def test_gpu_results_are_reported_beside_those_of_the_cpu(checkout):
     assert "](docs/figures/nvidia-x-margin-cross-entropy-throughput.png)" in text
     assert "| NVIDIA X | 8,192 x 8,142 | bfloat16 | 8 |  | 9 (liger) | **8** (triton) | 1.0x |  | 50% |" in text
     assert report.NOT_ON_GPU not in text
-    assert "| NVIDIA X | inat18-n8192 | bfloat16 | copy bandwidth | 85% | 50% | no |" in report.targets(shown)
+    assert "| NVIDIA X | inat18-n8192 | bfloat16 | share of copy bandwidth | >= 85% | 50% | no |" in report.targets(
+        shown
+    )
     assert "| inat18-n8192 | 8,192 x 8,142 | 8 | 9 | **8** | 1.0x | 1.0x | 50% | 0.062 |" in report.tables(shown)
+
+
+@pytest.fixture
+def with_heads(checkout):
+    """Results of both ops: the products alone, eager, torch, ours, and ours in chunks."""
+    ours = {"provider": "lt[native]", "backend": "native", "ms_median": 600.0, "fraction_of_floor": 0.9333}
+    chunked = {"provider": "lt-chunked", "ms_median": 640.0, "fraction_of_floor": 0.875, "peak_bytes": 73_394_790}
+    torchs = {"provider": "torch-linear-ce-chunked", "ms_median": 1200.0, "fraction_of_floor": 0.4667}
+    gemms = {"provider": "gemms", "ms_median": 560.0, "fraction_of_floor": 1.0, "peak_bytes": None}
+    found = [head_record(**changes) for changes in (gemms, {}, torchs, ours, chunked)]
+    records.save(checkout / report.RESULTS / "cpu-a-cpu-2c" / f"{head.OP}.json", found)
+    return checkout
+
+
+def test_report_shows_both_ops(with_heads):
+    pytest.importorskip("matplotlib")
+    report.write(with_heads)
+    report.check(with_heads)
+    readme, docs = ((with_heads / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+    for text in (readme, docs):
+        assert f"`{op.OP}`\n\n| device | logits | dtype |" in text
+        assert f"`{head.OP}`\n\n| device | N x D x C | dtype |" in text
+        assert (
+            "| 512 x 2,048 x 8,142 | float32 | 700 |  | 1,200 (torch-linear-ce-chunked) | **600** (native) "
+            "| 1.2x |  | 1.07x |"
+        ) in text
+    assert docs.index(f"#### {op.OP}") < docs.index(f"#### {head.OP}")
+    assert (
+        "| case | N x D x C | gemms | eager | torch-linear-ce-chunked | lt[native] | lt-chunked "
+        "| vs eager | vs fastest other | x of gemms |"
+    ) in docs
+    assert "| 560 | 700 | 1,200 | **600** | 640 | 1.2x | 1.2x | 1.07x |" in docs
+    assert f"##### {head.MEMORY}, forward and backward, float32: multiples of the logits' bytes" in docs
+    assert "| inat18-n512-d2048 | 512 x 2,048 x 8,142 | 4.00 | 4.00 | 4.00 | 0.15 |" in docs
+    name = "cpu-a-cpu-2c-linear-margin-cross-entropy"
+    for figure in ("floor", "memory", "rows"):
+        assert f"](figures/{name}-{figure}.png)" in docs
+        assert (with_heads / report.FIGURES / f"{name}-{figure}.png").exists()
+
+
+def test_targets_of_heads(with_heads):
+    shown = [record for path in report.result_files(with_heads) for record in records.load(path)]
+    text = report.targets(shown)
+    start = f"| {head.OP} | A CPU, 2 threads, AVX2 | inat18-n512-d2048 | float32"
+    assert f"{start} | time / gemms | <= 1.10x | 1.07x | yes |" in text
+    assert f"{start} | faster than torch-linear-ce-chunked | >= 1.70x | 2.00x | yes |" in text
+    assert f"{start} | lt-chunked: peak memory / logits | <= 0.25 | 0.15 | yes |" in text
+    assert "| GPU | inat18-n8192-d2048 | bfloat16 | faster than fastest other | >= 1.00x | not yet measured |" in text
+    slow = [dataclasses.replace(one, ms_median=900.0) if one.backend == "native" else one for one in shown]
+    assert f"{start} | time / gemms | <= 1.10x | 1.61x | no |" in report.targets(slow)
+
+
+@pytest.mark.parametrize(("ours", "value", "met"), [(5.0, "1.20x", "yes"), (7.0, "0.86x", "no")])
+def test_target_against_every_other(ours, value, met):
+    gpu = {"device": "NVIDIA X", "device_slug": "nvidia-x", "case": "inat18-n8192-d2048", "dtype": "bfloat16"}
+    times = {"gemms": 4.0, "eager": 8.0, "liger": 6.0, "lt-tiled": 1.0, "lt[triton]": ours}
+    found = [head_record(**gpu, provider=name, ms_median=ms) for name, ms in times.items()]
+    assert f"faster than fastest other | >= 1.00x | {value} | {met} |" in report.targets(found)
+
+
+def test_figures_of_heads_are_ratios_to_the_products(with_heads):
+    shown = [record for path in report.result_files(with_heads) for record in records.load(path)]
+    floor, memory, rows = [one for one in figures.figures(shown) if head.OP in one.title]
+    assert floor.panels[0].ticks == ["8,142 (512 x 2,048)"]
+    assert rows.panels[0].ticks == ["512"]
+    assert floor.x_label == "classes C (rows N x width D)"
+    assert floor.panels[0].lines["gemms"] == [(0, 1.0)]
+    assert floor.panels[0].lines["eager"] == [(0, 1.25)]
+    assert "gemms" not in memory.panels[0].lines
+    assert memory.panels[0].lines["lt-chunked"] == [(0, pytest.approx(0.15, abs=0.001))]
 
 
 # The comparison
@@ -595,6 +915,21 @@ def test_compare_takes_what_both_have_in_the_order_of_the_first():
     assert list(found[0].ratios) == ["compile"]
 
 
+def test_compare_divides_heads_by_their_products():
+    def run(ours):
+        times = {"gemms": 560.0, "eager": 700.0, "compile": 690.0, "lt[native]": ours, "lt-chunked": 640.0}
+        return [head_record(provider=name, ms_median=ms) for name, ms in times.items()]
+
+    (one,) = compare.compare(run(600.0), run(900.0))
+    assert one.verdict == "regression"
+    assert {name: after for name, (_, after) in one.ratios.items()} == {
+        "eager": pytest.approx(900 / 700),
+        "gemms": pytest.approx(900 / 560),
+    }
+    both = compare.table([*compare.compare(timed(1.0), timed(1.0)), one])
+    assert both.index(op.OP) < both.index("/compile") < both.index(head.OP) < both.index("/gemms")
+
+
 @pytest.fixture
 def results(tmp_path):
     records.save(tmp_path / "cpu-another-4c" / f"{op.OP}.json", timed(1.0))
@@ -626,7 +961,7 @@ def test_compare_now_prefers_the_results_of_this_device(results, monkeypatch):
     monkeypatch.setattr(compare, "run", lambda name, **options: timed(2.0))
     (one,) = compare.compare_now(results, "cpu", 0.3, lines.append)
     assert one.ratios["eager"] == (pytest.approx(1 / 4), pytest.approx(1 / 4))
-    assert lines == []
+    assert lines == [f"without {head.OP}: it has no committed results of a cpu device"]
 
 
 def test_compare_now_needs_results(tmp_path):

@@ -104,11 +104,12 @@ def test_provider_asked_for_by_name_must_be_available(capsys, monkeypatch):
 
 
 def test_bench_list_names_all(capsys):
-    from lt_kernels.bench import margin_cross_entropy as op
+    from lt_kernels.bench.runner import OPS
 
     _, out, _ = run(capsys, "bench", "--list")
-    for name in (*op.CASES, *op.PROVIDERS):
-        assert name in out
+    for op, module in OPS.items():
+        for name in (op, *module.CASES, *module.PROVIDERS):
+            assert name in out
 
 
 def test_bench_runs_writes_and_compares_with_itself(capsys, tmp_path):
@@ -122,6 +123,15 @@ def test_bench_runs_writes_and_compares_with_itself(capsys, tmp_path):
     status, out, _ = run(capsys, "bench", "compare", str(path), str(path))
     assert status == 0
     assert "no regression" in out
+
+
+def test_bench_of_a_case_measures_the_op_that_has_it(capsys):
+    argv = ["--case", "tiny-3x4x5", "--provider", "eager", "--dtype", "float32", "--direction", "fwd"]
+    status, out, _ = run(capsys, "bench", *argv, "--repetitions", "1", "--seconds", "0")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == "margin_cross_entropy has no case tiny-3x4x5: another op has"
+    assert [line.split()[3] for line in lines[1:]] == ["gemms", "eager"]
 
 
 def test_bench_compare_fails_on_a_regression(capsys, tmp_path):

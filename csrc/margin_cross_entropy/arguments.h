@@ -29,22 +29,24 @@ using OptionalTensor = std::optional<Tensor>;
       scale, margin, angular, ignore_index, label_smoothing
 
 // loss, lse, prediction, rest, grad_input
+// out: where the gradient of input is written, which may be input itself; what is returned in its place is then [0].
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 #define LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m)                                                                          \
   m.def("margin_cross_entropy_fwd(" LTK_MARGIN_CROSS_ENTROPY_SCHEMA                                                  \
-        ", bool with_prediction, bool with_grad) -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, "      \
+        ", bool with_prediction, bool with_grad, Tensor(a!)? out=None) -> (Tensor loss, Tensor lse, Tensor "         \
+        "prediction, Tensor rest, "                                                                                  \
         "Tensor grad_input)");                                                                                       \
   m.def("margin_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, " LTK_MARGIN_CROSS_ENTROPY_SCHEMA \
-        ", bool[] needs) -> Tensor[]");                                                                              \
+        ", bool[] needs, Tensor(a!)? out=None) -> Tensor[]");                                                        \
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()")
 
 #define LTK_DECLARE(device)                                                                                      \
   ForwardResult margin_cross_entropy_fwd_##device(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,     \
-                                                  bool with_grad);                                               \
+                                                  bool with_grad, const OptionalTensor& out);                    \
   std::vector<Tensor> margin_cross_entropy_bwd_##device(const Tensor& grad_loss, const OptionalTensor& grad_lse, \
                                                         const Tensor& rest, LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, \
-                                                        c10::List<bool> needs);                                  \
+                                                        c10::List<bool> needs, const OptionalTensor& out);       \
   /* gradient *= factor (0-dim); memory is not touched where that is 1 */                                        \
   void scale_gradient_##device(Tensor& gradient, const Tensor& factor);
 LTK_DECLARE(cpu)

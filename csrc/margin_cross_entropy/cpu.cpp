@@ -6,7 +6,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -15,13 +14,9 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "../cpu_memory.h"
 #include "cpu_call.h"
 #include "layout.h"
 
@@ -104,84 +99,6 @@ A* scratch(int64_t size) {
   }
   return static_cast<A*>(buffer.get());
 }
-
-// Gradients of 1 MiB and more come from a small pool: touching 100 MB of fresh pages costs more than the arithmetic
-// that fills them. A buffer returns to the pool when its tensor dies; what the pool holds is bounded.
-class GradientPool {
- public:
-  static Tensor empty_like(const Tensor& t) {
-    const size_t bytes = t.nbytes();
-    if (bytes < kSmallest) return at::empty_like(t);
-    const Tensor shape = at::empty_like(t, t.options().device(at::kMeta));  // for the strides
-    TORCH_INTERNAL_ASSERT(shape.nbytes() == bytes && shape.is_non_overlapping_and_dense());
-    const size_t size = (bytes + kPage - 1) / kPage * kPage;
-    auto* buffer = new Buffer{instance().take(size), size, static_cast<int64_t>(bytes)};
-    report(buffer->data, buffer->used);
-    auto release = [](void* context) {
-      const std::unique_ptr<Buffer> dead(static_cast<Buffer*>(context));
-      report(dead->data, -dead->used);
-      instance().give(*dead);
-    };
-    // resizable, like any storage of torch: code that frees gradients by resizing their storage goes on working
-    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
-                         at::DataPtr(buffer->data, buffer, release, c10::Device(c10::kCPU)),
-                         c10::GetAllocator(c10::kCPU), true);
-    return at::empty({0}, t.options()).set_(storage, 0, t.sizes(), shape.strides());
-  }
-
- private:
-  static constexpr size_t kSmallest = size_t(1) << 20, kPage = size_t(2) << 20, kMostBuffers = 4;
-  static constexpr size_t kMostBytes = size_t(512) << 20;
-  struct Buffer {
-    void* data;
-    size_t size;
-    int64_t used;
-  };
-  std::mutex mutex_;
-  std::vector<Buffer> free_;
-
-  static void report(void* data, int64_t bytes) {  // so that torch's profiler counts these tensors as it does others
-    if (c10::memoryProfilingEnabled()) c10::reportMemoryUsageToProfiler(data, bytes, 0, 0, c10::Device(c10::kCPU));
-  }
-
-  static GradientPool& instance() {
-    static GradientPool* pool = new GradientPool;  // outlives tensors that die at exit
-    return *pool;
-  }
-
-  void* take(size_t size) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto it = free_.begin(); it != free_.end(); ++it)
-        if (it->size == size) {
-          void* data = it->data;
-          free_.erase(it);
-          return data;
-        }
-    }
-    void* data = ::operator new(size, std::align_val_t(kPage));
-#if defined(MADV_HUGEPAGE)
-    madvise(data, size, MADV_HUGEPAGE);
-#endif
-    return data;
-  }
-
-  void give(const Buffer& buffer) {
-    std::vector<Buffer> dropped;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      free_.push_back(buffer);
-      size_t held = 0;
-      for (const Buffer& each : free_) held += each.size;
-      while (free_.size() > kMostBuffers || held > kMostBytes) {  // the oldest first
-        held -= free_.front().size;
-        dropped.push_back(free_.front());
-        free_.erase(free_.begin());
-      }
-    }
-    for (const Buffer& each : dropped) ::operator delete(each.data, std::align_val_t(kPage));
-  }
-};
 
 int64_t grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item));
@@ -319,7 +236,9 @@ void run_forward(Prepared<A>& prepared) {
 }
 
 template <class A>
-ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad) {
+ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad,
+                      const OptionalTensor& out) {
+  if (out.has_value()) check_out(*out, input);
   Prepared<A> prepared(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS);
   Call<A>& call = prepared.call;
   const int64_t n = input.size(0), k = input.size(2);
@@ -327,7 +246,8 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
   Tensor loss = at::empty({n, k}, options), lse = at::empty({n, k}, options), rest = at::empty({2, n, k}, options);
   Tensor prediction = at::empty({0}, input.options().dtype(at::kLong));
   if (with_prediction) prediction = at::empty({n, k}, prediction.options());
-  Tensor grad = with_grad ? GradientPool::empty_like(input) : at::empty({0}, input.options());
+  const Tensor result = with_grad && !out.has_value() ? MemoryPool::empty_like(input) : at::empty({0}, input.options());
+  const Tensor& grad = out.has_value() ? *out : result;
   if (prepared.layout.rows > 0) {
     call.loss = loss.mutable_data_ptr<A>();
     call.lse = lse.mutable_data_ptr<A>();
@@ -337,12 +257,12 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
     Tensor written;
     if (with_grad) {
       written = prepared.grad_target(grad);
-      call.stream = written.nbytes() >= kStream;
+      call.stream = !out.has_value() && written.nbytes() >= kStream;  // `out` is about to be read
     }
     run_forward(prepared);
     if (with_grad && !written.is_same(grad)) grad.copy_(written);
   }
-  return {loss, lse, prediction, rest, grad};
+  return {loss, lse, prediction, rest, result};
 }
 
 // Upstream gradient as values and stride: one for all rows, or one per row.
@@ -424,13 +344,14 @@ void panel_sweep(Prepared<A>& prepared, const std::vector<RowGradient<A>>& gradi
 
 template <class A>
 std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& rest,
-                             LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, c10::List<bool> needs) {
+                             LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, c10::List<bool> needs, const OptionalTensor& out) {
+  if (out.has_value()) check_out(*out, input);
   Prepared<A> prepared(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS);
   Call<A>& call = prepared.call;
   const auto options = input.options().dtype(Prepared<A>::dtype());
   std::vector<Tensor> grads(needs.size());
   for (Tensor& grad : grads) grad = at::empty({0}, options);
-  if (needs.get(kInput)) grads[kInput] = GradientPool::empty_like(input);
+  if (needs.get(kInput) && !out.has_value()) grads[kInput] = MemoryPool::empty_like(input);
   if (needs.get(kTarget)) grads[kTarget] = at::empty_like(target);
   for (const int i : {kClassBias, kClassScale, kClassMargin})
     if (needs.get(i)) grads[i] = at::zeros({call.classes}, options);
@@ -448,7 +369,8 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
       [&](int64_t begin, int64_t end) { prepared.kernels->row_gradients(call, begin, end, gradients.data()); });
 
   Tensor written, written_q;
-  if (needs.get(kInput)) written = prepared.grad_target(grads[kInput]);
+  const Tensor& grad_input = out.has_value() ? *out : grads[kInput];
+  if (needs.get(kInput)) written = prepared.grad_target(grad_input);
   if (needs.get(kTarget)) {
     const bool same = target.scalar_type() == Prepared<A>::dtype();
     written_q = prepared.keep(prepared.layout.fitting(same ? grads[kTarget] : at::empty_like(target, options)));
@@ -463,7 +385,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   } else {
     panel_sweep(prepared, gradients, need_sums ? &sums : nullptr);
   }
-  if (needs.get(kInput) && !written.is_same(grads[kInput])) grads[kInput].copy_(written);
+  if (needs.get(kInput) && !written.is_same(grad_input)) grad_input.copy_(written);
   if (needs.get(kTarget) && !written_q.is_same(grads[kTarget])) grads[kTarget].copy_(written_q);
 
   if (needs.get(kClassBias)) std::copy(sums.du.begin(), sums.du.end(), grads[kClassBias].mutable_data_ptr<A>());
@@ -503,18 +425,19 @@ const char* cpu_capability() {
   }
 }
 
-ForwardResult margin_cross_entropy_fwd_cpu(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad) {
+ForwardResult margin_cross_entropy_fwd_cpu(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad,
+                                           const OptionalTensor& out) {
   return input.scalar_type() == at::kDouble
-             ? forward<double>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad)
-             : forward<float>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad);
+             ? forward<double>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad, out)
+             : forward<float>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad, out);
 }
 
 std::vector<Tensor> margin_cross_entropy_bwd_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse,
                                                  const Tensor& rest, LTK_MARGIN_CROSS_ENTROPY_PARAMETERS,
-                                                 c10::List<bool> needs) {
+                                                 c10::List<bool> needs, const OptionalTensor& out) {
   return input.scalar_type() == at::kDouble
-             ? backward<double>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs)
-             : backward<float>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs);
+             ? backward<double>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs, out)
+             : backward<float>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs, out);
 }
 
 void scale_gradient_cpu(Tensor& gradient, const Tensor& factor) {

@@ -771,9 +771,9 @@ void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, i
     const int64_t column = g.column[i];
     if (column < from || column >= end) continue;
     ordinary(from, column);
-    if (grad) IO<T>::put(grad + column, scale_of(call, column) * g.dc[i]);
     if (column_du) column_du[column - begin] += g.du[i];
-    if (column_du) column_dx[column - begin] += g.dc[i] * IO<T>::get(x + column);
+    if (column_du) column_dx[column - begin] += g.dc[i] * IO<T>::get(x + column);  // before grad, which may be x
+    if (grad) IO<T>::put(grad + column, scale_of(call, column) * g.dc[i]);
     from = column + 1;
   }
   ordinary(from, end);

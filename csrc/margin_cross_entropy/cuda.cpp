@@ -185,7 +185,9 @@ void forward_rows(Prepared<A>& p) {
 }
 
 template <class A>
-ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad) {
+ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad,
+                      const OptionalTensor& out) {
+  if (out.has_value()) check_out(*out, input);
   Prepared<A> p(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS);
   Call<A>& call = p.call;
   const int64_t n = input.size(0), k = input.size(2);
@@ -193,8 +195,9 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
   Tensor loss = at::empty({n, k}, options), lse = at::empty({n, k}, options), rest = at::empty({2, n, k}, options);
   Tensor prediction = at::empty({0}, input.options().dtype(at::kLong));
   if (with_prediction) prediction = at::empty({n, k}, prediction.options());
-  Tensor grad = with_grad ? at::empty_like(input) : at::empty({0}, input.options());
-  if (p.layout.rows == 0) return {loss, lse, prediction, rest, grad};
+  const Tensor result = with_grad && !out.has_value() ? at::empty_like(input) : at::empty({0}, input.options());
+  const Tensor& grad = out.has_value() ? *out : result;
+  if (p.layout.rows == 0) return {loss, lse, prediction, rest, result};
   call.loss = loss.mutable_data_ptr<A>();
   call.lse = lse.mutable_data_ptr<A>();
   call.peak = rest.mutable_data_ptr<A>();
@@ -211,18 +214,19 @@ ForwardResult forward(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction,
     device::check(p.kernels.panels(call, false, wide, p.general(), p.stream));
   }
   if (with_grad && !written.is_same(grad)) grad.copy_(written);
-  return {loss, lse, prediction, rest, grad};
+  return {loss, lse, prediction, rest, result};
 }
 
 template <class A>
 std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& rest,
-                             LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, c10::List<bool> needs) {
+                             LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, c10::List<bool> needs, const OptionalTensor& out) {
+  if (out.has_value()) check_out(*out, input);
   Prepared<A> p(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS);
   Call<A>& call = p.call;
   const auto options = input.options().dtype(Prepared<A>::dtype());
   std::vector<Tensor> grads(needs.size());
   for (Tensor& grad : grads) grad = at::empty({0}, options);
-  if (needs.get(kInput)) grads[kInput] = at::empty_like(input);
+  if (needs.get(kInput) && !out.has_value()) grads[kInput] = at::empty_like(input);
   if (needs.get(kTarget)) grads[kTarget] = at::empty_like(target);
   if (p.layout.rows == 0 || std::none_of(needs.begin(), needs.end(), [](bool need) { return need; })) {
     for (const int i : {kClassBias, kClassScale, kClassMargin})
@@ -242,7 +246,8 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   if (grad_lse.has_value()) call.grad_lse = upstream(*grad_lse, &call.grad_lse_stride);
 
   Tensor written, written_q, sums, z;
-  if (needs.get(kInput)) written = p.grad_target(grads[kInput]);
+  const Tensor& grad_input = out.has_value() ? *out : grads[kInput];
+  if (needs.get(kInput)) written = p.grad_target(grad_input);
   if (needs.get(kTarget)) {
     written_q = p.keep(p.layout.fitting(grads[kTarget]));
     call.grad_q = written_q.mutable_data_ptr();
@@ -276,7 +281,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
     if (summed) make_sums(std::min(p.layout.n * ceil_div(p.layout.k, positions), kBlocks));
     device::check(p.kernels.panels(call, true, wide, p.general(), p.stream));
   }
-  if (needs.get(kInput) && !written.is_same(grads[kInput])) grads[kInput].copy_(written);
+  if (needs.get(kInput) && !written.is_same(grad_input)) grad_input.copy_(written);
   if (needs.get(kTarget) && !written_q.is_same(grads[kTarget])) grads[kTarget].copy_(written_q);
   if (!summed) return grads;
 
@@ -306,20 +311,21 @@ void scale(const Tensor& gradient, const Tensor& factor) {
 
 }  // namespace
 
-ForwardResult margin_cross_entropy_fwd_cuda(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad) {
+ForwardResult margin_cross_entropy_fwd_cuda(LTK_MARGIN_CROSS_ENTROPY_PARAMETERS, bool with_prediction, bool with_grad,
+                                            const OptionalTensor& out) {
   const device::Guard guard(input.device());
   return input.scalar_type() == at::kDouble
-             ? forward<double>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad)
-             : forward<float>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad);
+             ? forward<double>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad, out)
+             : forward<float>(LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, with_prediction, with_grad, out);
 }
 
 std::vector<Tensor> margin_cross_entropy_bwd_cuda(const Tensor& grad_loss, const OptionalTensor& grad_lse,
                                                   const Tensor& rest, LTK_MARGIN_CROSS_ENTROPY_PARAMETERS,
-                                                  c10::List<bool> needs) {
+                                                  c10::List<bool> needs, const OptionalTensor& out) {
   const device::Guard guard(input.device());
   return input.scalar_type() == at::kDouble
-             ? backward<double>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs)
-             : backward<float>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs);
+             ? backward<double>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs, out)
+             : backward<float>(grad_loss, grad_lse, rest, LTK_MARGIN_CROSS_ENTROPY_ARGUMENTS, needs, out);
 }
 
 void scale_gradient_cuda(Tensor& gradient, const Tensor& factor) {

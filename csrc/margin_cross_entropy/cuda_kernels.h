@@ -8,6 +8,9 @@
 //
 // Panels: positions (pixels) are contiguous. A warp takes every 8th class of 32 x V positions, a block all classes.
 //
+// The gradient may take the place of the logits: what a thread writes is only ever read by itself and before, or by
+// others before a barrier of all who write that row (a block's, a cluster's, or the launch of the kernel that writes).
+//
 // Sums are merged in an order that depends on sizes alone.
 #pragma once
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
 #include <limits>
@@ -50,6 +51,15 @@ struct Layout {
     return at::empty(t.sizes(), t.options());
   }
 };
+
+// The gradient of `input` goes to `out`: the same tensor, or one that shares no memory with it.
+inline void check_out(const Tensor& out, const Tensor& input) {
+  TORCH_CHECK_VALUE(
+      out.sizes() == input.sizes() && out.scalar_type() == input.scalar_type() && out.device() == input.device(),
+      "out: got ", out.toString(), " ", out.sizes(), ", expected like input ", input.toString(), " ", input.sizes());
+  at::assert_no_internal_overlap(out);
+  at::assert_no_partial_overlap(out, input);
+}
 
 // Positions of the gradients in `needs` and in what backward returns.
 enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,34 +52,87 @@ class Case:
         counts = self.class_counts()
         return (counts / counts.sum()).log()
 
-    def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
+    def inputs(self, dtype: torch.dtype, device: str) -> RowInputs:
         """Logits with standard deviation 3 and targets drawn from the class frequencies, the same ones every time."""
         generator = torch.Generator(device).manual_seed(0)
         shape = (self.rows, self.classes, *self.positions)
         logits = torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
+        return RowInputs(*self._labels(generator), logits.requires_grad_())
+
+    def _labels(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The fields of ``Inputs``."""
+        device = generator.device
         counts = self.class_counts()
         vectors = self.rows * math.prod(self.positions)
         target = torch.multinomial(counts.to(device, torch.float32), vectors, replacement=True, generator=generator)
-        return Inputs(
-            logits.requires_grad_(),
+        return (
             target.reshape(self.rows, *self.positions),
             self.log_prior().to(device, torch.float32),
             counts.to(device, torch.float32),
         )
 
 
+@dataclass(frozen=True)
+class LinearCase(Case):
+    """Features [rows, width] and a weight [classes, width], whose product are the logits."""
+
+    width: int = 2048
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"N": self.rows, "D": self.width, "C": self.classes}
+
+    def inputs(self, dtype: torch.dtype, device: str) -> LinearInputs:  # type: ignore[override]
+        """Features with standard deviation 1 and a weight that makes logits with standard deviation 3."""
+        generator = torch.Generator(device).manual_seed(0)
+        features = torch.randn(self.rows, self.width, generator=generator, device=device).to(dtype)
+        weight = torch.randn(self.classes, self.width, generator=generator, device=device)
+        weight = weight.mul_(3 / math.sqrt(self.width)).to(dtype)
+        return LinearInputs(*self._labels(generator), features.requires_grad_(), weight.requires_grad_())
+
+
 @dataclass
 class Inputs:
-    """One case on one device in one dtype."""
+    """One case on one device in one dtype; ``leaves`` receive gradients."""
 
-    logits: Tensor  # [N, C] or [N, C, d1, ..., dk], requires grad
     target: Tensor  # [N] or [N, d1, ..., dk], int64
     log_prior: Tensor  # [C], float32
     counts: Tensor  # [C], float32, training images per class
 
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def drop_gradients(self) -> None:
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+
+@dataclass
+class RowInputs(Inputs):
+    """Logits in memory."""
+
+    logits: Tensor  # [N, C] or [N, C, d1, ..., dk], requires grad
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"logits": self.logits}
+
     def per_class(self, vector: Tensor) -> Tensor:
         """``vector`` [C] in a shape that broadcasts against the logits."""
         return vector.reshape(-1, *[1] * (self.logits.dim() - 2))
+
+
+@dataclass
+class LinearInputs(Inputs):
+    """Features and the weight of a linear head, in one dtype."""
+
+    features: Tensor  # [N, D], requires grad
+    weight: Tensor  # [C, D], requires grad
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"features": self.features, "weight": self.weight}
 
 
 def exponential_counts(classes: int, largest: float, imbalance: float) -> Tensor:
@@ -87,7 +141,10 @@ def exponential_counts(classes: int, largest: float, imbalance: float) -> Tensor
     return (largest * imbalance**-position).round().clamp_min(1)
 
 
-def _cases(*cases: Case) -> dict[str, Case]:
+C = TypeVar("C", bound=Case)
+
+
+def _cases(*cases: C) -> dict[str, C]:
     return {case.name: case for case in cases}
 
 
@@ -128,4 +185,45 @@ SMALL = _cases(
     Case("places-lt-16x365", 16, 365, "places_lt", devices=()),
     Case("even-16x1024", 16, 1024, devices=()),
     Case("map-2x19x6x7", 2, 19, positions=(6, 7), devices=()),
+)
+
+
+def _head(name: str, rows: int, classes: int, width: int, counts: str | None = None, **options: Any) -> LinearCase:
+    return LinearCase(name, rows, classes, counts, width=width, **options)
+
+
+#: Linear heads, [N, D] features and [C, D] weights.
+HEADS = _cases(
+    _head("inat18-n512-d2048", 512, 8142, 2048, "inat18_like", headline=_CPU, sweep=_CPU, note="iNaturalist 2018"),
+    _head(
+        "inat18-n8192-d2048",
+        8192,
+        8142,
+        2048,
+        "inat18_like",
+        devices=_GPU,
+        headline=_GPU,
+        sweep=_GPU,
+        note="iNaturalist 2018, a large batch",
+    ),
+    _head("c100k-n512-d512", 512, 100_000, 512, devices=_CPU, headline=_CPU, sweep=_CPU, note="very many classes"),
+    _head("c100k-n4096-d512", 4096, 100_000, 512, devices=_GPU, headline=_GPU, sweep=_GPU, note="very many classes"),
+    _head("c100k-n256-d128", 256, 100_000, 128, devices=_CPU, sweep=_CPU, note="a narrow head"),
+    _head("c100k-n8192-d128", 8192, 100_000, 128, devices=_GPU, headline=_GPU, sweep=_GPU, note="a narrow head"),
+    _head("c1m-n64-d256", 64, 1_000_000, 256, devices=_CPU, sweep=_CPU, note="few rows, a million classes"),
+    _head("c1m-n1024-d256", 1024, 1_000_000, 256, devices=_GPU, sweep=_GPU, note="many rows, a million classes"),
+    _head("inat21-n512-d2048", 512, 10_000, 2048, sweep=_CPU, note="iNaturalist 2021"),
+    _head("inat21-n8192-d2048", 8192, 10_000, 2048, devices=_GPU, sweep=_GPU, note="iNaturalist 2021"),
+    _head("inat18-n256-d2048", 256, 8142, 2048, "inat18_like", note="iNaturalist 2018, a small batch"),
+    _head(
+        "inat18-n1024-d2048", 1024, 8142, 2048, "inat18_like", devices=_GPU, note="iNaturalist 2018, a middling batch"
+    ),
+)
+
+#: Small heads for tests and for trying the command.
+SMALL_HEADS = _cases(
+    _head("tiny-3x4x5", 3, 5, 4, devices=()),
+    _head("odd-7x19x123", 7, 123, 19, devices=()),
+    _head("odd-33x45x507", 33, 507, 45, devices=()),
+    _head("even-16x64x1024", 16, 1024, 64, devices=()),
 )

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .cases import Case
-from .records import Record, by_direction
-from .runner import DTYPES
+from .records import COPY, Record, by_direction, is_ours
+from .runner import DTYPES, OPS
 
 _KEY = "Shown-SHA256"
 _COLORS = {
     "copy": "black",
+    "gemms": "black",
     "eager": "tab:gray",
     "loop": "tab:brown",
     "compile": "tab:orange",
@@ -30,6 +30,13 @@ _COLORS = {
     "liger": "tab:red",
     "flash-attn": "tab:purple",
     "quack": "tab:pink",
+    "torch-linear-ce": "tab:brown",
+    "torch-linear-ce-chunked": "tab:olive",
+    "cut-cross-entropy": "tab:purple",
+    "cut-cross-entropy-exact": "mediumpurple",
+    "lt-materialize": "navy",
+    "lt-chunked": "tab:cyan",
+    "lt-tiled": "darkgreen",
 }
 
 
@@ -71,11 +78,20 @@ class _Plot:
 
 
 def _memory(record: Record) -> float | None:
-    # the bytes of forward and backward are those of the logits and their gradient
-    return None if record.peak_bytes is None else 2 * record.peak_bytes / record.bytes_moved
+    value: float | None = OPS[record.op].memory(record)
+    return value
 
 
-_PLOTS = (
+def _share_of_copy(record: Record) -> float | None:
+    return None if record.fraction_of_floor is None else 100 * record.fraction_of_floor
+
+
+def _times_the_floor(record: Record) -> float | None:
+    return None if record.fraction_of_floor is None else 1 / record.fraction_of_floor
+
+
+_OF_LOGITS = "multiples of the logits' bytes"
+_ROWS = (
     _Plot(
         "throughput",
         "useful bandwidth (logits read once, gradient written once)",
@@ -84,13 +100,8 @@ _PLOTS = (
         copy=True,
         logarithmic=True,
     ),
-    _Plot(
-        "floor",
-        "share of the bandwidth of a copy in the same run",
-        "% of copy bandwidth",
-        lambda record: 100 * record.fraction_of_floor,
-    ),
-    _Plot("memory", "peak memory of a step beyond its inputs", "multiples of the logits' bytes", _memory),
+    _Plot("floor", "share of the bandwidth of a copy in the same run", "% of copy bandwidth", _share_of_copy),
+    _Plot("memory", "peak memory of a step beyond its inputs", _OF_LOGITS, _memory),
     _Plot(
         "rows",
         "useful bandwidth with the 8,142 classes of iNaturalist 2018",
@@ -101,29 +112,46 @@ _PLOTS = (
         logarithmic=True,
     ),
 )
+_HEADS = (
+    _Plot(
+        "floor", "time over that of the three matrix products alone", "x of gemms", _times_the_floor, logarithmic=True
+    ),
+    _Plot("memory", "peak memory of a step beside the gradients of features and weight", _OF_LOGITS, _memory),
+    _Plot(
+        "rows",
+        "time over that of the three matrix products alone, 8,142 classes of iNaturalist 2018",
+        "x of gemms",
+        _times_the_floor,
+        over_rows=True,
+        logarithmic=True,
+    ),
+)
 
 
-def figures(records: Sequence[Record], cases: Mapping[str, Case]) -> list[Figure]:
-    """For each device and op: throughput, share of the copy bandwidth and peak memory over C, and throughput over N."""
+def figures(records: Sequence[Record]) -> list[Figure]:
+    """For each device and op: how fast it is and its peak memory over C, and how fast over N."""
     made = []
     for slug, op in dict.fromkeys((record.device_slug, record.op) for record in records):
+        module = OPS[op]
         flat = [
             record
             for record in records
             if (record.device_slug, record.op, record.direction) == (slug, op, "fwd_bwd")
             and record.provider != "lt[reference]"
-            and record.sizes.keys() == {"N", "C"}
+            and record.sizes.keys() <= {"N", "D", "C"}
         ]
+        cases = module.CASES
         swept = [record for record in flat if record.case in cases and record.kind in cases[record.case].sweep]
         inat18 = [record for record in flat if record.sizes["C"] == 8142]
-        for plot in _PLOTS:
+        for plot in _ROWS if module.FLOOR is COPY else _HEADS:
             shown = inat18 if plot.over_rows else swept
             if shown:
+                wide = " x width D" if "D" in shown[0].sizes else ""
                 made.append(
                     Figure(
                         name=f"{slug}-{op.replace('_', '-')}-{plot.name}.png",
                         title=f"{op}, forward + backward: {plot.what}\n{shown[0].device}",
-                        x_label="rows N" if plot.over_rows else "classes C (rows N)",
+                        x_label="rows N" if plot.over_rows else f"classes C (rows N{wide})",
                         y_label=plot.y_label,
                         logarithmic=plot.logarithmic,
                         panels=_panels(shown, plot),
@@ -136,20 +164,25 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
     panels = []
     for dtype in sorted({record.dtype for record in records}, key=DTYPES.index):
         groups = by_direction(record for record in records if record.dtype == dtype)
-        sizes = [next(iter(group.values())).sizes for group in groups]
-        order = sorted(range(len(groups)), key=lambda index: (sizes[index]["C"], sizes[index]["N"]))
-        ticks = [f"{sizes[i]['N']:,}" if plot.over_rows else f"{sizes[i]['C']:,} ({sizes[i]['N']:,})" for i in order]
+        groups.sort(key=lambda group: [next(iter(group.values())).sizes.get(name, 0) for name in "CND"])
+        ticks = [_tick(next(iter(group.values())).sizes, plot) for group in groups]
         lines: dict[str, list[tuple[int, float]]] = {}
-        for place, index in enumerate(order):
-            for provider, record in groups[index].items():
+        for place, group in enumerate(groups):
+            for provider, record in group.items():
                 value = plot.height(record)
                 if value is not None:
                     lines.setdefault(provider, []).append((place, value))
-            if plot.copy:
-                first = next(iter(groups[index].values()))
-                lines.setdefault("copy", []).append((place, first.copy_gbps))
+            bandwidth = next(iter(group.values())).copy_gbps
+            if plot.copy and bandwidth is not None:
+                lines.setdefault("copy", []).append((place, bandwidth))
         panels.append(Panel(dtype, ticks, lines))
     return panels
+
+
+def _tick(sizes: Mapping[str, int], plot: _Plot) -> str:
+    if plot.over_rows:
+        return f"{sizes['N']:,}"
+    return f"{sizes['C']:,} ({' x '.join(f'{sizes[name]:,}' for name in 'ND' if name in sizes)})"
 
 
 def draw(figure: Figure, path: Path) -> None:
@@ -171,15 +204,15 @@ def draw(figure: Figure, path: Path) -> None:
     drawn, axes = plt.subplots(1, len(figure.panels), figsize=(width, 4.4), sharey=True, squeeze=False)
     for axis, panel in zip(axes[0], figure.panels, strict=True):
         for provider, points in panel.lines.items():
-            ours = provider.startswith("lt[")
+            ours, floor = is_ours(provider), provider in ("copy", "gemms")
             axis.plot(
                 *zip(*points, strict=True),
                 label=provider,
                 color=_COLORS.get(provider),
-                linestyle="--" if provider == "copy" else "-",
+                linestyle="--" if floor else "-",
                 linewidth=3.5 if ours else 1.2,
                 zorder=2 if ours else 3,  # thin lines stay visible where they coincide with ours
-                marker=None if provider == "copy" else "o",
+                marker=None if floor else "o",
                 markersize=5 if ours else 3.5,
             )
         axis.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=45, ha="right", fontsize=7)

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,8 +39,8 @@ class Record:
     bytes_moved: int  # the least that the result needs
     flops: int
     gbps: float  # bytes_moved / ms_median
-    copy_gbps: float  # a copy of the logits into an existing buffer, read + write, measured in the same rounds
-    fraction_of_floor: float  # gbps / copy_gbps
+    copy_gbps: float | None  # a copy of the logits, read + write, measured in the same rounds; None where gemms is
+    fraction_of_floor: float | None  # time of the op's floor in the same rounds / ms_median; see Floor
     device: str
     device_slug: str
     versions: dict[str, str | None]
@@ -57,6 +57,35 @@ class Record:
         """Records of one group were measured in turns in one run, so their ratios mean something."""
         return (self.op, self.case, self.dtype)
 
+
+class Cost(NamedTuple):
+    """The least work for one direction."""
+
+    bytes_moved: int
+    flops: int
+    exponentials: int
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What an op's times are held against, measured in turns with its providers.
+
+    ``copy``: the time that ``bytes_moved`` take at the bandwidth of a copy of the logits into an existing buffer;
+    ``gemms``: the time of the provider with that name, the matrix products alone.
+    """
+
+    name: str  # copy | gemms
+    heading: str  # of a column with what ``show`` returns
+
+    def show(self, fraction: float | None) -> str:
+        """A ``fraction_of_floor`` as people say it."""
+        if fraction is None:
+            return ""
+        return f"{fraction:.0%}" if self is COPY else f"{1 / fraction:.2f}x"
+
+
+COPY = Floor("copy", "of copy")
+GEMMS = Floor("gemms", "x of gemms")
 
 #: Our providers in the order in which the library chooses among them.
 PREFERRED = {"cuda": ("lt[triton]", "lt[native]", "lt[reference]"), "cpu": ("lt[native]", "lt[reference]")}
@@ -77,18 +106,33 @@ def ours(providers: dict[str, Record]) -> Record | None:
     return next((providers[name] for name in PREFERRED[first.kind] if name in providers), None)
 
 
+def is_ours(provider: str) -> bool:
+    """Whether it is one of our backends, lt[backend], or of our strategies, lt-strategy."""
+    return provider.startswith(("lt[", "lt-"))
+
+
 @dataclass(frozen=True)
 class Target:
-    """A goal for the forward and backward pass: ours at least ``at_least`` times as fast as ``against``.
+    """A goal for the forward and backward pass of ours, by default the provider that the library picks by itself.
 
-    ``against="floor"``: at least that fraction of the copy bandwidth.
+    ``against`` says what the number is:
+
+        the name of a provider   ``at_least``: so many times as fast; ``at_most``: so many times its time
+        "fastest other"          the same against the fastest provider that is neither ours nor a floor
+        "copy"                   that fraction of the copy bandwidth
+        "memory"                 the op's ``memory``: peak memory in multiples of the logits' bytes
     """
 
     device: str  # cpu | cuda
     case: str
     dtype: str
     against: str
-    at_least: float
+    at_least: float | None = None
+    at_most: float | None = None
+    ours: str | None = None
+
+    def met(self, value: float) -> bool:
+        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 
 
 def device_name(device: str) -> str:

@@ -10,15 +10,15 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .cases import Case
 from .figures import Figure, draw, figures, stored_digest
-from .records import Record, Target, by_direction, load, ours
+from .records import COPY, Record, Target, by_direction, is_ours, load, ours
 from .runner import DIRECTIONS, DTYPES, OPS
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
 NOT_ON_GPU = "Not yet measured on a GPU."
 _PYTORCH = ("eager", "loop", "compile", "compile-max-autotune")
+_FLOORS = ("copy", "gemms")
 _DIRECTION_NAMES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward and backward"}
 
 
@@ -72,7 +72,7 @@ def check(root: Path) -> None:
 def _stale(root: Path) -> tuple[dict[Path, str], list[Figure], list[Path]]:
     """(document -> its text as it should be, figures to draw, figures that nothing shows any more)."""
     records = [record for path in result_files(root) for record in load(path)]
-    made = figures(records, _cases())
+    made = figures(records)
     texts = {}
     for path, blocks in _documents(root).items():
         text = path.read_text()
@@ -112,9 +112,28 @@ def _with_blocks(text: str, blocks: dict[str, Block], records: list[Record], pat
 
 
 def summary(records: list[Record], image_folder: Path | None = None) -> str:
-    """One table, forward and backward on the headline cases, and the throughput figure of one device, a GPU's first."""
+    """A table per op, forward and backward on the headline cases, and the throughput figure of one device, a GPU's
+    first."""
     if not records:
         return "Not yet measured. " + NOT_ON_GPU
+    parts = []
+    for op in OPS:
+        some = [record for record in records if record.op == op]
+        if some:
+            parts += [f"`{op}`", _summary(some)]
+    parts.append("Milliseconds for forward and backward, medians; all providers measured in turns in one run.")
+    made = sorted(figures(records), key=lambda figure: figure.name.startswith("cpu-"))
+    throughput = [figure for figure in made if figure.name.endswith("-throughput.png")]
+    if image_folder is not None and throughput:
+        parts.insert(0, _image(throughput[0], image_folder))
+    if not any(record.kind == "cuda" for record in records):
+        parts.append(NOT_ON_GPU)
+    return "\n\n".join(parts)
+
+
+def _summary(records: list[Record]) -> str:
+    """The table of one op."""
+    module = OPS[records[0].op]
     groups = [
         group
         for group in by_direction(record for record in records if record.direction == "fwd_bwd")
@@ -139,19 +158,12 @@ def summary(records: list[Record], image_folder: Path | None = None) -> str:
                 f"**{_ms(mine)}** ({mine.backend})",
                 _ratio(group.get("eager"), mine),
                 _ratio(compiled, mine),
-                f"{mine.fraction_of_floor:.0%}",
+                module.FLOOR.show(mine.fraction_of_floor),
             )
         )
-    head = ("device", "logits", "dtype", "eager", "torch.compile", *(["fastest peer"] if with_peers else []))
-    parts = [_table((*head, "lt_kernels", "vs eager", "vs compile", "of copy bandwidth"), rows)]
-    parts.append("Milliseconds for forward and backward, medians; all providers measured in turns in one run.")
-    made = sorted(figures(records, _cases()), key=lambda figure: figure.name.startswith("cpu-"))
-    throughput = [figure for figure in made if figure.name.endswith("-throughput.png")]
-    if image_folder is not None and throughput:
-        parts.insert(0, _image(throughput[0], image_folder))
-    if not any(record.kind == "cuda" for record in records):
-        parts.append(NOT_ON_GPU)
-    return "\n\n".join(parts)
+    head = ("device", module.SHAPE, "dtype", "eager", "torch.compile", *(["fastest peer"] if with_peers else []))
+    floor = "of copy bandwidth" if module.FLOOR is COPY else module.FLOOR.heading
+    return _table((*head, "lt_kernels", "vs eager", "vs compile", floor), rows)
 
 
 def targets(records: list[Record]) -> str:
@@ -160,97 +172,127 @@ def targets(records: list[Record]) -> str:
     for op, module in OPS.items():
         for target in module.TARGETS:
             rows += [(op, *row) for row in _target_rows(target, [record for record in records if record.op == op])]
-    return _table(("op", "device", "case", "dtype", "ours against", "target", "measured", "met"), rows)
+    return _table(("op", "device", "case", "dtype", "what", "target", "measured", "met"), rows)
 
 
 def _target_rows(target: Target, records: list[Record]) -> Sequence[tuple[str, ...]]:
-    floor = target.against == "floor"
-    against = "copy bandwidth" if floor else target.against
-    goal = f"{target.at_least:.0%}" if floor else f"{target.at_least:g}x"
     rows: list[tuple[str, ...]] = []
     for group in by_direction(record for record in records if record.direction == "fwd_bwd"):
-        first, mine = next(iter(group.values())), ours(group)
-        same = (first.case, first.dtype) == (target.case, target.dtype)
-        if not same or first.kind != target.device or mine is None:
+        first = next(iter(group.values()))
+        if (first.case, first.dtype, first.kind) != (target.case, target.dtype, target.device):
             continue
-        if not floor and target.against not in group:
-            continue
-        value = mine.fraction_of_floor if floor else group[target.against].ms_median / mine.ms_median
-        shown = f"{value:.0%}" if floor else f"{value:.2f}x"
-        met = "yes" if value >= target.at_least else "no"
-        rows.append((first.device, target.case, target.dtype, against, goal, shown, met))
+        value = _target_value(target, group)
+        if value is not None:
+            met = "yes" if target.met(value) else "no"
+            rows.append((first.device, *_target_cells(target), _target_number(target, value), met))
     kind = "GPU" if target.device == "cuda" else "CPU"
-    return rows or [(kind, target.case, target.dtype, against, goal, "not yet measured", "")]
+    return rows or [(kind, *_target_cells(target), "not yet measured", "")]
+
+
+def _target_cells(target: Target) -> tuple[str, ...]:
+    if target.at_most is None:
+        what = {"copy": "share of copy bandwidth"}.get(target.against, f"faster than {target.against}")
+        bound = f">= {_target_number(target, target.at_least or 0.0)}"
+    else:
+        what = {"memory": "peak memory / logits"}.get(target.against, f"time / {target.against}")
+        bound = f"<= {_target_number(target, target.at_most)}"
+    return target.case, target.dtype, f"{target.ours}: {what}" if target.ours else what, bound
+
+
+def _target_number(target: Target, value: float) -> str:
+    return f"{value:.0%}" if target.against == "copy" else f"{value:.2f}{'' if target.against == 'memory' else 'x'}"
+
+
+def _target_value(target: Target, group: dict[str, Record]) -> float | None:
+    """What ``Target`` says is compared; None where it was not measured."""
+    mine = ours(group) if target.ours is None else group.get(target.ours)
+    if mine is None:
+        return None
+    if target.against == "copy":
+        return mine.fraction_of_floor
+    if target.against == "memory":
+        value: float | None = OPS[mine.op].memory(mine)
+        return value
+    other = _fastest(group, _others(group)) if target.against == "fastest other" else group.get(target.against)
+    if other is None:
+        return None
+    return mine.ms_median / other.ms_median if target.at_most is not None else other.ms_median / mine.ms_median
 
 
 def images(records: list[Record], folder: Path) -> str:
     """Every figure."""
-    made = figures(records, _cases())
+    made = figures(records)
     return "\n\n".join(_image(figure, folder) for figure in made) or "Not yet measured. " + NOT_ON_GPU
 
 
 def tables(records: list[Record]) -> str:
-    """Everything that was measured: per device times of each direction and dtype, then memory."""
+    """Everything that was measured: per device and op times of each direction and dtype, then memory."""
     if not records:
         return "Not yet measured. " + NOT_ON_GPU
     parts = []
     for device in dict.fromkeys(record.device for record in records):
-        found = [record for record in records if record.device == device]
         parts.append(f"### {device}")
-        for direction in sorted(DIRECTIONS, key="fwd_bwd fwd bwd".split().index):
-            for dtype in DTYPES:
-                some = [record for record in found if (record.direction, record.dtype) == (direction, dtype)]
-                if some:
-                    parts.append(f"#### {_DIRECTION_NAMES[direction].capitalize()}, {dtype}: milliseconds")
-                    parts.append(_times(some))
-        for dtype in DTYPES:
-            some = [record for record in found if (record.direction, record.dtype) == ("fwd_bwd", dtype)]
-            if any(record.peak_bytes is not None for record in some):
-                parts.append(f"#### Peak memory, forward and backward, {dtype}: multiples of the logits' bytes")
-                parts.append(_memory(some))
-        made_with = sorted({_provenance(record) for record in found})
-        parts.append("Measured with " + "; ".join(made_with) + ".")
+        for op in OPS:
+            found = [record for record in records if (record.device, record.op) == (device, op)]
+            if found:
+                parts += [f"#### {op}", *_tables(found)]
     if not any(record.kind == "cuda" for record in records):
         parts.append(NOT_ON_GPU)
     return "\n\n".join(parts)
 
 
+def _tables(records: list[Record]) -> list[str]:
+    """Those of one device and op."""
+    parts = []
+    for direction in sorted(DIRECTIONS, key="fwd_bwd fwd bwd".split().index):
+        for dtype in DTYPES:
+            some = [record for record in records if (record.direction, record.dtype) == (direction, dtype)]
+            if some:
+                parts.append(f"##### {_DIRECTION_NAMES[direction].capitalize()}, {dtype}: milliseconds")
+                parts.append(_times(some))
+    for dtype in DTYPES:
+        some = [record for record in records if (record.direction, record.dtype) == ("fwd_bwd", dtype)]
+        if any(record.peak_bytes is not None for record in some):
+            what = OPS[records[0].op].MEMORY
+            parts.append(f"##### {what}, forward and backward, {dtype}: multiples of the logits' bytes")
+            parts.append(_memory(some))
+    made_with = sorted({_provenance(record) for record in records})
+    return [*parts, "Measured with " + "; ".join(made_with) + "."]
+
+
 def _times(records: list[Record]) -> str:
     """Cases by providers. A backward pass alone has no ratios: some providers make the gradient in the forward pass."""
-    providers = _providers(records)
+    module, providers = OPS[records[0].op], _providers(records)
     ratios = records[0].direction != "bwd"
     static = any(record.static_floor_ms is not None for record in records)
     rows = []
     for group in _by_size(records):
         first, mine = next(iter(group.values())), ours(group)
-        others = _fastest(group, [name for name in group if not name.startswith("lt[")])
+        others = _fastest(group, _others(group))
         rows.append(
             (
                 first.case,
                 _shape(first),
                 *(f"**{_ms(group[name])}**" if group.get(name) is mine else _ms(group.get(name)) for name in providers),
                 *([_ratio(group.get("eager"), mine), _ratio(others, mine)] if ratios else []),
-                *([f"{mine.fraction_of_floor:.0%}" if mine else ""] if ratios else []),
+                *([module.FLOOR.show(mine.fraction_of_floor) if mine else ""] if ratios else []),
                 *([f"{first.static_floor_ms:.3g}" if first.static_floor_ms is not None else ""] if static else []),
             )
         )
-    head = ["case", "logits", *providers, *(["vs eager", "vs fastest other", "of copy"] if ratios else [])]
+    head = ["case", module.SHAPE, *providers]
+    head += ["vs eager", "vs fastest other", module.FLOOR.heading] if ratios else []
     return _table((*head, *(["static floor"] if static else [])), rows)
 
 
 def _memory(records: list[Record]) -> str:
-    providers = _providers(records)
+    module = OPS[records[0].op]
+    providers = [name for name in _providers(records) if name not in _FLOORS]
     rows = []
     for group in _by_size(records):
         first = next(iter(group.values()))
-        logits = first.bytes_moved / 2  # of fwd_bwd: the logits and their gradient
-        peaks = [group[name].peak_bytes if name in group else None for name in providers]
-        rows.append((first.case, _shape(first), *("" if peak is None else f"{peak / logits:.2f}" for peak in peaks)))
-    return _table(("case", "logits", *providers), rows)
-
-
-def _cases() -> dict[str, Case]:
-    return {name: case for module in OPS.values() for name, case in module.CASES.items()}
+        values = [module.memory(group[name]) if name in group else None for name in providers]
+        rows.append((first.case, _shape(first), *("" if value is None else f"{value:.2f}" for value in values)))
+    return _table(("case", module.SHAPE, *providers), rows)
 
 
 def _is_headline(record: Record) -> bool:
@@ -259,9 +301,9 @@ def _is_headline(record: Record) -> bool:
 
 
 def _by_size(records: list[Record]) -> list[dict[str, Record]]:
-    def size(group: dict[str, Record]) -> tuple[bool, int, int]:
+    def size(group: dict[str, Record]) -> tuple[bool, int, int, int]:
         sizes = next(iter(group.values())).sizes
-        return len(sizes) > 2, sizes["C"], sizes["N"]
+        return not sizes.keys() <= {"N", "D", "C"}, sizes["C"], sizes["N"], sizes.get("D", 0)
 
     return sorted(by_direction(records), key=size)
 
@@ -269,11 +311,16 @@ def _by_size(records: list[Record]) -> list[dict[str, Record]]:
 def _providers(records: list[Record]) -> list[str]:
     """Ours last."""
     names = dict.fromkeys(record.provider for record in records)
-    return sorted(names, key=lambda name: name.startswith("lt["))
+    return sorted(names, key=is_ours)
+
+
+def _others(group: dict[str, Record]) -> list[str]:
+    """What computes the loss and is not ours."""
+    return [name for name in group if name not in _FLOORS and not is_ours(name)]
 
 
 def _peers(group: dict[str, Record]) -> list[str]:
-    return [name for name in group if name not in _PYTORCH and not name.startswith("lt[")]
+    return [name for name in _others(group) if name not in _PYTORCH]
 
 
 def _fastest(group: dict[str, Record], names: Sequence[str]) -> Record | None:
@@ -285,7 +332,9 @@ def _shape(record: Record) -> str:
 
 
 def _ms(record: Record | None) -> str:
-    return "" if record is None else f"{record.ms_median:.3g}"
+    if record is None:
+        return ""
+    return f"{record.ms_median:.3g}" if record.ms_median < 999.5 else f"{record.ms_median:,.0f}"
 
 
 def _ratio(other: Record | None, mine: Record | None) -> str:

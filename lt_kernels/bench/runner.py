@@ -14,23 +14,23 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import margin_cross_entropy
-from .cases import Case
-from .providers import first_line
-from .records import Record, device_name, device_slug, git_revision, versions
+from . import linear_margin_cross_entropy, margin_cross_entropy
+from .cases import Case, Inputs
+from .providers import Differentiable, Step, first_line
+from .records import COPY, Record, device_name, device_slug, git_revision, is_ours, versions
 from .roofline import static_floor_ms
 
-#: op name -> the module that knows its cases, providers, inputs and costs.
-OPS: dict[str, ModuleType] = {margin_cross_entropy.OP: margin_cross_entropy}
+#: op name -> the module that knows its cases, dtypes, providers, inputs, agreement, costs and targets.
+OPS: dict[str, ModuleType] = {module.OP: module for module in (margin_cross_entropy, linear_margin_cross_entropy)}
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 
 _WARMUP = 3
 _BURST = 5
 _SLOW_MS = 250.0  # a step that takes longer is warmed up once and repeated one by one
-_FEWEST = 3  # repetitions, however slow
+_FEWEST = 3  # repetitions, however slow ...
+_ONCE_MS = 5000.0  # ... unless it takes longer than this: it is timed once
 _EVERYTHING = "everything"  # stands for all providers in messages
 _PART = "lt_kernels.bench: part"
 _FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
@@ -47,7 +47,7 @@ class Timing:
 
     repetitions: int = 20  # at least, of each provider ...
     seconds: float = 1.0  # ... and until this has passed ...
-    limit: float = 6.0  # ... unless it would take longer than this; never fewer than 3 repetitions
+    limit: float = 6.0  # ... unless it would take longer than this; never fewer than 3, or one of over 5 s
 
 
 def unavailable_reason(op: str, provider: str, device: str) -> str | None:
@@ -70,7 +70,7 @@ def run(
     *,
     cases: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
-    dtypes: Sequence[str] = DTYPES,
+    dtypes: Sequence[str] | None = None,
     directions: Sequence[str] = DIRECTIONS,
     device: str = "cpu",
     repetitions: int = Timing.repetitions,
@@ -88,10 +88,11 @@ def run(
 
     Args:
         op: a key of ``OPS``.
-        cases: names; default those meant for the device.
-        providers: names; one asked for by name must be available. Default: all that are, without those that say
-            why they are not measured unasked. Reasons go to ``log``.
-        dtypes, directions: names from ``DTYPES`` and ``DIRECTIONS``.
+        cases: names; default those meant for the device. Names of other ops' cases are passed over, which is said.
+        providers: names, likewise; one asked for by name must be available. Default: all that are, without those that
+            say why they are not measured, or not on a case, unasked. Reasons go to ``log``. The op's floor is always
+            measured.
+        dtypes, directions: names from ``DTYPES`` and ``DIRECTIONS``; default those meant for the device, and all.
         device: ``"cpu"`` or ``"cuda"``.
         repetitions, seconds, limit: as in ``Timing``.
         budget: seconds for everything; what does not fit is left out and named on ``log``. At least one case and dtype
@@ -106,7 +107,7 @@ def run(
             failed somewhere.
     """
     module = OPS[_choices("op", [op], OPS)[0]]
-    _choices("dtype", dtypes, DTYPES)
+    dtypes = _choices("dtype", dtypes or module.DTYPES.get(device, DTYPES), DTYPES)
     _choices("direction", directions, DIRECTIONS)
     check_device(device)
     if repetitions < 1:
@@ -115,8 +116,11 @@ def run(
         if value is not None and not value >= 0:
             raise ValueError(f"{name}: got {value}, expected seconds, 0 or more")
     default_cases = [name for name, case in module.CASES.items() if device in case.devices]
-    case_names = _choices("case", cases, module.CASES) if cases else default_cases
-    chosen = _providers(op, providers, device, log)
+    case_names = _of_this_op("case", cases, op, "CASES", log) if cases else default_cases
+    asked = _of_this_op("provider", providers, op, "PROVIDERS", log) if providers else None
+    if not case_names or asked == []:
+        return []
+    chosen = _providers(op, asked, device, log)
 
     timing = Timing(repetitions, seconds, limit)
     groups = sorted(
@@ -136,12 +140,19 @@ def run(
                 log(f"left out to stay within {budget:g} s: {names}")
                 break
             timing = replace(timing, limit=min(limit, left / 2))
-        group, failed = _run_group(module, case, dtype, chosen, directions, device, timing, check, log)
+        here = chosen
+        if not asked:
+            reasons = {name: module.PROVIDERS[name].left_out(case, dtype, device) for name in chosen}
+            here = [name for name in chosen if reasons[name] is None]
+            for name, reason in reasons.items():
+                if reason is not None:
+                    log(f"without {name} on {case.name} {dtype}: {reason}")
+        group, failed = _run_group(module, case, dtype, here, directions, device, timing, check, log)
         durations.append(time.perf_counter() - now)
         on_records(group)
         records += group
         failures += [f"{name} on {case.name} {dtype}: {why}" for name, why in failed.items()]
-    fatal = [line for line in failures if providers or line.startswith(("lt[", _EVERYTHING))]
+    fatal = [line for line in failures if asked or is_ours(line) or line.startswith(_EVERYTHING)]
     if fatal:
         raise BenchmarkError("; ".join(fatal))
     return records
@@ -150,7 +161,7 @@ def run(
 def _providers(op: str, asked: Sequence[str] | None, device: str, log: Log) -> list[str]:
     known = OPS[op].PROVIDERS
     if asked:
-        for name in _choices("provider", asked, known):
+        for name in asked:
             reason = unavailable_reason(op, name, device)
             if reason is not None:
                 raise ValueError(f"provider {name} cannot run on {device}: {reason}")
@@ -163,6 +174,16 @@ def _providers(op: str, asked: Sequence[str] | None, device: str, log: Log) -> l
         else:
             log(f"without {name}: {reason}")
     return chosen
+
+
+def _of_this_op(what: str, names: Sequence[str], op: str, table: str, log: Log) -> list[str]:
+    """``names`` without those that only other ops have. ValueError for one that none has."""
+    known = getattr(OPS[op], table)
+    others = {name for module in OPS.values() for name in getattr(module, table)} - set(known)
+    passed_over = [name for name in names if name in others]
+    if passed_over:
+        log(f"{op} has no {what} {', '.join(passed_over)}: another op has")
+    return _choices(what, [name for name in names if name not in others], known)
 
 
 def _choices(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -190,14 +211,15 @@ def _run_group(
     if device == "cuda":
         torch.cuda.empty_cache()
     inputs = module.make_inputs(case, dtype, device)
-    losses, failed = _agreeing(module, inputs, providers, directions, check)
+    steps, failed = _agreeing(module, inputs, providers, directions, check)
     for name, why in failed.items():
         log(f"without {name} on {case.name} {dtype_name}: {why}")
-    if not losses:
+    if not steps:
         return [], failed
-    source = inputs.logits.detach()
-    destination = torch.empty_like(source)
-    copied_bytes = 2 * source.numel() * source.element_size()
+    copied_bytes, beside = 0, {}
+    if module.FLOOR is COPY:
+        copy, copied_bytes = module.make_copy(inputs)
+        beside["copy"] = [copy]
     facts: dict[str, Any] = {
         "device": device_name(device),
         "device_slug": device_slug(device),
@@ -210,20 +232,26 @@ def _run_group(
         wanted = [direction for direction in directions if (direction == "fwd") == inference]
         if not wanted:
             continue
-        steps = {name: (inference_parts if inference else training_parts)(loss) for name, loss in losses.items()}
-        peaks = {name: peak_bytes(parts, inputs.logits, device) for name, parts in steps.items()}
-        times = measure({**steps, "copy": [lambda: destination.copy_(source)]}, inputs.logits, device, timing)
-        copy_gbps = copied_bytes / statistics.median(map(sum, times.pop("copy"))) / 1e6
-        for direction, (name, samples) in itertools.product(wanted, times.items()):
+        parts = {name: (inference_parts if inference else training_parts)(step) for name, step in steps.items()}
+        peaks = {name: peak_bytes(parts[name], inputs, device) for name in parts if module.PROVIDERS[name].is_loss}
+        times = measure({**parts, **beside}, inputs, device, timing)
+        copy_gbps = copied_bytes / statistics.median(map(sum, times.pop("copy"))) / 1e6 if beside else None
+        for direction in wanted:
+            cost = module.cost(case, dtype, direction)
             # the backward pass alone is the second part of the same repetitions
-            milliseconds = [parts[1] if direction == "bwd" else sum(parts) for parts in samples]
-            total_peak, part_peaks = peaks[name]
-            median = statistics.median(milliseconds)
-            bytes_moved, flops, exponentials = module.cost(case, dtype, direction)
-            floor = static_floor_ms(facts["device"], bytes_moved, flops, exponentials)
-            gbps = bytes_moved / median / 1e6
-            records.append(
-                Record(
+            samples = {
+                name: [each[1] if direction == "bwd" else sum(each) for each in found] for name, found in times.items()
+            }
+            floor_ms = None
+            if copy_gbps is not None:
+                floor_ms = cost.bytes_moved / copy_gbps / 1e6
+            elif module.FLOOR.name in samples:
+                floor_ms = statistics.median(samples[module.FLOOR.name])
+            static = static_floor_ms(facts["device"], *cost)
+            for name, milliseconds in samples.items():
+                total_peak, part_peaks = peaks.get(name, (None, []))
+                median = statistics.median(milliseconds)
+                record = Record(
                     op=module.OP,
                     provider=name,
                     backend=module.PROVIDERS[name].backend,
@@ -236,90 +264,100 @@ def _run_group(
                     ms_p80=_significant(_quantile(milliseconds, 0.8)),
                     repetitions=len(milliseconds),
                     peak_bytes=part_peaks[1] if direction == "bwd" and part_peaks else total_peak,
-                    bytes_moved=bytes_moved,
-                    flops=flops,
-                    gbps=_significant(gbps),
-                    copy_gbps=_significant(copy_gbps),
-                    fraction_of_floor=_significant(gbps / copy_gbps),
-                    static_floor_ms=None if floor is None else _significant(floor),
+                    bytes_moved=cost.bytes_moved,
+                    flops=cost.flops,
+                    gbps=_significant(cost.bytes_moved / median / 1e6),
+                    copy_gbps=None if copy_gbps is None else _significant(copy_gbps),
+                    fraction_of_floor=None if floor_ms is None else _significant(floor_ms / median),
+                    static_floor_ms=None if static is None else _significant(static),
                     **facts,
                 )
-            )
-            log(
-                f"{case.name:18} {dtype_name:9} {direction:8} {name:21} {median:9.3f} ms"
-                f"  {gbps:8.1f} GB/s  {gbps / copy_gbps:6.1%} of copy"
-                + ("" if floor is None else f"  static floor {floor:.3f} ms")
-            )
-    inputs.logits.grad = None
+                records.append(record)
+                log(_line(module, record))
+    inputs.drop_gradients()
     return records, failed
 
 
+def _line(module: ModuleType, record: Record) -> str:
+    shown = module.FLOOR.show(record.fraction_of_floor)
+    rate = f"{record.gbps:8.1f} GB/s"
+    if module.FLOOR is not COPY:
+        rate = f"{record.flops / record.ms_median / 1e6:8.1f} GFLOP/s"
+    return (
+        f"{record.case:18} {record.dtype:9} {record.direction:8} {record.provider:23} {record.ms_median:9.3f} ms"
+        f"  {rate}  {shown:>6} {module.FLOOR.heading.removeprefix('x ')}"
+        + ("" if record.static_floor_ms is None else f"  static floor {record.static_floor_ms:.3f} ms")
+    )
+
+
 def _agreeing(
-    module: ModuleType, inputs: Any, providers: Sequence[str], directions: Sequence[str], check: bool
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    module: ModuleType, inputs: Inputs, providers: Sequence[str], directions: Sequence[str], check: bool
+) -> tuple[dict[str, Step], dict[str, str]]:
     """Steps of the providers that run and agree with float64, each called once in every mode that will be timed.
 
-    The second dictionary has the messages of the others. Where float64 or eager cannot be computed there is nothing to
-    hold them to, and all of them fail.
+    The op's floor, where it is a provider, is among them, asked for or not. The second dictionary has the messages of
+    the others. Where float64 or eager cannot be computed there is nothing to hold them to, and all of them fail.
     """
-    losses: dict[str, Callable[[], Tensor]] = {}
+    steps: dict[str, Step] = {}
     failed: dict[str, str] = {}
     try:
         agreement = module.Agreement(inputs) if check else None
     except Exception as error:
         return {}, {_EVERYTHING: first_line(error)}
-    for name in providers:
+    with_floor = dict.fromkeys([*(name for name in [module.FLOOR.name] if name in module.PROVIDERS), *providers])
+    for name in with_floor:
         try:
-            loss = module.make_step(name, inputs)
-            if agreement is not None:
-                agreement.check(name, loss)
+            step = module.make_step(name, inputs)
+            if agreement is not None and module.PROVIDERS[name].is_loss:
+                agreement.check(name, step)
             elif set(directions) - {"fwd"}:
-                loss().backward()
+                step().backward()
             if "fwd" in directions:
                 with torch.no_grad():
-                    loss()
-            losses[name] = loss
+                    step()
+            steps[name] = step
         except Exception as error:  # out of memory, a size that a peer does not take, a compiler that is missing
             failed[name] = first_line(error)
-        inputs.logits.grad = None
-    return losses, failed
+        inputs.drop_gradients()
+    return steps, failed
 
 
 #: A step in the parts that are timed one after the other.
 Parts = Sequence[Callable[[], object]]
 
 
-def inference_parts(loss: Callable[[], Tensor]) -> Parts:
+def inference_parts(step: Step) -> Parts:
     """[forward pass without a graph]"""
 
     def forward() -> None:
         with torch.no_grad():
-            loss()
+            step()
 
     return [forward]
 
 
-def training_parts(loss: Callable[[], Tensor]) -> Parts:
+def training_parts(step: Step) -> Parts:
     """[forward pass, backward pass]"""
-    held: list[Tensor] = []
-    return [lambda: held.append(loss()), lambda: held.pop().backward()]
+    held: list[Differentiable] = []
+    return [lambda: held.append(step()), lambda: held.pop().backward()]
 
 
 def measure(
-    steps: Mapping[str, Parts], logits: Tensor, device: str, timing: Timing
+    steps: Mapping[str, Parts], inputs: Inputs, device: str, timing: Timing
 ) -> dict[str, list[tuple[float, ...]]]:
     """Milliseconds of the parts of every repetition of each step, taken in turns whose order rotates.
 
-    The gradient of ``logits`` is dropped before each repetition. On a CPU the wall clock, in bursts: a turn repeats its
+    Gradients of ``inputs`` are dropped before each repetition. On a CPU the wall clock, in bursts: a turn repeats its
     step ``_BURST`` times after one untimed repetition, so that a step finds the caches as its own repetition left them
     and not as another provider did. On a GPU the device's time between events, one repetition a turn: the L2 cache is
     overwritten before each, which also keeps the device busy while the host runs ahead, so that launch latency is not
-    counted. A step beyond ``_SLOW_MS`` is timed once a turn, and its first repetition counts.
+    counted. A step beyond ``_SLOW_MS`` is timed once a turn, and its first repetition counts; one beyond ``_ONCE_MS``
+    is not repeated.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
 
     def once(parts: Parts) -> tuple[float, ...]:
-        logits.grad = None
+        inputs.drop_gradients()
         if flush is None:
             clock = [time.perf_counter()]
             for part in parts:
@@ -340,6 +378,7 @@ def measure(
     started = time.perf_counter()
     times = {name: [once(steps[name])] for name in names}
     fast = [name for name in names if sum(times[name][0]) < _SLOW_MS]
+    repeated = [name for name in names if sum(times[name][0]) < _ONCE_MS]
     for name in fast:
         times[name].clear()
     for _ in range(_WARMUP - 1):
@@ -347,26 +386,30 @@ def measure(
             once(steps[name])
     burst = 1 if flush is not None else min(_BURST, timing.repetitions)
     turn = 0
-    while True:
-        fewest, elapsed = min(map(len, times.values())), time.perf_counter() - started
+    while repeated:
+        fewest, elapsed = min(len(times[name]) for name in repeated), time.perf_counter() - started
         if fewest >= timing.repetitions and elapsed >= timing.seconds:
-            return times
+            break
         if fewest >= _FEWEST and elapsed >= timing.limit:
-            return times
-        for position in range(len(names)):
-            name = names[(position + turn) % len(names)]
+            break
+        for position in range(len(repeated)):
+            name = repeated[(position + turn) % len(repeated)]
             if name in fast and flush is None:
                 once(steps[name])
             times[name] += [once(steps[name]) for _ in range(burst if name in fast else 1)]
         turn += 1
+    return times
 
 
-def peak_bytes(parts: Parts, logits: Tensor, device: str) -> tuple[int | None, list[int]]:
+def peak_bytes(parts: Parts, inputs: Inputs, device: str) -> tuple[int | None, list[int]]:
     """(most memory allocated at once during the step beyond what was there before it, the same of each part).
 
-    (None, []) where it cannot be known.
+    What counts is the memory of live tensors, gradients included: on a GPU what torch's caching allocator has handed
+    out, on a CPU every allocation that torch's profiler sees, among them buffers that our CPU kernels keep for reuse,
+    as long as a tensor lives in one. Scratch memory that libraries and kernels get for themselves is not seen. (None,
+    []) where it cannot be known.
     """
-    logits.grad = None
+    inputs.drop_gradients()
     if device == "cuda":
         torch.cuda.synchronize()
         starts, tops = [], []

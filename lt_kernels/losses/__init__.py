@@ -7,6 +7,7 @@ from .arcface import ArcFaceLoss
 from .balanced_softmax import BalancedSoftmaxLoss
 from .cosface import CosFaceLoss
 from .ldam import LDAMLoss
+from .linear_head import LinearHead
 from .logit_adjustment import LogitAdjustmentLoss, post_hoc_logit_adjustment
 from .vs import VSLoss
 
@@ -15,6 +16,7 @@ __all__ = [
     "BalancedSoftmaxLoss",
     "CosFaceLoss",
     "LDAMLoss",
+    "LinearHead",
     "LogitAdjustmentLoss",
     "MarginCrossEntropyBase",
     "VSLoss",

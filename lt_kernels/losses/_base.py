@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from ..priors import ClassPrior, ClassVector, ZeroCounts, as_class_vector, as_nu
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_CLASS_TENSORS = ("class_counts", "class_bias", "class_scale", "margin", "weight")
 
 
 class LossOptions(TypedDict, total=False):
@@ -49,6 +51,9 @@ class MarginCrossEntropyBase(nn.Module):
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range; the message names it.
     """
+
+    #: Whether the logits are cosines of features and class weights.
+    cosine: ClassVar[bool] = False
 
     class_counts: Tensor | None
     class_bias: Tensor | None
@@ -88,7 +93,7 @@ class MarginCrossEntropyBase(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
         self._dtype = torch.promote_types(dtype, torch.float32)
-        for name in ("class_counts", "class_bias", "class_scale", "margin", "weight"):
+        for name in _CLASS_TENSORS:
             self.register_buffer(name, None)
         if weight is not None:
             self._set("weight", self._class_tensor("weight", weight))
@@ -121,21 +126,29 @@ class MarginCrossEntropyBase(nn.Module):
             0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
         """
         loss: Tensor = LF.margin_cross_entropy(
-            input,
-            target,
-            self.weight,
-            class_bias=self.class_bias,
-            class_scale=self.class_scale,
-            margin=self.margin,
-            scale=self.scale,
-            margin_type=self.margin_type,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            mixed_target=mixed_target,
-            mix_lambda=mix_lambda,
+            input, target, mixed_target=mixed_target, mix_lambda=mix_lambda, **self.keywords()
         )
         return loss
+
+    def keywords(self) -> dict[str, Any]:
+        """Class tensors and options, as keywords of ``margin_cross_entropy`` and ``linear_margin_cross_entropy``."""
+        return {
+            "weight": self.weight,
+            "class_bias": self.class_bias,
+            "class_scale": self.class_scale,
+            "margin": self.margin,
+            "scale": self.scale,
+            "margin_type": self.margin_type,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    @property
+    def class_sizes(self) -> dict[str, int]:
+        """How many classes each class tensor has, by name."""
+        named = {name: getattr(self, name) for name in _CLASS_TENSORS}
+        return {name: len(value) for name, value in named.items() if isinstance(value, Tensor)}
 
     @torch.no_grad()
     def update_counts(self, class_counts: ClassVector) -> None:

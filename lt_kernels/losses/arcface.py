@@ -41,6 +41,7 @@ class ArcFaceLoss(MarginCrossEntropyBase):
         tensor(3.6748)
     """
 
+    cosine = True
     margin_bounds: tuple[float, float]
     power: float
 

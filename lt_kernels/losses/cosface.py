@@ -34,5 +34,7 @@ class CosFaceLoss(MarginCrossEntropyBase):
         tensor(6.4017)
     """
 
+    cosine = True
+
     def __init__(self, margin: float | ClassVector = 0.4, scale: float = 64.0, **options: Unpack[LossOptions]) -> None:
         super().__init__(margin=margin, scale=scale, **options)

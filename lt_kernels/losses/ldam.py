@@ -41,6 +41,8 @@ class LDAMLoss(MarginCrossEntropyBase):
         tensor(3.0949)
     """
 
+    cosine = True
+
     def __init__(
         self, class_counts: ClassVector, max_margin: float = 0.5, scale: float = 30.0, **options: Unpack[LossOptions]
     ) -> None:

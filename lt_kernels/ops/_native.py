@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -57,6 +59,14 @@ def _architecture_reason(architectures: list[str]) -> str | None:
         return None
     built, here = ", ".join(architectures), ".".join(map(str, capability))
     return f"the extension was built for compute capability {built}, not {here} (TORCH_CUDA_ARCH_LIST={here})"
+
+
+def empty_pooled(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous CPU tensor for a buffer of every step: large ones keep their pages between steps.
+
+    Its memory returns to a pool when it dies (csrc/cpu_memory.h: at most 512 MB held). Only where the extension loads.
+    """
+    return torch.ops.lt_kernels_native.empty_pooled(size, dtype)
 
 
 def build_info() -> dict[str, Any] | None:

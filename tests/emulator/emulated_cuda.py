@@ -66,10 +66,16 @@ def install() -> None:
     from lt_kernels.ops.margin_cross_entropy import native
 
     namespace = torch.ops.lt_kernels_emulated
-    native.forward = lambda a, *flags: namespace.margin_cross_entropy_fwd(*a, *flags)
-    native.backward = lambda grad_loss, grad_lse, rest, a, needs: namespace.margin_cross_entropy_bwd(
-        grad_loss, grad_lse, rest, *a, needs
-    )
+
+    def forward(a, with_prediction, with_grad, *, out=None):
+        *rows, grad = namespace.margin_cross_entropy_fwd(*a, with_prediction, with_grad, out)
+        return (*rows, out if with_grad and out is not None else grad)
+
+    def backward(grad_loss, grad_lse, rest, a, needs, *, out=None):
+        grads = namespace.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *a, needs, out)
+        return [out, *grads[1:]] if needs[0] and out is not None else grads
+
+    native.forward, native.backward = forward, backward
     native.scale_gradient_ = namespace.scale_gradient_
 
 

@@ -1,6 +1,6 @@
 // csrc/device.h for a machine without a GPU: every thread of a block (of all blocks of a cluster) is a fiber of this
-// thread, which runs until it has to wait for others. LTK_EMULATED_ORDER=reversed runs them in the opposite order: a
-// kernel that lacks a barrier then gives other results.
+// thread, which runs until it has to wait for others. LTK_EMULATED_ORDER=reversed runs them, and the blocks, in the
+// opposite order: a kernel that lacks a barrier then gives other results.
 #pragma once
 
 #include <cmath>

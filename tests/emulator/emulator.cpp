@@ -159,7 +159,8 @@ Error run_blocks(const Launch& l, void (*body)(const void*), const void* argumen
   std::vector<Fiber> parked;  // more than this launch needs
   while (static_cast<int>(fibers.size()) > count) parked.push_back(std::move(fibers.back())), fibers.pop_back();
   copies.assign(count, {});
-  for (int64_t first = 0; first < l.blocks; first += l.cluster) {
+  for (int64_t done = 0; done < l.blocks; done += l.cluster) {
+    const int64_t first = reversed ? l.blocks - l.cluster - done : done;
     shared.assign(l.cluster, std::vector<unsigned char>(l.shared_bytes + 16, kPoison));
     for (int i = 0; i < count; ++i) {
       Fiber& f = fibers[i];

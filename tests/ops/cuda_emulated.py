@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import test_in_place
 import torch
 from cases import CASES, LAYOUTS, Case
 from torch import Tensor
@@ -171,6 +172,35 @@ def test_sums_over_rows_do_not_depend_on_how_rows_are_cut():
     for classes in (130, 131):
         sample = sample_inputs(200, classes, dtype=torch.bfloat16, seed=9, ignored=0.1, **OPTIONS["vectors"])
         check_margin_cross_entropy(margin_cross_entropy, sample)
+
+
+@pytest.mark.parametrize("order", ["forward", "reversed"])
+@pytest.mark.parametrize("option", ["class_bias", "mixed, smoothing, vectors", "angular, vectors", "probabilities"])
+class TestInPlace:
+    """The gradient over the logits, in any order of threads and blocks: a logit read too late is a gradient."""
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    @pytest.mark.parametrize("classes", [7, 130, 1025, 4100, 8199])
+    def test_rows(self, classes, dtype, option, order, monkeypatch):
+        monkeypatch.setenv("LTK_EMULATED_ORDER", order)
+        a = test_in_place.arguments((5, classes, 1), option, DTYPES[dtype])
+        for layout in ("contiguous", "window") if classes < 2000 else ("contiguous",):
+            test_in_place.check_in_place(native, a, layout)
+
+    @pytest.mark.parametrize("shape", [(2, 9, 35), (1, 19, 64), (1, 150, 130), (40, 20, 1)], ids=str)
+    def test_panels(self, shape, option, order, monkeypatch):
+        monkeypatch.setenv("LTK_EMULATED_ORDER", order)
+        a = test_in_place.arguments(shape, option, torch.bfloat16)
+        for layout in ("contiguous", "channels last", "samples contiguous", "every other"):
+            test_in_place.check_in_place(native, a, layout)
+
+    def test_other_dtypes(self, option, order, monkeypatch):
+        monkeypatch.setenv("LTK_EMULATED_ORDER", order)
+        for dtype in ("fp64", "fp16"):
+            for shape in ((3, 1201, 1), (2, 9, 35)):
+                test_in_place.check_in_place(
+                    native, test_in_place.arguments(shape, option, DTYPES[dtype]), "contiguous"
+                )
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "everything" in c.id], ids=lambda case: case.id)

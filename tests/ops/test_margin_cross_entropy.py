@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lt_kernels
-from lt_kernels import _settings, functional
+from lt_kernels import _settings, _validation
 from lt_kernels.functional import margin_cross_entropy
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
 from lt_kernels.testing import assert_within_budget, check_margin_cross_entropy, dense_margin_cross_entropy
@@ -99,7 +99,7 @@ def test_is_a_superset_of_torch(shape, weighted, soft, smoothing, reduction, bac
     assert_within_budget(ours[1], eager[1], truth[1], "gradient")
 
 
-@pytest.mark.parametrize("index_dtype", functional._INDEX_DTYPES, ids=str)
+@pytest.mark.parametrize("index_dtype", _validation.INDEX_DTYPES, ids=str)
 def test_any_integer_dtype(index_dtype, backend, device):
     sample = by_id("logit adjustment").sample(torch.float32, device)
     expected = margin_cross_entropy(sample.input, sample.target, **sample.options)

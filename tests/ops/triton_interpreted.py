@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import test_in_place
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 import lt_kernels
 from lt_kernels.functional import margin_cross_entropy
@@ -212,6 +214,52 @@ class TestRowsWiderThanOneTile:
 
         for first, second in zip(run(), run(), strict=True):
             assert torch.equal(first, second)
+
+
+@pytest.fixture
+def last_program_first(monkeypatch):
+    """Where a program reads what another one writes, the order of the launch grid may hide it."""
+    builder = interpreter.interpreter_builder
+    ascending = builder.set_grid_idx
+
+    def descending(*index: int) -> None:
+        ascending(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", descending)
+
+
+def check_in_place(shape: tuple[int, int, int], option: str, dtype: torch.dtype, *layouts: str) -> None:
+    a = test_in_place.arguments(shape, option, dtype)
+    for layout in layouts:
+        test_in_place.check_in_place(backend, a, layout, exact=False)
+
+
+@pytest.mark.usefixtures("last_program_first")
+@pytest.mark.parametrize(
+    "option",
+    ["class_bias", "smoothing, weight", "mixed, smoothing, vectors", "angular, vectors", "probabilities"],
+)
+class TestInPlace:
+    """What one program could do to another: the interpreter has no threads."""
+
+    def test_rows(self, option):
+        check_in_place((2, 201, 1), option, torch.float32, "contiguous", "window")
+
+    def test_rows_split_in_backward(self, option):
+        check_in_place((2, 8401, 1), option, torch.bfloat16, "contiguous")
+
+    @pytest.mark.usefixtures("several_tiles")
+    def test_rows_wider_than_one_tile(self, option):
+        check_in_place((2, 700, 2), option, torch.bfloat16, "channels last")
+
+    def test_tiles(self, option):
+        check_in_place((3, 7, 1), option, torch.float32, "every other")
+        check_in_place((2, 19, 6), option, torch.bfloat16, "contiguous")
+
+
+def test_rows_split_in_backward_in_place():
+    """In the order of the launch grid too."""
+    check_in_place((2, 8401, 1), "mixed, smoothing, vectors", torch.bfloat16, "contiguous")
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -11,14 +11,26 @@ from .arguments import Arguments
 _native.load()
 
 
-def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``op.py``."""
-    return torch.ops.lt_kernels_native.margin_cross_entropy_fwd(*a, with_prediction, with_grad)
+def forward(
+    a: Arguments, with_prediction: bool, with_grad: bool, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``op.py``. ``out``: where grad_input is written; it may be ``a.input`` itself."""
+    *rows, grad = torch.ops.lt_kernels_native.margin_cross_entropy_fwd(*a, with_prediction, with_grad, out)
+    return (*rows, out if with_grad and out is not None else grad)
 
 
-def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Arguments, needs: list[bool]) -> list[Tensor]:
-    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed."""
-    return torch.ops.lt_kernels_native.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *a, needs)
+def backward(
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    rest: Tensor,
+    a: Arguments,
+    needs: list[bool],
+    *,
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. ``out``: as in ``forward``."""
+    grads = torch.ops.lt_kernels_native.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *a, needs, out)
+    return [out, *grads[1:]] if needs[0] and out is not None else grads
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:

@@ -61,7 +61,7 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
     ]
 
 
-def _scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
+def scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """gradient *= factor without a host synchronisation, and without touching memory where factor is 1."""
     if backend != "reference":
         load(OP, backend).scale_gradient_(gradient, factor)
@@ -149,7 +149,7 @@ def _autograd_backward(
         # node (.data): scaling it must not count as changing a saved tensor.
         ctx.gradient_ready = False
         gradients["input"] = grad_input.data
-        _scale_(gradients["input"], grad_loss, ctx.backend)
+        scale_(gradients["input"], grad_loss, ctx.backend)
     elif grad_loss is not None or grad_lse is not None:
         if grad_loss is None:
             grad_loss = rest.new_zeros(())

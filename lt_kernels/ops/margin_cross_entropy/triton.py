@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from .arguments import DIFFERENTIABLE, Arguments
-from .triton_rows import _rows_backward_kernel, _rows_forward_kernel, _rows_statistics_kernel
+from .triton_rows import _own_logits_kernel, _rows_backward_kernel, _rows_forward_kernel, _rows_statistics_kernel
 from .triton_small import _mean_coefficient_kernel, _reciprocal_sum_kernel, _scale_kernel
 from .triton_tiles import (
     _soft_mass_kernel,
@@ -317,14 +317,18 @@ def _shared(a: Arguments) -> dict[str, Any]:
     }
 
 
-def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``op.py``."""
+def forward(
+    a: Arguments, with_prediction: bool, with_grad: bool, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``op.py``. ``out``: where grad_input is written; it may be ``a.input`` itself."""
     n, classes, k = a.input.shape
     soft = a.target.is_floating_point()
     loss, lse = (a.input.new_empty((n, k), dtype=torch.float32) for _ in range(2))
     rest = loss.new_empty((2, n, k))
     prediction = loss.new_empty((n, k) if with_prediction else (0,), dtype=torch.int64)
-    grad = torch.empty_like(a.input) if with_grad else a.input.new_empty((0,))
+    grad = a.input.new_empty((0,))
+    if with_grad:
+        grad = torch.empty_like(a.input) if out is None else out
     if n * k == 0:
         return loss, lse, prediction, rest, grad
     x = _readable(a.input)
@@ -346,7 +350,7 @@ def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tenso
     arguments.update({f"{name}_stride_{axis}": 0 for name in ("target", "grad") for axis in axes}, **layout.strides)
     with torch.cuda.device_of(x):
         if layout.rows:
-            _rows_forward(a, layout, arguments, n * k)
+            _rows_forward(a, layout, arguments, n * k, _in_place(x, out))
         else:
             tiles = _tiles_launch(classes, layout.positions, layout.classes_contiguous, x.element_size())
             blocks = layout.samples * triton.cdiv(layout.positions, tiles.block_k)
@@ -357,7 +361,12 @@ def forward(a: Arguments, with_prediction: bool, with_grad: bool) -> tuple[Tenso
     return loss, lse, prediction, rest, grad
 
 
-def _rows_forward(a: Arguments, layout: _Layout, arguments: dict[str, Any], rows: int) -> None:
+def _in_place(x: Tensor, out: Tensor | None) -> bool:
+    """Whether the gradient takes the place of the logits that the kernels read: they may be a copy of the input."""
+    return out is not None and out.data_ptr() == x.data_ptr()
+
+
+def _rows_forward(a: Arguments, layout: _Layout, arguments: dict[str, Any], rows: int, in_place: bool) -> None:
     """Launch the rows kernels of a forward pass."""
     soft, predict = arguments["SOFT"], arguments["prediction_ptr"] is not None
     hungry = [a.class_scale is not None, a.weight is not None and a.label_smoothing > 0, soft]
@@ -369,7 +378,7 @@ def _rows_forward(a: Arguments, layout: _Layout, arguments: dict[str, Any], rows
     )  # fmt: skip
     arguments |= {"partial_ptr": None, "partial_column_ptr": None, "soft_mass_ptr": None, "parts": launch.parts}
     if launch.body != "parts":
-        _rows_forward_kernel[(rows,)](**arguments, BODY=launch.body, PARTS=1, **launch.constants)
+        _rows_forward_kernel[(rows,)](**arguments, BODY=launch.body, PARTS=1, IN_PLACE=in_place, **launch.constants)
         return
     rest = arguments["rest_ptr"]
     arguments["partial_ptr"] = rest.new_empty((5 if predict else 4, rows, launch.parts))
@@ -385,15 +394,28 @@ def _rows_forward(a: Arguments, layout: _Layout, arguments: dict[str, Any], rows
     if soft:
         arguments["soft_mass_ptr"] = rest.new_empty((rows,))
     finish = {"BODY": "parts", "PARTS": triton.next_power_of_2(launch.parts), "LANES": 32, "REPEAT": 1}
+    finish["IN_PLACE"] = False
     _rows_forward_kernel[(rows,)](**arguments, **finish, GROUP=launch.group, num_warps=1)
     if grad is not None:
         upstream = {"grad_ptr": grad, "grad_loss_ptr": None, "grad_lse_ptr": None}
-        _rows_backward(layout, arguments | upstream | {"grad_loss_stride": 0, "grad_lse_stride": 0}, rows)
+        _rows_backward(layout, arguments | upstream | {"grad_loss_stride": 0, "grad_lse_stride": 0}, rows, in_place)
 
 
-def _rows_backward(layout: _Layout, arguments: dict[str, Any], rows: int) -> None:
+def _rows_backward(layout: _Layout, arguments: dict[str, Any], rows: int, in_place: bool) -> None:
     """Launch the rows kernel of a backward pass; ``arguments`` may hold more than it takes."""
-    input = arguments["input_ptr"]
+    input, own = arguments["input_ptr"], None
+    if in_place and not arguments["SOFT"]:
+        # A row has several programs: all need the targets' own logits, which one of them writes over.
+        own = arguments["rest_ptr"].new_empty((1 if arguments["mixed_target_ptr"] is None else 2, rows))
+        names = _own_logits_kernel.arg_names
+        _own_logits_kernel[(triton.cdiv(rows, 128),)](
+            **{name: arguments[name] for name in names if name in arguments},
+            own_ptr=own,
+            rows=rows,
+            BLOCK=128,
+            num_warps=4,
+        )
+    arguments = arguments | {"own_ptr": own}
     launch = _rows_backward_launch(input.shape[1], input.element_size(), layout.aligned)
     names = _rows_backward_kernel.arg_names
     _rows_backward_kernel[(rows, launch.parts)](
@@ -411,20 +433,33 @@ def _per_row(upstream: Tensor | None, shape: torch.Size) -> tuple[Tensor | None,
     return upstream.expand(shape).contiguous(), 1
 
 
-def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Arguments, needs: list[bool]) -> list[Tensor]:
-    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. Upstream: 0-dim or [N, K]."""
+def backward(
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    rest: Tensor,
+    a: Arguments,
+    needs: list[bool],
+    *,
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. Upstream: 0-dim or [N, K].
+
+    ``out``: as in ``forward``.
+    """
     n, classes, k = a.input.shape
     soft, summed = a.target.is_floating_point(), needs[2:]
     sources = [getattr(a, name) for name in DIFFERENTIABLE]
     if n * k == 0:
-        return [torch.zeros_like(t) if need else rest.new_empty((0,)) for t, need in zip(sources, needs, strict=True)]
+        grads = [torch.zeros_like(t) if need else rest.new_empty((0,)) for t, need in zip(sources, needs, strict=True)]
+        return grads if out is None or not needs[0] else [out, *grads[1:]]
     grads = [rest.new_empty((0,)) for _ in needs]
     x = _readable(a.input)
     target = a.target if soft else a.target.contiguous()
     named = {"input": x, **({"target": target} if soft else {})}
-    for position, name in enumerate(("grad", "grad_target")):
-        if needs[position]:
-            named[name] = grads[position] = torch.empty_like(sources[position])
+    if needs[0]:
+        named["grad"] = grads[0] = torch.empty_like(a.input) if out is None else out
+    if needs[1]:
+        named["grad_target"] = grads[1] = torch.empty_like(a.target)
     layout = _layout(named, rows=not any(needs[1:]))
     per_loss, grad_loss_stride = _per_row(grad_loss, rest.shape[1:])
     per_lse, grad_lse_stride = _per_row(grad_lse, rest.shape[1:])
@@ -444,7 +479,7 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
         }
         if layout.rows:
             strides = {f"{name}_stride_{axis}": 0 for name in ("target", "grad") for axis in "nk"} | layout.strides
-            _rows_backward(layout, {**arguments, **strides, "grad_ptr": grads[0]}, n * k)
+            _rows_backward(layout, {**arguments, **strides, "grad_ptr": grads[0]}, n * k, _in_place(x, out))
             return grads
         terms = rest.new_empty((10, n, k))
         columns = rest.new_empty((2, n, k), dtype=torch.int32)
@@ -496,6 +531,7 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, a: Argume
             NEED_SCALE=needs[3],
             NEED_MARGIN=needs[4],
             NEED_LEARNED=needs[5],
+            IN_PLACE=_in_place(x, out),
             BLOCK_C=tiles.block_c,
             BLOCK_K=tiles.block_k,
             num_warps=tiles.num_warps,

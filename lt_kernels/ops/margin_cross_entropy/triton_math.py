@@ -91,9 +91,21 @@ def _slot(
     SLOT: tl.constexpr,
     ANGULAR: tl.constexpr,
 ):
-    """One target of a row. A class out of range makes its logits NaN."""
+    """One target of a row."""
     index, valid, column = _class(target_ptr, classes, ignore_index)
     x = tl.load(row_ptr + index * class_stride).to(tl.float32)
+    return _slot_of(
+        x, index, valid, column, share, coefficient_ptr, weight_ptr, class_bias_ptr, class_scale_ptr, margin_ptr,
+        classes, scale, margin, cos_margin, sin_margin, SLOT, ANGULAR,
+    )  # fmt: skip
+
+
+@triton.jit
+def _slot_of(
+    x, index, valid, column, share, coefficient_ptr, weight_ptr, class_bias_ptr, class_scale_ptr, margin_ptr, classes,
+    scale, margin, cos_margin, sin_margin, SLOT: tl.constexpr, ANGULAR: tl.constexpr,
+):  # fmt: skip
+    """One target of a row from its logit x and what _class says. A class out of range makes its logits NaN."""
     x = tl.where(valid & (column < 0), float("nan"), x)
     one = tl.full([], 1.0, tl.float32)
     factor, weight, class_scale, bias = share * one, one, one, one * 0.0
@@ -149,6 +161,7 @@ def _slots(
     sin_margin,
     ignore_index,
     ANGULAR: tl.constexpr,
+    mixed_row_ptr=None,  # row_ptr of the mixed target, if it is another
 ):
     """Both targets of a row; the second repeats the first where there is only one."""
     share = 1.0
@@ -160,6 +173,8 @@ def _slots(
     )  # fmt: skip
     b = a
     if mixed_target_ptr is not None:
+        if mixed_row_ptr is not None:
+            row_ptr = mixed_row_ptr
         b = _slot(
             row_ptr, mixed_target_ptr + row, 1.0 - share, coefficient_ptr, weight_ptr, class_bias_ptr, class_scale_ptr,
             margin_ptr, classes, class_stride, scale, margin, cos_margin, sin_margin, ignore_index, 1, ANGULAR,

@@ -296,9 +296,10 @@ def _rows_forward_kernel(
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     PARTS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     """One program per row. BODY: one "tile" that stays in registers; a "loop" over tiles, twice where there is a
-    gradient; or "parts", which _rows_statistics_kernel has been through."""
+    gradient; or "parts", which _rows_statistics_kernel has been through. IN_PLACE: grad_ptr is input_ptr."""
     WIDE: tl.constexpr = GROUP >= 4
     MIXED: tl.constexpr = mixed_target_ptr is not None
     PREDICT: tl.constexpr = prediction_ptr is not None
@@ -407,6 +408,8 @@ def _rows_forward_kernel(
     tl.store(rest_ptr + rows + row, mass)
 
     if grad_ptr is not None:
+        if IN_PLACE:  # from here on, each thread reads only what it will write itself
+            tl.debug_barrier()
         grad_offset = n * grad_stride_n + k * grad_stride_k
         grad_aligned, _, _ = _groups(grad_offset, classes, GROUP)
         if SOFT:
@@ -452,6 +455,32 @@ def _rows_forward_kernel(
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
+@triton.jit(do_not_specialize=["ignore_index", "rows"])
+def _own_logits_kernel(
+    input_ptr,  # [N, C, K], unit class stride
+    target_ptr,  # [N, K] int64
+    mixed_target_ptr,  # [N, K] int64
+    own_ptr,  # [1 or 2, N, K] float32
+    rows,
+    classes,
+    positions,
+    input_stride_n,
+    input_stride_k,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """The logits of the targets' columns (of column 0 where there is none), one row per lane."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    row = tl.minimum(row, rows - 1)
+    row_ptr = input_ptr + row // positions * input_stride_n + row % positions * input_stride_k
+    index, _, _ = _class(target_ptr + row, classes, ignore_index)
+    tl.store(own_ptr + row, tl.load(row_ptr + index).to(tl.float32), mask=inside)
+    if mixed_target_ptr is not None:
+        index, _, _ = _class(mixed_target_ptr + row, classes, ignore_index)
+        tl.store(own_ptr + rows + row, tl.load(row_ptr + index).to(tl.float32), mask=inside)
+
+
 @triton.jit(do_not_specialize=["ignore_index"])
 def _rows_backward_kernel(
     input_ptr,  # [N, C, K], unit class stride
@@ -469,6 +498,7 @@ def _rows_backward_kernel(
     soft_mass_ptr,  # [N, K] where SOFT: sum of the soft weights
     grad_loss_ptr,  # 0-dim or [N, K]; 1 if None
     grad_lse_ptr,  # 0-dim or [N, K]
+    own_ptr,  # [1 or 2, N, K] float32, the targets' own logits, where grad_ptr is input_ptr
     grad_ptr,  # [N, C, K], unit class stride
     classes,
     positions,
@@ -528,10 +558,14 @@ def _rows_backward_kernel(
         slope = (smooth * tl.load(soft_mass_ptr + row) + upstream_lse) / mass
     else:
         weight_total = _weight_total(weight_total_ptr, classes)
+        CLASS_STRIDE: tl.constexpr = 1 if own_ptr is None else 0
+        row_ptr_a, row_ptr_b = row_ptr, row_ptr
+        if own_ptr is not None:  # another program of this row, or another warp, may be done with the targets' columns
+            row_ptr_a, row_ptr_b = own_ptr + row, own_ptr + rows + row
         a, b = _slots(
-            row_ptr, row, target_ptr, mixed_target_ptr, mix_lambda_ptr, coefficient_ptr, weight_ptr, class_bias_ptr,
-            class_scale_ptr, margin_ptr, classes, 1, mix_lambda_stride, scale, margin, cos_margin, sin_margin,
-            ignore_index, ANGULAR,
+            row_ptr_a, row, target_ptr, mixed_target_ptr, mix_lambda_ptr, coefficient_ptr, weight_ptr, class_bias_ptr,
+            class_scale_ptr, margin_ptr, classes, CLASS_STRIDE, mix_lambda_stride, scale, margin, cos_margin,
+            sin_margin, ignore_index, ANGULAR, row_ptr_b,
         )  # fmt: skip
         column_a, _, _, _, _, _, _, _, _ = a
         column_b, _, _, _, _, _, _, _, _ = b

@@ -160,7 +160,8 @@ def _tiles_forward_kernel(
     mass, weighted, visited = tl.sum(masses, 0), tl.sum(weighteds, 0), tl.sum(visiteds, 0)
 
     # Every thread of a column of lanes has its rows' sums. By way of memory they reach one thread per row, so that the
-    # rows' arithmetic is done once (it is most of the work where classes are few).
+    # rows' arithmetic is done once (it is most of the work where classes are few). From the barrier on, each thread
+    # reads only those logits whose gradient it writes: grad_ptr may be input_ptr.
     tl.store(rest_ptr + row, peak, mask=inside)
     tl.store(rest_ptr + rows + row, mass, mask=inside)
     if SOFT or SMOOTH:
@@ -410,13 +411,14 @@ def _tiles_backward_kernel(
     NEED_SCALE: tl.constexpr,
     NEED_MARGIN: tl.constexpr,
     NEED_LEARNED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """All gradients; one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows, in order.
 
     The strides of samples and rows are in units of ALIGN elements, of which the classes are a multiple too: so that the
-    compiler knows."""
+    compiler knows. IN_PLACE: grad_ptr is input_ptr."""
     NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     real = columns < classes // ALIGN * ALIGN
@@ -476,6 +478,8 @@ def _tiles_backward_kernel(
             if HAS_SCALE or class_scale_ptr is not None:
                 dx = dx * slope_x
             offsets = k[None, :] * grad_stride_k * ALIGN + columns.to(tl.int64) * grad_stride_c
+            if IN_PLACE and NEEDED > 0:  # of a small tile several threads have read the same logit for their sums
+                tl.debug_barrier()
             tl.store(grad_ptr + n * grad_stride_n * ALIGN + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
         if NEED_BIAS:
             values = du

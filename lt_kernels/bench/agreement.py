@@ -1,0 +1,58 @@
+"""What every provider is held to before it is timed: float64 truth and eager PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..testing import assert_within_budget
+from .cases import Inputs
+from .providers import Step
+
+I = TypeVar("I", bound=Inputs)  # noqa: E741
+
+
+class Agreement(ABC, Generic[I]):
+    """The loss of one case and a part of every gradient, as float64 and same-dtype eager have them.
+
+    Providers run on the whole case with ``reduction="mean"``. The loss is that of all rows; of the gradients a part is
+    compared, so that float64 stays cheap where cases are large.
+    """
+
+    def __init__(self, op: str, inputs: I, eager: Step) -> None:
+        self._op = op
+        self._inputs = inputs
+        self._eager = self._run(eager)
+        with torch.no_grad():
+            self._truth = self._true_values()
+
+    def check(self, provider: str, step: Step) -> None:
+        """AssertionError unless loss and gradients are within the error budget: 2 * eager's error + eps."""
+        actual = self._run(step)
+        for what, truth in self._truth.items():
+            assert_within_budget(actual[what], self._eager[what], truth, f"{self._op} {provider} {what}")
+
+    @abstractmethod
+    def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is compared of each leaf's gradient, by the names of ``_true_values``."""
+
+    @abstractmethod
+    def _true_values(self) -> dict[str, Tensor]:
+        """Float64 "loss", and each part that is compared."""
+
+    def _run(self, step: Step) -> dict[str, Tensor]:
+        inputs = self._inputs
+        inputs.drop_gradients()
+        loss = step()
+        loss.backward()
+        gradients = {}
+        for name, leaf in inputs.leaves.items():
+            assert leaf.grad is not None, f"no gradient of {name}"
+            assert leaf.grad.shape == leaf.shape, f"gradient of {name}: shape {tuple(leaf.grad.shape)}"
+            gradients[name] = leaf.grad
+        inputs.drop_gradients()
+        assert isinstance(loss, Tensor), "no loss"
+        return {"loss": loss.detach(), **self._parts(gradients)}

@@ -1,0 +1,232 @@
+"""A linear classifier together with its loss: the logits between them need not be stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as LF
+from ..priors import ClassVector
+from ._base import MarginCrossEntropyBase
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Strategy = Literal["auto", "materialize", "chunked", "tiled"]
+
+
+class LinearHead(nn.Linear):
+    """An ``nn.Linear`` that ends in a loss: ``head(features, target)`` is the loss of the logits it never hands out.
+
+    It computes ``loss(F.linear(features, weight, bias), target)``, or ``loss`` of the cosines of features and class
+    weights, by [`linear_margin_cross_entropy`][lt_kernels.functional.linear_margin_cross_entropy], which does not store
+    the logits as a whole where they would not fit ``lt_kernels.set_memory_budget``. From a layer and a loss:
+
+        head = LinearHead.from_linear(model.fc, LogitAdjustmentLoss(class_counts))   # instead of the loss alone
+        loss = head(features, target)                              # instead of criterion(model.fc(features), target)
+
+    Parameters are those of ``nn.Linear``, ``weight`` [C, D] and ``bias`` [C]. ``loss`` is a submodule: its tensors
+    travel as ``loss.*`` in ``state_dict`` and stay float32 under ``.half()`` and ``.bfloat16()``. A ``state_dict``
+    without any ``loss.*``, such as that of an ``nn.Linear``, loads with ``strict=True`` and leaves them as they are.
+
+    Args:
+        in_features: D.
+        out_features: C, classes.
+        loss: a classifier recipe of this package; None is plain cross-entropy. It moves to the weight's device.
+        bias: whether logits have a learned bias; default: unless ``normalize``.
+        normalize: a cosine head; default: as the recipe takes its input (True for LDAM, CosFace and ArcFace).
+        strategy: ``"auto"``, ``"materialize"``, ``"chunked"`` or ``"tiled"``; see ``linear_margin_cross_entropy``.
+        device: of ``weight`` and ``bias``.
+        dtype: of ``weight`` and ``bias``.
+
+    Raises:
+        TypeError: ``loss`` is no classifier recipe; ``bias`` or ``normalize`` is no bool.
+        ValueError: another number of classes in the recipe's tensors than ``out_features``; a bias with ``normalize``;
+            an unknown strategy.
+
+    Example:
+        >>> import torch
+        >>> from lt_kernels.losses import LogitAdjustmentLoss
+        >>> head = LinearHead(64, 3, LogitAdjustmentLoss([900, 90, 10]))
+        >>> head
+        LinearHead(
+          in_features=64, out_features=3, bias=True
+          (loss): LogitAdjustmentLoss(num_classes=3)
+        )
+        >>> features, target = torch.randn(8, 64), torch.randint(3, (8,))
+        >>> head(features, target).backward()
+        >>> classes, confidence, _ = head.predict(features)
+        >>> classes.shape, confidence.shape
+        (torch.Size([8, 1]), torch.Size([8, 1]))
+    """
+
+    loss: MarginCrossEntropyBase
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        loss: MarginCrossEntropyBase | None = None,
+        *,
+        bias: bool | None = None,
+        normalize: bool | None = None,
+        strategy: Strategy = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if loss is None:
+            loss = MarginCrossEntropyBase()
+        if not isinstance(loss, MarginCrossEntropyBase):
+            raise TypeError(
+                f"loss: got {getattr(loss, '__name__', type(loss).__name__)}, expected None or a classifier loss of "
+                "lt_kernels.losses, such as LogitAdjustmentLoss(class_counts)"
+            )
+        for name, value in (("bias", bias), ("normalize", normalize)):
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a bool or None")
+        normalize = loss.cosine if normalize is None else normalize
+        if bias and normalize:
+            raise ValueError("bias: got True with normalize=True, expected False (cosines have no bias)")
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, get_args(Strategy)))}")
+        for name, classes in loss.class_sizes.items():
+            if classes != out_features:
+                raise ValueError(
+                    f"loss: got a {type(loss).__name__} with {classes} classes ({name}), expected {out_features}, "
+                    "the out_features"
+                )
+        super().__init__(in_features, out_features, not normalize if bias is None else bias, device, dtype)
+        self.normalize = normalize
+        self.strategy = strategy
+        self.loss = loss
+        self._move_loss()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        loss: MarginCrossEntropyBase | None = None,
+        *,
+        normalize: bool | None = None,
+        strategy: Strategy = "auto",
+    ) -> Self:
+        """A head with the very parameters of ``linear`` (shared, not copied).
+
+        Args:
+            linear: its ``weight`` and ``bias`` become the head's; it goes on working, and learns with the head.
+            loss: as the constructor's.
+            normalize: as the constructor's.
+            strategy: as the constructor's.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or one with a parametrized or pruned weight (wrap the plain layer
+                and parametrize the head).
+            ValueError: as the constructor; ``linear`` has a bias and the head is a cosine head.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
+        if "weight" not in linear._parameters or "bias" not in linear._parameters:
+            raise TypeError(
+                f"linear: got a {type(linear).__name__} whose weight or bias is computed (parametrized or pruned), "
+                "expected parameters of its own"
+            )
+        head = cls(
+            linear.in_features, linear.out_features, loss,
+            bias=linear.bias is not None, normalize=normalize, strategy=strategy, device="meta",
+        )  # fmt: skip
+        head.weight, head.bias = linear.weight, linear.bias
+        head._move_loss()
+        return head.train(linear.training)
+
+    def forward(  # type: ignore[override]
+        self,
+        features: Tensor,
+        target: Tensor,
+        mixed_target: Tensor | None = None,
+        mix_lambda: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ``features``, [D] or [N, D], of float16, bfloat16, float32 or float64.
+
+        Args:
+            features: inputs of the linear layer.
+            target: class indices [] or [N] of any integer dtype, or class probabilities [C] or [N, C] (not with a
+                margin).
+            mixed_target: second class indices of mixup or CutMix pairs.
+            mix_lambda: share of ``target``: a number in [0, 1], or a tensor, 0-dim or like ``target``.
+
+        Returns:
+            0-dim, or like class indices with ``reduction="none"``; float32 (float64 for float64).
+        """
+        keywords = self.loss.keywords()
+        if isinstance(target, Tensor) and target.is_floating_point() and keywords["ignore_index"] < 0:
+            keywords["ignore_index"] = None  # probabilities: nothing is ignored
+        loss: Tensor = LF.linear_margin_cross_entropy(
+            features,
+            self.weight,
+            target,
+            linear_bias=self.bias,
+            normalize=self.normalize,
+            mixed_target=mixed_target,
+            mix_lambda=mix_lambda,
+            strategy=self.strategy,
+            **keywords,
+        )
+        return loss
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What to classify by at test time, [..., C]: ``F.linear``, or cosines, times the loss's ``scale``.
+
+        Class biases, class scales (of VS and CDT) and margins act in training alone, as in their papers: the model has
+        learned to be right without them. Differentiable; stores all logits, which ``predict`` does not.
+        """
+        if not self.normalize:
+            return F.linear(features, self.weight, self.bias) * self.loss.scale
+        return F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1)) * self.loss.scale
+
+    def predict(self, features: Tensor, topk: int = 1, class_shift: Tensor | None = None) -> LF.TopK:
+        """The most likely classes of ``logits(features)``, computed block by block.
+
+        Args:
+            features: [D] or [N, D].
+            topk: how many classes.
+            class_shift: [C], added to the logits: log ratio of test and training prior, or ``-tau * log_prior``.
+
+        Returns:
+            [`TopK(classes, confidence, lse)`][lt_kernels.functional.linear_topk]; without gradients.
+        """
+        return LF.linear_topk(
+            features,
+            self.weight,
+            topk,
+            linear_bias=self.bias,
+            class_shift=class_shift,
+            scale=self.loss.scale,
+            normalize=self.normalize,
+        )
+
+    def update_counts(self, class_counts: ClassVector) -> None:
+        """Derive the loss's class tensors anew, in place; see
+        [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]."""
+        self.loss.update_counts(class_counts)
+
+    def extra_repr(self) -> str:
+        shown = [super().extra_repr()]
+        if self.normalize:
+            shown.append("normalize=True")
+        if self.strategy != "auto":
+            shown.append(f"strategy={self.strategy}")
+        return ", ".join(shown)
+
+    def _move_loss(self) -> None:
+        if not self.weight.is_meta:
+            self.loss.to(self.weight.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        of_loss = f"{prefix}loss."
+        if not any(key.startswith(of_loss) for key in state_dict):
+            # of a plain nn.Linear: the loss keeps its tensors. They join a dictionary that load_state_dict made.
+            self.loss.state_dict(destination=state_dict, prefix=of_loss)
+        super()._load_from_state_dict(state_dict, prefix, *args)

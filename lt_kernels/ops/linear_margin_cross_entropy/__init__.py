@@ -1,0 +1,1 @@
+"""Margin-shifted softmax cross-entropy over logits in memory (the rows kernel)."""

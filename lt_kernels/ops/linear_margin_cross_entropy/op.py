@@ -1,0 +1,247 @@
+"""Schema, shapes, autograd and strategies of linear heads: logits x = input linear_weight^T are never asked for.
+
+Layout (the caller flattens to it): input [N, D], linear_weight [C * K, D], results of rows [N, K] as in the rows
+kernel's ``op.py``. Strategies are those of ``plan.py``; ``backend`` names the rows kernel that runs on the buffers
+(and must be "triton" for "tiled"). Forward returns
+
+    loss, lse, prediction, rest     as the rows kernel does
+    logits                          [N, C * K] where "materialize": the logits, or their gradient where ``with_grad``
+    grad_input, grad_weight, grad_bias   where "chunked" and ``with_grad``, those of ``needs``
+
+each [0] otherwise. Backward computes from ``rest``, and from ``logits`` if they were kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import load
+from .._reduce import ordered_sum
+from .._register import define, register_autograd, register_no_double_backward
+from ..margin_cross_entropy.op import OP as ROWS
+from ..margin_cross_entropy.op import scale_
+from . import chunked
+from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
+from .plan import Sizes, chunk_plan, padded
+
+OP = "linear_margin_cross_entropy"
+_OWN = ("input", "linear_weight", "linear_bias")  # what forward can have gradients of
+
+
+def sizes(a: Arguments, training: bool, one_pass: bool, learns: bool) -> Sizes:
+    """learns: whether class vectors do."""
+    soft = a.target.is_floating_point()
+    return Sizes(
+        a.input.shape[0], a.input.shape[1], a.classes, a.positions, a.input.dtype, a.linear_weight.dtype,
+        a.input.device.type, training, one_pass, a.positions == 1 and not soft and not learns,
+    )  # fmt: skip
+
+
+def _tiled_module() -> Any:
+    return load(OP, "triton")
+
+
+def _check_targets(a: Arguments) -> None:
+    """On the CPU, before anything else: the chunks' kernels would name rows of a chunk."""
+    if a.input.device.type != "cpu":
+        return
+    for name in ("target", "mixed_target"):
+        target: Tensor | None = getattr(a, name)
+        if target is None or target.is_floating_point():
+            continue
+        bad = ((target < 0) | (target >= a.classes)) & (target != a.ignore_index)
+        if bool(bad.any()):
+            row = int(bad.flatten().nonzero()[0])
+            raise IndexError(
+                f"{name}: row {row} has class {int(target.flatten()[row])}, "
+                f"expected 0 <= class < {a.classes} or ignore_index={a.ignore_index}"
+            )
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, strategy, memory_budget, reduce, with_prediction, with_grad, needs, backend = args
+    a = Arguments(*inputs)
+    logits, *grads = (a.input.new_empty((0,)) for _ in range(1 + len(_OWN)))  # an operator's outputs are distinct
+    with torch.autocast(a.input.device.type, enabled=False):  # dtypes have been chosen
+        _check_targets(a)
+        if strategy == "tiled":
+            inverse_norm = chunked.products.inverse_norms(a) if a.normalize else None
+            results = chunked.Forward(*_tiled_module().forward(a, inverse_norm, with_prediction))
+        else:
+            head = chunked.Head(a, load(ROWS, backend), with_prediction)
+            all_needs = [*needs, *[False] * (len(DIFFERENTIABLE) - len(_OWN))]
+            if strategy == "materialize":
+                logits = head.buffer(head.n, head.columns)
+                head.logits(logits, slice(None), slice(None))
+                results = chunked.forward_logits(head, logits, slice(None), with_prediction, with_grad)
+                if with_grad:
+                    head.scale_to_cosines(logits, slice(None))
+            else:
+                plan = chunk_plan(sizes(a, with_grad, with_grad, False), memory_budget)
+                if plan.by == "rows":
+                    gradients = chunked.Gradients(head, all_needs) if with_grad else None
+                    results, values = chunked.forward_rows(head, plan.chunk, with_prediction, gradients)
+                else:
+                    results = chunked.forward_classes(head, plan.chunk, with_prediction)
+                    values = []
+                    if with_grad:
+                        one = results.loss.new_ones(())
+                        values = chunked.backward_classes(head, plan.chunk, one, None, results.rest, all_needs)
+                grads = values[: len(_OWN)] or grads
+    loss = ordered_sum(results.loss) if reduce else results.loss
+    return (loss, *results[1:], logits, *grads)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, strategy, _, reduce, with_prediction, with_grad, needs, _ = args
+    a = Arguments(*inputs)
+    n, k, columns = a.input.shape[0], a.positions, a.linear_weight.shape[0]
+    rows = a.input.new_empty((n, k), dtype=a.compute_dtype)
+    logits = a.input.new_empty((0,))
+    if strategy == "materialize":
+        logits = torch.empty_strided(
+            (n, columns), (padded(columns, a.input.dtype), 1), dtype=a.input.dtype, device=a.input.device
+        )
+    return (
+        rows.new_empty(()) if reduce else rows,
+        torch.empty_like(rows),
+        rows.new_empty((n, k) if with_prediction else (0,), dtype=torch.int64),
+        rows.new_empty((2, n, k)),
+        logits,
+        *(_like(a, name, strategy == "chunked" and with_grad and need) for name, need in zip(_OWN, needs, strict=True)),
+    )
+
+
+def _like(a: Arguments, name: str, wanted: bool) -> Tensor:
+    value = getattr(a, name)
+    return value.new_empty(value.shape) if wanted else a.input.new_empty((0,))
+
+
+def _backward(*args: Any) -> list[Tensor]:
+    return _gradients(False, *args)
+
+
+def _gradients(overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
+    """overwrite: whether kept logits may be turned into their gradient in place."""
+    logits, is_gradient, *inputs, strategy, memory_budget, with_prediction, needs, backend = args
+    a = Arguments(*inputs)
+    with torch.autocast(a.input.device.type, enabled=False):
+        return _gradients_of(
+            a, grad_loss, grad_lse, rest, logits, is_gradient, overwrite, strategy, memory_budget, with_prediction,
+            needs, backend,
+        )  # fmt: skip
+
+
+def _gradients_of(
+    a: Arguments, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, logits: Tensor | None, is_gradient: bool,
+    overwrite: bool, strategy: str, memory_budget: int, with_prediction: bool, needs: list[bool], backend: str,
+) -> list[Tensor]:  # fmt: skip
+    if strategy == "tiled":
+        inverse_norm = chunked.products.inverse_norms(a) if a.normalize else None
+        values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
+        if inverse_norm is not None and needs[1]:
+            chunked.products.project_(values[1], a, inverse_norm)
+        return values
+    head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
+    if is_gradient:
+        assert logits is not None
+        gradients = chunked.Gradients(head, needs)
+        one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # asking a GPU would wait for it
+        gradients.add_rows(logits, slice(0, head.n), None if one else grad_loss)
+        return gradients.finished()
+    if strategy == "materialize":
+        return chunked.backward_rows(head, head.n, logits, overwrite, grad_loss, grad_lse, rest, needs)
+    plan = chunk_plan(sizes(a, True, False, any(needs[3:])), memory_budget)
+    if plan.by == "rows":
+        return chunked.backward_rows(head, plan.chunk, None, True, grad_loss, grad_lse, rest, needs)
+    return chunked.backward_classes(head, plan.chunk, grad_loss, grad_lse, rest, needs)
+
+
+def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
+    _, _, *inputs, _, _, _, needs, _ = args
+    a = Arguments(*inputs)
+    return [_like(a, name, need) for name, need in zip(DIFFERENTIABLE, needs, strict=True)]
+
+
+FORWARD = define(
+    f"{OP}_fwd({SCHEMA}, str strategy, int memory_budget, bool reduce, bool with_prediction, bool with_grad,"
+    " bool[] needs, str backend) -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, Tensor logits,"
+    " Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    _forward,
+    _forward_fake,
+)
+BACKWARD = define(
+    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor? logits, bool is_gradient, {SCHEMA},"
+    " str strategy, int memory_budget, bool with_prediction, bool[] needs, str backend) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *arguments, strategy, memory_budget, _, with_prediction, with_grad, needs, backend = inputs
+    _, _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    ctx.scalars = arguments[N_TENSORS:]
+    ctx.settings = (strategy, memory_budget, with_prediction)
+    ctx.backend = backend
+    ctx.needs = [
+        need for need, name in zip(ctx.needs_input_grad[1:], Arguments._fields, strict=False) if name in DIFFERENTIABLE
+    ]
+    # What forward kept for the first backward pass. It is spent there, in place, where nothing else can see it; a
+    # second pass over a retained graph computes the logits again.
+    _, rest, logits, *grads = others
+    ctx.kept, kept = "nothing", []
+    if strategy == "materialize":
+        ctx.kept, kept = "gradient of logits" if with_grad else "logits", [logits]
+    elif with_grad and ctx.needs[: len(_OWN)] == list(needs) and not any(ctx.needs[len(_OWN) :]):
+        ctx.kept, kept = "gradients", grads
+    ctx.spent = False
+    ctx.save_for_backward(*arguments[:N_TENSORS], rest, *kept)
+
+
+def _autograd_backward(
+    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    tensors, rest, kept = saved[:N_TENSORS], saved[N_TENSORS], saved[N_TENSORS + 1 :]
+    gradients: dict[str, Tensor] = {}
+    scalar = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0
+    compiling = torch.compiler.is_compiling() or type(grad_loss) is not Tensor
+    once = not torch.is_grad_enabled()  # create_graph: the registered operator says what is not possible
+    in_place = once and not compiling
+    if grad_loss is None and grad_lse is None:
+        pass
+    elif ctx.kept == "gradients" and scalar and once and not ctx.spent:
+        assert grad_loss is not None
+        gradients = {name: value for name, value, need in zip(_OWN, kept, ctx.needs, strict=False) if need}
+        if in_place:
+            ctx.spent = True
+            gradients = {name: value.data for name, value in gradients.items()}  # scaling is no change of a saved one
+            for value in gradients.values():
+                scale_(value, grad_loss, ctx.backend)
+        else:
+            gradients = {name: (value * grad_loss).to(value.dtype) for name, value in gradients.items()}
+    else:
+        if grad_loss is None:
+            grad_loss = rest.new_zeros(())
+        is_gradient = ctx.kept == "gradient of logits" and scalar
+        logits = kept[0] if is_gradient or (ctx.kept == "logits" and not ctx.spent) else None
+        arguments = (*tensors, *ctx.scalars, *ctx.settings, ctx.needs, ctx.backend)
+        if ctx.kept == "logits" and in_place and logits is not None:
+            ctx.spent = True
+            values = _gradients(True, grad_loss, grad_lse, rest, logits.data, False, *arguments)
+        else:
+            operator = torch.ops.lt_kernels.linear_margin_cross_entropy_bwd
+            values = operator(grad_loss, grad_lse, rest, logits, is_gradient, *arguments)
+        gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
+    return (*(gradients.get(name) for name in Arguments._fields), *[None] * 7)
+
+
+register_autograd(FORWARD, _autograd_backward, _setup_context)
+register_no_double_backward(BACKWARD)
+forward = torch.ops.lt_kernels.linear_margin_cross_entropy_fwd.default

@@ -1,0 +1,188 @@
+"""The largest logits of a linear head and their log-sum-exp: inference, without storing the logits as a whole.
+
+Input [N, D] (in the dtype of the product), linear_weight [C, D]; u_j = scale * x_j + class_shift_j with x the logits
+(the cosines where ``normalize``). Logits of a block of rows and classes at a time are in a buffer, from which come
+
+    rest      the rows' maximum and sum of exponentials so far, merged in the order of the blocks
+    values    the k largest u so far, and their classes
+
+and nothing else is kept. In a block, the k largest are among the k groups of neighbouring classes whose maxima are
+largest (ties: the first group), so that only these groups and the groups' maxima are selected from: a maximum over
+groups runs at the speed of memory, a selection among all classes does not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import load
+from .._register import define
+from ..margin_cross_entropy.arguments import Arguments as RowArguments
+from ..margin_cross_entropy.op import OP as ROWS
+from . import products
+from .chunked import _merge
+
+OP = "linear_topk"
+#: The buffer's bytes, unless ``set_memory_budget`` allows fewer: larger ones are no faster.
+BUFFER = 64 * 2**20
+#: Rows are cut where a block of all of them would have fewer classes than this.
+_FEWEST_CLASSES = 4096
+#: Smallest and largest group; smaller ones are slow to reduce.
+_GROUPS = (64, 1024)
+_EPS = 1e-12  # as in F.normalize
+
+
+def group_size(classes: int, k: int) -> int:
+    """Neighbouring classes per group: a power of two, so that as many maxima as members of k groups are visited."""
+    best = 2 ** round(math.log2(max(1.0, classes / k)) / 2)
+    return min(max(best, _GROUPS[0]), _GROUPS[1])
+
+
+def blocks(rows: int, classes: int, k: int, element: int, buffer: int) -> tuple[int, int, int]:
+    """Rows and classes of a block, and classes of a group.
+
+    element: bytes per logit. buffer: bytes of a block, at most (but never less than one row of one group).
+    """
+    most = max(1, buffer // element)
+    wide = -(-min(classes, _FEWEST_CLASSES) // _GROUPS[0]) * _GROUPS[0]
+    block_rows = max(1, min(rows, most // wide))
+    group = group_size(min(classes, most // block_rows), k)
+    fitting = max(1, most // block_rows // group)  # groups
+    groups = -(-classes // group)
+    even = -(-groups // -(-groups // fitting))
+    return block_rows, even * group, group
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their places; of equal ones the first; NaN is larger than all."""
+    if k == 1:
+        values, places = x.max(1, keepdim=True)
+        return values, places
+    if x.dtype == torch.float64:
+        values, places = x.sort(dim=1, descending=True, stable=True)
+        return values[:, :k], places[:, :k]
+    places = _keys(x.float()).topk(k, 1)[1]
+    return x.gather(1, places), places
+
+
+def _keys(x: Tensor) -> Tensor:
+    """Distinct int64 in the order of float32 values, then of decreasing column: a selection that need not be stable."""
+    bits = (x + 0.0).view(torch.int32).to(torch.int64)  # -0.0 + 0.0 is 0.0
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(x.isnan(), 0x7FFFFFFF)
+    return (bits << 32) - torch.arange(x.shape[1], device=x.device)
+
+
+def largest(u: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
+    """The same for wide rows; ``u`` [n, c] with c a multiple of ``group``, and at most c results."""
+    k = min(k, u.shape[1])
+    if u.shape[1] <= k * group:
+        return _largest(u, k)
+    _, chosen = _largest(u.unflatten(1, (-1, group)).amax(2), k)
+    chosen = chosen.sort(1)[0]  # classes in ascending order again
+    columns = (chosen[:, :, None] * group + torch.arange(group, device=u.device)).flatten(1)
+    values, places = _largest(u.gather(1, columns), k)
+    return values, columns.gather(1, places)
+
+
+def _statistics(rows: Any, u: Tensor) -> Tensor:
+    """Maximum and sum of exp(u - maximum) of each row, [2, n, 1], by the rows kernel."""
+    nowhere = torch.full((u.shape[0], 1), -100, dtype=torch.int64, device=u.device)
+    none = (None,) * 8
+    arguments = RowArguments(u[:, :, None], nowhere, *none, 1.0, 0.0, False, -100, 0.0)
+    rest: Tensor = rows.forward(arguments, False, False)[3]
+    return rest
+
+
+def _linear_topk(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, class_shift: Tensor | None,
+    learned_scale: Tensor | None, scale: float, normalize: bool, k: int, buffer: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):  # dtypes have been chosen
+        return _in_blocks(
+            input, linear_weight, linear_bias, class_shift, learned_scale, scale, normalize, k, buffer, backend
+        )
+
+
+def _in_blocks(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, class_shift: Tensor | None,
+    learned_scale: Tensor | None, scale: float, normalize: bool, k: int, buffer: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows_kernel = load(ROWS, backend)
+    dtype, device = input.dtype, input.device
+    wide = _compute_dtype(dtype)
+    n, classes = input.shape[0], linear_weight.shape[0]
+    changed = normalize or class_shift is not None or learned_scale is not None or scale != 1.0
+    apart = changed and wide != dtype  # the logits' own dtype is too narrow for what is added to them
+    element = dtype.itemsize + (wide.itemsize if apart else 0)
+    block_rows, block, group = blocks(n, classes, k, element, buffer)
+    room = products.empty(block_rows, block, dtype, device)
+    wide_room = products.empty(block_rows, block, wide, device) if apart else room
+    factor = torch.full((), scale, dtype=wide, device=device)
+    if learned_scale is not None:
+        factor = factor * learned_scale
+
+    results = _results(input, k)
+    for begin in range(0, n, block_rows):
+        rows = slice(begin, min(begin + block_rows, n))
+        x = input[rows]
+        count = x.shape[0]
+        rest = torch.zeros(2, count, 1, dtype=wide, device=device)
+        values = torch.empty(count, 0, dtype=wide, device=device)
+        found = torch.empty(count, 0, dtype=torch.int64, device=device)
+        for start in range(0, classes, block):
+            columns = slice(start, min(start + block, classes))
+            size = columns.stop - start
+            padded = -(-size // group) * group
+            w = linear_weight[columns].to(dtype)
+            z = room[:count, :size]
+            products.logits_into(z, x, w, None if linear_bias is None else linear_bias[columns])
+            u = wide_room[:count, :padded]
+            if apart:
+                u[:, :size].copy_(z)
+            if changed:
+                slope = factor
+                if normalize:
+                    slope = factor / torch.linalg.vector_norm(w, dim=1, dtype=wide).clamp_min_(_EPS)
+                u[:, :size].mul_(slope)
+                if class_shift is not None:
+                    u[:, :size].add_(class_shift[columns])
+            u[:, size:].fill_(-math.inf)
+            part = _statistics(rows_kernel, u[:, :size])
+            _merge(rest, part[0], part[1])
+            here, places = largest(u, k, group)
+            values = torch.cat([values, here.to(wide)], 1)
+            found = torch.cat([found, places + start], 1)
+            if start > 0:
+                values, places = _largest(values, min(k, values.shape[1]))
+                found = found.gather(1, places)
+        results[0][rows] = found[:, :k]
+        results[1][rows] = (values[:, :k] - rest[0]).exp() / rest[1]
+        results[2][rows] = (rest[0] + rest[1].log())[:, 0]
+    return results
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _results(input: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    confidence = input.new_empty((input.shape[0], k), dtype=_compute_dtype(input.dtype))
+    return torch.empty_like(confidence, dtype=torch.int64), confidence, confidence.new_empty((input.shape[0],))
+
+
+def _fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(input, args[6])
+
+
+define(
+    f"{OP}(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? class_shift, Tensor? learned_scale,"
+    " float scale, bool normalize, int k, int buffer, str backend)"
+    " -> (Tensor classes, Tensor confidence, Tensor lse)",
+    _linear_topk,
+    _fake,
+)
+linear_topk = torch.ops.lt_kernels.linear_topk.default

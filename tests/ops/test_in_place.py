@@ -1,0 +1,393 @@
+"""The gradient of the logits written where it is asked for, above all over the logits themselves; the CPU's pool.
+
+``cuda_emulated.py`` and ``triton_interpreted.py`` run ``check_in_place`` on kernels that need a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from lt_kernels.ops import _native
+from lt_kernels.ops._backend import load
+from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def _window(x: Tensor) -> Tensor:
+    """Rows at odd addresses, between NaN."""
+    room = x.new_full((x.shape[0] + 2, x.shape[1] + 5, x.shape[2]), math.nan)
+    return room[1:-1, 3:-2]
+
+
+def _padded_rows(x: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 elements."""
+    return x.new_full((x.shape[0], -(-x.shape[1] // 16) * 16, x.shape[2]), math.nan)[:, : x.shape[1]]
+
+
+def _every_other(x: Tensor) -> Tensor:
+    """Neither classes nor positions are contiguous: kernels work on a temporary."""
+    return x.new_full((x.shape[0], 2 * x.shape[1], 2 * x.shape[2]), math.nan)[:, ::2, ::2]
+
+
+#: A tensor like x, strided somehow; what is around it is NaN.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.empty_like,
+    "channels last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "samples contiguous": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "padded rows": _padded_rows,
+    "window": _window,
+    "every other": _every_other,
+}
+
+
+def strided(layout: str, values: Tensor) -> Tensor:
+    return LAYOUTS[layout](values).copy_(values)
+
+
+def surroundings_are_nan(x: Tensor) -> bool:
+    if x._base is None:
+        return True
+    room, inside = x._base.clone(), torch.zeros_like(x._base)
+    inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(1)
+    return bool(room[inside == 0].isnan().all())
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def _options(n: int, c: int, k: int, dtype: torch.dtype, device: str) -> dict[str, dict]:
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return (torch.rand(*shape, dtype=torch.float64) * (high - low) + low).to(device, dtype)
+
+    def labels() -> Tensor:
+        index = torch.randint(c, (n, k))
+        index.view(-1)[0] = c - 1
+        index.view(-1)[-1] = 0
+        index[torch.rand(n, k) < 0.2] = -100
+        return index.to(device)
+
+    mixed = {"mixed_target": labels(), "mix_lambda": uniform(n, k)}
+    weight, bias, class_scale = uniform(c, low=0.2, high=2.0), uniform(c).log(), uniform(c, low=0.5)
+    vectors = {
+        "class_bias": bias,
+        "class_scale": class_scale,
+        "class_margin": uniform(c, high=0.5),
+        "learned_scale": torch.tensor(1.7, dtype=dtype, device=device),
+    }
+    soft = torch.randn(n, c, k, dtype=torch.float64).softmax(1).to(device, dtype)
+    angular = {"angular": True, "scale": 16.0, "class_scale": uniform(c, low=0.01, high=0.1)}
+    return {
+        "plain": {},
+        "class_bias": {"class_bias": bias},
+        "mixed": {**mixed, "coefficient": uniform(2)},
+        "smoothing, weight": {"weight": weight, "label_smoothing": 0.2, "class_bias": bias},
+        "mixed, smoothing, vectors": {**mixed, **vectors, "weight": weight, "label_smoothing": 0.1},
+        "angular": {**angular, "margin": 0.3},
+        "angular, vectors": {**vectors, **angular, "margin": 0.1},
+        "vectors": {**vectors, "margin": 0.2, "scale": 3.0},
+        "probabilities": {"target": soft, "weight": weight, "label_smoothing": 0.1, "class_scale": class_scale},
+    } | {"": {"target": labels()}}
+
+
+OPTIONS = [name for name in _options(1, 1, 1, torch.float32, "cpu") if name]
+
+
+def arguments(shape: tuple[int, int, int], option: str, dtype: torch.dtype, device: str = "cpu") -> Arguments:
+    torch.manual_seed(sum(shape))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    drawn = _options(*shape, compute, device)
+    tensors = dict.fromkeys(Arguments._fields[1 : Arguments._fields.index("scale")])
+    numbers = {"scale": 1.0, "margin": 0.0, "angular": False, "ignore_index": -100, "label_smoothing": 0.0}
+    x = (3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
+    return Arguments(x, **{**tensors, **numbers, **drawn[""], **drawn[option]})
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+
+
+def _every_call(
+    module: ModuleType, a: Arguments, buffer: Callable[[], tuple[Tensor, Tensor | None]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Outputs of every kind of call; ``buffer`` gives the logits and ``out`` of the next one."""
+
+    def call(name: str, function: Callable[..., list[Tensor] | tuple[Tensor, ...]]) -> Iterator[tuple[str, Tensor]]:
+        x, out = buffer()
+        values = function(a._replace(input=x), out)
+        if out is not None:
+            assert any(value is out for value in values), name
+            assert surroundings_are_nan(out), name
+        yield from ((f"{name}[{i}]", value) for i, value in enumerate(values))
+
+    for predict in (False, True):
+        yield from call(
+            f"forward, prediction {predict}", lambda b, out, predict=predict: module.forward(b, predict, True, out=out)
+        )
+    rest = module.forward(a, False, False)[3]
+    torch.manual_seed(1)
+    per_row, per_lse = (torch.randn(rest.shape[1:], dtype=rest.dtype).to(rest.device) for _ in range(2))
+    possible = [True, a.target.is_floating_point()] + [
+        getattr(a, name) is not None for name in ("class_bias", "class_scale", "class_margin", "learned_scale")
+    ]
+    only = [True] + [False] * 5
+    for name, needs, upstream in (
+        ("backward", only, (per_row.mean(), None)),
+        ("backward, per row", only, (per_row, per_lse)),
+        ("backward, all", possible, (per_row, per_lse)),
+    ):
+        yield from call(
+            name,
+            lambda b, out, needs=needs, upstream=upstream: module.backward(*upstream, rest, b, needs, out=out),
+        )
+
+
+def check_in_place(module: ModuleType, a: Arguments, layout: str, exact: bool = True) -> None:
+    """Over the logits as into another tensor of the same strides, bit for bit; ``exact``: and as without ``out``."""
+
+    def without() -> tuple[Tensor, None]:
+        return strided(layout, a.input), None
+
+    def twin() -> tuple[Tensor, Tensor]:
+        return strided(layout, a.input), strided(layout, torch.zeros_like(a.input))
+
+    def in_place() -> tuple[Tensor, Tensor]:
+        x = strided(layout, a.input)
+        return x, x
+
+    # compared call by call: `rest` is among what is compared, and each call starts from the logits again
+    with torch.no_grad():
+        for (name, plain), (_, separate), (_, over) in zip(
+            *(_every_call(module, a, buffer) for buffer in (without, twin, in_place)), strict=True
+        ):
+            assert over.shape == plain.shape, name
+            assert torch.equal(over, separate), f"{name}: in place differs from into another tensor"
+            if exact:
+                assert torch.equal(over, plain), f"{name}: in place differs from without out"
+            else:
+                torch.testing.assert_close(over, plain, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+#: Of rows: one vector and less, one block, several, more than the scratch of a row holds (1 MiB) with few rows and
+#: with many, split. Of panels: less than a vector, one panel, several, one class.
+SHAPES = {
+    "4x1": (4, 1, 1),
+    "5x5": (5, 5, 1),
+    "5x123": (5, 123, 1),
+    "3x507": (3, 507, 1),
+    "3x8142": (3, 8142, 1),
+    "2x5x3 pixels": (2, 5, 3),
+    "2x19x64 pixels": (2, 19, 64),
+    "1x60x300 pixels": (1, 60, 300),
+    "1x1x9 pixels": (1, 1, 9),
+}
+WIDE = {"9x40001": (9, 40_001, 1), "2x300000": (2, 300_000, 1), "8x300000": (8, 300_000, 1)}
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request, backend):
+    if backend == "triton" and request.param == "fp64":
+        pytest.skip("Triton kernels take no float64")
+    return DTYPES[request.param]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_place_is_as_into_another_tensor(shape, option, dtype, backend, device):
+    if backend == "reference" and math.prod(SHAPES[shape]) > 1000:
+        return  # slow, and it has no paths of its own for them
+    a = arguments(SHAPES[shape], option, dtype, device)
+    for layout in LAYOUTS:
+        check_in_place(load("margin_cross_entropy", backend), a, layout, exact=device == "cpu")
+
+
+@pytest.mark.parametrize("option", ["class_bias", "mixed, smoothing, vectors"])
+@pytest.mark.parametrize("shape", WIDE)
+def test_wide_rows_in_place(shape, option, dtype, backend, device):
+    if backend == "reference" and dtype != torch.float32:
+        return  # it has no paths of its own for them
+    check_in_place(
+        load("margin_cross_entropy", backend), arguments(WIDE[shape], option, dtype, device), "contiguous", False
+    )
+
+
+@pytest.mark.parametrize("option", ["class_bias", "mixed", "vectors"])
+def test_gradients_too_large_for_the_caches_in_place(option, backend, device):
+    """Elsewhere the CPU kernels write these past the caches."""
+    for shape, kind in (((410, 8142, 1), torch.float32), ((100, 65_537, 1), torch.bfloat16)):
+        a = arguments(shape, option, kind, device)
+        module = load("margin_cross_entropy", backend)
+        expected = module.forward(a, False, True)
+        buffer = a.input.clone()
+        actual = module.forward(a._replace(input=buffer), False, True, out=buffer)
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("option", ["class_bias", "vectors", "probabilities"])
+def test_expanded_logits_into_a_tensor_of_any_strides(option, layout, dtype, backend, device):
+    module = load("margin_cross_entropy", backend)
+    for shape in ((5, 123, 1), (3, 19, 8)):
+        a = arguments(shape, option, dtype, device)
+        for x in (a.input[:1].expand(shape), a.input[:, :1].expand(shape), a.input[:, :, :1].expand(shape)):
+            b = a._replace(input=x)
+            out = strided(layout, torch.zeros_like(a.input))
+            expected, actual = module.forward(b, True, True), module.forward(b, True, True, out=out)
+            assert actual[4] is out
+            assert surroundings_are_nan(out)
+            torch.testing.assert_close(actual, expected)
+            needs = [True, a.target.is_floating_point(), *(v is not None for v in a[5:9])]
+            upstream = torch.tensor(0.7, dtype=expected[0].dtype, device=device)
+            wanted = module.backward(upstream, None, expected[3], b, needs)
+            out.zero_()
+            got = module.backward(upstream, None, expected[3], b, needs, out=out)
+            assert got[0] is out
+            assert surroundings_are_nan(out)
+            torch.testing.assert_close(got, wanted)
+
+
+def test_no_rows_in_place(backend, device):
+    module = load("margin_cross_entropy", backend)
+    for shape in ((0, 5, 1), (0, 5, 3), (2, 5, 0)):
+        a = arguments((2, 5, 1), "class_bias", torch.float32, device)
+        target = a.target.new_zeros(shape[0], shape[2])
+        a = a._replace(input=a.input.new_empty(shape), target=target)
+        result = module.forward(a, True, True, out=a.input)
+        assert result[4] is a.input
+        needs = [True, False, True, False, False, False]
+        grads = module.backward(result[0].new_ones(()), None, result[3], a, needs, out=a.input)
+        assert grads[0] is a.input
+        assert torch.equal(grads[2], torch.zeros_like(grads[2]))
+
+
+def test_out_is_left_alone_where_no_gradient_is_asked_for(backend, device):
+    module = load("margin_cross_entropy", backend)
+    a = arguments((4, 30, 1), "class_bias", torch.float32, device)
+    before = a.input.clone()
+    result = module.forward(a, True, False, out=a.input)
+    assert result[4].shape == (0,)
+    needs = [False, False, True, False, False, False]
+    grads = module.backward(result[0].new_ones(()), None, result[3], a, needs, out=a.input)
+    assert grads[0].shape == (0,)
+    assert torch.equal(a.input, before)
+
+
+class TestChecksOfTheNativeOperator:
+    def call(self, a: Arguments, out: Tensor) -> None:
+        load("margin_cross_entropy", "native").forward(a, False, True, out=out)
+
+    def test_shape_and_dtype(self):
+        a = arguments((4, 30, 1), "plain", torch.float32)
+        for out in (a.input[:3], a.input.double(), a.input[:, :, 0]):
+            with pytest.raises(ValueError, match="out: got"):
+                self.call(a, out)
+
+    def test_overlap(self):
+        room = torch.randn(5, 30, 1)
+        a = arguments((4, 30, 1), "plain", torch.float32)._replace(input=room[:4])
+        with pytest.raises(RuntimeError, match="single memory location"):
+            self.call(a, room[1:])
+        with pytest.raises(RuntimeError, match="single memory location"):
+            self.call(a, torch.zeros(1, 30, 1).expand(4, 30, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------- the pool
+
+
+@pytest.mark.skipif(isinstance(_native.load(), str), reason="needs the compiled extension")
+class TestPool:
+    MB = 1 << 20
+
+    def bytes(self, megabytes: float) -> Tensor:
+        return _native.empty_pooled((int(megabytes * self.MB),), torch.uint8)
+
+    @staticmethod
+    def free_in_order(tensors: list[Tensor]) -> None:
+        while tensors:
+            del tensors[0]
+
+    def test_is_an_ordinary_tensor(self):
+        for size, kind in (((3, 5), torch.bfloat16), ((0, 4), torch.float32), ((700, 1000), torch.float64)):
+            t = _native.empty_pooled(size, kind)
+            assert (t.shape, t.dtype, t.device.type, t.is_contiguous()) == (torch.Size(size), kind, "cpu", True)
+            t.fill_(1)
+            assert t.sum() == t.numel()
+            assert not t.requires_grad
+            assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+
+    def test_pages_come_back(self):
+        """A head of 100,000 classes: its logits and the gradient of its weight, from step to step."""
+        addresses = set()
+        for _ in range(4):
+            logits = _native.empty_pooled((512, 100_000), torch.float32)
+            weight = _native.empty_pooled((100_000, 512), torch.float32)
+            addresses.add(frozenset((logits.data_ptr(), weight.data_ptr())))
+            del logits, weight
+        assert len(addresses) == 1
+        assert len(next(iter(addresses))) == 2
+
+    def test_gradients_share_it(self):
+        buffer = self.bytes(4 * 1000 * 1000 / self.MB)
+        address = buffer.data_ptr()
+        del buffer
+        a = arguments((1000, 1000, 1), "plain", torch.float32)
+        assert load("margin_cross_entropy", "native").forward(a, False, True)[4].data_ptr() == address
+
+    def test_the_smallest_buffer_that_is_not_much_too_large(self):
+        sizes = (98, 100, 104)
+        held = {size: self.bytes(size) for size in sizes}
+        address = {size: held[size].data_ptr() for size in sizes}
+        del held
+        taken = self.bytes(99)
+        assert taken.data_ptr() == address[100]
+        second = self.bytes(99)
+        assert second.data_ptr() == address[104]
+        third, small = self.bytes(99), self.bytes(86)
+        assert third.data_ptr() not in address.values()
+        assert small.data_ptr() != address[98]  # more than an eighth would be wasted
+        assert self.bytes(90).data_ptr() == address[98]
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' own count of pages")
+    def test_what_it_holds_is_bounded(self):
+        def address_space() -> int:
+            return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+
+        tensors = [self.bytes(220) for _ in range(4)]  # untouched: no memory, but addresses
+        last = {t.data_ptr() for t in tensors[2:]}
+        full = address_space()
+        self.free_in_order(tensors)
+        assert full - address_space() >= (4 * 220 - 512) * self.MB
+        again = [self.bytes(220), self.bytes(220)]
+        assert {t.data_ptr() for t in again} == last  # the oldest went first
+        del again
+        many = [self.bytes(2) for _ in range(20)]
+        kept = {t.data_ptr() for t in many[12:]}
+        self.free_in_order(many)
+        assert kept == {t.data_ptr() for t in [self.bytes(2) for _ in range(8)]}
+
+    def test_storage_can_be_resized(self):
+        t = self.bytes(6)
+        t.untyped_storage().resize_(0)
+        assert t.untyped_storage().nbytes() == 0
+        t.untyped_storage().resize_(6 * self.MB)
+        t.fill_(3)
+        assert t.sum() == 18 * self.MB
+
+    def test_the_profiler_counts_its_tensors(self):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            t = self.bytes(10)
+            del t
+        changes = [e.cpu_memory_usage for e in profile.events()] + [e.self_cpu_memory_usage for e in profile.events()]
+        assert 10 * self.MB in changes
+        assert sum(e.self_cpu_memory_usage for e in profile.events() if e.name == "[memory]") <= 0
