@@ -106,7 +106,7 @@ def row_options(
             raise ValueError(f"margin: got {fixed_margin}, expected an angle in [0, pi]")
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
-        learned_scale = _scalar_tensor("scale", scale, input).to(dtype)
+        learned_scale = scalar_tensor("scale", scale, input).to(dtype)
     else:
         fixed_scale = number("scale", scale)
     if soft and margin is not None:
@@ -232,7 +232,7 @@ def class_vector(name: str, value: Tensor | None, classes: int, input: Tensor, d
     return value.to(dtype).contiguous()
 
 
-def _scalar_tensor(name: str, value: Tensor, input: Tensor) -> Tensor:
+def scalar_tensor(name: str, value: Tensor, input: Tensor) -> Tensor:
     if value.dim() != 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-dim tensor")
     if not value.is_floating_point():

@@ -13,7 +13,7 @@ from . import _settings
 from ._validation import (
     FLOATING,
     RowOptions,
-    _scalar_tensor,
+    scalar_tensor,
     check_choice,
     class_vector,
     logits_layout,
@@ -430,7 +430,7 @@ def linear_topk(
     shift = class_vector("class_shift", class_shift, classes, input, compute_dtype)
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
-        learned_scale = _scalar_tensor("scale", scale, input).to(compute_dtype)
+        learned_scale = scalar_tensor("scale", scale, input).to(compute_dtype)
     else:
         fixed_scale = number("scale", scale)
     with torch.no_grad():

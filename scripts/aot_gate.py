@@ -570,6 +570,7 @@ def _compile_linear(
 _Result = tuple[str, dict[str, Any], list[str]]  # op, table row, problems
 
 
+@functools.cache
 def _tasks(only: str) -> list[tuple[str, Callable[[str], _Result]]]:
     """Name of every case, and what compiles it in a directory."""
 
@@ -611,8 +612,8 @@ def build(only: str = "", jobs: int = 1) -> tuple[dict[str, list[dict[str, Any]]
 _PATHS = """
 # Machine code of the Triton kernels
 
-Written by `python scripts/aot_gate.py --write`, like the tables in `benchmarks/results/aot`. Compiled ahead of time with
-Triton {triton}, not run: no GPU is needed for it. Nothing on this page has been measured on one.
+Written by `python scripts/aot_gate.py --write`, like the tables in `benchmarks/results/aot`. Compiled ahead of time
+with Triton {triton}, not run: no GPU is needed for it. Nothing on this page has been measured on one.
 
 ## How wide rows are visited
 
@@ -647,10 +648,11 @@ _TILED = """
 
 The tiled strategy of `linear_margin_cross_entropy`: a tile of logits is a matrix product of a block of rows with a
 block of classes, and is not stored. Tiles (rows x classes), warps and pipeline stages depend on the GPU, the dtype and
-D; every cell is one kernel compiled for one GPU: tile, warps, stages; registers; kilobytes of shared memory; tensor-core
-instructions in the code (HMMA, HGMMA, UTCHMMA, v_mfma). Asserted for all: no stack, no spills, shared memory within
-the GPU's (163, 227, 227 and 64 KB); for 16-bit numbers, tensor-core instructions. Products of float32 that may not be
-rounded to tf32 have none on NVIDIA's.
+D; every cell is one kernel compiled for one GPU: tile, warps, stages; registers; kilobytes of shared memory;
+tensor-core instructions in the code (HMMA, HGMMA, UTCHMMA, v_mfma). The kernels of rows' and classes' scalars have
+warps and registers alone. Asserted for all: no stack, no spills, shared memory within the GPU's (163, 227, 227 and
+64 KB); for 16-bit numbers, tensor-core instructions. Products of float32 that may not be rounded to tf32 have none on
+NVIDIA's.
 """
 
 

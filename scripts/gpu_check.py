@@ -121,7 +121,8 @@ def suite(machine: Machine, limit: float) -> dict[str, Command] | str:
     arguments = [machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40", *workers]
     environment = {"LT_KERNELS_TEST_BACKENDS": machine.backends, "LT_KERNELS_TEST_DEVICE": "cuda"}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    tests = ["-k", f"not ({ELSEWHERE})", "tests/ops/test_margin_cross_entropy.py"]
+    files = ("test_margin_cross_entropy.py", "test_in_place.py")
+    tests = ["-k", f"not ({ELSEWHERE})", *(f"tests/ops/{name}" for name in files)]
     return {"": Command([*arguments, *tests], environment)}
 
 
@@ -151,10 +152,13 @@ def ncu(machine: Machine, limit: float) -> dict[str, Command] | str:
     return {"": Command([*arguments, "--seconds", str(limit - 25), "--json", counters])}
 
 
-def bench(machine: Machine, limit: float) -> dict[str, Command] | str:
-    results = machine.file(f"{machine.facts['slug']}/margin_cross_entropy.json")
-    arguments = [machine.python, "-m", "lt_kernels", "bench", "margin_cross_entropy", "--device", "cuda"]
-    return {"": Command([*arguments, "--budget", str(limit - 15), "--json", results])}
+def bench(op: str) -> Callable[[Machine, float], dict[str, Command] | str]:
+    def commands(machine: Machine, limit: float) -> dict[str, Command] | str:
+        results = machine.file(f"{machine.facts['slug']}/{op}.json")
+        arguments = [machine.python, "-m", "lt_kernels", "bench", op, "--device", "cuda"]
+        return {"": Command([*arguments, "--budget", str(limit - 15), "--json", results])}
+
+    return commands
 
 
 #: In this order. The limits add up to less than nine minutes.
@@ -164,7 +168,8 @@ STEPS = {
     "suite": Step(75, suite),
     "sanitizer": Step(60, sanitizer),
     "ncu": Step(55, ncu),
-    "bench": Step(115, bench),
+    "bench": Step(60, bench("margin_cross_entropy")),
+    "bench-linear": Step(60, bench("linear_margin_cross_entropy")),
 }
 
 # -------------------------------------------------------------------------------------------------------- running them

@@ -144,7 +144,8 @@ def test_commands_of_the_steps(machine, monkeypatch):
     assert commands["build"][""].environment["LT_KERNELS_BUILD"] == "cuda"
     assert commands["build"][""].environment["TORCH_CUDA_ARCH_LIST"] == os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
     assert list(commands["sanitizer"]) == ["memcheck-triton", "memcheck-native", "racecheck-native"]
-    assert commands["bench"][""].arguments[-1] == str(machine.out / "a-gpu/margin_cross_entropy.json")
+    for name, op in (("bench", "margin_cross_entropy"), ("bench-linear", "linear_margin_cross_entropy")):
+        assert commands[name][""].arguments[-1] == str(machine.out / f"a-gpu/{op}.json")
 
     for word in gpu_check.SANITISED + gpu_check.RACED:
         assert any(word in name for name in device_checks.CHECKS), word
@@ -163,7 +164,7 @@ def test_without_a_gpu_every_step_fails_with_the_reason(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert list(summary["steps"]) == ["build", "tests", "suite", "sanitizer", "ncu", "bench"]
+    assert list(summary["steps"]) == ["build", "tests", "suite", "sanitizer", "ncu", "bench", "bench-linear"]
     for outcome in summary["steps"].values():
         assert (outcome["state"], outcome["note"]) == ("failed", "no CUDA device is available")
 

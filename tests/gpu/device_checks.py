@@ -549,3 +549,6 @@ def double_precision(device: str, case: Case, reduction: str) -> None:
         raise SkipTest("Triton kernels take no float64")
     sample = case.sample(torch.float64, device, reduction=reduction)
     check_margin_cross_entropy(margin_cross_entropy, sample, upstream=0.7)
+
+
+import linear_checks  # noqa: E402, F401  registers the checks of linear heads beside these

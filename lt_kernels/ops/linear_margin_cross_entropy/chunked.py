@@ -266,7 +266,7 @@ def _terms(head: Head, raw: list[Tensor]) -> RowTerms:
     return RowTerms(a, head.classes, lambda index: next(values))
 
 
-def _merge(rest: Tensor, peak: Tensor, total: Tensor) -> None:
+def merge(rest: Tensor, peak: Tensor, total: Tensor) -> None:
     """Add a block's maximum and sum of exponentials to those so far."""
     before = torch.where(rest[1] != 0, rest[0], -math.inf)
     here = torch.where(total != 0, peak, -math.inf)
@@ -288,7 +288,7 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
         local = [sweep.local(target, columns) for target in _targets(a)]
         arguments = sweep.arguments(z, columns, local)
         part = Forward(*head.rows.forward(arguments, with_prediction, False)[:4])
-        _merge(rest, part.rest[0], part.rest[1])
+        merge(rest, part.rest[0], part.rest[1])
         for value, target in zip(raw, local, strict=True):
             value.copy_(torch.where(target >= 0, z.gather(1, target.clamp_min(0)), value))
         if best is not None:

@@ -24,7 +24,7 @@ from .._register import define
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
 from ..margin_cross_entropy.op import OP as ROWS
 from . import products
-from .chunked import _merge
+from .chunked import merge
 
 OP = "linear_topk"
 #: The buffer's bytes, unless ``set_memory_budget`` allows fewer: larger ones are no faster.
@@ -152,7 +152,7 @@ def _in_blocks(
                     u[:, :size].add_(class_shift[columns])
             u[:, size:].fill_(-math.inf)
             part = _statistics(rows_kernel, u[:, :size])
-            _merge(rest, part[0], part[1])
+            merge(rest, part[0], part[1])
             here, places = largest(u, k, group)
             values = torch.cat([values, here.to(wide)], 1)
             found = torch.cat([found, places + start], 1)

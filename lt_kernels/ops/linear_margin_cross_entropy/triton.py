@@ -33,8 +33,6 @@ _PROGRAM_COST = 2
 _PARTIAL_BYTES = 256 * 2**20
 #: Rows that the terms are padded to a multiple of: no kernel has larger blocks of rows.
 _PADDING = 128
-
-
 #: Rows and classes of a tile of _target_sums_kernel.
 _TARGET_SUMS = (128, 32)
 #: Where the terms keep what the gradient of the scale has beside the products.
@@ -80,16 +78,22 @@ class _Tiles(NamedTuple):
 #: "ampere" (whatever has mma.sync: sm_80, 86, 89, 120), 64 KB on AMD's.
 _TABLE = {
     ("hopper", "half"): {
-        64: _Tiles(_Launch(128, 128, 8, 3, 2), _Launch(128, 64, 8, 3), _Launch(128, 64, 8, 3), _Launch(64, 128, 8, 3)),
+        64: _Tiles(
+            _Launch(128, 128, 8, 3, 2),
+            _Launch(128, 64, 8, 3),
+            _Launch(128, 64, 8, 3),
+            _Launch(64, 128, 8, 3),
+            _Launch(64, 64, 8, 3),
+        ),
         128: _Tiles(_Launch(128, 128, 8, 2, 2), _Launch(128, 64, 8, 3), _Launch(128, 64, 8, 3), _Launch(64, 128, 8, 3)),
         256: _Tiles(
             _Launch(128, 128, 8, 2),
             _Launch(128, 64, 8, 2),
             _Launch(128, 64, 8, 2),
             _Launch(64, 128, 8, 2),
-            _Launch(64, 64, 8, 2),
+            _Launch(128, 32, 8, 2),
         ),
-        512: _Tiles(_Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(32, 32, 8, 2), _Launch(32, 64, 8, 2)),
+        512: _Tiles(_Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 16, 8, 2), _Launch(32, 64, 8, 2)),
     },
     ("blackwell", "half"): {
         128: _Tiles(_Launch(128, 64, 8, 3), _Launch(64, 64, 8, 3), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2)),
@@ -97,7 +101,13 @@ _TABLE = {
         512: _Tiles(_Launch(64, 32, 8, 2), _Launch(64, 32, 8, 2), _Launch(64, 32, 8, 2), _Launch(32, 64, 8, 2)),
     },
     ("ampere", "half"): {
-        128: _Tiles(_Launch(128, 64, 8, 2, 2), _Launch(64, 64, 8, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2)),
+        128: _Tiles(
+            _Launch(128, 64, 8, 2, 2),
+            _Launch(64, 64, 8, 2),
+            _Launch(128, 64, 8, 2),
+            _Launch(64, 128, 8, 2),
+            _Launch(64, 64, 8, 2),
+        ),
         256: _Tiles(_Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2)),
         512: _Tiles(_Launch(32, 32, 8, 2), _Launch(32, 32, 8, 2), _Launch(32, 32, 8, 2), _Launch(32, 32, 8, 2)),
     },
