@@ -187,7 +187,9 @@ def _bench(arguments: argparse.Namespace) -> int:
                 records.save(path, group)
 
         try:
-            runner.run(op, device=arguments.device, log=_print, on_records=keep, **options)
+            measured = runner.run(op, device=arguments.device, log=_print, on_records=keep, **options)
+            if word and not measured:
+                raise ValueError(f"{op} has none of the cases and providers asked for: see `lt-kernels bench --list`")
         except runner.BenchmarkError as error:
             print(f"lt-kernels: {error}", file=sys.stderr)
             status = 1
@@ -266,7 +268,7 @@ def _list(op: str) -> None:
             unasked = provider.unasked(device)
             state = runner.unavailable_reason(op, name, device) or (unasked and f"only when asked for: {unasked}")
             states.append(f"{device}: {state or 'available'}")
-        print(f"    {name:21} {'; '.join(states)}")
+        print(f"    {name:23} {'; '.join(states)}")
     print("  cases")
     for case in module.CASES.values():
         where = "/".join(case.devices) or "on request"

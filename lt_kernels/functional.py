@@ -13,12 +13,12 @@ from . import _settings
 from ._validation import (
     FLOATING,
     RowOptions,
-    scalar_tensor,
     check_choice,
     class_vector,
     logits_layout,
     number,
     row_options,
+    scalar_tensor,
 )
 from .ops._backend import BackendUnavailableError, resolve
 from .ops.linear_margin_cross_entropy import plan as plans

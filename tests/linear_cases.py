@@ -62,7 +62,7 @@ CASES = [
     Case("frozen features", requires_grad=("linear_weight", "linear_bias")),
     Case("only the bias learns", requires_grad=("linear_bias",)),
     Case("mixup", options=("class_bias", "mixed_target")),
-    Case("mixup, two classes", classes=2, options=("class_bias", "mixed_target"), ignored=0.3),
+    Case("mixup, two classes", classes=2, bias=False, options=("class_bias", "mixed_target"), ignored=0.3),
     Case("mixup per row", options=("class_bias", "mixed_target", "mix_lambda"), ignored=0.3),
     Case("mixup, smoothed", classes=9, options=("weight", "mixed_target"), keywords=SMOOTHED, ignored=0.3),
     Case("mixup with everything", classes=9, keywords=SMOOTHED, ignored=0.3, **EVERYTHING),
