@@ -29,8 +29,8 @@ gradient_policy: str = _choice(
 def checked_budget(value: object, name: str = "memory_budget") -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int, in bytes")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected at least 1 byte")
+    if not 1 <= value < 2**63:
+        raise ValueError(f"{name}: got {value}, expected at least 1 byte and fewer than 2^63")
     return value
 
 

@@ -219,9 +219,9 @@ def linear_margin_cross_entropy(
         ``MarginCrossEntropyOutput`` if ``return_lse`` or ``return_prediction``. float32 (float64 for float64).
 
     Gradients flow to ``input``, ``linear_weight``, ``linear_bias`` and to all that ``margin_cross_entropy`` has
-    gradients for; products for what needs none (a frozen head, frozen features) are left out. They are exact for every
-    upstream gradient and every pass over a retained graph. Gradients of the weight from several chunks add up in
-    float32.
+    gradients for; products for what does not require one (a frozen head, frozen features) are left out. They are exact
+    for every upstream gradient and every pass over a retained graph. Gradients of the weight from several chunks add up
+    in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
@@ -349,7 +349,8 @@ def plan_linear(
     kind = torch.device(device).type
     check_choice("device", kind, ("cpu", "cuda"))
     budget = _settings.memory_budget if memory_budget is None else _settings.checked_budget(memory_budget)
-    one_pass = one_pass and dtype != torch.float16
+    policy = _settings.gradient_policy
+    one_pass = one_pass and (policy == "one_pass" or (policy == "auto" and dtype != torch.float16))
     sizes = plans.Sizes(rows, width, classes, 1, dtype, weight_dtype or dtype, kind, training, one_pass, True)
     tiled = kind == "cuda" and plans.tiled_reason(width, 1, dtype, False) is None
     if strategy == "tiled" and not tiled:

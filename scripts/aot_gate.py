@@ -151,6 +151,7 @@ class Configuration:
     rows: int = 1024
     positions: int = 1
     transposed: bool = False
+    in_place: bool = False  # the gradient over the logits
     wide: bool = False  # held to 16-byte loads and stores
     budget: float | None = None  # limit of instructions per logit
 
@@ -184,12 +185,13 @@ class Configuration:
             ignore_index=-100,
             label_smoothing=0.1 if "smoothing" in self.options else 0.0,
         )
+        out = x if self.in_place else None
         with recording() as launches:
             if self.needs:
                 needs = [name in self.needs for name in kernels.DIFFERENTIABLE]
-                kernels.backward(meta(), meta(n, k) if self.with_lse else None, meta(2, n, k), a, needs)
+                kernels.backward(meta(), meta(n, k) if self.with_lse else None, meta(2, n, k), a, needs, out=out)
             else:
-                kernels.forward(a, "prediction" in self.options, self.with_grad)
+                kernels.forward(a, "prediction" in self.options, self.with_grad, out=out)
         return launches
 
 
@@ -346,7 +348,27 @@ def _configurations() -> list[Configuration]:
         Configuration("few rows, probabilities", 65536, options=("soft", "weight", "smoothing"), rows=64, wide=True),
         Configuration("few rows, all", 65536, options=_MANY, rows=64, wide=True),
     ]
-    return [*one_pass, *forward_only, *looped, *parts, *backward, *tiles]
+    # as linear heads have them: rows of a buffer that starts each at a multiple of 64 bytes
+    in_place = [
+        Configuration("in place, class_bias", 8142, options=_VS[:1], padding=18, in_place=True, wide=True),
+        Configuration("in place, class_bias", 8142, _SINGLE, _VS[:1], padding=2, in_place=True, wide=True),
+        Configuration(
+            "in place, class_bias, prediction", 8142, options=(*_VS[:1], "prediction"), padding=18, in_place=True,
+            wide=True,
+        ),
+        Configuration("in place, class_scale", 8142, options=_VS, padding=18, in_place=True, wide=True),
+        Configuration(
+            "in place, class_bias", 100_000, options=_VS[:1], rows=4096, in_place=True, wide=True
+        ),
+        Configuration("in place, few rows", 1_000_000, options=_VS[:1], rows=64, in_place=True, wide=True),
+        Configuration(
+            "in place, class_bias", 8142, options=_VS[:1], needs=("input",), padding=18, in_place=True, wide=True
+        ),
+        Configuration(
+            "in place, class vectors", 8142, options=_MANY, needs=_CLASS_VECTORS, padding=18, in_place=True
+        ),
+    ]  # fmt: skip
+    return [*one_pass, *forward_only, *looped, *parts, *backward, *tiles, *in_place]
 
 
 _EVERY = (

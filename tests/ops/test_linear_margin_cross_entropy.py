@@ -387,10 +387,8 @@ def test_no_rows(reduction, mode, backend, device):
     assert all(g.shape == t.shape for g, t in zip(grads, (x, w, b), strict=True))
 
 
-@pytest.mark.parametrize("name", ["logit adjustment", "smoothing", "mixup"])
+@pytest.mark.parametrize("name", ["logit adjustment", "mixup"])
 def test_masked_classes(name, mode, backend, device):
-    if name == "smoothing":
-        pytest.skip("smoothing over a masked class is infinite in torch too: see the next test")
     sample = by_id(name).sample(torch.float32, device)
     with torch.no_grad():
         sample.options["class_bias"][4:30] = -math.inf
@@ -405,6 +403,14 @@ def test_smoothing_over_a_masked_class_is_infinite(mode, backend, device):
     y = torch.tensor([0, 20, 39], device=device)
     loss = linear_margin_cross_entropy(x, w, y, class_bias=bias, label_smoothing=0.1, strategy=mode)
     assert loss == math.inf
+
+
+def test_smoothing_with_a_masked_target_is_infinite(mode, backend, device):
+    x, w = torch.randn(3, 4, device=device), torch.randn(40, 4, device=device)
+    bias = torch.zeros(40, device=device).index_fill_(0, torch.tensor([20], device=device), -math.inf)
+    y = torch.tensor([0, 20, 39], device=device)
+    loss = linear_margin_cross_entropy(x, w, y, class_bias=bias, label_smoothing=0.1, strategy=mode, reduction="none")
+    assert loss.tolist() == [math.inf] * 3
 
 
 def test_any_nan_is_a_nan(mode, backend, device):
@@ -436,6 +442,51 @@ def test_vectors_of_zero_length(where, mode, backend, device):
     with torch.no_grad():
         (sample.input if where == "features" else sample.options["linear_weight"])[2] = 0
     check_linear_margin_cross_entropy(with_strategy(mode), sample)
+
+
+@pytest.mark.parametrize("with_prediction", [False, True], ids=["", "prediction"])
+@pytest.mark.parametrize("master", [torch.float32, torch.float16], ids=str)
+def test_short_weights_in_float16(master, with_prediction, mode, backend, device):
+    """1 / |w| leaves float16's range; the gradients of the features and of long weights do not."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, device=device).half().requires_grad_()
+    w = torch.randn(40, 8, device=device)
+    w[3], w[4:8] = 0, w[4:8] * 1e-3
+    w = w.to(master).requires_grad_()
+    y = torch.randint(8, 40, (64,), device=device)
+    grads = {}
+    for kind in ("ours", "truth"):
+        leaves = [t.detach().to(torch.float16 if kind == "ours" and t is x else t.dtype) for t in (x, w)]
+        leaves = [(t if kind == "ours" else t.double()).requires_grad_() for t in leaves]
+        if kind == "ours":
+            output = linear_margin_cross_entropy(
+                *leaves, y, normalize=True, scale=30.0, return_prediction=with_prediction, strategy=mode
+            )
+            loss = output.loss if with_prediction else output
+        else:
+            loss = dense_linear_margin_cross_entropy(leaves[0], y, leaves[1], normalize=True, scale=30.0)
+        grads[kind] = [loss, *(g / 1024 for g in torch.autograd.grad(1024 * loss, leaves))]
+    torch.testing.assert_close(grads["ours"][0].double(), grads["truth"][0], rtol=1e-2, atol=0)
+    torch.testing.assert_close(grads["ours"][1].double(), grads["truth"][1], rtol=0.05, atol=2e-3)
+    long = torch.arange(40, device=device) >= 8
+    torch.testing.assert_close(grads["ours"][2].double()[long], grads["truth"][2][long], rtol=0.05, atol=2e-3)
+    if master == torch.float32:
+        assert grads["ours"][2].isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["one_pass", "recompute"])
+def test_loss_scaling_in_float16(policy, backend, device, monkeypatch):
+    monkeypatch.setattr(_settings, "gradient_policy", policy)
+    torch.manual_seed(0)
+    x = (3 * torch.randn(256, 16, device=device)).half().requires_grad_()
+    w = torch.randn(300, 16, device=device).half().requires_grad_()
+    y = torch.randint(300, (256,), device=device)
+    for strategy in ("materialize", "chunked"):
+        loss = linear_margin_cross_entropy(x, w, y, strategy=strategy)
+        exact = [t.detach().float().requires_grad_() for t in (x, w)]
+        truth = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].t(), y), exact)
+        for g, t in zip(torch.autograd.grad(4096 * loss, (x, w)), truth, strict=True):
+            torch.testing.assert_close(g.float() / 4096, t, rtol=0.05, atol=2e-3)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
@@ -726,6 +777,20 @@ def test_bad_sizes_of_a_plan(arguments, error, message):
         lt_kernels.plan_linear(*arguments)
 
 
+@pytest.mark.parametrize("name", ["logit adjustment", "cosine, mixup", "learnable vectors"])
+def test_tiled_runs_where_asked_for(name, device):
+    """In Triton's interpreter, or on a GPU."""
+    reason = lt_kernels.info()["backends"][op.OP][device]["triton"]
+    if reason is not None:
+        with lt_kernels.use_backend("triton"), pytest.raises(lt_kernels.BackendUnavailableError):
+            linear_margin_cross_entropy(X, W, Y, strategy="tiled")
+        return
+    with lt_kernels.use_backend("triton"):
+        check_linear_margin_cross_entropy(
+            with_strategy("tiled"), by_id(name).sample(torch.float32, device), upstream=0.7
+        )
+
+
 def test_tiled_asked_for_by_name_says_why_it_cannot_run():
     x, w, y = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
     with pytest.raises(lt_kernels.BackendUnavailableError, match="'tiled' cannot run .* needs the backend 'triton'"):
@@ -734,7 +799,7 @@ def test_tiled_asked_for_by_name_says_why_it_cannot_run():
         lt_kernels.plan_linear(3, 1024, 5, strategy="tiled")
 
 
-@pytest.mark.parametrize("given", [0, -5, 1.5, True, "2G"], ids=str)
+@pytest.mark.parametrize("given", [0, -5, 1.5, True, "2G", 2**63], ids=str)
 def test_bad_memory_budget(given):
     before = _settings.memory_budget
     with pytest.raises((TypeError, ValueError), match=r"set_memory_budget\(bytes\): got"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -78,3 +80,43 @@ def test_float32_products_are_as_exact_as_those_of_torch():
             assert backend._precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.slow
+def test_chunked_and_tiled_heads_in_the_interpreter():
+    """The public function over the Triton backend: every way to cut, gradients from backward and from forward."""
+    values = "test_value_and_every_gradient and fp32 and not inat18"
+    ways = "(rows or classes or recompute) and (learnable or everything or probabilities or cosine or smoothed or none)"
+    report = run_in_the_interpreter("test_linear_margin_cross_entropy.py", "-k", f"{values} and {ways}")
+    assert int(re.search(r"(\d+) passed", report)[1]) > 50, report[-1000:]
+    report = run_in_the_interpreter("test_linear_margin_cross_entropy.py", "-k", "tiled_runs_where_asked_for")
+    assert int(re.search(r"(\d+) passed", report)[1]) >= 3, report[-1000:]
+
+
+TF32 = """
+import torch
+from lt_kernels.ops.linear_margin_cross_entropy import triton as backend
+assert backend._precision(torch.float32) == "ieee"
+{setting}
+assert backend._precision(torch.float32) == "tf32"
+assert backend._precision(torch.bfloat16) == "ieee"
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_float32_products_follow_torch(setting):
+    """However TF32 was allowed: torch's older flag raises once the newer one has been set."""
+    if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has the older flag only")
+    result = subprocess.run(
+        [sys.executable, "-c", TF32.format(setting=setting)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -6,7 +6,8 @@ over blocks of classes collects each row's statistics (``rest``, the targets' ow
 logits again and writes each block of the weight's gradient once.
 
 A cosine head's weight is never normalised in memory: 1 / |w_j| joins class_scale (or multiplies the buffer, where the
-rows kernel has to see the cosines themselves), and ``products.project_`` corrects the weight's gradient.
+rows kernel has to see the cosines themselves), and ``products.project_`` corrects the weight's gradient. In float16,
+whose range 1 / |w_j| soon leaves, gradients stay those of the cosines until they are in float32.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ class Head:
         self.n, self.k, self.classes = a.input.shape[0], a.positions, a.classes
         self.columns = self.classes * self.k
         self.inverse_norm = products.inverse_norms(a) if a.normalize else None
+        self.narrow = a.normalize and a.input.dtype == torch.float16
         # Whether the buffer is multiplied by 1 / |w|: class_scale cannot carry what differs between positions, and a
         # prediction is taken from the raw logits.
-        self.cosines = a.normalize and (with_prediction or self.k > 1)
+        self.cosines = self.narrow or (a.normalize and (with_prediction or self.k > 1))
         self.class_scale = a.class_scale
         if self.inverse_norm is not None and not self.cosines:
             self.class_scale = self.inverse_norm if a.class_scale is None else a.class_scale * self.inverse_norm
@@ -55,13 +57,28 @@ class Head:
         a = self.a
         bias = None if a.linear_bias is None else a.linear_bias[columns]
         products.logits_into(out, a.input[rows], a.factor[columns], bias)
-        self.scale_to_cosines(out, columns)
-
-    def scale_to_cosines(self, z: Tensor, columns: slice) -> None:
-        """The chain rule's factor of a gradient too."""
         if self.cosines:
             assert self.inverse_norm is not None
-            z.mul_(self.inverse_norm[columns].to(z.dtype))
+            out.mul_(self.inverse_norm[columns])
+
+    def of_products(self, dl: Tensor, columns: slice) -> None:
+        """Turn the gradient of the buffer's logits into that of the products they are made of."""
+        if self.cosines and not self.narrow:
+            assert self.inverse_norm is not None
+            dl.mul_(self.inverse_norm[columns])
+
+    def times_weight(self, total: Tensor | None, dl: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
+        """total + dl times the weight of ``columns``, what ``of_products`` made dl a gradient of."""
+        factor = self.a.factor[columns]
+        if not self.narrow:
+            return products.added(total, dl, factor, dtype)
+        assert self.inverse_norm is not None
+        inverse = self.inverse_norm[columns]
+        for part in products.blocks(factor):
+            directions = (factor[part] * inverse[part, None]).to(factor.dtype)
+            total = products.added(total, dl[:, part], directions, torch.float32)
+        assert total is not None
+        return total.to(dtype)
 
     def row_arguments(self, z: Tensor, rows: slice) -> RowArguments:
         """The rows kernel's arguments for the logits z [n, C * K] of ``rows``."""
@@ -83,14 +100,9 @@ class Gradients:
         self.head = head
         self.needs = dict(zip(DIFFERENTIABLE, needs, strict=True))
         self.values = {name: a.input.new_empty((0,)) for name in DIFFERENTIABLE}
-        self.weight_total: Tensor | None = None
-        device = a.input.device
-        if self.needs["input"]:
-            self.values["input"] = products.empty_like(a.input)
-        if self.needs["linear_weight"]:
-            self.values["linear_weight"] = products.empty_like(a.linear_weight)
+        self.weight: Tensor | None = None  # of the weight, as far as it has come
         if self.needs["linear_bias"]:
-            self.values["linear_bias"] = torch.zeros(head.columns, dtype=a.compute_dtype, device=device)
+            self.values["linear_bias"] = torch.zeros(head.columns, dtype=a.compute_dtype, device=a.input.device)
         if self.needs["target"]:
             self.values["target"] = torch.empty_like(a.target)
         for name in DIFFERENTIABLE[4:]:
@@ -101,20 +113,26 @@ class Gradients:
         """From the gradient dl [n, C * K] of the logits of ``rows``, to be multiplied by ``scale`` (0-dim)."""
         a, head = self.head.a, self.head
         whole = dl.shape[0] == head.n
-        first = rows.start == 0
         if self.needs["input"]:
-            out = self.values["input"][rows]
-            torch.mm(dl, a.factor, out=out)
+            value = head.times_weight(None, dl, slice(None), a.input.dtype)
             if scale is not None:
-                out.mul_(scale)
+                value.mul_(scale)
+            if whole:
+                self.values["input"] = value
+            else:
+                if rows.start == 0:
+                    self.values["input"] = products.empty_like(a.input)
+                self.values["input"][rows] = value
         if self.needs["linear_weight"]:
-            x = a.input[rows] if scale is None else (a.input[rows] * scale).to(a.input.dtype)
-            total = self.values["linear_weight"]
-            if not whole and total.dtype.itemsize < 4:  # several chunks add up in float32
-                if self.weight_total is None:
-                    self.weight_total = products.empty_like(total, torch.float32)
-                total = self.weight_total
-            products.accumulate(total, dl.t(), x, first)
+            x, dtype = a.input[rows], a.linear_weight.dtype
+            scaled_after = scale is not None and x.dtype == torch.float16  # scaled features might leave its range
+            if scale is not None and not scaled_after:
+                x = (x * scale).to(x.dtype)
+            if not whole and dtype.itemsize < 4:  # several chunks add up in float32
+                dtype = torch.float32
+            self.weight = products.added(self.weight, dl.t(), x, dtype)
+            if scale is not None and scaled_after:
+                self.weight.mul_(scale)
         if self.needs["linear_bias"]:
             column_sums = dl.sum(0, dtype=a.compute_dtype)
             self.values["linear_bias"] += column_sums if scale is None else column_sums * scale
@@ -129,16 +147,20 @@ class Gradients:
 
     def finished(self) -> list[Tensor]:
         a, head = self.head.a, self.head
-        if head.n == 0 and self.needs["linear_weight"]:
-            self.values["linear_weight"].zero_()
-        if self.weight_total is not None:
-            self.values["linear_weight"].copy_(self.weight_total)
-            self.weight_total = None
+        if head.n == 0:
+            self.values["input"] = torch.zeros_like(a.input) if self.needs["input"] else self.values["input"]
+            self.weight = torch.zeros_like(a.linear_weight) if self.needs["linear_weight"] else None
         if head.inverse_norm is not None:
-            if self.needs["linear_weight"]:
-                products.project_(self.values["linear_weight"], a, head.inverse_norm)
+            if self.weight is not None:
+                products.project_(self.weight, a, head.inverse_norm, head.narrow)
             if self.needs["class_scale"] and not head.cosines:
                 self.values["class_scale"] *= head.inverse_norm
+        if self.weight is not None:
+            same = self.weight.dtype == a.linear_weight.dtype
+            self.values["linear_weight"] = (
+                self.weight if same else products.empty_like(a.linear_weight).copy_(self.weight)
+            )
+            self.weight = None
         if self.needs["linear_bias"]:
             assert a.linear_bias is not None
             self.values["linear_bias"] = self.values["linear_bias"].to(a.linear_bias.dtype)
@@ -175,7 +197,7 @@ def forward_rows(
             elif value.numel() > 0:
                 whole[rows] = value
         if gradients is not None:
-            head.scale_to_cosines(z, slice(None))
+            head.of_products(z, slice(None))
             gradients.add_rows(z, rows)
     return results, [] if gradients is None else gradients.finished()
 
@@ -212,7 +234,7 @@ def backward_rows(
         )  # fmt: skip
         gradients.add_row_gradients(grads, rows)
         if row_needs[0]:
-            head.scale_to_cosines(dl, slice(None))
+            head.of_products(dl, slice(None))
             gradients.add_rows(dl, rows)
     return gradients.finished()
 
@@ -304,7 +326,8 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
 
     def smooth_sum(slot: Slot) -> Tensor:
         """sum_j w_j (D - u_j) with v_y in place of u_y."""
-        u = weighted + slot.weight * (slot.shifted - slot.plain)
+        moved = torch.where(slot.shifted == slot.plain, 0.0, slot.shifted - slot.plain)  # both may be -inf
+        u = weighted + slot.weight * moved
         return terms.weight.sum() * (rest[0] + terms.total(slot, rest)) - u
 
     results.loss.copy_(terms.loss(rest, smooth_sum))
@@ -325,7 +348,7 @@ def _smoothing_slopes(head: Head, columns: slice) -> tuple[Tensor, Tensor]:
 
 def _weighted_sum(head: Head, z: Tensor, columns: slice) -> Tensor:
     weight, slope = _smoothing_slopes(head, columns)
-    total = torch.mv(z.to(slope.dtype), slope)
+    total = torch.cat([torch.mv(z[rows].to(slope.dtype), slope) for rows in products.blocks(z)] or [z.sum(1)])
     if head.a.class_bias is not None:
         total = total + torch.dot(weight, head.a.class_bias[columns])
     return total[:, None]
@@ -341,10 +364,9 @@ def backward_classes(
     zero = torch.zeros_like(rest[0])
     slopes = terms.slopes(rest, grad_loss.expand_as(zero), zero if grad_lse is None else grad_lse.expand_as(zero))
     at_targets = _at_targets(terms, slopes.targets)
-    grad_input = gradients.values["input"]
-    total = grad_input
-    if gradients.needs["input"] and grad_input.dtype.itemsize < 4:
-        total = products.empty_like(grad_input, torch.float32)
+    total = None  # the features' gradient, added up in float32 at least
+    if gradients.needs["linear_weight"]:
+        gradients.weight = products.empty_like(a.linear_weight)
     nowhere = torch.full_like(a.target, -100)
     ones = torch.stack([rest[0], torch.ones_like(rest[0])])
     sweep = _Blocks(head, block)
@@ -356,20 +378,21 @@ def backward_classes(
         )  # fmt: skip
         if a.label_smoothing > 0:
             _, slope = _smoothing_slopes(head, columns)
-            z.sub_((slopes.smooth * slope).to(z.dtype))
+            for rows in products.blocks(z):
+                z[rows].sub_(slopes.smooth[rows] * slope)
         for target, value in zip(_targets(a), at_targets, strict=True):
             local = sweep.local(target, columns)
             index = local.clamp_min(0)
             z.scatter_(1, index, torch.where(local >= 0, value.to(z.dtype), z.gather(1, index)))
-        head.scale_to_cosines(z, columns)
+        head.of_products(z, columns)
         if gradients.needs["input"]:
-            products.accumulate(total, z, a.factor[columns], columns.start == 0)
-        if gradients.needs["linear_weight"]:
-            products.accumulate(gradients.values["linear_weight"][columns], z.t(), a.input, True)
+            total = head.times_weight(total, z, columns, a.compute_dtype)
+        if gradients.weight is not None:
+            products.product_into(gradients.weight[columns], z.t(), a.input)
         if gradients.needs["linear_bias"]:
             gradients.values["linear_bias"][columns] = z.sum(0, dtype=a.compute_dtype)
-    if total is not grad_input:
-        grad_input.copy_(total)
+    if total is not None:
+        gradients.values["input"] = total.to(a.input.dtype)
     return gradients.finished()
 
 

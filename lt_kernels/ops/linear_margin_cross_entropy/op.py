@@ -78,7 +78,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
                 head.logits(logits, slice(None), slice(None))
                 results = chunked.forward_logits(head, logits, slice(None), with_prediction, with_grad)
                 if with_grad:
-                    head.scale_to_cosines(logits, slice(None))
+                    head.of_products(logits, slice(None))
             else:
                 plan = chunk_plan(sizes(a, with_grad, with_grad, False), memory_budget)
                 if plan.by == "rows":
@@ -143,7 +143,7 @@ def _gradients_of(
         inverse_norm = chunked.products.inverse_norms(a) if a.normalize else None
         values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
         if inverse_norm is not None and needs[1]:
-            chunked.products.project_(values[1], a, inverse_norm)
+            chunked.products.project_(values[1], a, inverse_norm, False)
         return values
     head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
     if is_gradient:

@@ -52,7 +52,7 @@ class LinearPlan(NamedTuple):
     chunk: int  #: rows (or classes) of a chunk
     flops: int  #: floating-point operations, 2 per multiply-add
     bytes_moved: int  #: bytes read and written by the products and the rows kernel, each pass counted
-    peak_memory: int  #: bytes beside inputs, results and gradients
+    peak_memory: int  #: bytes beside inputs, results and gradients; "tiled": without partial sums, at most 512 MiB
     seconds: float  #: the model's estimate on the device it was fitted to; for comparison only
 
 
@@ -97,8 +97,9 @@ def _estimate(
     if s.weight_dtype != s.dtype:
         moved += s.columns * s.width * (b + s.weight_dtype.itemsize)
         buffer += s.columns * s.width * b
-    rate = _RATE[s.device][b] * (_TILED_EFFICIENCY if strategy == "tiled" else 1.0)
-    return LinearPlan(strategy, by, chunk, flops, moved, buffer, flops / rate + moved / _BANDWIDTH[s.device])
+    device = s.device if s.device in _RATE else "cpu"
+    rate = _RATE[device][b] * (_TILED_EFFICIENCY if strategy == "tiled" else 1.0)
+    return LinearPlan(strategy, by, chunk, flops, moved, buffer, flops / rate + moved / _BANDWIDTH[device])
 
 
 def _materialize(s: Sizes) -> LinearPlan:

@@ -45,36 +45,55 @@ def logits_into(out: Tensor, input: Tensor, factor: Tensor, bias: Tensor | None)
     return torch.addmm(bias.to(out.dtype), input, factor.t(), out=out)
 
 
-def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total [m, n] (+)= left [m, k] right [k, n]; the sum is kept in ``total``'s dtype, whatever the factors'."""
-    if total.dtype == left.dtype:
-        if first:
-            torch.mm(left, right, out=total)
-        else:
-            torch.addmm(total, left, right, out=total)
-    elif total.device.type == "cuda":
-        if first:
-            torch.mm(left, right, out_dtype=total.dtype, out=total)
-        else:
-            torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
-    else:  # the CPU's library rounds each product to the factors' dtype
-        block = max(1, _BLOCK // max(1, right.shape[1]))
-        for begin in range(0, total.shape[0], block):
-            product = torch.mm(left[begin : begin + block], right)
-            part = total[begin : begin + block]
-            part.copy_(product) if first else part.add_(product)
+def added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left [m, k] right [k, n] in ``dtype``, in place; the product alone (in new memory) where total is None.
+
+    Sums are kept in ``dtype`` whatever the factors'. Each product is rounded to the factors' dtype first where the
+    library cannot do otherwise (on the CPU).
+    """
+    if left.dtype == dtype:
+        if total is None:
+            return torch.mm(left, right, out=empty(left.shape[0], right.shape[1], dtype, left.device))
+        return torch.addmm(total, left, right, out=total)
+    # by the functional overload: the others are not to be relied on before torch 2.13
+    wide = left.device.type == "cuda" and torch.version.hip is None and dtype == torch.float32
+    if wide and total is None:
+        return torch.mm(left, right, out_dtype=dtype)
+    fresh = total is None
+    result = empty(left.shape[0], right.shape[1], dtype, left.device) if total is None else total
+    for part in blocks(result):
+        product = torch.mm(left[part], right, out_dtype=dtype) if wide else torch.mm(left[part], right)
+        result[part].copy_(product) if fresh else result[part].add_(product)
+    return result
 
 
-def project_(gradient: Tensor, a: Arguments, inverse_norm: Tensor) -> None:
-    """Turn the gradient of w_j / |w_j| times 1 / |w_j| into that of w_j: g_j - (g_j . w_j) w_j / |w_j|^2."""
-    weight = a.linear_weight
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left right, rounded once to ``out``'s dtype where the library can."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(added(None, left, right, out.dtype))
+
+
+def blocks(matrix: Tensor) -> list[slice]:
+    """Rows of a matrix in blocks whose temporaries are small."""
+    step = max(1, _BLOCK // max(1, matrix.shape[1]))
+    return [slice(begin, min(begin + step, matrix.shape[0])) for begin in range(0, matrix.shape[0], step)]
+
+
+def project_(gradient: Tensor, a: Arguments, inverse_norm: Tensor, of_directions: bool) -> None:
+    """Turn G, the gradient of w_j / |w_j| times 1 / |w_j|, into that of w_j: g_j - (g_j . w_j) w_j / |w_j|^2.
+
+    of_directions: the factor 1 / |w_j| is still missing from G.
+    """
     # where |w| < eps the norm is a constant, as in F.normalize
     inverse_square = torch.where(inverse_norm < 1 / _EPS, inverse_norm.square(), torch.zeros_like(inverse_norm))
-    block = max(1, _BLOCK // max(1, weight.shape[1]))
-    for begin in range(0, weight.shape[0], block):
-        g, w = gradient[begin : begin + block], weight[begin : begin + block].to(a.compute_dtype)
+    for part in blocks(gradient):
+        g, w = gradient[part], a.linear_weight[part].to(a.compute_dtype)
         wide = g.to(a.compute_dtype)
-        along = (wide * w).sum(1) * inverse_square[begin : begin + block]
+        if of_directions:
+            wide = wide * inverse_norm[part, None]
+        along = (wide * w).sum(1) * inverse_square[part]
         torch.addcmul(wide, w, along[:, None], value=-1, out=wide)
         if wide is not g:
             g.copy_(wide)

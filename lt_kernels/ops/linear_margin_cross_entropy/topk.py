@@ -33,6 +33,8 @@ BUFFER = 64 * 2**20
 _FEWEST_CLASSES = 4096
 #: Smallest and largest group; smaller ones are slow to reduce.
 _GROUPS = (64, 1024)
+#: At most this many logits are selected from at a time.
+_SELECTED = 2**20
 _EPS = 1e-12  # as in F.normalize
 
 
@@ -79,6 +81,14 @@ def _keys(x: Tensor) -> Tensor:
 def largest(u: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
     """The same for wide rows; ``u`` [n, c] with c a multiple of ``group``, and at most c results."""
     k = min(k, u.shape[1])
+    selected = min(u.shape[1], k * group)
+    if u.shape[0] * selected > _SELECTED:  # keys of many logits are larger than the logits
+        parts = [_largest_of_rows(part, k, group) for part in u.split(max(1, _SELECTED // selected))]
+        return torch.cat([values for values, _ in parts]), torch.cat([places for _, places in parts])
+    return _largest_of_rows(u, k, group)
+
+
+def _largest_of_rows(u: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
     if u.shape[1] <= k * group:
         return _largest(u, k)
     _, chosen = _largest(u.unflatten(1, (-1, group)).amax(2), k)

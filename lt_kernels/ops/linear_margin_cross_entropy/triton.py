@@ -190,7 +190,17 @@ def _architecture(device: torch.device) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """Of the matrix products: float32 as torch's own."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    if dtype != torch.float32:
+        return "ieee"
+    # the older flag raises once the newer one has been set
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision in (None, "none"):
+        try:
+            precision = "tf32" if matmul.allow_tf32 else "ieee"
+        except RuntimeError:  # set by the newer interface, elsewhere
+            precision = getattr(torch.backends, "fp32_precision", None)
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def _readable(x: Tensor) -> Tensor:

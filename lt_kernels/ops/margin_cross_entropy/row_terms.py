@@ -58,7 +58,7 @@ class RowTerms:
     def __init__(self, a: Arguments, classes: int, raw: Callable[[Tensor], Tensor]) -> None:
         ones = torch.ones(classes, dtype=a.compute_dtype, device=a.input.device)
         self.classes, self.angular, self.smoothing = classes, a.angular, a.label_smoothing
-        self.scale = ones.new_tensor(a.scale) if a.learned_scale is None else a.scale * a.learned_scale
+        self.scale = ones.new_full((), a.scale) if a.learned_scale is None else a.scale * a.learned_scale
         self.class_scale = ones if a.class_scale is None else a.class_scale
         self.class_bias = torch.zeros_like(ones) if a.class_bias is None else a.class_bias
         self.margin = torch.full_like(ones, a.margin) if a.class_margin is None else a.class_margin + a.margin

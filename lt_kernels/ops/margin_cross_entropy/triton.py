@@ -453,6 +453,7 @@ def backward(
         grads = [torch.zeros_like(t) if need else rest.new_empty((0,)) for t, need in zip(sources, needs, strict=True)]
         return grads if out is None or not needs[0] else [out, *grads[1:]]
     grads = [rest.new_empty((0,)) for _ in needs]
+    rest = rest.contiguous()
     x = _readable(a.input)
     target = a.target if soft else a.target.contiguous()
     named = {"input": x, **({"target": target} if soft else {})}
