@@ -7,6 +7,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -16,17 +17,29 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace ltk {
 
-// What the pool holds beside the tensors alive: at most kMostBuffers buffers, together at most kMostBytes; past that
+// What the pool holds beside the tensors alive: at most kMostBuffers buffers, together at most most_bytes(); past that
 // the one returned longest ago goes back to the system. A tensor gets the smallest buffer that holds it and is at most
 // an eighth larger than it needs. Tensors below kSmallest bytes are torch's own.
 class MemoryPool {
  public:
   static constexpr size_t kSmallest = size_t(1) << 20;
-  static constexpr size_t kMostBuffers = 8, kMostBytes = size_t(512) << 20;
+  static constexpr size_t kMostBuffers = 8;
+
+  // A sixteenth of the machine's memory, but at least 512 MiB and at most 4 GiB.
+  static size_t most_bytes() {
+    constexpr size_t kLeast = size_t(512) << 20, kMost = size_t(4) << 30;
+#if defined(__linux__)
+    static const size_t found = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(getpagesize()) / 16;
+    return std::min(std::max(found, kLeast), kMost);
+#else
+    return kLeast;
+#endif
+  }
 
   static at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
     const at::Tensor shape = at::empty(sizes, at::TensorOptions().dtype(dtype).device(at::kMeta));
@@ -104,7 +117,7 @@ class MemoryPool {
       free_.push_back(buffer);
       size_t held = 0;
       for (const Buffer& each : free_) held += each.size;
-      while (free_.size() > kMostBuffers || held > kMostBytes) {
+      while (free_.size() > kMostBuffers || held > most_bytes()) {
         held -= free_.front().size;
         dropped.push_back(free_.front());
         free_.erase(free_.begin());

@@ -15,6 +15,10 @@ from .providers import Step
 I = TypeVar("I", bound=Inputs)  # noqa: E741
 
 
+#: Multiple of eager's error: what our backends may make, and what others may: they are compared, not released.
+_OURS, _OTHERS = 2.0, 8.0
+
+
 class Agreement(ABC, Generic[I]):
     """The loss of one case and a part of every gradient, as float64 and same-dtype eager have them.
 
@@ -30,10 +34,14 @@ class Agreement(ABC, Generic[I]):
             self._truth = self._true_values()
 
     def check(self, provider: str, step: Step) -> None:
-        """AssertionError unless loss and gradients are within the error budget: 2 * eager's error + eps."""
+        """AssertionError unless loss and gradients are within the error budget: 2 * eager's error + eps.
+
+        For other libraries 8 * eager's error: a sum in another order may be a little less exact.
+        """
         actual = self._run(step)
+        factor = _OURS if provider.startswith("lt") else _OTHERS
         for what, truth in self._truth.items():
-            assert_within_budget(actual[what], self._eager[what], truth, f"{self._op} {provider} {what}")
+            assert_within_budget(actual[what], self._eager[what], truth, f"{self._op} {provider} {what}", factor)
 
     @abstractmethod
     def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:

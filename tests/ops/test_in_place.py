@@ -369,12 +369,15 @@ class TestPool:
         def address_space() -> int:
             return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
 
-        tensors = [self.bytes(220) for _ in range(4)]  # untouched: no memory, but addresses
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 16 // self.MB
+        most = min(max(memory, 512), 4096)
+        size = most * 7 // 16  # two fit, three do not
+        tensors = [self.bytes(size) for _ in range(4)]  # untouched: no memory, but addresses
         last = {t.data_ptr() for t in tensors[2:]}
         full = address_space()
         self.free_in_order(tensors)
-        assert full - address_space() >= (4 * 220 - 512) * self.MB
-        again = [self.bytes(220), self.bytes(220)]
+        assert full - address_space() >= (4 * size - most) * self.MB
+        again = [self.bytes(size), self.bytes(size)]
         assert {t.data_ptr() for t in again} == last  # the oldest went first
         del again
         many = [self.bytes(2) for _ in range(20)]

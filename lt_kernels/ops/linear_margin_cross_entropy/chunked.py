@@ -114,15 +114,15 @@ class Gradients:
         a, head = self.head.a, self.head
         whole = dl.shape[0] == head.n
         if self.needs["input"]:
-            value = head.times_weight(None, dl, slice(None), a.input.dtype)
+            if rows.start == 0:
+                self.values["input"] = products.empty_like(a.input)
+            value = self.values["input"][rows]
+            if head.narrow:
+                value.copy_(head.times_weight(None, dl, slice(None), a.input.dtype))
+            else:
+                torch.mm(dl, a.factor, out=value)
             if scale is not None:
                 value.mul_(scale)
-            if whole:
-                self.values["input"] = value
-            else:
-                if rows.start == 0:
-                    self.values["input"] = products.empty_like(a.input)
-                self.values["input"][rows] = value
         if self.needs["linear_weight"]:
             x, dtype = a.input[rows], a.linear_weight.dtype
             scaled_after = scale is not None and x.dtype == torch.float16  # scaled features might leave its range
