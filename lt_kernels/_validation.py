@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _settings
+from .ops.margin_cross_entropy.row_terms import check_classes
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (
@@ -127,9 +128,9 @@ def row_options(
     if checks and isinstance(mix_lambda, Tensor) and not bool(((mix_lambda >= 0) & (mix_lambda <= 1)).all()):
         raise ValueError("mix_lambda: got values outside [0, 1], expected a share")
     if checks and not soft:
-        _check_values(target, ignore_index, classes, "target")
+        check_classes("target", target, classes, ignore_index)
         if mixed_target is not None:
-            _check_values(mixed_target, ignore_index, classes, "mixed_target")
+            check_classes("mixed_target", mixed_target, classes, ignore_index)
     rows = (flat[0], flat[2])
     if soft:
         target = target.reshape(flat)
@@ -205,17 +206,6 @@ def _check_mixture(
     if mix_lambda.requires_grad:
         raise ValueError("mix_lambda: got a tensor that requires grad, expected one that does not (not differentiable)")
     return mix_lambda.to(dtype)
-
-
-def _check_values(target: Tensor, ignore_index: int, classes: int, name: str) -> None:
-    target = target.to(torch.int64)
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"{name}: row {row} has class {int(target.flatten()[row])}, "
-            f"expected 0 <= class < {classes} or ignore_index={ignore_index}"
-        )
 
 
 def class_vector(name: str, value: Tensor | None, classes: int, input: Tensor, dtype: torch.dtype) -> Tensor | None:

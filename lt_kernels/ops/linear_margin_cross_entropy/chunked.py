@@ -41,7 +41,7 @@ class Head:
         self.a, self.rows = a, rows
         self.n, self.k, self.classes = a.input.shape[0], a.positions, a.classes
         self.columns = self.classes * self.k
-        self.inverse_norm = products.inverse_norms(a) if a.normalize else None
+        self.inverse_norm = products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
         self.narrow = a.normalize and a.input.dtype == torch.float16
         # Whether the buffer is multiplied by 1 / |w|: class_scale cannot carry what differs between positions, and a
         # prediction is taken from the raw logits.

@@ -23,6 +23,7 @@ from .._reduce import ordered_sum
 from .._register import define, register_autograd, register_no_double_backward
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
+from ..margin_cross_entropy.row_terms import check_classes
 from . import chunked
 from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
 from .plan import Sizes, chunk_plan, padded
@@ -50,15 +51,8 @@ def _check_targets(a: Arguments) -> None:
         return
     for name in ("target", "mixed_target"):
         target: Tensor | None = getattr(a, name)
-        if target is None or target.is_floating_point():
-            continue
-        bad = ((target < 0) | (target >= a.classes)) & (target != a.ignore_index)
-        if bool(bad.any()):
-            row = int(bad.flatten().nonzero()[0])
-            raise IndexError(
-                f"{name}: row {row} has class {int(target.flatten()[row])}, "
-                f"expected 0 <= class < {a.classes} or ignore_index={a.ignore_index}"
-            )
+        if target is not None and not target.is_floating_point():
+            check_classes(name, target, a.classes, a.ignore_index)
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -68,7 +62,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(a.input.device.type, enabled=False):  # dtypes have been chosen
         _check_targets(a)
         if strategy == "tiled":
-            inverse_norm = chunked.products.inverse_norms(a) if a.normalize else None
+            inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
             results = chunked.Forward(*_tiled_module().forward(a, inverse_norm, with_prediction))
         else:
             head = chunked.Head(a, load(ROWS, backend), with_prediction)
@@ -140,7 +134,7 @@ def _gradients_of(
     overwrite: bool, strategy: str, memory_budget: int, with_prediction: bool, needs: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     if strategy == "tiled":
-        inverse_norm = chunked.products.inverse_norms(a) if a.normalize else None
+        inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
         values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
         if inverse_norm is not None and needs[1]:
             chunked.products.project_(values[1], a, inverse_norm, False)

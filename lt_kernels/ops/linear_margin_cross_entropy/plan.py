@@ -28,8 +28,6 @@ from typing import NamedTuple
 import torch
 
 STRATEGIES = ("auto", "materialize", "chunked", "tiled")
-#: Default of ``set_memory_budget``, bytes.
-MEMORY_BUDGET = 2 * 2**30
 #: Widest features for which "auto" considers "tiled", and the widest that strategy takes.
 TILED_WIDTH, LARGEST_TILED_WIDTH = 256, 512
 

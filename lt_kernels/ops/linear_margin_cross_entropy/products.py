@@ -32,9 +32,9 @@ def buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     return empty(rows, padded(columns, dtype), dtype, device)[:, :columns]
 
 
-def inverse_norms(a: Arguments) -> Tensor:
-    """1 / |linear_weight_j| in the compute dtype, [C * K]."""
-    norms = torch.linalg.vector_norm(a.factor, dim=1, dtype=a.compute_dtype)
+def inverse_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / |w_j| of the rows of a matrix, in ``dtype``."""
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     return norms.clamp_min_(_EPS).reciprocal_()
 
 

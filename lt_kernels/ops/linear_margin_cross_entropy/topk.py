@@ -35,7 +35,6 @@ _FEWEST_CLASSES = 4096
 _GROUPS = (64, 1024)
 #: At most this many logits are selected from at a time.
 _SELECTED = 2**20
-_EPS = 1e-12  # as in F.normalize
 
 
 def group_size(classes: int, k: int) -> int:
@@ -156,7 +155,7 @@ def _in_blocks(
             if changed:
                 slope = factor
                 if normalize:
-                    slope = factor / torch.linalg.vector_norm(w, dim=1, dtype=wide).clamp_min_(_EPS)
+                    slope = factor * products.inverse_norms(w, wide)
                 u[:, :size].mul_(slope)
                 if class_shift is not None:
                     u[:, :size].add_(class_shift[columns])

@@ -23,6 +23,18 @@ def _softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, torch.zeros_like(z))
 
 
+def check_classes(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for the first class index out of range. Reads values: a GPU is waited for."""
+    target = target.to(torch.int64)
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        raise IndexError(
+            f"{name}: row {row} has class {int(target.flatten()[row])}, "
+            f"expected 0 <= class < {classes} or ignore_index={ignore_index}"
+        )
+
+
 class Slot(NamedTuple):
     """One target of every row; each field [N, K]."""
 
@@ -84,12 +96,8 @@ class RowTerms:
     ) -> Slot:
         valid = target != ignore_index
         bad = valid & ((target < 0) | (target >= self.classes))
-        if target.device.type == "cpu" and bool(bad.any()):
-            row = int(bad.flatten().nonzero()[0])
-            raise IndexError(
-                f"{name}: row {row} has class {int(target.flatten()[row])}, "
-                f"expected 0 <= class < {self.classes} or ignore_index={ignore_index}"
-            )
+        if target.device.type == "cpu":
+            check_classes(name, target, self.classes, ignore_index)
         factor = torch.where(valid, factor, 0 * factor).masked_fill(bad, math.nan)
         index = target.masked_fill(~valid | bad, 0)
         x = raw(index)
