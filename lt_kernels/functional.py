@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _settings
+from ._functional_experts import (
+    ExpertCrossEntropyOutput,
+    ExpertFusion,
+    expert_cross_entropy,
+    expert_divergence,
+    expert_fusion,
+    linear_expert_fusion,
+)
 from ._validation import (
     FLOATING,
     RowOptions,
@@ -33,9 +41,15 @@ from .ops.margin_cross_entropy.arguments import Arguments
 from .ops.margin_cross_entropy.op import OP, forward, mean_coefficient
 
 __all__ = [
+    "ExpertCrossEntropyOutput",
+    "ExpertFusion",
     "LinearPlan",
     "MarginCrossEntropyOutput",
     "TopK",
+    "expert_cross_entropy",
+    "expert_divergence",
+    "expert_fusion",
+    "linear_expert_fusion",
     "linear_margin_cross_entropy",
     "linear_topk",
     "margin_cross_entropy",

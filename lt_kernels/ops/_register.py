@@ -27,20 +27,33 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
 
     ``torch.library.register_autograd`` does the same, but spends most of a small call on matching the schema's
     default values, of which our schemas have none.
+
+    Where the first argument is a Tensor[], ``setup_context`` sees it as a list, ``ctx.needs_input_grad`` is that of
+    (keyset, its length, *its tensors, *the others), and ``backward`` returns its gradients as a sequence, or None for
+    none of them, and then those of the others.
     """
     name = qualified.removeprefix(f"{NAMESPACE}::")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    listed = str(overload._schema.arguments[0].type) == "List[Tensor]"
 
     def below_autograd(keyset: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        if listed:
+            count, *flat = arguments
+            arguments = (flat[:count], *flat[count:])
+            ctx.list_length = count
         output = below_autograd(keyset, *arguments)
         setup_context(ctx, arguments, output)
         return output
 
     def backward_of_all(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if listed:
+            of_list, *others = backward(ctx, *grads)
+            return (None, None, *([None] * ctx.list_length if of_list is None else of_list), *others)
         return (None, *backward(ctx, *grads))
 
     # forward(ctx, ...) and not a separate setup_context: with one, apply() binds the signature anew at each call
@@ -51,6 +64,9 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             _refuse_transforms(qualified, arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            if listed:
+                first, *others = arguments
+                return function.apply(keyset, len(first), *first, *others)  # type: ignore[attr-defined]
             return function.apply(keyset, *arguments)  # type: ignore[attr-defined]
         return below_autograd(keyset, *arguments)
 
@@ -59,9 +75,10 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
 
 def _refuse_transforms(qualified: str, arguments: tuple[Any, ...]) -> None:
     """Raise where forward-mode differentiation or a torch.func transform would silently lose a derivative."""
+    flat = [each for argument in arguments for each in (argument if isinstance(argument, list) else [argument])]
     dual = any(
         isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
-        for argument in arguments
+        for argument in flat
         if forward_ad._current_level >= 0
     )
     if dual or torch._C._functorch.peek_interpreter_stack() is not None:

@@ -1,0 +1,55 @@
+"""The rows kernel of any backend, expert by expert, and the ensemble's cross-entropy from a second read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._backend import load
+from .._experts import empty_gradient
+from ..expert_fusion.arguments import Arguments as FusionArguments
+from ..margin_cross_entropy.op import OP as ROWS
+from .arguments import Arguments
+
+_FUSION = "expert_fusion"
+
+
+def forward(
+    a: Arguments, with_ensemble: bool, with_grad: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``op.py``."""
+    rows = a.rows()
+    grad = empty_gradient(a.logits) if with_grad else a.logits[0].new_empty((0,))
+    losses, rests = [], []
+    for e, row in enumerate(rows):
+        out = grad[e].unsqueeze(2) if with_grad else None
+        loss, _, _, rest, _ = load(ROWS, backend).forward(row, False, with_grad, out=out)
+        losses.append(loss[:, 0])
+        rests.append(rest[:, :, 0])
+    ensemble, prediction = ensemble_of(a, backend) if with_ensemble else (losses[0].new_empty((0,)),) * 2
+    return torch.stack(losses), torch.stack(rests), ensemble, prediction.to(torch.int64), grad
+
+
+def ensemble_of(a: Arguments, backend: str) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [N] and prediction [N] of the mean of the experts' scaled logits."""
+    experts = a.experts
+    weights = [1.0 / len(experts)] * len(experts)
+    fused = FusionArguments(a.logits, None, None, a.learned_scale, weights, a.scale)
+    _, prediction, lse, _ = load(_FUSION, backend).forward(fused, 1, False)
+    scale: float | Tensor = a.scale if a.learned_scale is None else a.scale * a.learned_scale
+    loss = torch.zeros_like(lse)
+    targets = [(a.target, 1.0 if a.mix_lambda is None else a.mix_lambda)]
+    if a.mixed_target is not None:
+        assert a.mix_lambda is not None
+        targets.append((a.mixed_target, 1 - a.mix_lambda))
+    for slot, (target, share) in enumerate(targets):
+        valid = target != a.ignore_index
+        bad = valid & ((target < 0) | (target >= experts[0].shape[1]))
+        column = target.masked_fill(~valid | bad, 0)[:, None]
+        own = torch.stack([x.gather(1, column)[:, 0].to(lse.dtype) for x in experts]).mean(0) * scale
+        factor = share * (lse.new_ones(()) if a.ensemble_coefficient is None else a.ensemble_coefficient[slot])
+        term = torch.where(valid, (lse - own).masked_fill(bad, math.nan), torch.zeros_like(lse))
+        loss = loss + factor * term
+    return loss, prediction[:, 0]

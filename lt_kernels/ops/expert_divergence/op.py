@@ -1,0 +1,81 @@
+"""Schema, shapes, autograd and backends of the divergences between experts.
+
+With u_ej = class_scale_j * x_ej, p_e = softmax(u_e), ubar = mean over e of u_e, U = sum over e of u_e:
+
+    to_mean    D_e = KL(softmax(ubar) || p_e)                               = A_e - Lbar + L_e
+    pairwise   D_e = sum over f of KL(p_e || p_f)                           = A_e - E L_e + sum over f of L_f
+
+    L_e = log-sum-exp of u_e, Lbar that of ubar; A_e = E_pbar[ubar - u_e] (to_mean), E_{p_e}[E u_e - U] (pairwise)
+
+A class with probability 0 adds nothing, whatever the others say of it. Forward returns ``value`` [E, N] and ``saved``
+[3 E + 2, N], both in the compute dtype: rows 0..E-1 the maxima of u_e, the next E the sums of exp(u_e - maximum), the
+next E the A_e; then maximum and sum of ubar (to_mean; else undefined). Backward, for upstream g_e:
+
+    to_mean    du_e = g_e (p_e - pbar) + (1/E) pbar (sum_f g_f (ubar - u_f) - sum_f g_f A_f)
+               the second term only where the mean is not detached
+    pairwise   du_e = g_e p_e (E u_e - U - A_e) + p_e sum_f g_f - sum_f g_f p_f
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import load
+from .._experts import compute_dtype, empty_gradient, per_argument, shape_of
+from .._register import define, register_autograd, register_no_double_backward
+
+OP = "expert_divergence"
+KINDS = ("to_mean", "pairwise")
+
+
+def _forward(logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool, backend: str) -> Any:
+    return load(OP, backend).forward(logits, class_scale, kind)
+
+
+def _forward_fake(logits: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    e, n, _c = shape_of(logits)
+    value = logits[0].new_empty((e, n), dtype=compute_dtype(logits))
+    return value, value.new_empty((3 * e + 2, n))
+
+
+def _backward(
+    grad: Tensor, saved: Tensor, logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool, backend: str
+) -> Tensor:
+    result: Tensor = load(OP, backend).backward(grad, saved, logits, class_scale, kind, detach)
+    return result
+
+
+def _backward_fake(grad: Tensor, saved: Tensor, logits: list[Tensor], *_: Any) -> Tensor:
+    return empty_gradient(logits)
+
+
+_SCHEMA = "Tensor[] logits, Tensor? class_scale, str kind, bool detach, str backend"
+FORWARD = define(f"{OP}_fwd({_SCHEMA}) -> (Tensor value, Tensor saved)", _forward, _forward_fake)
+BACKWARD = define(f"{OP}_bwd(Tensor grad, Tensor saved, {_SCHEMA}) -> Tensor", _backward, _backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, class_scale, *ctx.scalars = inputs
+    _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.logits_are_one = logits[0].dim() == 3
+    ctx.logits_need = ctx.needs_input_grad[2 : 2 + len(logits)]
+    ctx.save_for_backward(*logits, class_scale, saved)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *logits, class_scale, saved = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 5
+    gradient = torch.ops.lt_kernels.expert_divergence_bwd(grad, saved, logits, class_scale, *ctx.scalars)
+    of_logits = per_argument(gradient, ctx.logits_are_one)
+    return ([g if need else None for g, need in zip(of_logits, ctx.logits_need, strict=True)], None, None, None, None)
+
+
+register_autograd(FORWARD, _autograd_backward, _setup_context)
+register_no_double_backward(BACKWARD)
+forward = torch.ops.lt_kernels.expert_divergence_fwd.default

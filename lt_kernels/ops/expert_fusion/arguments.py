@@ -1,0 +1,34 @@
+"""The arguments every backend of expert_fusion takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._experts import compute_dtype, experts_of
+
+
+class Arguments(NamedTuple):
+    """One call: u_j = scale * sum over e of weights_e * x_ej + class_shift_j. Vectors in the compute dtype."""
+
+    logits: list[Tensor]  # one [E, N, C], or E of [N, C]; any strides
+    expert_weight: Tensor | None  # [E], multiplies `weights`
+    class_shift: Tensor | None  # [C]
+    learned_scale: Tensor | None  # 0-dim, multiplies `scale`
+    weights: list[float]  # [E]
+    scale: float
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.logits)
+
+    @property
+    def experts(self) -> list[Tensor]:
+        return experts_of(self.logits)
+
+
+SCHEMA = (
+    "Tensor[] logits, Tensor? expert_weight, Tensor? class_shift, Tensor? learned_scale, float[] weights, float scale"
+)

@@ -1,0 +1,55 @@
+"""Schema and shapes of the experts' fusion at inference; nothing is differentiable.
+
+With u_j = scale * sum over experts e of weights_e * x_ej + class_shift_j, of every sample:
+
+    values      [N, k] the k largest u, in the compute dtype, largest first; of equal ones the lowest class first; NaN
+                counts as the largest
+    classes     [N, k] int64, theirs
+    lse         [N] log-sum-exp of u
+    log_probs   [N, C] u - lse in the compute dtype; [0] unless asked for
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import load
+from .._experts import shape_of
+from .._register import define
+from .arguments import SCHEMA, Arguments
+
+OP = "expert_fusion"
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(*args: Any) -> Result:
+    *inputs, k, with_log_probs, backend = args
+    with torch.no_grad():
+        result: Result = load(OP, backend).forward(Arguments(*inputs), k, with_log_probs)
+    return result
+
+
+def _fake(*args: Any) -> Result:
+    *inputs, k, with_log_probs, _ = args
+    a = Arguments(*inputs)
+    _, n, c = shape_of(a.logits)
+    values = a.logits[0].new_empty((n, k), dtype=a.compute_dtype)
+    return (
+        values,
+        torch.empty_like(values, dtype=torch.int64),
+        values.new_empty((n,)),
+        values.new_empty((n, c) if with_log_probs else (0,)),
+    )
+
+
+define(
+    f"{OP}({SCHEMA}, int k, bool with_log_probs, str backend)"
+    " -> (Tensor values, Tensor classes, Tensor lse, Tensor log_probs)",
+    _forward,
+    _fake,
+)
+forward = torch.ops.lt_kernels.expert_fusion.default
