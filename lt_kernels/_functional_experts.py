@@ -377,7 +377,7 @@ def expert_divergence(
     Args:
         logits: ``[E, N, C]`` with any strides, or a list or tuple of E tensors ``[N, C]``.
         temperature: a number > 0, or ``[C]`` of such numbers (checked only with checks on): RIDE's per-class
-            temperature. Not differentiable.
+            temperature. Not differentiable. Kernels multiply by its reciprocal, which is rounded once.
         detach_mean: whether pbar is a constant to the gradient (``"to_mean"`` only). For the sum over experts it makes
             no difference: the gradients through pbar cancel, d(sum of D)/du_e = p_e - pbar either way.
         reduction: over rows: ``"mean"`` (``F.kl_div``'s "batchmean"), ``"sum"`` or ``"none"``.

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._backend import load
 from .._experts import empty_gradient
 from ..expert_fusion.arguments import Arguments as FusionArguments
+from ..expert_fusion.reference import fused
 from ..margin_cross_entropy.op import OP as ROWS
 from .arguments import Arguments
 
@@ -36,9 +37,8 @@ def ensemble_of(a: Arguments, backend: str) -> tuple[Tensor, Tensor]:
     """Cross-entropy [N] and prediction [N] of the mean of the experts' scaled logits."""
     experts = a.experts
     weights = [1.0 / len(experts)] * len(experts)
-    fused = FusionArguments(a.logits, None, None, a.learned_scale, weights, a.scale)
-    _, prediction, lse, _ = load(_FUSION, backend).forward(fused, 1, False)
-    scale: float | Tensor = a.scale if a.learned_scale is None else a.scale * a.learned_scale
+    fusion = FusionArguments(a.logits, None, None, a.learned_scale, weights, a.scale)
+    _, prediction, lse, _ = load(_FUSION, backend).forward(fusion, 1, False)
     loss = torch.zeros_like(lse)
     targets = [(a.target, 1.0 if a.mix_lambda is None else a.mix_lambda)]
     if a.mixed_target is not None:
@@ -48,7 +48,7 @@ def ensemble_of(a: Arguments, backend: str) -> tuple[Tensor, Tensor]:
         valid = target != a.ignore_index
         bad = valid & ((target < 0) | (target >= experts[0].shape[1]))
         column = target.masked_fill(~valid | bad, 0)[:, None]
-        own = torch.stack([x.gather(1, column)[:, 0].to(lse.dtype) for x in experts]).mean(0) * scale
+        own = fused(fusion._replace(logits=[x.gather(1, column) for x in experts]))[:, 0]
         factor = share * (lse.new_ones(()) if a.ensemble_coefficient is None else a.ensemble_coefficient[slot])
         term = torch.where(valid, (lse - own).masked_fill(bad, math.nan), torch.zeros_like(lse))
         loss = loss + factor * term

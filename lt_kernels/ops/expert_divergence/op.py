@@ -1,19 +1,21 @@
 """Schema, shapes, autograd and backends of the divergences between experts.
 
-With u_ej = class_scale_j * x_ej, p_e = softmax(u_e), ubar = mean over e of u_e, U = sum over e of u_e:
+With u_ej = class_scale_j * x_ej, p_e = softmax(u_e), ubar = mean over e of u_e, and, relative to the rows' maxima,
+v_ej = u_ej - max_j u_ej, M_e = sum over j of exp(v_ej), vbar and Mbar likewise of ubar, V = sum over e of v_e:
 
-    to_mean    D_e = KL(softmax(ubar) || p_e)                               = A_e - Lbar + L_e
-    pairwise   D_e = sum over f of KL(p_e || p_f)                           = A_e - E L_e + sum over f of L_f
+    to_mean    D_e = KL(softmax(ubar) || p_e)         = A_e + log(M_e / Mbar)
+    pairwise   D_e = sum over f of KL(p_e || p_f)     = A_e + sum over f of log(M_f / M_e)
 
-    L_e = log-sum-exp of u_e, Lbar that of ubar; A_e = E_pbar[ubar - u_e] (to_mean), E_{p_e}[E u_e - U] (pairwise)
+    A_e = E_pbar[vbar - v_e] (to_mean), E_{p_e}[E v_e - V] (pairwise)
 
-A class with probability 0 adds nothing, whatever the others say of it. Forward returns ``value`` [E, N] and ``saved``
-[3 E + 2, N], both in the compute dtype: rows 0..E-1 the maxima of u_e, the next E the sums of exp(u_e - maximum), the
-next E the A_e; then maximum and sum of ubar (to_mean; else undefined). Backward, for upstream g_e:
+Relative to the maxima because what is likely is near them, and with logarithms of ratios: A and differences of
+log-sum-exps would be large numbers that cancel. A class with probability 0 adds nothing, whatever the others say of it. Forward returns ``value``
+[E, N] and ``saved`` [3 E + 2, N], both in the compute dtype: rows 0..E-1 the maxima of u_e, the next E the M_e, the next
+E the A_e; then maximum and sum of ubar (to_mean; else undefined). Backward, for upstream g_e:
 
-    to_mean    du_e = g_e (p_e - pbar) + (1/E) pbar (sum_f g_f (ubar - u_f) - sum_f g_f A_f)
+    to_mean    du_e = g_e (p_e - pbar) + (1/E) pbar sum_f g_f (vbar - v_f - A_f)
                the second term only where the mean is not detached
-    pairwise   du_e = g_e p_e (E u_e - U - A_e) + p_e sum_f g_f - sum_f g_f p_f
+    pairwise   du_e = g_e p_e (E v_e - V - A_e) + p_e sum_f g_f - sum_f g_f p_f
 """
 
 from __future__ import annotations

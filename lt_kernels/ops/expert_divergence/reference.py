@@ -14,12 +14,13 @@ def _scaled(logits: list[Tensor], class_scale: Tensor | None) -> Tensor:
     return x if class_scale is None else x * class_scale
 
 
-def _softmax_parts(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exp(u - maximum) and probabilities along the last axis."""
+def _softmax_parts(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maximum, v = u - maximum, sum of exp(v) and probabilities along the last axis."""
     peak = u.amax(-1)
-    e = (u - peak[..., None]).exp()
+    v = u - peak[..., None]
+    e = v.exp()
     mass = e.sum(-1)
-    return peak, mass, e / mass[..., None]
+    return peak, v, mass, e / mass[..., None]
 
 
 def _times(p: Tensor, difference: Tensor) -> Tensor:
@@ -31,16 +32,14 @@ def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tupl
     """See ``op.py``."""
     u = _scaled(logits, class_scale)
     experts = u.shape[0]
-    peak, mass, p = _softmax_parts(u)
-    lse = peak + mass.log()
-    mean = u.mean(0)
-    mean_peak, mean_mass, mean_p = _softmax_parts(mean)
+    peak, v, mass, p = _softmax_parts(u)
+    mean_peak, mean_v, mean_mass, mean_p = _softmax_parts(u.mean(0))
     if kind == "to_mean":
-        a = _times(mean_p, mean - u).sum(-1)
-        value = a - (mean_peak + mean_mass.log()) + lse
+        a = _times(mean_p, mean_v - v).sum(-1)
+        value = a + (mass / mean_mass).log()
     else:
-        a = _times(p, experts * (u - mean)).sum(-1)
-        value = a - experts * (lse - lse.mean(0))
+        a = _times(p, experts * v - v.sum(0)).sum(-1)
+        value = a + (mass / mass[:, None]).log().sum(1)
     return value, torch.cat([peak, mass, a, mean_peak[None], mean_mass[None]])
 
 
@@ -50,18 +49,15 @@ def backward(
     """Gradient of the logits [E, N, C]; see ``op.py``."""
     u = _scaled(logits, class_scale)
     experts = u.shape[0]
-    a = saved[2 * experts : 3 * experts]
-    mean = u.mean(0)
+    a = saved[2 * experts : 3 * experts, :, None]
     g = grad[:, :, None]
-    p = _softmax_parts(u)[2]
+    _, v, _, p = _softmax_parts(u)
     if kind == "to_mean":
-        mean_p = _softmax_parts(mean)[2]
+        _, mean_v, _, mean_p = _softmax_parts(u.mean(0))
         du = g * (p - mean_p)
         if not detach:
-            through = _times(mean_p.expand_as(u), mean - u - a[:, :, None])
-            du = du + (g * through).sum(0) / experts
+            du = du + (g * _times(mean_p.expand_as(u), mean_v - v - a)).sum(0) / experts
     else:
-        own = _times(p, experts * (u - mean) - a[:, :, None])
-        du = g * own + p * g.sum(0) - (g * p).sum(0)
+        du = g * _times(p, experts * v - v.sum(0) - a) + p * g.sum(0) - (g * p).sum(0)
     dx = du if class_scale is None else du * class_scale
     return empty_gradient(logits).copy_(dx)

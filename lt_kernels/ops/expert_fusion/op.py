@@ -5,7 +5,7 @@ With u_j = scale * sum over experts e of weights_e * x_ej + class_shift_j, of ev
     values      [N, k] the k largest u, in the compute dtype, largest first; of equal ones the lowest class first; NaN
                 counts as the largest
     classes     [N, k] int64, theirs
-    lse         [N] log-sum-exp of u
+    lse         [N] log-sum-exp of u; NaN where the largest u is infinite or NaN, as in log_softmax
     log_probs   [N, C] u - lse in the compute dtype; [0] unless asked for
 """
 

@@ -1,0 +1,516 @@
+"""expert_cross_entropy on every backend, dtype and case, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expert_cases import CASES, LAYOUTS, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lt_kernels
+from lt_kernels import _settings
+from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
+from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
+from lt_kernels.testing import assert_within_budget, check_expert_cross_entropy
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_BACKENDS = ("reference", "native")
+
+
+def by_id(name: str) -> Case:
+    return next(case for case in CASES if case.id == name)
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request, backend):
+    if backend == "triton" and request.param == "fp64":
+        pytest.skip("Triton kernels take no float64")
+    return DTYPES[request.param]
+
+
+def as_list(logits: Tensor, target: Tensor, **options):
+    """The same loss of a list of E tensors with storages of their own."""
+    return expert_cross_entropy([each.clone() for each in logits.unbind(0)], target, **options)
+
+
+# ------------------------------------------------------------------------------------------------- value and gradients
+
+
+REDUCTIONS = [("mean", "mean"), ("sum", "none"), ("none", "none")]
+
+
+@pytest.mark.parametrize(
+    ("case", "reduction", "expert_reduction"),
+    [(case, *each) for case in CASES for each in (REDUCTIONS if case.classes < 2000 else REDUCTIONS[::2])],
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_value_and_every_gradient(case, dtype, reduction, expert_reduction, backend, device):
+    sample = case.sample(dtype, device, reduction=reduction, expert_reduction=expert_reduction)
+    upstream: float | Tensor = 0.7
+    shape = [case.experts] * (expert_reduction == "none") + [case.rows] * (reduction == "none")
+    if shape:
+        upstream = torch.linspace(-1, 2, math.prod(shape), device=device).reshape(shape)
+    check_expert_cross_entropy(expert_cross_entropy, sample, upstream=upstream)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["balpoe", "inat18 width", "mixup with everything", "one expert", "nine experts"])
+def test_a_list_is_not_stacked(name, reduction, backend, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_expert_cross_entropy(as_list, by_id(name).sample(dtype, device, reduction=reduction), upstream=0.7)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(140, 8142), (40, 33_001)])
+def test_gradients_too_large_for_the_caches(rows, classes, device):
+    """More than 12 MiB: the CPU kernels write these past the caches."""
+    case = Case("large", 3, rows, classes, options=("log_prior", "mixed_target"))
+    for dtype in (torch.float32, torch.bfloat16):
+        check_expert_cross_entropy(expert_cross_entropy, case.sample(dtype, device))
+
+
+@pytest.mark.parametrize("backend_name", CPU_BACKENDS)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.classes <= 40 and case.rows <= 16 and case.spread < 100], ids=lambda c: c.id
+)
+def test_gradcheck(case, backend_name):
+    case = dataclasses.replace(case, rows=min(case.rows, 4), classes=min(case.classes, 9))
+    sample = case.sample(torch.float64, reduction="none", expert_reduction="none")
+    names = list(sample.differentiable)
+
+    def call(*leaves: Tensor) -> Tensor:
+        given = dict(zip(names, leaves, strict=True))
+        options = {**sample.options, **{k: v for k, v in given.items() if k != "input"}}
+        return expert_cross_entropy(given.get("input", sample.input), sample.target, **options)
+
+    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in sample.differentiable.values())
+    with lt_kernels.use_backend(backend_name):
+        assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_each_expert_is_margin_cross_entropy(backend, device):
+    sample = by_id("mixup with everything").sample(torch.float32, device, expert_reduction="none")
+    options = {k: v.detach() if isinstance(v, Tensor) else v for k, v in sample.options.items()}
+    losses = expert_cross_entropy(sample.input.detach(), sample.target, **options)
+    prior, taus, bias = (options.pop(name) for name in ("log_prior", "taus", "class_bias"))
+    del options["expert_reduction"]
+    for e, loss in enumerate(losses):
+        expected = margin_cross_entropy(
+            sample.input[e].detach(), sample.target, class_bias=taus[e] * prior + bias[e], **options
+        )
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ ensemble
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("plain", "balpoe", "one expert", "nine experts", "one class", "inat18 width", "few rows, many columns"),
+        *("ignored rows", "class weights", "cosines", "angular", "mixup", "mixup per row", "mixup with everything"),
+        *("samples first", "classes first", "window", "one for all", "huge logits"),
+    ],
+)
+def test_ensemble(name, reduction, dtype, backend, device):
+    sample = by_id(name).sample(dtype, device, reduction=reduction)
+    output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
+    alone = expert_cross_entropy(sample.input, sample.target, **sample.options)
+    torch.testing.assert_close(output.loss, alone, rtol=1e-6, atol=0)
+    assert not output.ensemble_loss.requires_grad
+
+    def mean_loss(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        converted = sample.converted(kind)
+        options = converted.options
+        z = converted.input.detach().mean(0) * options.get("scale", 1.0)
+        pairs = [(sample.target, 1.0)]
+        if "mixed_target" in options:
+            share = options["mix_lambda"]
+            pairs = [(sample.target, share), (options["mixed_target"], 1 - share)]
+        total: Tensor = z.new_zeros(())
+        for target, share in pairs:
+            each = share * F.cross_entropy(z, target, reduction="none")
+            if reduction == "mean":
+                each = each.sum() / (target != -100).sum()
+            total = total + (each.sum() if reduction == "sum" else each)
+        return total.detach(), z
+
+    truth, z = mean_loss(torch.float64)
+    eager, _ = mean_loss(dtype)
+    assert_within_budget(output.ensemble_loss, eager, truth, "ensemble loss")
+    chosen = z.gather(1, output.ensemble_prediction[:, None])[:, 0]
+    spread = torch.finfo(torch.float32 if dtype != torch.float64 else dtype).eps * 8 * z.abs().amax(1)
+    assert bool((chosen >= z.amax(1) - spread).all())
+
+
+def test_ensemble_prediction_takes_the_first_of_equals(backend, device):
+    logits = torch.zeros(3, 4, 50, device=device)
+    logits[:, 1, 7] = logits[:, 1, 31] = 1.0
+    logits[:, 2, 49] = 1.0
+    logits[1, 3, 20] = math.nan
+    output = expert_cross_entropy(
+        logits, torch.zeros(4, dtype=torch.int64, device=device), reduction="none", return_ensemble=True
+    )
+    assert output.ensemble_prediction.tolist() == [0, 7, 49, 20]
+    assert output.ensemble_loss.isnan().tolist() == [False, False, False, True]
+
+
+# ----------------------------------------------------------------------------------------------------- upstream, modes
+
+
+@pytest.mark.parametrize("policy", ["one_pass", "recompute"])
+@pytest.mark.parametrize("upstream", [1.0, -3.7, 0.0, 65536.0])
+@pytest.mark.parametrize("expert_reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["inat18 width", "mixup", "samples first"])
+def test_every_policy_is_exact(name, expert_reduction, upstream, policy, backend, device, monkeypatch):
+    monkeypatch.setattr(_settings, "gradient_policy", policy)
+    given = torch.tensor([upstream, 1.0, 0.3], device=device) if expert_reduction == "none" else upstream
+    for dtype in (torch.float32, torch.bfloat16):
+        sample = by_id(name).sample(dtype, device, expert_reduction=expert_reduction)
+        check_expert_cross_entropy(expert_cross_entropy, sample, upstream=given)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
+def test_retained_graph_and_accumulation(listed, backend, device):
+    sample = by_id("balpoe").sample(torch.float32, device)
+    leaves = [x.detach().clone().requires_grad_() for x in sample.input] if listed else sample.input
+    flat = leaves if listed else [leaves]
+    loss = expert_cross_entropy(leaves, sample.target, **sample.options)
+    once = [g.clone() for g in torch.autograd.grad(loss, flat, retain_graph=True)]
+    (2 * loss).backward(retain_graph=True)
+    (-0.5 * loss).backward()
+    for leaf, grad in zip(flat, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 1.5 * grad)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_only_some_experts_learn(backend, device):
+    sample = by_id("balpoe").sample(torch.float32, device)
+    experts = [x.detach().clone() for x in sample.input]
+    experts[1].requires_grad_()
+    for reduction in ("mean", "none"):
+        loss = expert_cross_entropy(experts, sample.target, reduction=reduction, **sample.options).sum()
+        (grad,) = torch.autograd.grad(loss, experts[1])
+        (expected,) = torch.autograd.grad(
+            expert_cross_entropy(sample.input, sample.target, reduction=reduction, **sample.options).sum(), sample.input
+        )
+        torch.testing.assert_close(grad, expected[1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_a_clear_error(reduction, backend, device):
+    sample = by_id("plain").sample(torch.float32, device, reduction=reduction)
+    loss = expert_cross_entropy(sample.input, sample.target, **sample.options).sum()
+    (grad,) = torch.autograd.grad(loss, sample.input, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_transforms_are_a_clear_error(backend, device):
+    x, y = torch.randn(2, 3, 5, device=device), torch.tensor([0, 1, 2], device=device)
+    call = lambda z: expert_cross_entropy(z, y)  # noqa: E731
+    listed = lambda z: expert_cross_entropy([z[0], z[1]], y)  # noqa: E731
+    for function in (call, listed):
+        for transform in (lambda: torch.func.jvp(function, (x,), (x,)), lambda: torch.func.grad(function)(x)):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                transform()
+
+
+def test_inputs_are_left_alone(backend, device):
+    for name in ("balpoe", "mixup with everything", "samples first"):
+        sample = by_id(name).sample(torch.float32, device)
+        tensors = [sample.input, sample.target, *(v for v in sample.options.values() if isinstance(v, Tensor))]
+        before = [t.detach().clone() for t in tensors]
+        loss = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options).loss
+        loss.backward()
+        assert all(torch.equal(t.detach(), b) for t, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["inat18 width, mixed", "vectors that learn", "few rows, many columns"])
+def test_deterministic(name, backend, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = []
+        for threads in (1, 2, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                sample = by_id(name).sample(dtype, device)
+                output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
+                grads = torch.autograd.grad(output.loss, list(sample.differentiable.values()))
+            finally:
+                torch.set_num_threads(before)
+            runs.append([*output, *grads])
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ extreme inputs
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows(reduction, backend, device):
+    x = torch.randn(3, 0, 5, device=device, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.int64, device=device)
+    output = expert_cross_entropy(x, target, reduction=reduction, return_ensemble=True)
+    expected = F.cross_entropy(x[0], target, reduction=reduction)
+    torch.testing.assert_close(output.loss, expected, equal_nan=True)
+    torch.testing.assert_close(output.ensemble_loss, expected, equal_nan=True)
+    assert output.ensemble_prediction.shape == (0,)
+    output.loss.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_nothing_to_average(backend, device):
+    x = torch.randn(3, 4, 5, device=device, requires_grad=True)
+    target = torch.full((4,), -100, device=device)
+    output = expert_cross_entropy(x, target, return_ensemble=True)
+    assert output.loss.isnan()
+    assert output.ensemble_loss.isnan()
+    assert torch.equal(torch.autograd.grad(output.loss, x)[0], torch.zeros_like(x))
+    assert expert_cross_entropy(x, target, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("name", ["balpoe", "class bias", "mixup", "odd"])
+def test_masked_classes(name, backend, device):
+    sample = by_id(name).sample(torch.float32, device)
+    mask = torch.zeros(sample.input.shape[2], device=device)
+    mask[4:30] = -math.inf
+    sample.target[(sample.target >= 4) & (sample.target < 30)] = 0
+    if "mixed_target" in sample.options:
+        other = sample.options["mixed_target"]
+        other[(other >= 4) & (other < 30)] = 1
+    sample.options["class_bias"] = sample.options.get("class_bias", torch.zeros_like(mask)) + mask
+    check_expert_cross_entropy(expert_cross_entropy, sample)
+
+
+def test_a_nan_row_stays_alone(backend, device):
+    x = torch.randn(3, 5, 8142, device=device)
+    x[1, 2] = math.nan
+    x[2, 3, 17] = math.inf
+    x.requires_grad_()
+    losses = expert_cross_entropy(
+        x, torch.arange(5, device=device), reduction="none", expert_reduction="none", return_ensemble=True
+    )
+    losses.loss.sum().backward()
+    bad = torch.zeros(3, 5, dtype=torch.bool, device=device)
+    bad[1, 2] = bad[2, 3] = True
+    assert torch.equal(losses.loss.isnan(), bad)
+    assert torch.equal(x.grad.isnan().any(2), bad)
+    assert torch.equal(losses.ensemble_loss.isnan(), bad.any(0))
+
+
+@pytest.mark.parametrize("which", ["target", "mixed_target"])
+@pytest.mark.parametrize("bad", [-1, 33, 2**40])
+def test_a_bad_target_is_an_index_error_that_names_the_row(bad, which, backend, device):
+    sample = by_id("mixup").sample(torch.float32, device)
+    labels = sample.target if which == "target" else sample.options["mixed_target"]
+    labels[3] = bad
+    if device != "cpu":
+        losses = expert_cross_entropy(sample.input, sample.target, reduction="none", **sample.options)
+        assert losses.isnan().nonzero().flatten().tolist() == [3]
+        lt_kernels.set_checks(True)
+    try:
+        with pytest.raises(IndexError, match=rf"{which}: row 3 has class {bad}, expected 0 <= class < 33"):
+            expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
+    finally:
+        lt_kernels.set_checks(False)
+
+
+def test_offsets_beyond_32_bits(backend, device):
+    """Experts more than 2^31 elements apart; only their own pages are touched."""
+    storage = torch.empty(2**31 + 20_000, dtype=torch.bfloat16, device=device)
+    x = storage.as_strided((2, 1, 8142), (2**31 + 11, 8142, 1), 3)
+    torch.manual_seed(0)
+    x.copy_(torch.randn(2, 1, 8142))
+    y = torch.tensor([17], device=device)
+    output = expert_cross_entropy(x, y, return_ensemble=True)
+    expected = expert_cross_entropy(x.float(), y, return_ensemble=True)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.ensemble_loss, expected.ensemble_loss)
+
+
+# ------------------------------------------------------------------------------------------------- compile and opcheck
+
+
+def op_arguments(name: str, device: str, listed: bool = False) -> tuple:
+    sample = by_id(name).sample(torch.float32, device)
+    o = sample.options
+    e, n, c = sample.input.shape
+    logits = [x.detach().clone().requires_grad_() for x in sample.input] if listed else [sample.input]
+    vector = torch.linspace(0.5, 1.5, c, device=device)
+    mixed = o.get("mixed_target")
+    coefficient = torch.full((1 if mixed is None else 2,), 1 / (e * n), device=device)
+    return Arguments(
+        logits, sample.target, mixed, None if mixed is None else torch.full((), 0.3, device=device), None,
+        o.get("class_bias"), vector.clone() if mixed is not None else None, None, None, o.get("log_prior"), coefficient,
+        coefficient * e, [float(i) for i in range(e)], 1.0, 0.0, False, -100, 0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
+@pytest.mark.parametrize("name", ["balpoe", "mixup", "bias per expert"])
+def test_opcheck_forward(name, listed, backend, device):
+    arguments = op_arguments(name, device, listed)
+    for reduce, with_ensemble, with_grad in (("all", True, False), ("rows", False, True), ("none", True, False)):
+        torch.library.opcheck(
+            torch.ops.lt_kernels.expert_cross_entropy_fwd.default,
+            (*arguments, reduce, with_ensemble, with_grad, backend),
+        )
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
+@pytest.mark.parametrize("name", ["balpoe", "bias per expert"])
+def test_opcheck_backward(name, listed, backend, device):
+    arguments = op_arguments(name, device, listed)
+    forward = torch.ops.lt_kernels.expert_cross_entropy_fwd.default
+    with torch.no_grad():
+        _, rest, *_ = forward(*arguments, "all", False, False, backend)
+    detached = arguments._replace(logits=[x.detach() for x in arguments.logits])
+    needs = [True, arguments.class_bias is not None, False, False, False]
+    torch.library.opcheck(
+        torch.ops.lt_kernels.expert_cross_entropy_bwd.default,
+        (torch.ones((), device=device), rest, *detached, needs, backend),
+    )
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
+@pytest.mark.parametrize("name", ["balpoe", "mixup with everything"])
+def test_compile_fullgraph(name, listed, backend, device):
+    torch._dynamo.reset()
+    sample = by_id(name).sample(torch.float32, device)
+    function = as_list if listed else expert_cross_entropy
+
+    def loss(x: Tensor) -> Tensor:
+        return function(x, sample.target, **sample.options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, actual = loss(sample.input), compiled(sample.input)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, sample.input), torch.autograd.grad(expected, sample.input), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_compile_with_inductor(device):
+    torch._dynamo.reset()
+    sample = by_id("balpoe").sample(torch.float32, device)
+
+    def loss(x: Tensor) -> Tensor:
+        output = expert_cross_entropy(2 * x, sample.target, return_ensemble=True, **sample.options)
+        return output.loss + output.ensemble_loss
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(sample.input), loss(sample.input))
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+class TestProperties:
+    shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(2, 40))
+
+    @settings(deadline=None, max_examples=20)
+    @given(shape=shapes, seed=st.integers(0, 99))
+    def test_rows_of_the_gradient_sum_to_zero(self, shape, seed):
+        torch.manual_seed(seed)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        prior = torch.randn(shape[2], dtype=torch.float64)
+        y = torch.randint(shape[2], (shape[1],))
+        expert_cross_entropy(x, y, log_prior=prior, taus=[0.5 * e for e in range(shape[0])]).backward()
+        torch.testing.assert_close(x.grad.sum(2), torch.zeros(shape[:2], dtype=torch.float64), rtol=0, atol=1e-12)
+
+    @settings(deadline=None, max_examples=20)
+    @given(shape=shapes, seed=st.integers(0, 99))
+    def test_without_a_prior_it_is_the_mean_of_cross_entropies(self, shape, seed):
+        torch.manual_seed(seed)
+        x, y = torch.randn(shape, dtype=torch.float64), torch.randint(shape[2], (shape[1],))
+        expected = torch.stack([F.cross_entropy(z, y) for z in x]).mean()
+        torch.testing.assert_close(expert_cross_entropy(x, y), expected)
+        zeros = expert_cross_entropy(x, y, log_prior=torch.randn(shape[2]).double(), taus=[0.0] * shape[0])
+        torch.testing.assert_close(zeros, expected)
+
+    @settings(deadline=None, max_examples=20)
+    @given(shape=shapes, seed=st.integers(0, 99))
+    def test_permuting_experts_permutes_the_losses(self, shape, seed):
+        torch.manual_seed(seed)
+        x, y = torch.randn(shape), torch.randint(shape[2], (shape[1],))
+        taus, prior = torch.randn(shape[0]).tolist(), torch.randn(shape[2])
+        order = torch.randperm(shape[0])
+        losses = expert_cross_entropy(x, y, log_prior=prior, taus=taus, expert_reduction="none")
+        moved = expert_cross_entropy(
+            x[order], y, log_prior=prior, taus=[taus[i] for i in order], expert_reduction="none"
+        )
+        assert torch.equal(moved, losses[order])
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+X, Y, P = torch.randn(3, 4, 5), torch.tensor([0, 1, 4, 2]), torch.zeros(5)
+META = torch.device("meta")
+BAD = {
+    "number": ({"logits": 3.0}, TypeError, r"logits: got float, expected a Tensor \[E, N, C\] or a list"),
+    "matrix": ({"logits": X[0]}, ValueError, r"logits: got shape \(4, 5\), expected \[E, N, C\]"),
+    "no experts": ({"logits": X[:0]}, ValueError, r"logits: got shape \(0, 4, 5\), expected .* at least one expert"),
+    "no tensors": ({"logits": []}, ValueError, r"logits: got no tensors, expected one \[N, C\] for each expert"),
+    "integers": ({"logits": X.long()}, TypeError, r"logits: got dtype torch.int64, expected one of"),
+    "item": ({"logits": [X[0], None]}, TypeError, r"logits\[1\]: got NoneType, expected a Tensor \[N, C\]"),
+    "item's shape": ({"logits": [X[0], X[1, :3]]}, ValueError, r"logits\[1\]: got shape \(3, 5\), expected \(4, 5\)"),
+    "item's dtype": ({"logits": [X[0], X[1].double()]}, ValueError, r"logits\[1\]: got dtype torch.float64, expected"),
+    "item's device": ({"logits": [X[0], X[1].to(META)]}, ValueError, r"logits\[1\]: got device meta, expected cpu"),
+    "item's axes": ({"logits": [X, X]}, ValueError, r"logits\[0\]: got shape \(3, 4, 5\), expected \[N, C\]"),
+    "probabilities": ({"target": X[0].softmax(1)}, TypeError, r"target: got dtype torch.float32, expected class indi"),
+    "target": ({"target": Y[:2]}, ValueError, r"target: got class indices of shape \(2,\), expected \(4,\)"),
+    "prior alone": ({"log_prior": P}, ValueError, r"taus: got None with log_prior, expected both or neither"),
+    "taus alone": ({"taus": (0, 1, 2)}, ValueError, r"log_prior: got None with taus, expected both or neither"),
+    "prior's shape": ({"log_prior": P[:4], "taus": (0, 1, 2)}, ValueError, r"log_prior: got shape \(4,\), expected"),
+    "number of taus": ({"log_prior": P, "taus": (0, 1)}, ValueError, r"taus: got 2 values, expected 3, one for each"),
+    "a tau": ({"log_prior": P, "taus": (0, "1", 2)}, TypeError, r"taus\[1\]: got str, expected a number"),
+    "nan tau": ({"log_prior": P, "taus": (0, math.nan, 2)}, ValueError, r"taus\[1\]: got nan, expected a finite"),
+    "taus' type": ({"log_prior": P, "taus": 1.0}, TypeError, r"taus: got float, expected a sequence of 3 numbers"),
+    "taus' shape": ({"log_prior": P, "taus": torch.ones(3, 4)}, ValueError, r"taus: got shape \(3, 4\), expected \[3"),
+    "taus' dtype": ({"log_prior": P, "taus": torch.ones(3).long()}, TypeError, r"taus: got dtype torch.int64"),
+    "bias": (
+        {"class_bias": torch.zeros(2, 5)},
+        ValueError,
+        r"class_bias: got shape \(2, 5\), expected \[5\] or \[3, 5",
+    ),
+    "bias's device": ({"class_bias": torch.zeros(3, 5).to(META)}, ValueError, r"class_bias: got device meta"),
+    "reduction": ({"reduction": "batch"}, ValueError, r"reduction: got 'batch', expected one of 'none', 'mean', 'sum'"),
+    "experts": ({"expert_reduction": "all"}, ValueError, r"expert_reduction: got 'all', expected one of 'none'"),
+    "mixed": ({"mixed_target": Y}, ValueError, r"mix_lambda: got None with mixed_target, expected both or neither"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    changes, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        expert_cross_entropy(**{"logits": X, "target": Y, **changes})
+
+
+def test_an_infinite_prior_is_found_with_checks_on():
+    prior = torch.tensor([0.0, -math.inf, 0.0, 0.0, 0.0])
+    lt_kernels.set_checks(True)
+    try:
+        with pytest.raises(ValueError, match=r"log_prior: got values that are not finite"):
+            expert_cross_entropy(X, Y, log_prior=prior, taus=(0, 1, 2))
+    finally:
+        lt_kernels.set_checks(False)
+
+
+def test_a_backend_asked_for_by_name_is_never_replaced():
+    with lt_kernels.use_backend("triton"), pytest.raises(lt_kernels.BackendUnavailableError, match="triton"):
+        expert_cross_entropy(X, Y)
+
+
+def test_layouts_are_what_they_say():
+    x = torch.randn(2, 3, 4)
+    assert LAYOUTS["samples first"](x).stride() == (4, 8, 1)
+    assert LAYOUTS["one for all"](x).stride(0) == 0
