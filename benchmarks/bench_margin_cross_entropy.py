@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lt_kernels.bench import margin_cross_entropy as op
-from lt_kernels.bench.under_pytest import forward_backward, parameters
+from lt_kernels.bench.under_pytest import parameters, step
 
 
 @pytest.mark.parametrize("provider", op.PROVIDERS)
 @pytest.mark.parametrize(("case", "dtype"), parameters(op))
 def bench_forward_backward(benchmark, case, dtype, provider):
-    forward_backward(benchmark, op, case, dtype, provider)
+    step(benchmark, op, case, dtype, provider)

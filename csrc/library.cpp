@@ -4,11 +4,18 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cpu_host.h"
 #include "cpu_memory.h"
+#include "expert_cross_entropy/arguments.h"
+#include "expert_divergence/arguments.h"
+#include "expert_fusion/arguments.h"
 #include "margin_cross_entropy/arguments.h"
 
 TORCH_LIBRARY(lt_kernels_native, m) {
   LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m);
+  LTK_EXPERT_CROSS_ENTROPY_SCHEMAS(m);
+  LTK_EXPERT_FUSION_SCHEMAS(m);
+  LTK_EXPERT_DIVERGENCE_SCHEMAS(m);
   m.def("empty_pooled(int[] size, ScalarType dtype) -> Tensor");
 }
 
@@ -19,6 +26,10 @@ TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
   m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd_cpu);
   m.impl("margin_cross_entropy_bwd", &ltk::margin_cross_entropy_bwd_cpu);
   m.impl("scale_gradient_", &ltk::scale_gradient_cpu);
+  m.impl("expert_cross_entropy_fwd", &ltk::expert_cross_entropy_fwd_cpu);
+  m.impl("expert_fusion", &ltk::expert_fusion_cpu);
+  m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd_cpu);
+  m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd_cpu);
 }
 
 #if defined(LTK_CUDA_ARCHITECTURES)
@@ -26,6 +37,9 @@ TORCH_LIBRARY_IMPL(lt_kernels_native, CUDA, m) {
   m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd_cuda);
   m.impl("margin_cross_entropy_bwd", &ltk::margin_cross_entropy_bwd_cuda);
   m.impl("scale_gradient_", &ltk::scale_gradient_cuda);
+  m.impl("expert_fusion", &ltk::expert_fusion_cuda);
+  m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd_cuda);
+  m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd_cuda);
 }
 #endif
 

@@ -1,7 +1,7 @@
 """Fused losses for training classifiers on long-tailed labels with very many classes.
 
-The losses are at top level; ``functional`` has the stateless form. ``priors``, ``schedules`` and ``datasets`` are plain
-helpers, ``metrics`` needs torchmetrics, ``testing`` holds a kernel to float64.
+The losses are at top level; ``functional`` has the stateless form. ``priors``, ``schedules``, ``datasets`` and
+``mixing`` are plain helpers, ``metrics`` needs torchmetrics, ``testing`` holds a kernel to float64.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from . import datasets, functional, losses, priors, schedules
+from . import datasets, functional, losses, mixing, priors, schedules
 from ._info import info
 from ._settings import set_checks, set_gradient_policy, set_memory_budget, use_backend
 from ._version import __version__
@@ -17,11 +17,17 @@ from .functional import plan_linear
 from .losses import (
     ArcFaceLoss,
     BalancedSoftmaxLoss,
+    BalPoELoss,
     CosFaceLoss,
+    ExpertHead,
     LDAMLoss,
     LinearHead,
     LogitAdjustmentLoss,
+    NCLLoss,
+    RIDELoss,
+    SADELoss,
     VSLoss,
+    fit_expert_weights,
     post_hoc_logit_adjustment,
 )
 from .ops._backend import BackendUnavailableError
@@ -29,17 +35,24 @@ from .ops._backend import BackendUnavailableError
 __all__ = [
     "ArcFaceLoss",
     "BackendUnavailableError",
+    "BalPoELoss",
     "BalancedSoftmaxLoss",
     "CosFaceLoss",
+    "ExpertHead",
     "LDAMLoss",
     "LinearHead",
     "LogitAdjustmentLoss",
+    "NCLLoss",
+    "RIDELoss",
+    "SADELoss",
     "VSLoss",
     "__version__",
     "datasets",
+    "fit_expert_weights",
     "functional",
     "info",
     "losses",
+    "mixing",
     "plan_linear",
     "post_hoc_logit_adjustment",
     "priors",

@@ -67,7 +67,7 @@ def expert_cross_entropy(
     mix_lambda: float | Tensor | None = None,
     return_ensemble: bool = False,
 ) -> Any:
-    """Cross-entropy of E experts, each with its own share of the log prior, in one pass over their logits.
+    """Cross-entropy of E experts, each with its own share of the log prior, in one call and one pass over their logits.
 
     Expert e's loss is [`margin_cross_entropy`][lt_kernels.functional.margin_cross_entropy] of its logits with the class
     bias ``taus[e] * log_prior + class_bias``; target and all other options are shared. With the published
@@ -80,7 +80,8 @@ def expert_cross_entropy(
         weight: ``[C]``, class weights as in ``F.cross_entropy``; not differentiable.
         log_prior: ``[C]``, finite (natural logarithm). To mask a class, give it -inf in ``class_bias``.
         taus: E numbers, or a tensor ``[E]``, or ``[E, C]`` (an exponent per expert and class); together with
-            ``log_prior``. With numbers, and a prior that does not learn, kernels read the prior once for all experts.
+            ``log_prior``. With numbers, and a prior that does not learn, the Triton kernels read the prior once for all
+            experts of a sample; other backends add it up per class and expert, once per call.
         class_bias: ``[C]``, or ``[E, C]``: added to the logits of each class (and expert).
         expert_reduction: ``"mean"`` over experts, ``"sum"``, or ``"none"`` for one loss per expert.
         return_ensemble: also return the cross-entropy and the prediction of zbar = scale * mean over experts of their
@@ -262,13 +263,13 @@ def expert_fusion(
     shift = class_vector("log_prior_shift", log_prior_shift, classes, first, dtype)
     fixed, learned = _scale(scale, temperature, first, dtype)
     with torch.no_grad():
-        u, found, lse, log_probs = fusion_forward(
+        u, found, mass, log_probs = fusion_forward(
             *FusionArguments(given, tensor, shift, learned, weights, fixed),
             topk,
             return_log_probs,
             resolve(FUSION, first),
         )
-        values = (u - lse[:, None]).exp()
+        values = (u - u[:, :1]).exp() / mass[:, None]  # not exp(u - lse): that would round the log-sum-exp
     return ExpertFusion(found[:, 0], values[:, 0], values, found, log_probs if return_log_probs else None)
 
 
@@ -337,8 +338,11 @@ def linear_expert_fusion(
         ]
         bias = None
         if linear_bias is not None:
-            each = linear_bias.new_tensor(weights) if tensor is None else tensor.to(linear_bias.dtype)
-            bias = (linear_bias * each[:, None]).sum(0)
+            each = [
+                b.to(dtype) * (weights[e] if tensor is None else weights[e] * tensor[e])
+                for e, b in enumerate(linear_bias)
+            ]
+            bias = torch.stack(each).sum(0).to(linear_bias.dtype)
         if len(features) == 1:
             joined, matrix = features[0], torch.stack(heads).sum(0)
         else:
@@ -505,7 +509,7 @@ def _prior(
         if taus.device != input.device:
             raise ValueError(f"taus: got device {taus.device}, expected {input.device} as logits")
         exponents = taus.to(dtype)
-        exponents = exponents[:, None] if taus.dim() == 1 else exponents
+        own = (exponents[:, None] if taus.dim() == 1 else exponents) * prior
     else:
         if not isinstance(taus, (list, tuple)):
             raise TypeError(f"taus: got {type(taus).__name__}, expected a sequence of {experts} numbers or a Tensor")
@@ -515,8 +519,7 @@ def _prior(
         if not prior.requires_grad:
             # the kernels' gradients of a class_bias that learns go to what they are given: [C] or [E, C]
             return prior, numbers, bias
-        exponents = torch.tensor(numbers, dtype=dtype, device=input.device)[:, None]
-    own = exponents * prior
+        own = torch.stack([tau * prior for tau in numbers])  # a tensor of the numbers would wait for a GPU
     return None, [0.0] * experts, (own if bias is None else own + bias).contiguous()
 
 
@@ -582,6 +585,8 @@ def _check_features(input: ExpertLogits, experts: int, width: int, linear_weight
             raise TypeError(f"{name}: got {type(each).__name__}, expected a Tensor [N, D]")
         if each.dtype not in FLOATING:
             raise TypeError(f"{name}: got dtype {each.dtype}, expected one of {FLOATING}")
+        if each.dtype != features[0].dtype:
+            raise TypeError(f"{name}: got dtype {each.dtype}, expected {features[0].dtype} as input[0]")
         if each.dim() != 2 or each.shape != features[0].shape:
             raise ValueError(f"{name}: got shape {tuple(each.shape)}, expected [N, D], the same for every expert")
         if each.shape[1] != width:

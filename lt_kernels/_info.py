@@ -12,10 +12,13 @@ from . import _settings
 from ._version import __version__
 from .ops import _native
 from .ops._backend import unavailable_reason
+from .ops.expert_cross_entropy.op import OP as EXPERT_CROSS_ENTROPY
+from .ops.expert_divergence.op import OP as EXPERT_DIVERGENCE
+from .ops.expert_fusion.op import OP as EXPERT_FUSION
 from .ops.linear_margin_cross_entropy.op import OP as LINEAR
-from .ops.margin_cross_entropy.op import OP
+from .ops.margin_cross_entropy.op import OP as ROWS
 
-OPS = (OP, LINEAR)
+OPS = (ROWS, LINEAR, EXPERT_CROSS_ENTROPY, EXPERT_FUSION, EXPERT_DIVERGENCE)
 
 
 def _distribution_version(name: str) -> str | None:

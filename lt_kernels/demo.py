@@ -3,7 +3,8 @@
 Training: scikit-learn's handwritten digits (1,797 real images of 8 x 8 pixels). For each seed the ten digits are put in
 a random order and given 150 ... 3 training images (imbalance 50, exponential profile); 24 other images of each digit
 are the balanced test split. Network, optimiser, schedule, batches and seeds are the same for every loss; only the last
-layer differs for LDAM, which takes cosines. Every loss keeps its defaults: nothing was tuned on the test split.
+layer differs for LDAM, which takes cosines, and the last two layers for BalPoE, which has three of each. Every loss
+keeps its defaults, mixup BalPoE's published alpha: nothing was tuned on the test split.
 """
 
 from __future__ import annotations
@@ -20,15 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import BalancedSoftmaxLoss, LDAMLoss, LogitAdjustmentLoss, VSLoss
+from .functional import expert_fusion
+from .losses import BalancedSoftmaxLoss, BalPoELoss, ExpertHead, LDAMLoss, LogitAdjustmentLoss, VSLoss
+from .mixing import mixup
 from .schedules import DeferredReweighting
 
 CLASSES = 10
 LARGEST, IMBALANCE, TEST_PER_CLASS = 150, 50, 24
 MANY_ABOVE, FEW_BELOW = 50, 10
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 64, 2e-3, 1e-3
-LOSSES = ("cross-entropy", "logit adjustment", "balanced softmax", "LDAM + DRW", "VS")
+LOSSES = (
+    *("cross-entropy", "logit adjustment", "balanced softmax", "LDAM + DRW", "VS"),
+    *("BalPoE (3 experts)", "BalPoE + mixup"),
+)
+EXPERTS = 3
+MIXUP_ALPHA = BalPoELoss.PRESETS["cifar100-lt"].mixup_alpha
 GROUPS = ("overall", "many", "medium", "few", "balanced")
+ERRORS = ("ece", "mce")
 _PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm", "torchmetrics": "torchmetrics"}
 
 
@@ -41,7 +50,7 @@ def run(out: Path, seeds: int = 3, epochs: int = 80, throughput: bool = True) ->
     """Train, print the table, measure, draw; returns the files written."""
     from tqdm import tqdm
 
-    from .metrics import ShotGroupAccuracy
+    from .metrics import CalibrationError, ShotGroupAccuracy
 
     out.mkdir(parents=True, exist_ok=True)
     counts = class_counts()
@@ -52,6 +61,8 @@ def run(out: Path, seeds: int = 3, epochs: int = 80, throughput: bool = True) ->
     )
     # accumulated over the seeds, which all number the classes by frequency
     metrics = {name: ShotGroupAccuracy(counts, many_above=MANY_ABOVE, few_below=FEW_BELOW) for name in LOSSES}
+    calibration = {name: CalibrationError() for name in LOSSES}
+    predictions: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in LOSSES}  # confidence, correct
     interval = 0.2 if sys.stderr.isatty() else 15.0
     total = seeds * len(LOSSES) * epochs
     with _threads(1), tqdm(total=total, desc="training", unit="epoch", mininterval=interval) as progress:
@@ -60,11 +71,15 @@ def run(out: Path, seeds: int = 3, epochs: int = 80, throughput: bool = True) ->
             for name, metric in metrics.items():
                 progress.set_postfix_str(f"seed {seed}, {name}", refresh=False)
                 model = train(name, split, seed, epochs, progress.update)
-                with torch.no_grad():
-                    metric.update(model(split.test_images), split.test_labels)
-    print_accuracy({name: metric.compute() for name, metric in metrics.items()})
-    written = [out / "accuracy_per_class.png"]
+                probabilities = predict(name, model, split.test_images)
+                metric.update(probabilities, split.test_labels)
+                calibration[name].update(probabilities, split.test_labels)
+                confidence, predicted = probabilities.max(1)
+                predictions[name].append((confidence, predicted == split.test_labels))
+    print_accuracy({name: metrics[name].compute() | calibration[name].compute() for name in LOSSES})
+    written = [out / "accuracy_per_class.png", out / "reliability.png"]
     draw_accuracy({name: metric.per_class() for name, metric in metrics.items()}, counts, written[0])
+    draw_reliability(predictions, written[1])
 
     if throughput:
         written.append(out / "throughput.png")
@@ -128,14 +143,42 @@ class CosineLinear(nn.Linear):
         return F.linear(F.normalize(input), F.normalize(self.weight))
 
 
-def make_model(cosine: bool) -> nn.Module:
-    """Two convolutions and two linear layers, 40 thousand parameters."""
-    head = CosineLinear(64, CLASSES, bias=False) if cosine else nn.Linear(64, CLASSES)
+class Experts(nn.Module):
+    """Two layers of its own for each expert; logits [E, N, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleList(nn.Linear(32 * 16, 64) for _ in range(EXPERTS))
+        self.head = ExpertHead(64, CLASSES, EXPERTS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits: Tensor = self.head([hidden(input).relu() for hidden in self.hidden])
+        return logits
+
+
+def make_model(name: str) -> nn.Module:
+    """Two convolutions and two linear layers, 40 thousand parameters (three experts: 105 thousand)."""
+    if name.startswith("BalPoE"):
+        last: list[nn.Module] = [Experts()]
+    else:
+        head = CosineLinear(64, CLASSES, bias=False) if name.startswith("LDAM") else nn.Linear(64, CLASSES)
+        last = [nn.Linear(32 * 16, 64), nn.ReLU(), head]
     return nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten()),
-        *(nn.Linear(32 * 16, 64), nn.ReLU(), head),
+        *last,
     )
+
+
+@torch.no_grad()
+def predict(name: str, model: nn.Module, images: Tensor) -> Tensor:
+    """Probabilities [N, C], without any prior: the test split is balanced."""
+    output = model(images)
+    if name.startswith("BalPoE"):
+        log_probs = expert_fusion(output, return_log_probs=True).log_probs
+        assert log_probs is not None
+        return log_probs.exp()
+    return ((30.0 * output) if name.startswith("LDAM") else output).softmax(1)
 
 
 def make_loss(name: str) -> nn.Module:
@@ -147,13 +190,13 @@ def make_loss(name: str) -> nn.Module:
         "LDAM + DRW": lambda: LDAMLoss(counts),
         "VS": lambda: VSLoss(counts),
     }
-    return makers[name]()
+    return BalPoELoss(counts) if name.startswith("BalPoE") else makers[name]()
 
 
 def train(name: str, split: Split, seed: int, epochs: int, after_epoch: Callable[[], object]) -> nn.Module:
     """One trained network."""
     torch.manual_seed(seed)
-    model, loss = make_model(cosine=name.startswith("LDAM")), make_loss(name)
+    model, loss = make_model(name), make_loss(name)
     schedule = None
     if name.endswith("DRW"):
         schedule = DeferredReweighting(loss, class_counts(), switch_epoch=epochs * 4 // 5)
@@ -165,7 +208,11 @@ def train(name: str, split: Split, seed: int, epochs: int, after_epoch: Callable
             schedule.step(epoch)
         for batch in torch.randperm(len(split.labels), generator=generator).split(BATCH):
             optimizer.zero_grad()
-            loss(model(split.images[batch]), split.labels[batch]).backward()
+            if name.endswith("mixup"):
+                mixed = mixup(split.images[batch], split.labels[batch], MIXUP_ALPHA, generator=generator)
+                loss(model(mixed.input), *mixed[1:]).backward()
+            else:
+                loss(model(split.images[batch]), split.labels[batch]).backward()
             optimizer.step()
         decay.step()
         after_epoch()
@@ -173,10 +220,28 @@ def train(name: str, split: Split, seed: int, epochs: int, after_epoch: Callable
 
 
 def print_accuracy(results: dict[str, dict[str, Tensor]]) -> None:
-    print("\n" + f"{'accuracy, %':18}" + "".join(f"{group:>10}" for group in GROUPS))
+    columns = (*GROUPS, *ERRORS)
+    print("\n" + f"{'accuracy, %':20}" + "".join(f"{c.upper() if c in ERRORS else c:>10}" for c in columns))
     for name, values in results.items():
-        print(f"{name:18}" + "".join(f"{100 * float(values[group]):10.1f}" for group in GROUPS))
-    print("Logit adjustment with tau = 1 and balanced softmax are the same function: their rows agree up to rounding.")
+        print(f"{name:20}" + "".join(f"{100 * float(values[column]):10.1f}" for column in columns))
+    print(
+        "ECE and MCE: expected and maximum calibration error, 15 bins, %; a bin with few samples makes MCE noisy.\n"
+        "Logit adjustment with tau = 1 and balanced softmax are the same function: their rows agree up to rounding."
+    )
+
+
+def draw_reliability(predictions: dict[str, list[tuple[Tensor, Tensor]]], path: Path) -> None:
+    from .metrics import reliability_diagram
+
+    plt = _pyplot()
+    shown = ("cross-entropy", "logit adjustment", *(name for name in predictions if name.startswith("BalPoE")))
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), layout="constrained")
+    for axis, name in zip(axes, shown, strict=True):
+        confidence, correct = (torch.cat(parts) for parts in zip(*predictions[name], strict=True))
+        reliability_diagram(confidence, correct, axis)
+        axis.set_title(f"{name}\n{axis.get_title()}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def draw_accuracy(per_class: dict[str, Tensor], counts: Tensor, path: Path) -> None:

@@ -1,11 +1,13 @@
-"""Accuracy on long-tailed data, as ``torchmetrics.Metric``: overall, many / medium / few shot, and balanced.
+"""Accuracy on long-tailed data (overall, many / medium / few shot, balanced) and calibration.
 
-Needs the extra ``lt_kernels[metrics]``: without torchmetrics the module imports, and construction raises ImportError.
+The classes are ``torchmetrics.Metric`` and need the extra ``lt_kernels[metrics]``: without torchmetrics the module
+imports, and construction raises ImportError. ``reliability_diagram`` needs matplotlib.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,3 +144,205 @@ class ShotGroupAccuracy(Metric):
             row = int(bad.nonzero()[0])
             got = int(classes[row])
             raise IndexError(f"{name}: row {row} has class {got}, expected 0 <= class < {self.num_classes}")
+
+
+class CalibrationErrors(NamedTuple):
+    """How far confidence is from accuracy, both 0-dim float32."""
+
+    ece: Tensor  #: expected calibration error: the mean over samples of their bin's gap
+    mce: Tensor  #: maximum calibration error: the largest gap of a bin
+
+
+class CalibrationError(Metric):
+    """Expected and maximum calibration error of top-1 predictions, accumulated over batches and processes.
+
+    Guo, Pleiss, Sun, Weinberger, *On Calibration of Modern Neural Networks*, ICML 2017: samples are put into bins of
+    equal width by their confidence, ((b - 1) / bins, b / bins]; the gap of a bin is that between its mean confidence
+    and its accuracy. ``compute()`` returns a dict of ``"ece"`` and ``"mce"``, 0-dim float32; NaN without samples, and
+    with a confidence that is NaN. Empty bins have no gap. Only sums per bin are kept, no samples.
+
+    torchmetrics' own calibration errors store all confidences, put those on a bin's border into the next bin, and a
+    confidence of exactly 1 into a bin of its own.
+
+    Args:
+        bins: how many.
+        ignore_index: targets with this class are left out.
+        validate_args: check the values of confidences and classes (on a GPU this waits for the device).
+        kwargs: of ``torchmetrics.Metric`` (``dist_sync_on_step``, ...).
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        TypeError, ValueError: bins that are not a positive int; predictions and targets of the wrong dtype, shape or
+            range.
+
+    Example:
+        >>> import torch
+        >>> metric = CalibrationError()
+        >>> metric.update(torch.tensor([0.9, 0.9, 0.6, 0.6]), torch.tensor([True, True, True, False]))
+        >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}
+        {'ece': 0.1, 'mce': 0.1}
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    sums: Tensor
+
+    def __init__(self, bins: int = 15, *, ignore_index: int = -100, validate_args: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bins = _check_bins(bins)
+        self.ignore_index = ignore_index
+        self.validate_args = validate_args
+        self.add_state("sums", default=torch.zeros(bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            preds: probabilities [N, C]; or confidences [N], such as
+                [`expert_fusion`][lt_kernels.functional.expert_fusion] gives.
+            target: classes [N], any integer dtype, for probabilities; whether the prediction was right [N], bool, for
+                confidences.
+        """
+        counted = _confidence_and_correct(preds, target, self.ignore_index)
+        if self.validate_args:
+            _check_confidence("preds", counted[0])
+        self.sums = self.sums + _bin_sums(*counted, self.bins)
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        return _errors(self.sums)._asdict()
+
+
+def calibration_error(preds: Tensor, target: Tensor, bins: int = 15, *, ignore_index: int = -100) -> CalibrationErrors:
+    """Expected and maximum calibration error, as of [`CalibrationError`][lt_kernels.metrics.CalibrationError].
+
+    Args:
+        preds: probabilities [N, C], or confidences [N].
+        target: classes [N], any integer dtype, for probabilities; whether the prediction was right [N], bool, for
+            confidences.
+        bins: how many, of equal width.
+        ignore_index: targets with this class are left out.
+
+    Returns:
+        ``CalibrationErrors(ece, mce)``, 0-dim float32.
+
+    Raises:
+        TypeError, ValueError: as the class.
+
+    Example:
+        >>> import torch
+        >>> ece, mce = calibration_error(torch.tensor([[0.9, 0.1], [0.3, 0.7]]), torch.tensor([0, 0]))
+        >>> round(ece.item(), 4), round(mce.item(), 4)
+        (0.4, 0.7)
+    """
+    counted = _confidence_and_correct(preds, target, ignore_index)
+    _check_confidence("preds", counted[0])
+    return _errors(_bin_sums(*counted, _check_bins(bins)))
+
+
+def reliability_diagram(confidence: Tensor, correct: Tensor, path_or_axis: Any, bins: int = 15) -> Any:
+    """Accuracy against confidence, one bar for each bin, with the gaps and both calibration errors.
+
+    Args:
+        confidence: [N], of the predicted classes.
+        correct: [N], bool, whether the predictions were right.
+        path_or_axis: a file name to save the figure as, or matplotlib axes to draw on.
+        bins: how many, of equal width.
+
+    Returns:
+        The matplotlib axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: as [`calibration_error`][lt_kernels.metrics.calibration_error].
+    """
+    counted = _confidence_and_correct(confidence, correct, -100, ("confidence", "correct"))
+    _check_confidence("confidence", counted[0])
+    sums = _bin_sums(*counted, _check_bins(bins)).cpu()
+    figure, axis = None, path_or_axis
+    if isinstance(path_or_axis, (str, os.PathLike)):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("reliability_diagram needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(4, 4), layout="constrained")
+        axis = figure.add_subplot()
+    elif not hasattr(path_or_axis, "bar"):
+        raise TypeError(f"path_or_axis: got {type(path_or_axis).__name__}, expected a file name or matplotlib axes")
+    count, confident, right = sums.unbind(1)
+    filled = count > 0
+    accuracy = (right / count)[filled].tolist()
+    gap = ((confident - right) / count)[filled].tolist()
+    left = (torch.arange(bins)[filled] / bins).tolist()
+    options = {"width": 1 / bins, "align": "edge", "edgecolor": "black", "linewidth": 0.5}
+    axis.bar(left, accuracy, color="tab:blue", label="accuracy", **options)
+    axis.bar(left, gap, bottom=accuracy, color="tab:red", alpha=0.3, label="confidence - accuracy", **options)
+    axis.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1)
+    ece, mce = _errors(sums)
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"ECE {ece:.3f}, MCE {mce:.3f}")
+    axis.legend(loc="upper left")
+    if figure is not None:
+        figure.savefig(path_or_axis, dpi=150)
+    return axis
+
+
+def _check_bins(bins: int) -> int:
+    if isinstance(bins, bool) or not isinstance(bins, int):
+        raise TypeError(f"bins: got {type(bins).__name__}, expected an int")
+    if bins < 1:
+        raise ValueError(f"bins: got {bins}, expected an int >= 1")
+    return bins
+
+
+def _check_confidence(name: str, confidence: Tensor) -> None:
+    bad = (confidence < 0) | (confidence > 1 + 1e-4)  # a softmax may exceed 1 by a rounding
+    if bool(bad.any()):
+        raise ValueError(f"{name}: got {confidence[bad][0]:g}, expected probabilities in [0, 1]")
+
+
+def _confidence_and_correct(
+    preds: Tensor, target: Tensor, ignore_index: int, names: tuple[str, str] = ("preds", "target")
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N] each: confidence (float64, 0 for ignored samples), whether it was right, whether it counts (bool)."""
+    of_preds, of_target = names
+    for name, value in zip(names, (preds, target), strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+    if not preds.is_floating_point():
+        raise TypeError(f"{of_preds}: got dtype {preds.dtype}, expected a floating-point dtype")
+    dims = (1, 2) if of_preds == "preds" else (1,)
+    if preds.dim() not in dims or (preds.dim() == 2 and preds.shape[1] == 0):
+        expected = "probabilities [N, C] or confidences [N]" if 2 in dims else "[N]"
+        raise ValueError(f"{of_preds}: got shape {tuple(preds.shape)}, expected {expected}")
+    if target.shape != preds.shape[:1]:
+        raise ValueError(f"{of_target}: got shape {tuple(target.shape)}, expected ({len(preds)},), one per prediction")
+    if preds.dim() == 1:
+        if target.dtype != torch.bool:
+            raise TypeError(
+                f"{of_target}: got dtype {target.dtype} with confidences [N], expected bool: whether they were right"
+            )
+        return preds.detach().double(), target, torch.ones_like(target)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{of_target}: got dtype {target.dtype}, expected an integer dtype")
+    confidence, predicted = preds.detach().max(1)
+    kept = target != ignore_index
+    return confidence.double().masked_fill(~kept, 0.0), (predicted == target) & kept, kept
+
+
+def _bin_sums(confidence: Tensor, correct: Tensor, kept: Tensor, bins: int) -> Tensor:
+    """[bins, 3]: samples, sum of their confidences, how many are right."""
+    borders = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)[1:-1]
+    index = torch.bucketize(confidence, borders)
+    # a matrix product: deterministic on a GPU, which adding into bins is not
+    member = (index == torch.arange(bins, device=confidence.device)[:, None]).double()
+    return member @ torch.stack([kept.double(), confidence, correct.double()], 1)
+
+
+def _errors(sums: Tensor) -> CalibrationErrors:
+    count, confidence, right = sums.unbind(1)
+    gap = (confidence - right).abs()
+    total = count.sum()
+    mce = torch.where(count > 0, gap / count.clamp_min(1), 0.0).max()
+    return CalibrationErrors((gap.sum() / total).float(), torch.where(total > 0, mce, torch.nan).float())

@@ -41,13 +41,24 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lt_kernels.ops.expert_cross_entropy import triton as experts  # noqa: E402
+from lt_kernels.ops.expert_cross_entropy.arguments import Arguments as ExpertsArguments  # noqa: E402
+from lt_kernels.ops.expert_divergence import triton as divergence  # noqa: E402
+from lt_kernels.ops.expert_fusion import triton as fusion  # noqa: E402
+from lt_kernels.ops.expert_fusion.arguments import Arguments as FusionArguments  # noqa: E402
 from lt_kernels.ops.linear_margin_cross_entropy import arguments as linear  # noqa: E402
 from lt_kernels.ops.linear_margin_cross_entropy import triton as tiled  # noqa: E402
 from lt_kernels.ops.margin_cross_entropy import triton as kernels  # noqa: E402
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments  # noqa: E402
 
 TABLES = ROOT / "benchmarks/results/aot"
-OPS = ("margin_cross_entropy", "linear_margin_cross_entropy")
+OPS = (
+    "margin_cross_entropy",
+    "linear_margin_cross_entropy",
+    "expert_cross_entropy",
+    "expert_fusion",
+    "expert_divergence",
+)
 VIEW = ROOT / "docs/kernels.md"
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -58,6 +69,8 @@ TARGETS = {
 #: Asserted limits of instructions per logit: of rows that one program keeps; and what an H200 executes (3.35e13 a
 #: second) while its memory moves the 4 bytes of a bfloat16 logit and its gradient (4.3e12 a second).
 ONE_TILE_BUDGET, MEMORY_BUDGET = 20.0, 31.0
+#: The same of logits that are read alone: 2 bytes each.
+READ_BUDGET = 15.6
 REGISTERS_PER_BLOCK = 65536
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 #: The tensor-core instructions that products of 16-bit numbers must come to.
@@ -75,6 +88,14 @@ _POINTERS = {
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
+def _type_of(value: Tensor | float) -> str:
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
 @dataclass
 class Launch:
     """One recorded kernel launch."""
@@ -85,22 +106,21 @@ class Launch:
 
     def source(self) -> ASTSource:
         """What Triton's just-in-time compiler would build for these arguments."""
-        signature, constants, attributes = {}, {}, {}
+        signature: dict[str, Any] = {}
+        constants, attributes = {}, {}
         exempt = set(self.kernel.do_not_specialize or ())
         for position, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, self.arguments[parameter.name]
             exact = name not in exempt and position not in exempt
             if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and exact):
                 signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[name] = _POINTERS[value.dtype]
-                attributes[(position,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if exact and value % 16 == 0:
-                    attributes[(position,)] = [["tt.divisibility", 16]]
+                continue
+            several = isinstance(value, tuple)
+            types = [_type_of(each) for each in (value if several else (value,))]
+            signature[name] = tuple(types) if several else types[0]
+            for place, each in enumerate(value if several else (value,)):
+                if isinstance(each, Tensor) or (type(each) is int and exact and each % 16 == 0):
+                    attributes[(position, place) if several else (position,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
 
 
@@ -123,7 +143,7 @@ def recording() -> Iterator[list[Launch]]:
 
     originals = [
         (module, name, kernel)
-        for module in (kernels, tiled)
+        for module in (kernels, tiled, experts, fusion, divergence)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -248,6 +268,93 @@ class LinearConfiguration:
         finally:
             tiled._architecture = architecture_of
         return [launch for launch in launches if self.scalars or "PRECISION" in launch.arguments]
+
+
+@dataclass
+class ExpertsConfiguration:
+    """A call of expert_cross_entropy, expert_fusion or expert_divergence on the logits of several experts."""
+
+    op: str
+    name: str
+    classes: int
+    dtype: torch.dtype = torch.bfloat16
+    options: tuple[str, ...] = ()
+    experts: int = 3
+    rows: int = 1024
+    k: int = 1
+    backward: bool = False
+    samples_first: bool = False  # [N, E, C] in memory
+    wide: bool = True  # held to 16-byte loads and stores
+    budget: float | None = None  # limit of instructions per logit
+
+    @property
+    def title(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        direction = ", backward" if self.backward else ""
+        return f"{self.op}, {self.name}, E {self.experts}, C {self.classes}, {dtype}{direction}"
+
+    def launches(self) -> list[Launch]:
+        e, n, c = self.experts, self.rows, self.classes
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def option(name: str, *shape: int) -> Tensor | None:
+            return meta(*shape) if name in self.options else None
+
+        x = meta(n, e, c, dtype=self.dtype).transpose(0, 1) if self.samples_first else meta(e, n, c, dtype=self.dtype)
+        with recording() as launches:
+            if self.op == "expert_cross_entropy":
+                experts.forward(self._arguments(x), "ensemble" in self.options, True)
+            elif self.op == "expert_fusion":
+                a = FusionArguments(
+                    [x],
+                    option("expert_weight", e),
+                    option("class_shift", c),
+                    option("learned_scale"),
+                    [1.0 / e] * e,
+                    1.0,
+                )
+                fusion.forward(a, self.k, "log_probs" in self.options)
+            elif self.backward:
+                saved, scale, kind = meta(3 * e + 2, n), option("class_scale", c), self._kind
+                divergence.backward(meta(e, n), saved, [x], scale, kind, "detached" in self.options)
+            else:
+                divergence.forward([x], option("class_scale", c), self._kind)
+        return launches
+
+    def _arguments(self, x: Tensor) -> ExpertsArguments:
+        """Of expert_cross_entropy."""
+        e, n, c = x.shape
+
+        def option(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device="meta") if name in self.options else None
+
+        coefficient = torch.empty(2 if "mixed" in self.options else 1, device="meta")
+        return ExpertsArguments(
+            logits=[x],
+            target=torch.empty(n, dtype=torch.int64, device="meta"),
+            mixed_target=option("mixed", n, dtype=torch.int64),
+            mix_lambda=option("mixed"),
+            weight=option("weight", c),
+            class_bias=option("expert_bias", e, c),
+            class_scale=option("class_scale", c),
+            class_margin=None,
+            learned_scale=None,
+            log_prior=option("log_prior", c),
+            coefficient=coefficient,
+            ensemble_coefficient=coefficient,
+            taus=[1.0 + each for each in range(e)],
+            scale=30.0 if "scale" in self.options else 1.0,
+            margin=0.0,
+            angular=False,
+            ignore_index=-100,
+            label_smoothing=0.1 if "smoothing" in self.options else 0.0,
+        )
+
+    @property
+    def _kind(self) -> str:
+        return "pairwise" if "pairwise" in self.options else "to_mean"
 
 
 _VS = ("class_bias", "class_scale")
@@ -390,6 +497,69 @@ def _linear_configurations() -> list[LinearConfiguration]:
     ]
 
 
+def _experts_configurations() -> list[ExpertsConfiguration]:
+    case = ExpertsConfiguration
+    mean, prior = ("log_prior", "ensemble"), ("log_prior",)
+    of_cross_entropy = [
+        case("expert_cross_entropy", "plain", 8142, budget=ONE_TILE_BUDGET),
+        *(case("expert_cross_entropy", "log_prior", c, options=prior, budget=ONE_TILE_BUDGET) for c in (8142, 8192)),
+        case("expert_cross_entropy", "log_prior", 8142, _SINGLE, prior, budget=MEMORY_BUDGET),
+        *(
+            case("expert_cross_entropy", "log_prior, ensemble", 8142, options=mean, experts=e, budget=MEMORY_BUDGET)
+            for e in (3, 6)
+        ),
+        case("expert_cross_entropy", "log_prior, ensemble", 16384, _SINGLE, mean, budget=MEMORY_BUDGET),
+        case("expert_cross_entropy", "mixed, ensemble", 8142, options=(*mean, "scale", "mixed")),
+        case(
+            "expert_cross_entropy", "bias per expert, smoothing", 8142, options=("expert_bias", "weight", "smoothing")
+        ),
+        case("expert_cross_entropy", "class_scale, ensemble", 8142, _SINGLE, (*mean, "class_scale")),
+        case("expert_cross_entropy", "log_prior, samples first", 8142, options=mean, samples_first=True, wide=False),
+        *(
+            case(
+                "expert_cross_entropy", "the rows kernel", c, options=prior, experts=1, rows=4096, budget=MEMORY_BUDGET
+            )
+            for c in (21841, 100_000)
+        ),
+    ]
+    of_fusion = [
+        case("expert_fusion", "plain", 8142, budget=READ_BUDGET),
+        case("expert_fusion", "class_shift", 8192, experts=6, options=("class_shift",), budget=READ_BUDGET),
+        case("expert_fusion", "top 5, log_probs", 8142, _SINGLE, ("class_shift", "log_probs"), k=5),
+        case("expert_fusion", "top 5, all", 16384, options=("class_shift", "expert_weight", "learned_scale"), k=5),
+        case("expert_fusion", "top 5, log_probs", 100_000, options=("class_shift", "log_probs"), k=5),
+        case("expert_fusion", "top 20, samples first", 8142, k=20, samples_first=True, wide=False),
+    ]
+    of_divergence = [
+        *(case("expert_divergence", "to_mean", c, budget=ONE_TILE_BUDGET) for c in (8142, 100_000)),
+        case("expert_divergence", "to_mean, class_scale", 8192, _SINGLE, ("class_scale",), experts=6),
+        case("expert_divergence", "pairwise", 8142, options=("pairwise",), budget=ONE_TILE_BUDGET),
+        case(
+            "expert_divergence", "pairwise, class_scale, few rows", 8142, options=("class_scale", "pairwise"), rows=128
+        ),
+        case("expert_divergence", "pairwise", 8142, _SINGLE, options=("pairwise",), experts=9),
+    ]
+    backward = [
+        case(
+            "expert_divergence", "to_mean, detached", 8142, options=("detached",), backward=True, budget=MEMORY_BUDGET
+        ),
+        case("expert_divergence", "to_mean, class_scale", 8142, options=("class_scale",), backward=True),
+        case("expert_divergence", "to_mean", 100_000, experts=6, backward=True, budget=MEMORY_BUDGET),
+        case("expert_divergence", "pairwise", 8142, options=("pairwise",), backward=True, budget=MEMORY_BUDGET),
+        case(
+            "expert_divergence",
+            "pairwise, class_scale",
+            8192,
+            _SINGLE,
+            ("class_scale", "pairwise"),
+            experts=6,
+            backward=True,
+        ),
+        case("expert_divergence", "pairwise", 8142, options=("pairwise",), experts=9, backward=True, wide=False),
+    ]
+    return [*of_cross_entropy, *of_fusion, *of_divergence, *backward]
+
+
 def _small_launches() -> list[tuple[str, Launch]]:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -465,6 +635,15 @@ def _work(launch: Launch) -> tuple[int, int]:
         return triton.cdiv(a["classes"], a["BLOCK_C"]), a["classes"] * a["BLOCK_K"]
     if kernel == "_tiles_backward_kernel":
         return a["blocks_per_program"], a["blocks_per_program"] * a["BLOCK_C"] * a["BLOCK_K"]
+    if kernel == "_experts_forward_kernel":
+        return triton.cdiv(a["classes"], a["GROUP"] * a["LANES"] * a["SWEEP"]), a["EXPERTS"] * a["classes"]
+    if kernel in ("_fusion_kernel", "_log_probs_kernel"):
+        return 1, len(a["x_ptrs"]) * min(a["classes"], a["part_groups"] * a["GROUP"])
+    if kernel.startswith("_divergence"):
+        block = a["GROUP"] * a["LANES"] * a["REPEAT"]
+        if kernel == "_divergence_forward_kernel":
+            return triton.cdiv(a["classes"], block), len(a["x_ptrs"]) * a["classes"]
+        return 1, len(a["x_ptrs"]) * min(a["classes"], block)
     return 1, 0
 
 
@@ -558,6 +737,26 @@ def _compile(name: str, launch: Launch, configuration: Configuration | None, dir
     return "margin_cross_entropy", record, problems
 
 
+def _compile_experts(name: str, launch: Launch, configuration: ExpertsConfiguration, directory: str) -> _Result:
+    """Table row of one launch, and its problems."""
+    _, record, problems = _compile(name, launch, None, directory)
+    kernel = record["kernel"]
+    if configuration.wide and kernel != "_merge_kernel":
+        writes = kernel in ("_log_probs_kernel", "_divergence_backward_kernel") or any(
+            launch.arguments.get(out) is not None for out in ("u_ptr", "log_probs_ptr", "grad_ptr")
+        )
+        for kind in ("loads", "stores") if writes else ("loads",):
+            if "128" not in record["sm_90"][kind]:
+                problems.append(f"{name} {kernel}: no 16-byte {kind}: {record['sm_90'][kind]}")
+    if configuration.budget is not None and "per_logit" in record:
+        record["budget"] = configuration.budget
+        if record["per_logit"] > configuration.budget:
+            problems.append(
+                f"{name} {kernel}: {record['per_logit']} instructions per logit, at most {configuration.budget}"
+            )
+    return configuration.op, record, problems
+
+
 def _machine_code(launch: Launch, target: str, directory: str, trips: int = 1) -> dict[str, Any]:
     gpu = TARGETS[target]
     options = {key: value for key, value in launch.options.items() if key != "maxnreg" or gpu.backend == "cuda"}
@@ -613,6 +812,13 @@ def _tasks(only: str) -> list[tuple[str, Callable[[str], _Result]]]:
             for same in zip(*by_target, strict=True):
                 launches = dict(zip(TARGETS, same, strict=True))
                 tasks.append((name, functools.partial(_compile_linear, name, launches, linear_case)))
+    for experts_case in _experts_configurations():
+        if only in experts_case.title:
+            name = experts_case.title
+            tasks += [
+                (name, functools.partial(_compile_experts, name, launch, experts_case))
+                for launch in experts_case.launches()
+            ]
     return [task for task in tasks if only in task[0]]
 
 
@@ -677,6 +883,36 @@ warps and registers alone. Asserted for all: no stack, no spills, shared memory 
 NVIDIA's.
 """
 
+_LOSSES = """
+## Losses of several experts
+
+`expert_cross_entropy` has one program per sample, which visits the experts' rows one after another; a logit is one of
+one expert. Rows of up to 16,384 classes stay in its registers (8192 with one of: class_scale, weighted smoothing, two
+kinds of bias, or two of smoothing, a mixed target and angular margins): each logit is read once and its gradient
+written once. The log prior is read once per sample and stays in registers beside the row where the logits have 16 bits,
+are read 16 bytes at a time, and none of these options is used; else each expert reads it again, from the cache. The
+ensemble is a second sweep over the sample's rows, out of the cache. Wider rows, rows with more options, logits whose
+classes are not contiguous, and the experts of a list whose rows are not the same distance apart go through the rows
+kernel, expert by expert, whose second read finds one expert's rows in L2 where it would not find all experts'; their
+ensemble is a read of its own, by the fusion's kernel. Few rows with very many classes are among them. More than {most}
+experts are several launches, and their ensemble too is a read of its own.
+
+Asserted: no stack, no spills, and 16-byte loads and stores wherever the rows of all experts begin at the same place
+within 16 bytes. The last column is what 4096 samples should take on an H200, the longer of bytes (4.3e12 a second) and
+instructions (3.35e13 a second): a prediction, not yet measured.
+"""
+
+_EXPERTS = """
+## Logits of several experts
+
+`expert_fusion` and `expert_divergence` hold the same columns of all experts at once; a logit is one of one expert.
+Asserted: no stack, no spills; 16-byte loads, and 16-byte stores of what is as long as the logits, wherever the rows of
+all experts begin at the same place within 16 bytes. Those of 8142 bfloat16 logits in [N, E, C] (samples first) do not,
+and get 4 bytes; nine experts leave a thread 8 bytes of each in bfloat16. The limit of {read} is what an H200 can
+execute while its memory reads a bfloat16 logit. The divergences' forward pass is above it: it has an exponential and a
+product for each logit, one exponential more for all experts' mean, and a selection for what -inf would make of them.
+"""
+
 
 def _view(tables: dict[str, dict[str, Any]]) -> str:
     """The tables as Markdown."""
@@ -691,10 +927,32 @@ def _view(tables: dict[str, dict[str, Any]]) -> str:
         "",
         *code.strip().splitlines(),
         "",
+        *_code_lines(table["rows"]),
+        "",
+        *_LOSSES.format(most=experts._MOST_EXPERTS).strip().splitlines(),
+        "",
+        *_with_prediction(_code_lines(tables["expert_cross_entropy"]["rows"]), tables["expert_cross_entropy"]["rows"]),
+        "",
+        *_EXPERTS.format(read=READ_BUDGET).strip().splitlines(),
+        "",
+        *_code_lines([row for op in ("expert_fusion", "expert_divergence") for row in tables[op]["rows"]]),
+    ]
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    lines += ["", *_TILED.strip().splitlines(), ""]
+    lines += [f"| case | kernel | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
+    for row in linear_table["rows"]:
+        cells = [row["case"].removeprefix("linear, "), _short(row["kernel"])]
+        lines.append(f"| {' | '.join([*cells, *(_tile_cell(row[target]) for target in targets)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _code_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of kernels."""
+    lines = [
         "| case | kernel | warps | registers sm_80 / 90 / 100 / gfx942 | per logit | loads | stores | shared |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in table["rows"]:
+    for row in rows:
         sm90 = row["sm_90"]
         registers = " / ".join(str(row[target]["registers"]) for target in ("sm_80", "sm_90", "sm_100", "gfx942"))
         loads, stores = (", ".join(f"{n}x{width}" for width, n in sm90[kind].items()) for kind in ("loads", "stores"))
@@ -706,13 +964,18 @@ def _view(tables: dict[str, dict[str, Any]]) -> str:
             sm90["shared"],
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    lines += ["", *_TILED.strip().splitlines(), ""]
-    lines += [f"| case | kernel | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
-    for row in linear_table["rows"]:
-        cells = [row["case"].removeprefix("linear, "), _short(row["kernel"])]
-        lines.append(f"| {' | '.join([*cells, *(_tile_cell(row[target]) for target in targets)])} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _with_prediction(lines: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of a table of losses of experts with one column more: microseconds for 4096 samples."""
+    cells = [" predicted |", "---|"]
+    for row in rows:
+        e, c, dtype = re.search(r"E (\d+), C (\d+), (\w+)", row["case"]).groups()  # type: ignore[union-attr]
+        logits = 4096 * int(e) * int(c)
+        read_and_written = 2 * logits * getattr(torch, dtype).itemsize / 4.3e12
+        cells.append(f" {max(read_and_written, logits * row['per_logit'] / 3.35e13) * 1e6:.0f} us |")
+    return [line + cell for line, cell in zip(lines, cells, strict=True)]
 
 
 def _short(kernel: str) -> str:

@@ -14,7 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lt_kernels.bench import cases, compare, figures, providers, records, report, roofline, runner
+from lt_kernels.bench import (
+    cases,
+    compare,
+    expert_cross_entropy,
+    expert_divergence,
+    expert_fusion,
+    figures,
+    providers,
+    records,
+    report,
+    roofline,
+    runner,
+)
 from lt_kernels.bench import linear_margin_cross_entropy as head
 from lt_kernels.bench import margin_cross_entropy as op
 
@@ -96,14 +108,17 @@ def small_inputs():
 
 # Cases and costs
 
+EXPERTS = (expert_cross_entropy, expert_fusion, expert_divergence)
+EXPERT_CASES = list({case.name: case for module in EXPERTS for case in module.CASES.values()}.values())
 
-@pytest.mark.parametrize("case", [*op.CASES.values(), *head.CASES.values()], ids=lambda case: case.name)
+
+@pytest.mark.parametrize("case", [*op.CASES.values(), *head.CASES.values(), *EXPERT_CASES], ids=lambda case: case.name)
 def test_case_counts_fit_and_are_long_tailed(case: cases.Case):
     counts = case.class_counts()
     assert counts.shape == (case.classes,)
     assert counts.min() >= 1
     assert counts.max() > counts.min()
-    assert case.log_prior().exp().sum().item() == pytest.approx(1)
+    assert case.log_prior().exp().sum().item() == pytest.approx(1, abs=1e-9 * case.classes)
 
 
 @pytest.mark.parametrize("op", runner.OPS.values(), ids=runner.OPS)
@@ -120,10 +135,15 @@ def test_cases_cover_the_targets_and_the_comparison(op):
     for name in op.COMPARE_CASES:
         assert "cpu" in op.CASES[name].devices
     assert set(op.REFERENCES) <= set(op.PROVIDERS)
+    assert set(op.DIRECTIONS) <= set(runner.DIRECTIONS)
+    for device in ("cpu", "cuda"):
+        assert any(device in case.headline for case in op.CASES.values())
 
 
 def test_names_of_cases_tell_the_ops_apart():
+    experts = {case.name for case in EXPERT_CASES}
     assert not op.CASES.keys() & head.CASES.keys()
+    assert not (op.CASES.keys() | head.CASES.keys()) & experts
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -157,6 +177,33 @@ def test_cost_of_a_head_counts_products_and_operands_but_no_logits(direction, pr
     assert cost.exponentials == 7 * 123
 
 
+@pytest.mark.parametrize("module", EXPERTS, ids=lambda module: module.OP)
+def test_cost_of_experts_counts_the_logits_of_each_once_per_pass(module):
+    case = cases.ExpertCase("c", 7, 123, experts=4)
+    for direction in module.DIRECTIONS:
+        cost = module.cost(case, torch.bfloat16, direction)
+        assert cost.bytes_moved == (1 if direction == "fwd" else 2) * 4 * 7 * 123 * 2
+        assert cost.flops % (7 * 123) == 0
+    means, logits = 7 * 123, 4 * 7 * 123
+    expected = {expert_cross_entropy: logits, expert_fusion: means, expert_divergence: logits + means}
+    assert cost.exponentials == expected[module]
+
+
+def test_inputs_of_experts():
+    case = cases.ExpertCase("c", 7, 123)
+    inputs = case.inputs(torch.float32, "cpu")
+    assert case.sizes == {"E": 3, "N": 7, "C": 123}
+    assert case.taus == [-1, 1, 3]
+    assert cases.ExpertCase("c", 7, 123, experts=1).taus == [1]
+    assert sum(cases.ExpertCase("c", 7, 123, experts=6).taus) == pytest.approx(6)
+    assert [tuple(x.shape) for x in inputs.leaves.values()] == [(7, 123)] * 3
+    assert torch.equal(torch.stack(inputs.experts), inputs.stacked)
+    assert not torch.equal(inputs.target, inputs.mixed_target)
+    again = case.inputs(torch.float32, "cpu")
+    assert torch.equal(again.stacked, inputs.stacked)
+    assert torch.equal(again.mixed_target, inputs.mixed_target)
+
+
 def test_static_floor_is_the_slowest_of_what_a_chip_does():
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 0) == pytest.approx(10)
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 418 * 10**9) == pytest.approx(100)
@@ -187,6 +234,47 @@ def test_providers_of_heads_agree(case, dtype, provider):
     if reason is not None:
         pytest.skip(reason)
     head.check_agreement(provider, head.make_inputs(head.CASES[case], dtype, "cpu"))
+
+
+@pytest.mark.parametrize("module", EXPERTS, ids=lambda module: module.OP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_providers_of_experts_agree(module, dtype):
+    for case in module.CASES.values():
+        if case.devices:
+            continue
+        agreement = module.Agreement(inputs := module.make_inputs(case, dtype, "cpu"))
+        for name in module.PROVIDERS:
+            if name != "compile" and runner.unavailable_reason(module.OP, name, "cpu") is None:
+                agreement.check(name, module.make_step(name, inputs))
+
+
+def test_experts_are_the_published_loops():
+    inputs = cases.ExpertCase("c", 7, 123).inputs(torch.float64, "cpu")
+    prior = inputs.counts / inputs.counts.sum()
+
+    def loss(target):
+        pairs = zip(inputs.experts, (-1, 1, 3), strict=True)
+        each = [F.cross_entropy(x + tau * (prior + 1e-9).log(), target) for x, tau in pairs]
+        return sum(each) / 3
+
+    mixed = 0.7 * loss(inputs.target) + 0.3 * loss(inputs.mixed_target)
+    for name in ("published", "eager"):
+        torch.testing.assert_close(expert_cross_entropy.make_step(name, inputs)(), mixed, rtol=1e-6, atol=0.0)
+    p = [x.softmax(1) for x in inputs.experts]
+    mean = torch.stack(inputs.experts).mean(0).softmax(1)
+    to_mean = sum((mean * (mean / q).log()).sum() for q in p) / 7
+    torch.testing.assert_close(expert_divergence.make_step("published", inputs)(), to_mean)
+    pairs = sum((q * (q / r).log()).sum() for q in p for r in p) / 7
+    inputs.case = dataclasses.replace(inputs.case, variant=expert_divergence.PAIRWISE)
+    torch.testing.assert_close(expert_divergence.make_step("published", inputs)(), pairs)
+
+
+def test_experts_are_compiled_in_headline_cases():
+    for module in EXPERTS:
+        left_out = module.PROVIDERS["compile"].left_out
+        assert left_out(module.CASES["inat18-e3-n512"], "float32", "cpu") is None
+        assert "headline cases only" in left_out(module.CASES["inat18-e6-n512"], "float32", "cpu")
+        assert left_out(module.CASES["inat18-e6-n512"], "float32", "cuda") is None
 
 
 def test_heads_say_where_they_are_not_measured_unasked(monkeypatch):
@@ -441,6 +529,48 @@ def test_agreement_of_heads_rejects_each_error(head_inputs, what):
         agreement.check("frozen", lambda: head_inputs.features.sum())
 
 
+@pytest.mark.parametrize("module", [expert_cross_entropy, expert_divergence], ids=lambda module: module.OP)
+def test_agreement_of_experts_is_exact_in_what_it_samples(monkeypatch, module):
+    from lt_kernels.bench import experts
+
+    monkeypatch.setattr(experts, "CHECKED_LOGITS", 2 * 3 * 123)  # two samples
+    for name in [name for name in module.CASES if name.startswith("odd-3x7x123")]:
+        inputs = module.make_inputs(module.CASES[name], torch.float32, "cpu")
+        agreement = module.Agreement(inputs)
+        loss = module.make_step(module.REFERENCES[0], inputs)()
+        loss.backward()
+        torch.testing.assert_close(agreement._truth["loss"].float(), loss.detach(), rtol=1e-5, atol=0.0)
+        gradient = torch.stack([x.grad[[0, 6]] for x in inputs.experts])
+        torch.testing.assert_close(agreement._truth["gradient"].float(), gradient, rtol=1e-4, atol=1e-7)
+        inputs.drop_gradients()
+        last = inputs.experts[2][-1, 5]
+        for error in (0.0, 0.01):
+
+            def spoiled(error=error):
+                return module.make_step(module.REFERENCES[0], inputs)() + error * (last - last.detach())
+
+            if error:
+                with pytest.raises(AssertionError, match="spoiled gradient"):
+                    agreement.check("spoiled", spoiled)
+            else:
+                agreement.check("same", spoiled)
+
+
+def test_agreement_of_the_fusion_takes_any_of_equal_classes_and_no_other():
+    inputs = expert_fusion.make_inputs(expert_fusion.CASES["odd-3x7x123-top5"], torch.float32, "cpu")
+    inputs.stacked.data[:, 2, 7] = inputs.stacked.data[:, 2, 9] = 20.0
+    agreement = expert_fusion.Agreement(inputs)
+    values, classes = expert_fusion.make_step("eager", inputs)()
+    swapped = classes.clone()
+    swapped[2, :2] = classes[2, [1, 0]]
+    agreement.check("another order", lambda: (values, swapped))
+    swapped[3, :2] = classes[3, [1, 0]]
+    with pytest.raises(AssertionError, match="wrong order logits"):
+        agreement.check("wrong order", lambda: (values, swapped))
+    with pytest.raises(AssertionError, match="too sure probabilities"):
+        agreement.check("too sure", lambda: (values * 1.001, classes))
+
+
 # The runner
 
 
@@ -506,6 +636,24 @@ def test_run_of_a_head_measures_its_floor_unasked_and_holds_others_against_it(mo
     if eager.peak_bytes is not None:
         assert eager.peak_bytes >= 4 * (33 + 507) * 45
         assert 1 < head.memory(eager) < 5
+
+
+def test_run_of_the_fusion_has_no_backward_pass():
+    lines = []
+    found = runner.run(
+        expert_fusion.OP,
+        cases=["odd-3x7x123", "odd-3x7x123-top5"],
+        providers=["eager", "eager-one-tensor", "lt[reference]"],
+        dtypes=["float32"],
+        repetitions=1,
+        seconds=0.0,
+        log=lines.append,
+    )
+    assert {r.direction for r in found} == {"fwd"}
+    assert {r.sizes["E"] for r in found} == {3}
+    assert len(found) == 6
+    assert all(r.fraction_of_floor == pytest.approx(r.gbps / r.copy_gbps, rel=1e-3) for r in found)
+    assert runner.run(expert_fusion.OP, cases=["odd-3x7x123"], directions=["bwd", "fwd_bwd"]) == []
 
 
 def only(monkeypatch, *names: str, **changes) -> None:
@@ -825,8 +973,8 @@ def test_report_shows_both_ops(with_heads):
     report.check(with_heads)
     readme, docs = ((with_heads / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
     for text in (readme, docs):
-        assert f"`{op.OP}`\n\n| device | logits | dtype |" in text
-        assert f"`{head.OP}`\n\n| device | N x D x C | dtype |" in text
+        assert f"`{op.OP}`, forward and backward\n\n| device | logits | dtype |" in text
+        assert f"`{head.OP}`, forward and backward\n\n| device | N x D x C | dtype |" in text
         assert (
             "| 512 x 2,048 x 8,142 | float32 | 700 |  | 1,200 (torch-linear-ce-chunked) | **600** (native) "
             "| 1.2x |  | 1.07x |"
@@ -843,6 +991,43 @@ def test_report_shows_both_ops(with_heads):
     for figure in ("floor", "memory", "rows"):
         assert f"](figures/{name}-{figure}.png)" in docs
         assert (with_heads / report.FIGURES / f"{name}-{figure}.png").exists()
+
+
+def expert_record(module, **changes) -> records.Record:
+    fields = {"op": module.OP, "case": "inat18-e3-n512", "sizes": {"E": 3, "N": 512, "C": 8142}}
+    return record(**{**fields, "direction": module.DIRECTIONS[-1], **changes})
+
+
+def test_report_of_experts_divides_by_what_they_replace(checkout):
+    pytest.importorskip("matplotlib")
+    for module, slow in ((expert_cross_entropy, "published"), (expert_fusion, "eager")):
+        ours = {"provider": "lt[native]", "backend": "native", "ms_median": 4.0, "fraction_of_floor": 0.5}
+        found = [expert_record(module, provider=slow, ms_median=40.0), expert_record(module, provider="compile")]
+        found += [expert_record(module, **ours)]
+        if slow == "published":
+            found += [expert_record(module, provider="eager", ms_median=24.0)]
+            found += [expert_record(module, provider="lt-loop", ms_median=6.0)]
+            found += [expert_record(module, provider="lt[native]", direction="fwd", ms_median=1.0)]
+        records.save(checkout / report.RESULTS / "cpu-a-cpu-2c" / f"{module.OP}.json", found)
+    report.write(checkout)
+    report.check(checkout)
+    docs, readme = ((checkout / name).read_text() for name in ("docs/benchmarks.md", "README.md"))
+    assert "`expert_cross_entropy`, forward and backward\n\n| device | E x N x C | dtype | published |" in readme
+    assert "`expert_fusion`, forward\n\n| device | E x N x C | dtype | eager |" in readme
+    assert "| 3 x 512 x 8,142 | float32 | 40 | 8 | **4** (native) | 10.0x | 2.0x | 50% |" in readme
+    start = "A CPU, 2 threads, AVX2 | inat18-e3-n512 | float32"
+    assert f"| expert_cross_entropy | {start} | faster than published | >= 4.00x | 10.00x | yes |" in docs
+    assert f"| expert_fusion | {start} | faster than eager | >= 3.00x | 10.00x | yes |" in docs
+    assert "| GPU | inat18-e3-n8192 | bfloat16 | share of copy bandwidth | >= 85% | not yet measured |" in docs
+    assert "vs published | vs fastest other | of copy |" in docs
+    assert "##### Peak memory, forward, float32" in docs
+    assert "-margin-cross-entropy-throughput.png" in readme
+    for name in ("cross-entropy-floor", "cross-entropy-memory", "fusion-floor", "fusion-memory"):
+        assert f"](figures/cpu-a-cpu-2c-expert-{name}.png)" in docs
+    shown = [record for path in report.result_files(checkout) for record in records.load(path)]
+    floor = next(one for one in figures.figures(shown) if one.title.startswith("expert_fusion, forward:"))
+    assert floor.x_label == "classes C (experts E x rows N)"
+    assert floor.panels[0].ticks == ["8,142 (3 x 512)"]
 
 
 def test_targets_of_heads(with_heads):
@@ -961,7 +1146,9 @@ def test_compare_now_prefers_the_results_of_this_device(results, monkeypatch):
     monkeypatch.setattr(compare, "run", lambda name, **options: timed(2.0))
     (one,) = compare.compare_now(results, "cpu", 0.3, lines.append)
     assert one.ratios["eager"] == (pytest.approx(1 / 4), pytest.approx(1 / 4))
-    assert lines == [f"without {head.OP}: it has no committed results of a cpu device"]
+    assert lines == [
+        f"without {name}: it has no committed results of a cpu device" for name in runner.OPS if name != op.OP
+    ]
 
 
 def test_compare_now_needs_results(tmp_path):

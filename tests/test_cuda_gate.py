@@ -46,10 +46,19 @@ def test_a_good_kernel_has_no_problems():
         ({"loads": {"64": 16}}, "no 128-bit loads"),
         ({"stores": {"16": 64}}, "no 128-bit stores"),
         ({"kernel": "panels_kernel<Half, 4, true, false>", "stores": {"16": 4}}, "no 64-bit loads"),
+        ({"kernel": "divergence_forward_kernel<Half>", "loads": {"16": 4}}, "no 128-bit loads"),
+        ({"kernel": "divergence_backward_kernel<Half>", "stores": {"16": 4}}, "no 128-bit stores"),
     ],
 )
 def test_the_gate_finds(changes, expected):
     assert any(expected in problem for problem in gate.problems(record(**changes)))
+
+
+def test_the_gate_covers_every_source():
+    """Of what setup.py builds."""
+    setup = (ROOT / "setup.py").read_text()
+    assert {source.parent.name for source in gate.SOURCES} == {s.parent.name for s in gate.HOST_SOURCES} - {"csrc"}
+    assert all(f'"{source.parent.name}"' in setup or f"csrc/{source.parent.name}/" in setup for source in gate.SOURCES)
 
 
 def test_widths_of_machine_code():

@@ -97,7 +97,7 @@ def test_what_there_is_no_time_for_is_not_passed(tmp_path):
     assert result.returncode == 1
     counts = json.loads((tmp_path / "checks.json").read_text())["counts"]["reference"]
     assert counts["passed"] == 0
-    assert counts["not run"] == 32
+    assert counts["not run"] == 40
 
 
 # ------------------------------------------------------------------------------------------------------------ the steps
@@ -145,11 +145,18 @@ def test_commands_of_the_steps(machine, monkeypatch):
     assert commands["build"][""].environment["LT_KERNELS_BUILD"] == "cuda"
     assert commands["build"][""].environment["TORCH_CUDA_ARCH_LIST"] == os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
     assert list(commands["sanitizer"]) == ["memcheck-triton", "memcheck-native", "racecheck-native"]
-    for name, op in (("bench", "margin_cross_entropy"), ("bench-linear", "linear_margin_cross_entropy")):
+    benchmarks = {
+        "bench": "margin_cross_entropy",
+        "bench-linear": "linear_margin_cross_entropy",
+        "bench-experts": "expert_cross_entropy",
+        "bench-fusion": "expert_fusion",
+    }
+    for name, op in benchmarks.items():
         assert commands[name][""].arguments[-1] == str(machine.out / f"a-gpu/{op}.json")
 
     for word in gpu_check.SANITISED + gpu_check.RACED:
         assert any(word in name for name in device_checks.CHECKS), word
+        assert "," not in word  # which separates them
 
     reasons = machine.info["backends"]["margin_cross_entropy"]["cuda"]
     reasons["native"] = "the extension was built without kernels for cuda tensors"
@@ -165,7 +172,7 @@ def test_without_a_gpu_every_step_fails_with_the_reason(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert list(summary["steps"]) == ["build", "tests", "suite", "sanitizer", "ncu", "bench", "bench-linear"]
+    assert list(summary["steps"]) == list(gpu_check.STEPS)
     for outcome in summary["steps"].values():
         assert (outcome["state"], outcome["note"]) == ("failed", "no CUDA device is available")
 

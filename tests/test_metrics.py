@@ -1,4 +1,4 @@
-"""Shot-group and balanced accuracy against scikit-learn and plain Python."""
+"""Accuracies against scikit-learn and plain Python; calibration against numpy and torchmetrics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import pickle
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from lt_kernels import metrics
-from lt_kernels.metrics import ShotGroupAccuracy
+from lt_kernels.functional import expert_fusion
+from lt_kernels.metrics import CalibrationError, ShotGroupAccuracy, calibration_error, reliability_diagram
 
 COUNTS = [500, 101, 100, 60, 20, 19, 3, 0]  # training samples: groups 0 0 | 1 1 1 | 2 2 2
 C = len(COUNTS)
@@ -203,5 +208,213 @@ def test_without_torchmetrics_only_construction_fails():
     assert result.stdout.strip() == "lt_kernels.metrics needs torchmetrics: pip install 'lt_kernels[metrics]'"
 
 
+def judged(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Confidences and whether they were right: overconfident ones, a few of exactly 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(rows, generator=generator).sqrt()
+    confidence[:3] = torch.tensor([0.0, 1.0, 1.0])
+    return confidence, torch.rand(rows, generator=generator) < confidence**2
+
+
+def in_numpy(confidence: torch.Tensor, correct: torch.Tensor, bins: int) -> tuple[float, float]:
+    """ECE and MCE of bins (low, high], the first with 0."""
+    p, right = confidence.double().numpy(), correct.numpy()
+    borders = np.linspace(0, 1, bins + 1)
+    ece = mce = 0.0
+    for low, high in pairwise(borders):
+        inside = (p > low) & (p <= high) | (p == 0) & (low == 0)
+        if inside.any():
+            gap = abs(p[inside].mean() - right[inside].mean())
+            ece, mce = ece + gap * inside.mean(), max(mce, gap)
+    return ece, mce
+
+
+class TestCalibration:
+    @pytest.mark.parametrize("bins", [1, 4, 15])
+    def test_against_numpy(self, bins):
+        confidence, correct = judged(500)
+        expected = in_numpy(confidence, correct, bins)
+        assert [value.item() for value in calibration_error(confidence, correct, bins)] == pytest.approx(expected)
+        metric = CalibrationError(bins)
+        metric.update(confidence, correct)
+        assert [value.item() for value in metric.compute().values()] == pytest.approx(expected)
+        assert list(metric.compute()) == ["ece", "mce"]
+        assert all(value.dtype == torch.float32 and value.dim() == 0 for value in metric.compute().values())
+
+    def test_against_torchmetrics_where_no_confidence_is_on_a_border(self):
+        confidence, correct = (value[3:] for value in judged(500))
+        ours = calibration_error(confidence, correct)
+        for value, norm in zip(ours, ("l1", "max"), strict=True):
+            theirs = binary_calibration_error(confidence, correct.long(), n_bins=15, norm=norm)
+            torch.testing.assert_close(value, theirs)
+        probabilities, target = sample(400)
+        probabilities = probabilities.softmax(1)
+        for value, norm in zip(calibration_error(probabilities, target), ("l1", "max"), strict=True):
+            theirs = multiclass_calibration_error(probabilities, target, C, n_bins=15, norm=norm)
+            torch.testing.assert_close(value, theirs)
+
+    def test_a_confidence_on_a_border_belongs_to_the_bin_below(self):
+        confidence = torch.tensor([0.5, 0.5, 0.75, 1.0], dtype=torch.float64)
+        correct = torch.tensor([True, False, True, False])
+        ece, mce = calibration_error(confidence, correct, 2)  # gaps: 0 | (1.75 - 1) / 2
+        assert (ece.item(), mce.item()) == (0.1875, 0.375)
+
+    def test_probabilities_and_their_confidence_say_the_same(self):
+        logits, target = sample(300)
+        p = logits.softmax(1)
+        expected = calibration_error(p.amax(1), p.argmax(1) == target)
+        assert calibration_error(p, target) == expected
+        fused = expert_fusion([logits, logits])
+        torch.testing.assert_close(calibration_error(fused.confidence, fused.prediction == target), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+    def test_dtypes(self, dtype):
+        confidence, correct = judged(200)
+        expected = in_numpy(confidence.to(dtype), correct, 15)
+        ours = calibration_error(confidence.to(dtype), correct)
+        assert [value.item() for value in ours] == pytest.approx(expected)
+
+    def test_batches_orders_and_processes_do_not_matter(self):
+        confidence, correct = judged(300)
+        whole, halves = CalibrationError(), [CalibrationError(), CalibrationError()]
+        whole.update(confidence, correct)
+        for i, rows in enumerate(torch.randperm(300, generator=torch.Generator().manual_seed(1)).split(70)):
+            halves[i % 2].update(confidence[rows], correct[rows])
+        for name, reduce in whole._reductions.items():
+            setattr(halves[0], name, reduce(torch.stack([getattr(half, name) for half in halves])))
+        for value, expected in zip(halves[0].compute().values(), whole.compute().values(), strict=True):
+            torch.testing.assert_close(value, expected)
+        whole.reset()
+        assert whole.sums.sum() == 0
+        assert whole.sums.shape == (15, 3)  # sums, not samples
+
+    def test_collection_and_copies(self):
+        collection = MetricCollection([CalibrationError(), ShotGroupAccuracy(COUNTS)], prefix="val/")
+        logits, target = sample(50)
+        collection.update(logits.softmax(1), target)
+        assert {"val/ece", "val/mce", "val/overall"} <= set(collection.compute())
+        for twin in (copy.deepcopy(collection), pickle.loads(pickle.dumps(collection))):
+            assert twin.compute() == collection.compute()
+
+    def test_ignored_targets(self):
+        logits, target = sample(100)
+        p, ignored = logits.softmax(1), target.clone()
+        ignored[::2] = 255
+        p[0] = math.nan
+        expected = calibration_error(p[1::2], target[1::2])
+        assert calibration_error(p, ignored, ignore_index=255) == expected
+        metric = CalibrationError(ignore_index=255)
+        metric.update(p, ignored)
+        assert tuple(metric.compute().values()) == expected
+
+    @pytest.mark.filterwarnings("ignore:The ``compute`` method")
+    def test_nothing_and_nan_are_nan(self):
+        assert all(value.isnan() for value in CalibrationError().compute().values())
+        assert all(value.isnan() for value in calibration_error(torch.zeros(0, 4), torch.zeros(0).long()))
+        assert all(
+            value.isnan() for value in calibration_error(torch.tensor([0.5, math.nan]), torch.tensor([True, False]))
+        )
+
+    def test_perfect_calibration(self):
+        confidence = torch.full((4,), 0.75)
+        ece, mce = calibration_error(confidence, torch.tensor([True, True, True, False]))
+        assert ece == mce == 0
+
+    BAD = (
+        ({"preds": [0.5]}, TypeError, "preds: got list, expected a Tensor"),
+        ({"preds": torch.tensor([1])}, TypeError, "preds: got dtype torch.int64, expected a floating-point dtype"),
+        ({"preds": torch.zeros(1, 2, 3)}, ValueError, "preds: got shape (1, 2, 3), expected probabilities [N, C] or"),
+        ({"preds": torch.tensor([1.5])}, ValueError, "preds: got 1.5, expected probabilities in [0, 1]"),
+        ({"preds": torch.tensor([-0.5])}, ValueError, "preds: got -0.5, expected probabilities in [0, 1]"),
+        ({"target": torch.tensor([1])}, TypeError, "target: got dtype torch.int64 with confidences [N], expected bool"),
+        ({"target": torch.tensor([True] * 2)}, ValueError, "target: got shape (2,), expected (1,), one per prediction"),
+        ({"preds": torch.tensor([[0.5, 0.5]])}, TypeError, "target: got dtype torch.bool, expected an integer dtype"),
+    )
+
+    @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message.split(",")[0] for *_, message in BAD])
+    def test_bad_updates_count_nothing(self, change, error, message):
+        arguments = {"preds": torch.tensor([0.5]), "target": torch.tensor([True]), **change}
+        metric = CalibrationError()
+        for function in (calibration_error, metric.update):
+            with pytest.raises(error, match=re.escape(message)):
+                function(**arguments)
+        assert metric.sums.sum() == 0
+
+    @pytest.mark.parametrize(
+        ("bins", "error", "message"),
+        [(0, ValueError, "bins: got 0, expected an int >= 1"), (2.0, TypeError, "bins: got float, expected an int")],
+        ids=["zero", "float"],
+    )
+    def test_bad_bins(self, bins, error, message):
+        confidence, correct = judged(10)
+        for function in (
+            lambda: CalibrationError(bins),
+            lambda: calibration_error(confidence, correct, bins),
+            lambda: reliability_diagram(confidence, correct, "never.png", bins),
+        ):
+            with pytest.raises(error, match=re.escape(message)):
+                function()
+
+    def test_without_torchmetrics_the_function_works(self):
+        code = (
+            "import sys; sys.modules['torchmetrics'] = sys.modules['matplotlib'] = None\n"
+            "import torch\n"
+            "from lt_kernels.metrics import CalibrationError, calibration_error, reliability_diagram\n"
+            "print(calibration_error(torch.tensor([0.5]), torch.tensor([True])).ece.item())\n"
+            "one, right = torch.ones(1), torch.ones(1).bool()\n"
+            "for call in (CalibrationError, lambda: reliability_diagram(one, right, 'never.png')):\n"
+            "    try: call()\n"
+            "    except ImportError as error: print(error)"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines() == [
+            "0.5",
+            "lt_kernels.metrics needs torchmetrics: pip install 'lt_kernels[metrics]'",
+            "reliability_diagram needs matplotlib: pip install matplotlib",
+        ]
+
+
+class TestReliabilityDiagram:
+    def test_bars_are_the_bins(self):
+        confidence, correct = judged(2000)
+        axis = Figure().add_subplot()
+        assert reliability_diagram(confidence, correct, axis, bins=5) is axis
+        accuracy, gap = axis.containers
+        for low, bar, rest in zip((0.0, 0.2, 0.4, 0.6, 0.8), accuracy, gap, strict=True):
+            inside = (confidence.double() > low) & (confidence.double() <= low + 0.2) | (confidence == low)
+            assert bar.get_x() == pytest.approx(low)
+            assert bar.get_height() == pytest.approx(correct[inside].double().mean().item())
+            top = rest.get_y() + rest.get_height()
+            assert top == pytest.approx(confidence[inside].double().mean().item())
+        ece, mce = calibration_error(confidence, correct, 5)
+        assert axis.get_title() == f"ECE {ece:.3f}, MCE {mce:.3f}"
+
+    @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "path"])
+    def test_saves_a_figure(self, kind, tmp_path):
+        path = tmp_path / "diagram.png"
+        reliability_diagram(*judged(100), kind(path))
+        assert path.read_bytes()[:4] == b"\x89PNG"
+
+    def test_empty_bins_have_no_bar(self):
+        axis = reliability_diagram(torch.full((4,), 0.95), torch.ones(4, dtype=torch.bool), Figure().add_subplot())
+        assert [len(bars) for bars in axis.containers] == [1, 1]
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"confidence": torch.ones(2, 2)}, ValueError, "confidence: got shape (2, 2), expected [N]"),
+            ({"confidence": torch.tensor([2.0])}, ValueError, "confidence: got 2, expected probabilities in [0, 1]"),
+            ({"correct": torch.tensor([1])}, TypeError, "correct: got dtype torch.int64"),
+            ({"correct": None}, TypeError, "correct: got NoneType, expected a Tensor"),
+            ({"path_or_axis": 3}, TypeError, "path_or_axis: got int, expected a file name or matplotlib axes"),
+        ],
+        ids=["2d", "range", "integers", "none", "axis"],
+    )
+    def test_bad_arguments(self, change, error, message):
+        arguments = {"confidence": torch.tensor([0.5]), "correct": torch.tensor([True]), "path_or_axis": "never.png"}
+        with pytest.raises(error, match=re.escape(message)):
+            reliability_diagram(**{**arguments, **change})
+
+
 def test_examples_in_docstrings():
-    assert doctest.testmod(metrics) == doctest.TestResults(failed=0, attempted=4)
+    assert doctest.testmod(metrics) == doctest.TestResults(failed=0, attempted=11)

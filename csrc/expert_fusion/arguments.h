@@ -6,10 +6,10 @@
 #include <optional>
 #include <tuple>
 
-#define LTK_EXPERT_FUSION_SCHEMAS(m)                                                                              \
-  m.def(                                                                                                          \
-      "expert_fusion(Tensor[] logits, Tensor? expert_weight, Tensor? class_shift, Tensor? learned_scale, "        \
-      "float[] weights, float scale, int k, bool with_log_probs) -> (Tensor values, Tensor classes, Tensor lse, " \
+#define LTK_EXPERT_FUSION_SCHEMAS(m)                                                                               \
+  m.def(                                                                                                           \
+      "expert_fusion(Tensor[] logits, Tensor? expert_weight, Tensor? class_shift, Tensor? learned_scale, "         \
+      "float[] weights, float scale, int k, bool with_log_probs) -> (Tensor values, Tensor classes, Tensor mass, " \
       "Tensor log_probs)")
 
 namespace ltk {

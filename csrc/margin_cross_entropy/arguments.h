@@ -53,7 +53,4 @@ LTK_DECLARE(cpu)
 LTK_DECLARE(cuda)
 #undef LTK_DECLARE
 
-// The instruction set whose kernels run: "default", "avx2" or "avx512"; LT_KERNELS_CPU_CAPABILITY names a lower one.
-const char* cpu_capability();
-
 }  // namespace ltk

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../cpu_tables.h"
 #include "../online_logsumexp.h"
 
 namespace ltk {
@@ -62,8 +63,6 @@ struct RowGradients {
   }
 };
 
-enum Dtype { kFloat, kBFloat16, kHalf, kDtypes };
-
 template <class A>
 struct Kernels {
   // Whole rows [begin, end): loss, lse, statistics and, where call.grad, the gradient. scratch: 2 (classes + kPadding).
@@ -90,14 +89,6 @@ constexpr int64_t kPadding = 16;
 constexpr int64_t kPanel = 256;
 constexpr int64_t kLargestRow = 1 << 20;  // bytes of scratch for a row that is not split
 
-#define LTK_DECLARE(isa)                        \
-  namespace isa {                               \
-  extern const Kernels<float> kernels[kDtypes]; \
-  extern const Kernels<double> kernels_double;  \
-  }
-LTK_DECLARE(isa_default)
-LTK_DECLARE(isa_avx2)
-LTK_DECLARE(isa_avx512)
-#undef LTK_DECLARE
+LTK_DECLARE_TABLES(Kernels, margin_cross_entropy)
 
 }  // namespace ltk

@@ -20,11 +20,7 @@ _OURS, _OTHERS = 2.0, 8.0
 
 
 class Agreement(ABC, Generic[I]):
-    """The loss of one case and a part of every gradient, as float64 and same-dtype eager have them.
-
-    Providers run on the whole case with ``reduction="mean"``. The loss is that of all rows; of the gradients a part is
-    compared, so that float64 stays cheap where cases are large.
-    """
+    """The results of one case, or parts of them, as float64 and same-dtype eager have them."""
 
     def __init__(self, op: str, inputs: I, eager: Step) -> None:
         self._op = op
@@ -34,7 +30,7 @@ class Agreement(ABC, Generic[I]):
             self._truth = self._true_values()
 
     def check(self, provider: str, step: Step) -> None:
-        """AssertionError unless loss and gradients are within the error budget: 2 * eager's error + eps.
+        """AssertionError unless every result is within the error budget: 2 * eager's error + eps.
 
         For other libraries 8 * eager's error: a sum in another order may be a little less exact.
         """
@@ -44,12 +40,24 @@ class Agreement(ABC, Generic[I]):
             assert_within_budget(actual[what], self._eager[what], truth, f"{self._op} {provider} {what}", factor)
 
     @abstractmethod
-    def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is compared of each leaf's gradient, by the names of ``_true_values``."""
+    def _run(self, step: Step) -> dict[str, Tensor]:
+        """What is compared of a provider's results, by the names of ``_true_values``."""
 
     @abstractmethod
     def _true_values(self) -> dict[str, Tensor]:
-        """Float64 "loss", and each part that is compared."""
+        """The same in float64."""
+
+
+class LossAgreement(Agreement[I]):
+    """The loss, and a part of every gradient.
+
+    Providers run on the whole case with ``reduction="mean"``. The loss is that of all rows; of the gradients a part is
+    compared, so that float64 stays cheap where cases are large.
+    """
+
+    @abstractmethod
+    def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is compared of each leaf's gradient, by the names of ``_true_values``; beside it they have "loss"."""
 
     def _run(self, step: Step) -> dict[str, Tensor]:
         inputs = self._inputs

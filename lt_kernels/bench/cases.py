@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +92,40 @@ class LinearCase(Case):
         return LinearInputs(*self._labels(generator), features.requires_grad_(), weight.requires_grad_())
 
 
+@dataclass(frozen=True)
+class ExpertCase(Case):
+    """Logits of several experts, [rows, classes] each."""
+
+    experts: int = 3
+    variant: str = ""  # what sets it apart from the case with the same sizes and none: for the op to say
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"E": self.experts, "N": self.rows, "C": self.classes}
+
+    @property
+    def logits(self) -> int:
+        return self.experts * self.rows * self.classes
+
+    @property
+    def taus(self) -> list[float]:
+        """Evenly from -1 to 3, which BalPoE publishes for three experts on iNaturalist 2018; 1 for one expert."""
+        return [1 + 2 * (2 * e - self.experts + 1) / max(self.experts - 1, 1) for e in range(self.experts)]
+
+    def log_prior(self) -> Tensor:
+        """As published: 1e-9 is added to the frequencies."""
+        counts = self.class_counts()
+        return (counts / counts.sum() + 1e-9).log()
+
+    def inputs(self, dtype: torch.dtype, device: str) -> ExpertInputs:  # type: ignore[override]
+        """Logits with standard deviation 3, and a second target for each sample, drawn like the first."""
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (self.experts, self.rows, self.classes)
+        stacked = torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
+        labels, (mixed_target, _, _) = self._labels(generator), self._labels(generator)
+        return ExpertInputs(*labels, self, stacked, [x.requires_grad_() for x in stacked.unbind()], mixed_target)
+
+
 @dataclass
 class Inputs:
     """One case on one device in one dtype; ``leaves`` receive gradients."""
@@ -133,6 +168,21 @@ class LinearInputs(Inputs):
     @property
     def leaves(self) -> dict[str, Tensor]:
         return {"features": self.features, "weight": self.weight}
+
+
+@dataclass
+class ExpertInputs(Inputs):
+    """Logits of experts in memory, and what mixup needs beside one target."""
+
+    case: ExpertCase
+    stacked: Tensor  # [E, N, C]
+    experts: list[Tensor]  # E views of it, [N, C], which require grad
+    mixed_target: Tensor  # [N]
+    mix_lambda: float = 0.7  # share of `target`
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {f"logits of expert {e}": x for e, x in enumerate(self.experts)}
 
 
 def exponential_counts(classes: int, largest: float, imbalance: float) -> Tensor:
@@ -227,3 +277,42 @@ SMALL_HEADS = _cases(
     _head("odd-33x45x507", 33, 507, 45, devices=()),
     _head("even-16x64x1024", 16, 1024, 64, devices=()),
 )
+
+
+#: Logits of experts, [E, N, C].
+EXPERTS = _cases(
+    ExpertCase("inat18-e3-n512", 512, 8142, "inat18_like", headline=_CPU, sweep=_CPU, note="iNaturalist 2018"),
+    ExpertCase(
+        "inat18-e3-n8192",
+        8192,
+        8142,
+        "inat18_like",
+        devices=_GPU,
+        headline=_GPU,
+        sweep=_GPU,
+        note="iNaturalist 2018, a large batch",
+    ),
+    ExpertCase("inat18-e6-n512", 512, 8142, "inat18_like", experts=6, note="iNaturalist 2018, six experts"),
+    ExpertCase("c100k-e3-n64", 64, 100_000, devices=_CPU, sweep=_CPU, note="few rows, very many classes"),
+    ExpertCase("c100k-e3-n256", 256, 100_000, devices=_GPU, sweep=_GPU, note="very many classes"),
+    ExpertCase("imagenet-lt-e3-n512", 512, 1000, "imagenet_lt", devices=_CPU, sweep=_CPU, note="ImageNet-LT"),
+    ExpertCase("imagenet-lt-e3-n8192", 8192, 1000, "imagenet_lt", devices=_GPU, sweep=_GPU, note="ImageNet-LT"),
+)
+
+#: Small ones for tests and for trying the command.
+SMALL_EXPERTS = _cases(
+    ExpertCase("tiny-2x3x5", 3, 5, experts=2, devices=()),
+    ExpertCase("odd-3x7x123", 7, 123, devices=()),
+    ExpertCase("odd-6x5x507", 5, 507, experts=6, devices=()),
+)
+
+
+def variants(variant: str, names: Iterable[str], note: str) -> dict[str, ExpertCase]:
+    """The named cases of experts once more, as ``variant``; never headlines, nor points of a plot."""
+    known = EXPERTS | SMALL_EXPERTS
+    return _cases(
+        *(
+            replace(known[name], name=f"{name}-{variant}", variant=variant, headline=(), sweep=(), note=note)
+            for name in names
+        )
+    )

@@ -1,6 +1,7 @@
 """Has our code become slower? Its time over that of the op's references, now and before.
 
-References are eager PyTorch and torch.compile, or eager PyTorch and the matrix products alone.
+References are eager PyTorch (of experts, the published loops) and torch.compile, or eager PyTorch and the matrix
+products alone.
 
 Ratios within one run, unlike milliseconds, survive another day and, roughly, another machine. A case counts as a
 regression when our time has grown by more than the tolerance against *every* reference: noise in one of them moves
@@ -72,7 +73,7 @@ def compare_now(results: Path, device: str, tolerance: float, log: Log, **option
             missing.append(op)
             continue
         before = load(path)
-        choice = {"cases": module.COMPARE_CASES, "dtypes": DTYPES, "directions": ("fwd_bwd",), **options}
+        choice = {"cases": module.COMPARE_CASES, "dtypes": DTYPES, "directions": module.DIRECTIONS[-1:], **options}
         mine = next(name for name in PREFERRED[device] if unavailable_reason(op, name, device) is None)
         names = [*module.REFERENCES, mine]
 

@@ -22,6 +22,8 @@ _COLORS = {
     "gemms": "black",
     "eager": "tab:gray",
     "loop": "tab:brown",
+    "published": "tab:brown",
+    "eager-one-tensor": "tab:purple",
     "compile": "tab:orange",
     "compile-max-autotune": "tab:olive",
     "lt[native]": "tab:blue",
@@ -37,6 +39,7 @@ _COLORS = {
     "lt-materialize": "navy",
     "lt-chunked": "tab:cyan",
     "lt-tiled": "darkgreen",
+    "lt-loop": "navy",
 }
 
 
@@ -128,30 +131,36 @@ _HEADS = (
 )
 
 
+_AXES = {"E": "experts E", "N": "rows N", "D": "width D"}
+
+
 def figures(records: Sequence[Record]) -> list[Figure]:
-    """For each device and op: how fast it is and its peak memory over C, and how fast over N."""
+    """For each device and op its ``PLOTS``: how fast it is and its peak memory over C, how fast over N."""
     made = []
     for slug, op in dict.fromkeys((record.device_slug, record.op) for record in records):
         module = OPS[op]
         flat = [
             record
             for record in records
-            if (record.device_slug, record.op, record.direction) == (slug, op, "fwd_bwd")
+            if (record.device_slug, record.op, record.direction) == (slug, op, module.DIRECTIONS[-1])
             and record.provider != "lt[reference]"
-            and record.sizes.keys() <= {"N", "D", "C"}
+            and record.sizes.keys() <= set("ENDC")
         ]
         cases = module.CASES
         swept = [record for record in flat if record.case in cases and record.kind in cases[record.case].sweep]
         inat18 = [record for record in flat if record.sizes["C"] == 8142]
-        for plot in _ROWS if module.FLOOR is COPY else _HEADS:
+        what = "forward" if module.DIRECTIONS[-1] == "fwd" else "forward + backward"
+        plots = {plot.name: plot for plot in (_ROWS if module.FLOOR is COPY else _HEADS)}
+        for plot in map(plots.__getitem__, module.PLOTS):
             shown = inat18 if plot.over_rows else swept
             if shown:
-                wide = " x width D" if "D" in shown[0].sizes else ""
+                sizes = shown[0].sizes
+                beside = " x ".join(_AXES[name] for name in "END" if name in sizes)
                 made.append(
                     Figure(
                         name=f"{slug}-{op.replace('_', '-')}-{plot.name}.png",
-                        title=f"{op}, forward + backward: {plot.what}\n{shown[0].device}",
-                        x_label="rows N" if plot.over_rows else f"classes C (rows N{wide})",
+                        title=f"{op}, {what}: {plot.what}\n{shown[0].device}",
+                        x_label="rows N" if plot.over_rows else f"classes C ({beside})",
                         y_label=plot.y_label,
                         logarithmic=plot.logarithmic,
                         panels=_panels(shown, plot),
@@ -164,7 +173,7 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
     panels = []
     for dtype in sorted({record.dtype for record in records}, key=DTYPES.index):
         groups = by_direction(record for record in records if record.dtype == dtype)
-        groups.sort(key=lambda group: [next(iter(group.values())).sizes.get(name, 0) for name in "CND"])
+        groups.sort(key=lambda group: [next(iter(group.values())).sizes.get(name, 0) for name in "CNDE"])
         ticks = [_tick(next(iter(group.values())).sizes, plot) for group in groups]
         lines: dict[str, list[tuple[int, float]]] = {}
         for place, group in enumerate(groups):
@@ -182,7 +191,7 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
 def _tick(sizes: Mapping[str, int], plot: _Plot) -> str:
     if plot.over_rows:
         return f"{sizes['N']:,}"
-    return f"{sizes['C']:,} ({' x '.join(f'{sizes[name]:,}' for name in 'ND' if name in sizes)})"
+    return f"{sizes['C']:,} ({' x '.join(f'{sizes[name]:,}' for name in 'END' if name in sizes)})"
 
 
 def draw(figure: Figure, path: Path) -> None:

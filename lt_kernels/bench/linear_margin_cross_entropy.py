@@ -28,17 +28,19 @@ from .. import functional, plan_linear
 from ..ops.linear_margin_cross_entropy.plan import LARGEST_TILED_WIDTH
 from . import agreement, cases
 from .cases import Case, LinearCase, LinearInputs
-from .providers import Provider, Step, backend_unavailable, compiled, eager, named, ours, peer
+from .providers import Provider, Step, backend_unavailable, compiled, eager, kernels_unavailable, named, ours, peer
 from .records import GEMMS, Cost, Record, Target
 
 OP = "linear_margin_cross_entropy"
 CASES = cases.HEADS | cases.SMALL_HEADS
+DIRECTIONS = ("fwd", "bwd", "fwd_bwd")  # the last is that of targets, summaries and plots
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 #: What ``lt-kernels bench compare`` measures, and what it divides our time by.
 COMPARE_CASES = ("inat18-n512-d2048", "c100k-n256-d128")
 REFERENCES = ("eager", "gemms")
 
 FLOOR = GEMMS
+PLOTS = ("floor", "memory", "rows")
 SHAPE = "N x D x C"
 MEMORY = "Peak memory beside the gradients of features and weight"
 
@@ -87,7 +89,7 @@ def make_step(provider: str, inputs: LinearInputs) -> Step:
     return PROVIDERS[provider].make(inputs)
 
 
-class Agreement(agreement.Agreement[LinearInputs]):
+class Agreement(agreement.LossAgreement[LinearInputs]):
     """Compares the loss, the gradients of ``CHECKED_ROWS`` rows of the features, spread evenly, and those of the
     weights of up to twice as many classes: some spread evenly, the others targets of the checked rows. Each of them is
     exact: sums run over everything.
@@ -228,10 +230,7 @@ def _strategy(name: str, unavailable: Callable[[str], str | None]) -> Provider:
 
 
 def _ours_unavailable(device: str) -> str | None:
-    """Where nothing but the reference runs, strategies say nothing."""
-    backends = ("native", "triton") if device == "cuda" else ("native",)
-    reasons = [backend_unavailable(OP, backend, device) for backend in backends]
-    return None if None in reasons else reasons[-1]
+    return kernels_unavailable(OP, device)
 
 
 def _tiled_unavailable(device: str) -> str | None:

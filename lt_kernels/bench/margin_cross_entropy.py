@@ -33,12 +33,14 @@ from .records import COPY, Cost, Record, Target
 
 OP = "margin_cross_entropy"
 CASES = cases.ROWS | cases.SMALL
+DIRECTIONS = ("fwd", "bwd", "fwd_bwd")  # the last is that of targets, summaries and plots
 DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "cuda": ("float32", "bfloat16", "float16")}
 #: What ``lt-kernels bench compare`` measures: narrow, middling and wide rows; and what it divides our time by.
 COMPARE_CASES = ("lvis-n512", "inat18-n512", "c65536-n256")
 REFERENCES = ("eager", "compile")
 
 FLOOR = COPY
+PLOTS = ("throughput", "floor", "memory", "rows")
 SHAPE = "logits"  # what the sizes of a case are
 MEMORY = "Peak memory"  # what ``memory`` is
 
@@ -90,7 +92,7 @@ def make_copy(inputs: RowInputs) -> tuple[Callable[[], object], int]:
     return lambda: destination.copy_(source), 2 * source.numel() * source.element_size()
 
 
-class Agreement(agreement.Agreement[RowInputs]):
+class Agreement(agreement.LossAgreement[RowInputs]):
     """Compares the loss, and the gradient of rows spread evenly from the first to the last: all of them as long as that
     is at most ``CHECKED_LOGITS`` logits. (A row is the C logits of one sample, or of one pixel.)
     """

@@ -5,29 +5,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import info, use_backend
 from .cases import Case
 
-
-class Differentiable(Protocol):
-    """What a step returns: a loss, or work that has the form of one."""
-
-    def backward(self) -> object: ...
-
-
-Step = Callable[[], Differentiable]
+#: Returns a loss (0-dim), or work that has the form of one; of an op without a backward pass, the op's result.
+Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to compute the loss.
+    """A way to compute what the op computes.
 
-    ``make`` turns inputs into a call without arguments that returns the loss (0-dim). ``unavailable`` says for a device
+    ``make`` turns inputs into a call without arguments. ``unavailable`` says for a device
     ("cpu" or "cuda") why the provider cannot run there, ``unasked`` why it is measured only when asked for, and
     ``left_out`` the same for one case and dtype on a device; None where that does not hold.
     """
@@ -45,7 +38,7 @@ class Provider:
         return self.name[3:-1] if self.name.startswith("lt[") else None
 
 
-def eager(name: str, loss: Callable[..., Tensor], arguments: Callable[[Any], tuple[Any, ...]]) -> Provider:
+def eager(name: str, loss: Callable[..., Any], arguments: Callable[[Any], tuple[Any, ...]]) -> Provider:
     """``loss`` of what ``arguments`` makes of the inputs."""
 
     def make(inputs: Any) -> Step:
@@ -57,7 +50,7 @@ def eager(name: str, loss: Callable[..., Tensor], arguments: Callable[[Any], tup
 
 def compiled(
     name: str,
-    loss: Callable[..., Tensor],
+    loss: Callable[..., Any],
     arguments: Callable[[Any], tuple[Any, ...]],
     mode: str | None = None,
     unasked: Callable[[str], str | None] = lambda device: None,
@@ -72,11 +65,11 @@ def compiled(
     return Provider(name, make, unasked=unasked)
 
 
-def ours(op: str, backend: str, loss: Callable[[Any], Tensor]) -> Provider:
+def ours(op: str, backend: str, loss: Callable[[Any], Any]) -> Provider:
     """``loss`` of the inputs on one backend."""
 
     def make(inputs: Any) -> Step:
-        def step() -> Tensor:
+        def step() -> Any:
             with use_backend(backend):
                 return loss(inputs)
 
@@ -91,6 +84,13 @@ def ours(op: str, backend: str, loss: Callable[[Any], Tensor]) -> Provider:
 def backend_unavailable(op: str, backend: str, device: str) -> str | None:
     reason: str | None = info()["backends"][op][device][backend]
     return reason
+
+
+def kernels_unavailable(op: str, device: str) -> str | None:
+    """Why the library would choose the reference, of which there is nothing to say; None where it has kernels."""
+    backends = ("native", "triton") if device == "cuda" else ("native",)
+    reasons = [backend_unavailable(op, backend, device) for backend in backends]
+    return None if None in reasons else reasons[-1]
 
 
 def peer(name: str, module: str, make: Callable[[Any, Any], Step]) -> Provider:

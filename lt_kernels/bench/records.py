@@ -113,7 +113,7 @@ def is_ours(provider: str) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A goal for the forward and backward pass of ours, by default the provider that the library picks by itself.
+    """A goal for the last of the op's directions, of ours: by default the provider that the library picks by itself.
 
     ``against`` says what the number is:
 

@@ -17,7 +17,7 @@ from .runner import DIRECTIONS, DTYPES, OPS
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
 NOT_ON_GPU = "Not yet measured on a GPU."
-_PYTORCH = ("eager", "loop", "compile", "compile-max-autotune")
+_PYTORCH = ("eager", "eager-one-tensor", "loop", "published", "compile", "compile-max-autotune")
 _FLOORS = ("copy", "gemms")
 _DIRECTION_NAMES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward and backward"}
 
@@ -112,16 +112,15 @@ def _with_blocks(text: str, blocks: dict[str, Block], records: list[Record], pat
 
 
 def summary(records: list[Record], image_folder: Path | None = None) -> str:
-    """A table per op, forward and backward on the headline cases, and the throughput figure of one device, a GPU's
-    first."""
+    """A table per op of its headline cases, and the throughput figure of one device, a GPU's first."""
     if not records:
         return "Not yet measured. " + NOT_ON_GPU
     parts = []
     for op in OPS:
         some = [record for record in records if record.op == op]
         if some:
-            parts += [f"`{op}`", _summary(some)]
-    parts.append("Milliseconds for forward and backward, medians; all providers measured in turns in one run.")
+            parts += [f"`{op}`, {_DIRECTION_NAMES[OPS[op].DIRECTIONS[-1]]}", _summary(some)]
+    parts.append("Milliseconds, medians; all providers measured in turns in one run.")
     made = sorted(figures(records), key=lambda figure: figure.name.startswith("cpu-"))
     throughput = [figure for figure in made if figure.name.endswith("-throughput.png")]
     if image_folder is not None and throughput:
@@ -134,9 +133,10 @@ def summary(records: list[Record], image_folder: Path | None = None) -> str:
 def _summary(records: list[Record]) -> str:
     """The table of one op."""
     module = OPS[records[0].op]
+    baseline = module.REFERENCES[0]
     groups = [
         group
-        for group in by_direction(record for record in records if record.direction == "fwd_bwd")
+        for group in by_direction(record for record in records if record.direction == module.DIRECTIONS[-1])
         if _is_headline(next(iter(group.values()))) and ours(group) is not None
     ]
     groups.sort(key=lambda group: next(iter(group.values())).kind == "cpu")
@@ -152,18 +152,18 @@ def _summary(records: list[Record]) -> str:
                 first.device,
                 _shape(first),
                 first.dtype,
-                _ms(group.get("eager")),
+                _ms(group.get(baseline)),
                 _ms(compiled),
                 *([f"{_ms(peer)} ({peer.provider})" if peer else ""] if with_peers else []),
                 f"**{_ms(mine)}** ({mine.backend})",
-                _ratio(group.get("eager"), mine),
+                _ratio(group.get(baseline), mine),
                 _ratio(compiled, mine),
                 module.FLOOR.show(mine.fraction_of_floor),
             )
         )
-    head = ("device", module.SHAPE, "dtype", "eager", "torch.compile", *(["fastest peer"] if with_peers else []))
+    head = ("device", module.SHAPE, "dtype", baseline, "torch.compile", *(["fastest peer"] if with_peers else []))
     floor = "of copy bandwidth" if module.FLOOR is COPY else module.FLOOR.heading
-    return _table((*head, "lt_kernels", "vs eager", "vs compile", floor), rows)
+    return _table((*head, "lt_kernels", f"vs {baseline}", "vs compile", floor), rows)
 
 
 def targets(records: list[Record]) -> str:
@@ -171,13 +171,14 @@ def targets(records: list[Record]) -> str:
     rows = []
     for op, module in OPS.items():
         for target in module.TARGETS:
-            rows += [(op, *row) for row in _target_rows(target, [record for record in records if record.op == op])]
+            some = [record for record in records if (record.op, record.direction) == (op, module.DIRECTIONS[-1])]
+            rows += [(op, *row) for row in _target_rows(target, some)]
     return _table(("op", "device", "case", "dtype", "what", "target", "measured", "met"), rows)
 
 
 def _target_rows(target: Target, records: list[Record]) -> Sequence[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for group in by_direction(record for record in records if record.direction == "fwd_bwd"):
+    for group in by_direction(records):
         first = next(iter(group.values()))
         if (first.case, first.dtype, first.kind) != (target.case, target.dtype, target.device):
             continue
@@ -251,10 +252,12 @@ def _tables(records: list[Record]) -> list[str]:
                 parts.append(f"##### {_DIRECTION_NAMES[direction].capitalize()}, {dtype}: milliseconds")
                 parts.append(_times(some))
     for dtype in DTYPES:
-        some = [record for record in records if (record.direction, record.dtype) == ("fwd_bwd", dtype)]
+        module = OPS[records[0].op]
+        direction = module.DIRECTIONS[-1]
+        some = [record for record in records if (record.direction, record.dtype) == (direction, dtype)]
         if any(record.peak_bytes is not None for record in some):
-            what = OPS[records[0].op].MEMORY
-            parts.append(f"##### {what}, forward and backward, {dtype}: multiples of the logits' bytes")
+            what = f"{module.MEMORY}, {_DIRECTION_NAMES[direction]}"
+            parts.append(f"##### {what}, {dtype}: multiples of the logits' bytes")
             parts.append(_memory(some))
     made_with = sorted({_provenance(record) for record in records})
     return [*parts, "Measured with " + "; ".join(made_with) + "."]
@@ -263,6 +266,7 @@ def _tables(records: list[Record]) -> list[str]:
 def _times(records: list[Record]) -> str:
     """Cases by providers. A backward pass alone has no ratios: some providers make the gradient in the forward pass."""
     module, providers = OPS[records[0].op], _providers(records)
+    baseline = module.REFERENCES[0]
     ratios = records[0].direction != "bwd"
     static = any(record.static_floor_ms is not None for record in records)
     rows = []
@@ -274,13 +278,13 @@ def _times(records: list[Record]) -> str:
                 first.case,
                 _shape(first),
                 *(f"**{_ms(group[name])}**" if group.get(name) is mine else _ms(group.get(name)) for name in providers),
-                *([_ratio(group.get("eager"), mine), _ratio(others, mine)] if ratios else []),
+                *([_ratio(group.get(baseline), mine), _ratio(others, mine)] if ratios else []),
                 *([module.FLOOR.show(mine.fraction_of_floor) if mine else ""] if ratios else []),
                 *([f"{first.static_floor_ms:.3g}" if first.static_floor_ms is not None else ""] if static else []),
             )
         )
     head = ["case", module.SHAPE, *providers]
-    head += ["vs eager", "vs fastest other", module.FLOOR.heading] if ratios else []
+    head += [f"vs {baseline}", "vs fastest other", module.FLOOR.heading] if ratios else []
     return _table((*head, *(["static floor"] if static else [])), rows)
 
 
@@ -301,9 +305,9 @@ def _is_headline(record: Record) -> bool:
 
 
 def _by_size(records: list[Record]) -> list[dict[str, Record]]:
-    def size(group: dict[str, Record]) -> tuple[bool, int, int, int]:
+    def size(group: dict[str, Record]) -> tuple[bool, list[int]]:
         sizes = next(iter(group.values())).sizes
-        return not sizes.keys() <= {"N", "D", "C"}, sizes["C"], sizes["N"], sizes.get("D", 0)
+        return not sizes.keys() <= set("ENDC"), [sizes.get(name, 0) for name in "CNDE"]
 
     return sorted(by_direction(records), key=size)
 

@@ -15,14 +15,29 @@ from typing import Any
 
 import torch
 
-from . import linear_margin_cross_entropy, margin_cross_entropy
+from . import (
+    expert_cross_entropy,
+    expert_divergence,
+    expert_fusion,
+    linear_margin_cross_entropy,
+    margin_cross_entropy,
+)
 from .cases import Case, Inputs
-from .providers import Differentiable, Step, first_line
+from .providers import Step, first_line
 from .records import COPY, Record, device_name, device_slug, git_revision, is_ours, versions
 from .roofline import static_floor_ms
 
 #: op name -> the module that knows its cases, dtypes, providers, inputs, agreement, costs and targets.
-OPS: dict[str, ModuleType] = {module.OP: module for module in (margin_cross_entropy, linear_margin_cross_entropy)}
+OPS: dict[str, ModuleType] = {
+    module.OP: module
+    for module in (
+        margin_cross_entropy,
+        linear_margin_cross_entropy,
+        expert_cross_entropy,
+        expert_fusion,
+        expert_divergence,
+    )
+}
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 
@@ -93,6 +108,7 @@ def run(
             say why they are not measured, or not on a case, unasked. Reasons go to ``log``. The op's floor is always
             measured.
         dtypes, directions: names from ``DTYPES`` and ``DIRECTIONS``; default those meant for the device, and all.
+            Directions that the op does not have are passed over.
         device: ``"cpu"`` or ``"cuda"``.
         repetitions, seconds, limit: as in ``Timing``.
         budget: seconds for everything; what does not fit is left out and named on ``log``. At least one case and dtype
@@ -108,7 +124,7 @@ def run(
     """
     module = OPS[_choices("op", [op], OPS)[0]]
     dtypes = _choices("dtype", dtypes or module.DTYPES.get(device, DTYPES), DTYPES)
-    _choices("direction", directions, DIRECTIONS)
+    directions = [name for name in _choices("direction", directions, DIRECTIONS) if name in module.DIRECTIONS]
     check_device(device)
     if repetitions < 1:
         raise ValueError(f"repetitions: got {repetitions}, expected at least 1")
@@ -118,7 +134,7 @@ def run(
     default_cases = [name for name, case in module.CASES.items() if device in case.devices]
     case_names = _of_this_op("case", cases, op, "CASES", log) if cases else default_cases
     asked = _of_this_op("provider", providers, op, "PROVIDERS", log) if providers else None
-    if not case_names or asked == []:
+    if not case_names or asked == [] or not directions:
         return []
     chosen = _providers(op, asked, device, log)
 
@@ -338,7 +354,7 @@ def inference_parts(step: Step) -> Parts:
 
 def training_parts(step: Step) -> Parts:
     """[forward pass, backward pass]"""
-    held: list[Differentiable] = []
+    held: list[Any] = []
     return [lambda: held.append(step()), lambda: held.pop().backward()]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from .runner import unavailable_reason
+from .runner import inference_parts, training_parts, unavailable_reason
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK_DTYPES = ("float32", "bfloat16")
@@ -29,8 +29,8 @@ def parameters(op: ModuleType) -> list[Any]:
     return found
 
 
-def forward_backward(benchmark: Any, op: ModuleType, case: Any, dtype: str, name: str) -> None:
-    """Check a provider, then time it."""
+def step(benchmark: Any, op: ModuleType, case: Any, dtype: str, name: str) -> None:
+    """Check a provider, then time it: forward and backward, or forward if that is all that the op has."""
     provider = op.PROVIDERS[name]
     reason = unavailable_reason(op.OP, name, DEVICE) or provider.unasked(DEVICE)
     reason = reason or provider.left_out(case, dtype, DEVICE)
@@ -40,14 +40,16 @@ def forward_backward(benchmark: Any, op: ModuleType, case: Any, dtype: str, name
     inputs = op.make_inputs(case, getattr(torch, dtype), DEVICE)
     if provider.is_loss:
         op.check_agreement(name, inputs)
-    step = op.make_step(name, inputs)
+    direction = op.DIRECTIONS[-1]
+    parts = (inference_parts if direction == "fwd" else training_parts)(op.make_step(name, inputs))
 
     def run() -> None:
-        step().backward()
+        for part in parts:
+            part()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    cost = op.cost(case, getattr(torch, dtype), "fwd_bwd")
+    cost = op.cost(case, getattr(torch, dtype), direction)
     benchmark.group = f"{op.OP} {case.name} {dtype} {DEVICE}"
     benchmark.extra_info["bytes_moved"] = cost.bytes_moved
     quick = cost.flops < 1e10 and case.logits < 2**25

@@ -19,12 +19,7 @@ from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "csrc/margin_cross_entropy"
-SOURCES = (
-    *sorted(KERNELS.glob("cuda_*.cu")),
-    KERNELS / "cuda.cpp",
-    ROOT / "tests/emulator/emulator.cpp",
-)
+SOURCES = (*sorted(ROOT.glob("csrc/*/cuda*.c*")), ROOT / "tests/emulator/emulator.cpp")
 # the compiler cannot see that what is read was filled in under the same condition
 FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized -DLTK_EMULATED".split()
 
@@ -47,7 +42,7 @@ def build() -> Path:
         compiler = os.environ.get("CXX", "g++")
 
         def compile_one(source: Path) -> str:
-            output = str(folder / f"{source.name}.o")
+            output = str(folder / f"{source.parent.name}_{source.name}.o")
             subprocess.run([compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", output], check=True)
             return output
 
@@ -63,6 +58,8 @@ def build() -> Path:
 def install() -> None:
     """Make the emulated kernels the native backend of this process."""
     torch.ops.load_library(str(build()))
+    from lt_kernels.ops.expert_divergence import native as divergence
+    from lt_kernels.ops.expert_fusion import native as fusion
     from lt_kernels.ops.margin_cross_entropy import native
 
     namespace = torch.ops.lt_kernels_emulated
@@ -77,6 +74,13 @@ def install() -> None:
 
     native.forward, native.backward = forward, backward
     native.scale_gradient_ = namespace.scale_gradient_
+    fusion.forward = lambda a, k, with_log_probs: namespace.expert_fusion(*a, k, with_log_probs)
+    divergence.forward = lambda logits, class_scale, kind: namespace.expert_divergence_fwd(
+        logits, class_scale, kind == "pairwise"
+    )
+    divergence.backward = lambda grad, saved, logits, class_scale, kind, detach: namespace.expert_divergence_bwd(
+        grad, saved, logits, class_scale, kind == "pairwise", detach
+    )
 
 
 if __name__ == "__main__":

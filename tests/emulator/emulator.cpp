@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "device.h"
+#include "expert_divergence/arguments.h"
+#include "expert_fusion/arguments.h"
 #include "margin_cross_entropy/arguments.h"
 
 namespace ltk::device {
@@ -181,10 +183,17 @@ Error run_blocks(const Launch& l, void (*body)(const void*), const void* argumen
 
 }  // namespace ltk::device
 
-TORCH_LIBRARY(lt_kernels_emulated, m) { LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m); }
+TORCH_LIBRARY(lt_kernels_emulated, m) {
+  LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m);
+  LTK_EXPERT_FUSION_SCHEMAS(m);
+  LTK_EXPERT_DIVERGENCE_SCHEMAS(m);
+}
 
 TORCH_LIBRARY_IMPL(lt_kernels_emulated, CPU, m) {
   m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd_cuda);
   m.impl("margin_cross_entropy_bwd", &ltk::margin_cross_entropy_bwd_cuda);
   m.impl("scale_gradient_", &ltk::scale_gradient_cuda);
+  m.impl("expert_fusion", &ltk::expert_fusion_cuda);
+  m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd_cuda);
+  m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd_cuda);
 }

@@ -204,9 +204,9 @@ def test_double_backward_is_a_clear_error(backend, device):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize(("kind", "detach"), KINDS)
+@pytest.mark.parametrize("kind", ["to_mean", "pairwise"])
 @pytest.mark.parametrize("backend_name", ["reference", "native"])
-def test_gradcheck(kind, detach, backend_name):
+def test_gradcheck(kind, backend_name):
     logits = draw((3, 3, 7), torch.float64, "cpu").requires_grad_()
     temperature = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)
 

@@ -38,8 +38,8 @@ def ensemble_of(a: Arguments, backend: str) -> tuple[Tensor, Tensor]:
     experts = a.experts
     weights = [1.0 / len(experts)] * len(experts)
     fusion = FusionArguments(a.logits, None, None, a.learned_scale, weights, a.scale)
-    _, prediction, lse, _ = load(_FUSION, backend).forward(fusion, 1, False)
-    loss = torch.zeros_like(lse)
+    peak, prediction, mass, _ = load(_FUSION, backend).forward(fusion, 1, False)
+    loss = torch.zeros_like(mass)
     targets = [(a.target, 1.0 if a.mix_lambda is None else a.mix_lambda)]
     if a.mixed_target is not None:
         assert a.mix_lambda is not None
@@ -49,7 +49,7 @@ def ensemble_of(a: Arguments, backend: str) -> tuple[Tensor, Tensor]:
         bad = valid & ((target < 0) | (target >= experts[0].shape[1]))
         column = target.masked_fill(~valid | bad, 0)[:, None]
         own = fused(fusion._replace(logits=[x.gather(1, column) for x in experts]))[:, 0]
-        factor = share * (lse.new_ones(()) if a.ensemble_coefficient is None else a.ensemble_coefficient[slot])
-        term = torch.where(valid, (lse - own).masked_fill(bad, math.nan), torch.zeros_like(lse))
+        factor = share * (mass.new_ones(()) if a.ensemble_coefficient is None else a.ensemble_coefficient[slot])
+        term = torch.where(valid, (mass.log() - (own - peak[:, 0])).masked_fill(bad, math.nan), torch.zeros_like(mass))
         loss = loss + factor * term
     return loss, prediction[:, 0]

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from .. import _native
-from .reference import backward, forward  # noqa: F401  TODO
 
 _native.load()
+
+
+def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """See ``op.py``."""
+    result: tuple[Tensor, Tensor] = torch.ops.lt_kernels_native.expert_divergence_fwd(
+        logits, class_scale, kind == "pairwise"
+    )
+    return result
+
+
+def backward(
+    grad: Tensor, saved: Tensor, logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool
+) -> Tensor:
+    """Gradient of the logits [E, N, C]; see ``op.py``."""
+    result: Tensor = torch.ops.lt_kernels_native.expert_divergence_bwd(
+        grad, saved, logits, class_scale, kind == "pairwise", detach
+    )
+    return result

@@ -9,9 +9,10 @@ v_ej = u_ej - max_j u_ej, M_e = sum over j of exp(v_ej), vbar and Mbar likewise 
     A_e = E_pbar[vbar - v_e] (to_mean), E_{p_e}[E v_e - V] (pairwise)
 
 Relative to the maxima because what is likely is near them, and with logarithms of ratios: A and differences of
-log-sum-exps would be large numbers that cancel. A class with probability 0 adds nothing, whatever the others say of it. Forward returns ``value``
-[E, N] and ``saved`` [3 E + 2, N], both in the compute dtype: rows 0..E-1 the maxima of u_e, the next E the M_e, the next
-E the A_e; then maximum and sum of ubar (to_mean; else undefined). Backward, for upstream g_e:
+log-sum-exps would be large numbers that cancel. A class with probability 0 adds nothing, whatever the others say of it.
+Forward returns ``value`` [E, N] and ``saved`` [3 E + 2, N], both in the compute dtype: rows 0..E-1 the maxima of u_e,
+the next E the M_e, the next E the A_e; then maximum and sum of ubar (to_mean; else undefined). Backward, for upstream
+g_e:
 
     to_mean    du_e = g_e (p_e - pbar) + (1/E) pbar sum_f g_f (vbar - v_f - A_f)
                the second term only where the mean is not detached

@@ -5,8 +5,8 @@ With u_j = scale * sum over experts e of weights_e * x_ej + class_shift_j, of ev
     values      [N, k] the k largest u, in the compute dtype, largest first; of equal ones the lowest class first; NaN
                 counts as the largest
     classes     [N, k] int64, theirs
-    lse         [N] log-sum-exp of u; NaN where the largest u is infinite or NaN, as in log_softmax
-    log_probs   [N, C] u - lse in the compute dtype; [0] unless asked for
+    mass        [N] sum of exp(u - largest u); NaN where the largest u is infinite or NaN, as in log_softmax
+    log_probs   [N, C] log_softmax of u in the compute dtype; [0] unless asked for
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _fake(*args: Any) -> Result:
 
 define(
     f"{OP}({SCHEMA}, int k, bool with_log_probs, str backend)"
-    " -> (Tensor values, Tensor classes, Tensor lse, Tensor log_probs)",
+    " -> (Tensor values, Tensor classes, Tensor mass, Tensor log_probs)",
     _forward,
     _fake,
 )

@@ -24,6 +24,6 @@ def forward(a: Arguments, k: int, with_log_probs: bool) -> tuple[Tensor, Tensor,
     u = fused(a)
     values, classes = u.sort(dim=1, descending=True, stable=True)
     peak = values[:, 0]  # an infinite one gives NaN, as in log_softmax
-    lse = peak + (u - peak[:, None]).exp().sum(1).log()
+    mass = (u - peak[:, None]).exp().sum(1)
     log_probs = u.log_softmax(1) if with_log_probs else u.new_empty((0,))
-    return values[:, :k].contiguous(), classes[:, :k].contiguous(), lse, log_probs
+    return values[:, :k].contiguous(), classes[:, :k].contiguous(), mass, log_probs

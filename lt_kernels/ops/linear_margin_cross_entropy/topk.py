@@ -6,9 +6,7 @@ Input [N, D] (in the dtype of the product), linear_weight [C, D]; u_j = scale * 
     rest      the rows' maximum and sum of exponentials so far, merged in the order of the blocks
     values    the k largest u so far, and their classes
 
-and nothing else is kept. In a block, the k largest are among the k groups of neighbouring classes whose maxima are
-largest (ties: the first group), so that only these groups and the groups' maxima are selected from: a maximum over
-groups runs at the speed of memory, a selection among all classes does not.
+and nothing else is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ from torch import Tensor
 
 from .._backend import load
 from .._register import define
+from .._select import GROUPS, group_size, largest
+from .._select import largest_of_all as _largest
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
 from ..margin_cross_entropy.op import OP as ROWS
 from . import products
@@ -31,16 +31,6 @@ OP = "linear_topk"
 BUFFER = 64 * 2**20
 #: Rows are cut where a block of all of them would have fewer classes than this.
 _FEWEST_CLASSES = 4096
-#: Smallest and largest group; smaller ones are slow to reduce.
-_GROUPS = (64, 1024)
-#: At most this many logits are selected from at a time.
-_SELECTED = 2**20
-
-
-def group_size(classes: int, k: int) -> int:
-    """Neighbouring classes per group: a power of two, so that as many maxima as members of k groups are visited."""
-    best = 2 ** round(math.log2(max(1.0, classes / k)) / 2)
-    return min(max(best, _GROUPS[0]), _GROUPS[1])
 
 
 def blocks(rows: int, classes: int, k: int, element: int, buffer: int) -> tuple[int, int, int]:
@@ -49,52 +39,13 @@ def blocks(rows: int, classes: int, k: int, element: int, buffer: int) -> tuple[
     element: bytes per logit. buffer: bytes of a block, at most (but never less than one row of one group).
     """
     most = max(1, buffer // element)
-    wide = -(-min(classes, _FEWEST_CLASSES) // _GROUPS[0]) * _GROUPS[0]
+    wide = -(-min(classes, _FEWEST_CLASSES) // GROUPS[0]) * GROUPS[0]
     block_rows = max(1, min(rows, most // wide))
     group = group_size(min(classes, most // block_rows), k)
     fitting = max(1, most // block_rows // group)  # groups
     groups = -(-classes // group)
     even = -(-groups // -(-groups // fitting))
     return block_rows, even * group, group
-
-
-def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their places; of equal ones the first; NaN is larger than all."""
-    if k == 1:
-        values, places = x.max(1, keepdim=True)
-        return values, places
-    if x.dtype == torch.float64:
-        values, places = x.sort(dim=1, descending=True, stable=True)
-        return values[:, :k], places[:, :k]
-    places = _keys(x.float()).topk(k, 1)[1]
-    return x.gather(1, places), places
-
-
-def _keys(x: Tensor) -> Tensor:
-    """Distinct int64 in the order of float32 values, then of decreasing column: a selection that need not be stable."""
-    bits = (x + 0.0).view(torch.int32).to(torch.int64)  # -0.0 + 0.0 is 0.0
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(x.isnan(), 0x7FFFFFFF)
-    return (bits << 32) - torch.arange(x.shape[1], device=x.device)
-
-
-def largest(u: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
-    """The same for wide rows; ``u`` [n, c] with c a multiple of ``group``, and at most c results."""
-    k = min(k, u.shape[1])
-    selected = min(u.shape[1], k * group)
-    if u.shape[0] * selected > _SELECTED:  # keys of many logits are larger than the logits
-        parts = [_largest_of_rows(part, k, group) for part in u.split(max(1, _SELECTED // selected))]
-        return torch.cat([values for values, _ in parts]), torch.cat([places for _, places in parts])
-    return _largest_of_rows(u, k, group)
-
-
-def _largest_of_rows(u: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
-    if u.shape[1] <= k * group:
-        return _largest(u, k)
-    _, chosen = _largest(u.unflatten(1, (-1, group)).amax(2), k)
-    chosen = chosen.sort(1)[0]  # classes in ascending order again
-    columns = (chosen[:, :, None] * group + torch.arange(group, device=u.device)).flatten(1)
-    values, places = _largest(u.gather(1, columns), k)
-    return values, columns.gather(1, places)
 
 
 def _statistics(rows: Any, u: Tensor) -> Tensor:

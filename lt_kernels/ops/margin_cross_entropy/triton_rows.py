@@ -66,6 +66,18 @@ def _lane_sum(x):
 
 
 @triton.jit
+def _grown(u, peaks, masses, weighteds, visiteds):
+    """The lanes' maxima with one tile more, their sums relative to them, and the tile relative to them. Not yet in
+    ``weighteds``: the tile's."""
+    before = peaks
+    peaks = tl.maximum(peaks, tl.max(tl.max(u, 2), _REPEAT_AXIS))
+    masses, weighteds = _joined(before, masses, weighteds, visiteds, peaks)
+    z = u - tl.expand_dims(_reference(peaks), _REPEAT_AXIS)[:, :, None]
+    masses += _lane_sum(_exp(z))
+    return peaks, masses, weighteds, z
+
+
+@triton.jit
 def _best_groups(x, group, inside):
     """Of each lane: its maximum (a NaN is larger than anything) and the first group that has it, [LANES]."""
     highest = _largest(x, 2)
@@ -121,11 +133,7 @@ def _statistics(
         group, inside, offsets, mask = _tile(first, end, group_a, group_b, GROUP, LANES, REPEAT)
         x = tl.load(body_ptr + offsets, mask=mask, other=-_INF, eviction_policy="evict_last").to(tl.float32)
         u = _shifted(x, head, offsets, mask, class_bias_ptr, class_scale_ptr, scale, HAS_SCALE, WIDE)
-        before = peaks
-        peaks = tl.maximum(peaks, tl.max(tl.max(u, 2), _REPEAT_AXIS))
-        masses, weighteds = _joined(before, masses, weighteds, visiteds, peaks)
-        z = u - tl.expand_dims(_reference(peaks), _REPEAT_AXIS)[:, :, None]
-        masses += _lane_sum(_exp(z))
+        peaks, masses, weighteds, z = _grown(u, peaks, masses, weighteds, visiteds)
         if SOFT:
             q = _soft_weights(
                 q_body, offsets, head, offsets, mask, weight_ptr, label_smoothing, smooth_share, SMOOTH, WIDE

@@ -1,4 +1,4 @@
-// The rows kernel's vector code for AVX-512 (F, BW, DQ, VL).
+// The CPU kernels' vector code for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 // Headers first: what they define must not be compiled for this instruction set.
 #include <immintrin.h>
@@ -17,7 +17,9 @@
 #define LTK_ISA isa_avx512
 #define LTK_BYTES 64
 #define LTK_LEVEL 2
-#include "cpu_kernels.h"
+#include "expert_divergence/cpu_kernels.h"
+#include "expert_fusion/cpu_kernels.h"
+#include "margin_cross_entropy/cpu_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -1,4 +1,4 @@
-// The rows kernel's vector code for AVX2, FMA and F16C.
+// The CPU kernels' vector code for AVX2, FMA and F16C.
 #if defined(__x86_64__)
 // Headers first: what they define must not be compiled for this instruction set.
 #include <immintrin.h>
@@ -16,7 +16,9 @@
 #define LTK_ISA isa_avx2
 #define LTK_BYTES 32
 #define LTK_LEVEL 1
-#include "cpu_kernels.h"
+#include "expert_divergence/cpu_kernels.h"
+#include "expert_fusion/cpu_kernels.h"
+#include "margin_cross_entropy/cpu_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -1,0 +1,69 @@
+// What the host does alike for the CUDA kernels of experts.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "cuda_experts.h"
+#include "cuda_host.h"
+#include "experts.h"
+
+namespace ltk {
+
+// The experts' rows, and the tensors that they point into.
+struct Experts {
+  cuda::ExpertRows rows = {};
+  std::vector<at::Tensor> kept;
+  at::ScalarType dtype, compute_dtype;
+  int64_t itemsize;
+
+  explicit Experts(at::TensorList logits) : dtype(logits[0].scalar_type()), itemsize(logits[0].element_size()) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    compute_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    const auto shape = expert_shape(logits);
+    TORCH_CHECK_VALUE(shape[1] <= kMost && shape[2] <= kMost, "logits: got ", shape[1], " rows of ", shape[2],
+                      " classes, expected at most 2147483647 of each");
+    rows.count = static_cast<int>(shape[0]), rows.rows = shape[1], rows.classes = static_cast<int>(shape[2]);
+    const bool few = shape[0] <= cuda::kFewExperts;
+    for (const at::Tensor& x : logits) kept.push_back(x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous());
+    if (!few && kept.size() > 1) kept = {at::stack(kept)};
+    if (!few) rows.expert_stride = kept[0].stride(0);
+    const std::vector<at::Tensor> experts = experts_of(kept);
+    for (size_t e = 0; e < (few ? experts.size() : 1); ++e) {
+      rows.first[e] = experts[e].const_data_ptr();
+      rows.row_stride[e] = experts[e].stride(0);
+    }
+  }
+
+  template <class A>
+  const A* pointer(const std::optional<at::Tensor>& t) {
+    if (!t.has_value()) return nullptr;
+    kept.push_back(t->to(compute_dtype).contiguous());
+    return kept.back().template const_data_ptr<A>();
+  }
+
+  cuda::Dtype kernel_dtype() const {
+    return dtype == at::kDouble     ? cuda::kDouble
+           : dtype == at::kFloat    ? cuda::kFloat
+           : dtype == at::kBFloat16 ? cuda::kBFloat16
+                                    : cuda::kHalf;
+  }
+};
+
+// Shared memory of a block so that two of them fit a processor, beside what kernels take for themselves.
+inline int64_t room_of_two(const device::Facts& facts) {
+  constexpr int64_t kReservedPerBlock = 1024;  // that the system takes
+  return std::min(facts.shared_per_block, facts.shared_per_processor / 2 - kReservedPerBlock) - cuda::kTileScratch;
+}
+
+inline void check_room(int64_t bytes, const device::Facts& facts, int64_t experts) {
+  TORCH_CHECK_VALUE(bytes <= facts.shared_per_block, "logits: got ", experts,
+                    " experts, more than a block's shared memory holds (", facts.shared_per_block, " bytes)");
+}
+
+}  // namespace ltk

@@ -1,0 +1,147 @@
+// The divergences between experts on the CPU; the arithmetic is in cpu_kernels.h.
+#include "arguments.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../cpu_experts.h"
+#include "../cpu_host.h"
+#include "cpu_call.h"
+
+namespace ltk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class A>
+struct Prepared {
+  ExpertRows rows;
+  Tensor scale;
+  DivergenceCall<A> call = {};
+  const DivergenceKernels<A>* kernels;
+
+  Prepared(at::TensorList logits, const OptionalTensor& class_scale, bool pairwise) : rows(logits) {
+    call.experts = rows.experts, call.rows = rows.rows, call.classes = rows.classes;
+    call.x = rows.x.data(), call.x_stride = rows.x_stride.data();
+    if (class_scale.has_value()) {
+      scale = class_scale->to(dtype_of<A>()).contiguous();
+      call.class_scale = scale.const_data_ptr<A>();
+    }
+    call.pairwise = pairwise;
+    kernels = &kernels_of<A>(LTK_TABLES_HERE(expert_divergence), logits[0].scalar_type());
+  }
+};
+
+// value [experts, rows] and what is saved of one row.
+template <class A>
+void finish(const DivergenceCall<A>& call, int64_t row, const A* peaks, const ExpertSums* sums, A* value) {
+  const int64_t experts = call.experts, rows = call.rows;
+  double logarithms = 0;
+  for (int64_t e = 0; e < experts; ++e) logarithms += std::log(sums[e].mass);
+  A* saved = call.saved + row;
+  for (int64_t e = 0; e < experts; ++e) {
+    const double own = std::log(sums[e].mass);
+    const double mass = call.pairwise ? sums[e].mass : sums[experts].mass, expectation = sums[e].weighted / mass;
+    const double rest = call.pairwise ? logarithms - static_cast<double>(experts) * own : own - std::log(mass);
+    value[e * rows + row] = static_cast<A>(expectation + rest);
+    saved[e * rows] = peaks[e];
+    saved[(experts + e) * rows] = static_cast<A>(sums[e].mass);
+    saved[(2 * experts + e) * rows] = static_cast<A>(expectation);
+  }
+  saved[3 * experts * rows] = call.pairwise ? A(0) : peaks[experts];
+  saved[(3 * experts + 1) * rows] = call.pairwise ? A(0) : static_cast<A>(sums[experts].mass);
+}
+
+template <class A>
+std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& class_scale, bool pairwise) {
+  Prepared<A> prepared(logits, class_scale, pairwise);
+  DivergenceCall<A>& call = prepared.call;
+  const DivergenceKernels<A>& kernels = *prepared.kernels;
+  const int64_t experts = call.experts, rows = call.rows, classes = call.classes, count = experts + 1;
+  const auto options = at::TensorOptions().dtype(dtype_of<A>());
+  Tensor value = at::empty({experts, rows}, options), saved = at::empty({3 * experts + 2, rows}, options);
+  if (rows == 0) return {value, saved};
+  A* values = value.mutable_data_ptr<A>();
+  call.saved = saved.mutable_data_ptr<A>();
+  if (rows >= kFewRows || classes <= kRange) {
+    at::parallel_for(0, rows, grain(experts * classes), [&](int64_t begin, int64_t end) {
+      std::vector<A> peaks(count);
+      std::vector<ExpertSums> sums(count);
+      A* buffer = scratch<A>(divergence_scratch(experts));
+      for (int64_t row = begin; row < end; ++row) {
+        kernels.peaks(call, row, 0, classes, peaks.data());
+        kernels.sums(call, row, 0, classes, peaks.data(), sums.data(), buffer);
+        finish(call, row, peaks.data(), sums.data(), values);
+      }
+    });
+    return {value, saved};
+  }
+  const int64_t ranges = (classes + kRange - 1) / kRange;
+  const auto last = [&](int64_t i) { return std::min(classes, (i % ranges + 1) * kRange); };
+  std::vector<A> peaks(rows * ranges * count);
+  std::vector<ExpertSums> sums(rows * ranges * count);
+  at::parallel_for(0, rows * ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.peaks(call, i / ranges, i % ranges * kRange, last(i), &peaks[i * count]);
+  });
+  for (int64_t i = 0; i < rows * ranges * count; ++i) {  // into those of the row's first range
+    A& all = peaks[i / (ranges * count) * ranges * count + i % count];
+    all = std::max(all, peaks[i]);
+  }
+  at::parallel_for(0, rows * ranges, 1, [&](int64_t begin, int64_t end) {
+    A* buffer = scratch<A>(divergence_scratch(experts));
+    for (int64_t i = begin; i < end; ++i)
+      kernels.sums(call, i / ranges, i % ranges * kRange, last(i), &peaks[i / ranges * ranges * count],
+                   &sums[i * count], buffer);
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    ExpertSums* all = &sums[row * ranges * count];
+    for (int64_t i = count; i < ranges * count; ++i)
+      all[i % count].mass += all[i].mass, all[i % count].weighted += all[i].weighted;
+    finish(call, row, &peaks[row * ranges * count], all, values);
+  }
+  return {value, saved};
+}
+
+template <class A>
+Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, const OptionalTensor& class_scale,
+                bool pairwise, bool detach) {
+  Prepared<A> prepared(logits, class_scale, pairwise);
+  DivergenceCall<A>& call = prepared.call;
+  ExpertGradient gradient(logits, prepared.rows);
+  if (call.rows == 0) return gradient.result;
+  const Tensor upstream = grad.to(dtype_of<A>()), kept = saved.contiguous();
+  call.detach = detach;
+  call.saved = const_cast<A*>(kept.const_data_ptr<A>());
+  call.grad = upstream.const_data_ptr<A>();
+  call.grad_e = upstream.stride(0), call.grad_n = upstream.stride(1);
+  call.out = gradient.out.data(), call.out_stride = gradient.out_stride.data();
+  call.stream = gradient.written.nbytes() >= kStream;
+  const int64_t pieces = (call.classes + kRange - 1) / kRange;
+  at::parallel_for(0, call.rows * pieces, grain(call.experts * std::min(call.classes, kRange)),
+                   [&](int64_t begin, int64_t end) {
+                     prepared.kernels->gradient(call, begin, end, kRange, scratch<A>(divergence_scratch(call.experts)));
+                   });
+  return gradient.finished();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> expert_divergence_fwd_cpu(at::TensorList logits, const OptionalTensor& class_scale,
+                                                     bool pairwise) {
+  return logits[0].scalar_type() == at::kDouble ? forward<double>(logits, class_scale, pairwise)
+                                                : forward<float>(logits, class_scale, pairwise);
+}
+
+Tensor expert_divergence_bwd_cpu(const Tensor& grad, const Tensor& saved, at::TensorList logits,
+                                 const OptionalTensor& class_scale, bool pairwise, bool detach) {
+  return logits[0].scalar_type() == at::kDouble ? backward<double>(grad, saved, logits, class_scale, pairwise, detach)
+                                                : backward<float>(grad, saved, logits, class_scale, pairwise, detach);
+}
+
+}  // namespace ltk

@@ -1,0 +1,29 @@
+// What cuda.cpp hands to the kernels of the experts' divergences.
+#pragma once
+
+#include "../cuda_experts.h"
+
+namespace ltk::cuda {
+
+template <class A>
+struct DivergenceCall {
+  ExpertRows x;
+  TileShape tile;
+  const A* class_scale;  // [classes], or null: 1
+  bool pairwise, detach;
+
+  A* value;  // [experts, rows]
+  A* saved;  // [3 experts + 2, rows]; see lt_kernels/ops/expert_divergence/op.py
+
+  const A* grad;  // of value
+  int chunks;     // blocks per row in backward, a tile each
+  void* out;      // gradient of the logits; classes are contiguous
+  int64_t out_expert, out_row;
+};
+
+device::Error divergence_forward(const DivergenceCall<float>&, Dtype, size_t shared_bytes, device::Stream);
+device::Error divergence_forward(const DivergenceCall<double>&, Dtype, size_t shared_bytes, device::Stream);
+device::Error divergence_backward(const DivergenceCall<float>&, Dtype, size_t shared_bytes, device::Stream);
+device::Error divergence_backward(const DivergenceCall<double>&, Dtype, size_t shared_bytes, device::Stream);
+
+}  // namespace ltk::cuda

@@ -1,0 +1,48 @@
+// The experts' fusion on the CPU; the arithmetic is in cpu_kernels.h.
+#include <ATen/ATen.h>
+
+#include "../cpu_memory.h"
+#include "arguments.h"
+#include "cpu_prepared.h"
+
+namespace ltk {
+namespace {
+
+using at::Tensor;
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor> fusion(PreparedFusion<A> prepared, bool with_log_probs) {
+  const int64_t rows = prepared.rows.rows, classes = prepared.rows.classes, k = prepared.k;
+  const auto options = at::TensorOptions().dtype(dtype_of<A>());
+  Tensor values = at::empty({rows, k}, options), found = at::empty({rows, k}, options.dtype(at::kLong));
+  Tensor mass = at::empty({rows}, options), log_probs = at::empty({0}, options);
+  if (with_log_probs) log_probs = MemoryPool::empty({rows, classes}, dtype_of<A>());
+  if (rows > 0) {
+    A* value = values.mutable_data_ptr<A>();
+    int64_t* column = found.mutable_data_ptr<int64_t>();
+    A* masses = mass.mutable_data_ptr<A>();
+    if (with_log_probs) prepared.call.log_probs = log_probs.mutable_data_ptr<A>();
+    prepared.run([&](int64_t row, const LogSum& sum, const Candidate<A>* best) {
+      for (int64_t i = 0; i < k; ++i) value[row * k + i] = best[i].value, column[row * k + i] = best[i].column;
+      masses[row] = static_cast<A>(sum.total > 0 ? sum.total : NAN);  // 0: all are -inf
+    });
+  }
+  return {values, found, mass, log_probs};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion_cpu(at::TensorList logits,
+                                                             const std::optional<Tensor>& expert_weight,
+                                                             const std::optional<Tensor>& class_shift,
+                                                             const std::optional<Tensor>& learned_scale,
+                                                             at::ArrayRef<double> weights, double scale, int64_t k,
+                                                             bool with_log_probs) {
+  if (logits[0].scalar_type() == at::kDouble)
+    return fusion(PreparedFusion<double>(logits, expert_weight, class_shift, learned_scale, weights, scale, k),
+                  with_log_probs);
+  return fusion(PreparedFusion<float>(logits, expert_weight, class_shift, learned_scale, weights, scale, k),
+                with_log_probs);
+}
+
+}  // namespace ltk

@@ -1,0 +1,84 @@
+// The experts' fusion on a GPU: memory and launches. Nothing here waits for the device or looks at a value on it.
+#include "../cuda_experts_host.h"
+#include "arguments.h"
+#include "cuda_call.h"
+
+namespace ltk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMostRounds = 64;  // classes that the kernel selects; more are sorted
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor> fusion(at::TensorList logits, const OptionalTensor& expert_weight,
+                                                  const OptionalTensor& class_shift,
+                                                  const OptionalTensor& learned_scale, at::ArrayRef<double> weights,
+                                                  double scale, int64_t k, bool with_log_probs) {
+  Experts x(logits);
+  const int64_t n = x.rows.rows, classes = x.rows.classes, count = x.rows.count;
+  const auto options = logits[0].options().dtype(x.compute_dtype);
+  Tensor values = at::empty({n, k}, options), chosen = at::empty({n, k}, options.dtype(at::kLong));
+  Tensor mass = at::empty({n}, options);
+  Tensor log_probs = with_log_probs ? at::empty({n, classes}, options) : at::empty({0}, options);
+  if (n == 0) return {values, chosen, mass, log_probs};
+
+  cuda::FusionCall<A> call = {};
+  call.x = x.rows;
+  if (count <= cuda::kFewExperts) {
+    for (int64_t e = 0; e < count; ++e) call.weight[e] = static_cast<A>(weights[e]);
+    call.expert_weight = x.pointer<A>(expert_weight);
+  } else {  // written on the device, so that nothing is copied to it
+    std::vector<Tensor> each;
+    for (const double weight : weights) each.push_back(at::full({1}, weight, options));
+    const Tensor all = at::cat(each);
+    call.expert_weight = x.pointer<A>(expert_weight.has_value() ? all * *expert_weight : all);
+  }
+  call.class_shift = x.pointer<A>(class_shift);
+  call.learned_scale = x.pointer<A>(learned_scale);
+  call.scale = static_cast<A>(scale);
+
+  const bool sorted = k > kMostRounds;
+  call.k = sorted ? 0 : static_cast<int>(k);
+  call.values = values.mutable_data_ptr<A>();
+  call.chosen = chosen.mutable_data_ptr<int64_t>();
+  call.mass = mass.mutable_data_ptr<A>();
+  call.keep = k > 1 || with_log_probs;
+  call.log_probs = with_log_probs ? log_probs.mutable_data_ptr<A>() : nullptr;
+
+  const device::Facts facts = device::facts();
+  call.tile = cuda::tile_shape(call.x, x.itemsize, std::min(cuda::kTileBytes, room_of_two(facts)));
+  int64_t shared = call.tile.bytes + count * static_cast<int64_t>(sizeof(A)) + cuda::kTileScratch;
+  check_room(shared, facts, count);
+  Tensor u;
+  if (call.keep) {
+    const int64_t kept = classes * static_cast<int64_t>(sizeof(A));
+    if (sorted || shared + kept > facts.shared_per_block) {
+      u = with_log_probs && !sorted ? log_probs : at::empty({n, classes}, options);
+      call.u = u.mutable_data_ptr<A>();
+    } else {
+      shared += kept;
+    }
+  }
+  device::check(cuda::expert_fusion(call, x.kernel_dtype(), shared, device::current_stream()));
+  if (sorted) {
+    const auto [all_values, all_classes] = at::sort(u, /*stable=*/true, /*dim=*/1, /*descending=*/true);
+    values.copy_(all_values.narrow(1, 0, k));
+    chosen.copy_(all_classes.narrow(1, 0, k));
+  }
+  return {values, chosen, mass, log_probs};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion_cuda(
+    at::TensorList logits, const OptionalTensor& expert_weight, const OptionalTensor& class_shift,
+    const OptionalTensor& learned_scale, at::ArrayRef<double> weights, double scale, int64_t k, bool with_log_probs) {
+  const device::Guard guard(logits[0].device());
+  return logits[0].scalar_type() == at::kDouble
+             ? fusion<double>(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs)
+             : fusion<float>(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs);
+}
+
+}  // namespace ltk

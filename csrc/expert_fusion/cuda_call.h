@@ -1,0 +1,30 @@
+// What cuda.cpp hands to the kernels of the experts' fusion.
+#pragma once
+
+#include "../cuda_experts.h"
+
+namespace ltk::cuda {
+
+template <class A>
+struct FusionCall {
+  ExpertRows x;
+  TileShape tile;
+  A weight[kFewExperts];   // more experts: all in expert_weight
+  const A* expert_weight;  // [experts], or null: 1
+  const A* class_shift;    // [classes], or null: 0
+  const A* learned_scale;  // 0-dim factor of scale, or null
+  A scale;
+
+  int k;  // largest classes that are written
+  A* values;
+  int64_t* chosen;  // [rows, k] like values
+  A* mass;          // [rows]
+  bool keep;        // u of the row, for k > 1 or log_probs: in shared memory where u is null
+  A* u;             // [rows, classes] or null
+  A* log_probs;     // the same; may be u
+};
+
+device::Error expert_fusion(const FusionCall<float>&, Dtype, size_t shared_bytes, device::Stream);
+device::Error expert_fusion(const FusionCall<double>&, Dtype, size_t shared_bytes, device::Stream);
+
+}  // namespace ltk::cuda

@@ -1,9 +1,0 @@
-// The rows kernel's vector code for the baseline instruction set.
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
-
-#define LTK_ISA isa_default
-#define LTK_BYTES 16
-#define LTK_LEVEL 0
-#include "cpu_kernels.h"

@@ -1,0 +1,94 @@
+"""What the recipes for several experts share: one call of ``expert_cross_entropy`` in place of one per expert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .. import functional as LF
+from ._base import MarginCrossEntropyBase
+
+if TYPE_CHECKING:
+    from .._functional_experts import ExpertLogits
+
+
+class ExpertLossBase(MarginCrossEntropyBase):
+    """A module over [`expert_cross_entropy`][lt_kernels.functional.expert_cross_entropy] with fixed class tensors.
+
+    Every recipe for experts takes the keywords of
+    [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]: ``weight``, ``ignore_index``, ``reduction``,
+    ``label_smoothing``, ``zero_counts``, ``device`` and ``dtype``. Its class tensors are buffers in the same way, and
+    ``update_counts`` derives them anew.
+    """
+
+    #: What becomes of the experts' cross-entropies.
+    expert_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
+
+    log_prior: Tensor | None
+    taus: tuple[float, ...] | Tensor | None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register_buffer("log_prior", None)
+        self.register_buffer("taus", None)
+
+    def forward(
+        self,
+        logits: ExpertLogits,
+        target: Tensor,
+        mixed_target: Tensor | None = None,
+        mix_lambda: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of the experts' ``logits``, float16, bfloat16, float32 or float64.
+
+        Args:
+            logits: [E, N, C] with any strides, or a list or tuple of E tensors [N, C].
+            target: class indices [N] of any integer dtype.
+            mixed_target: second class indices [N] of mixup or CutMix pairs.
+            mix_lambda: share of ``target``: a number in [0, 1], or a tensor, 0-dim or [N].
+
+        Returns:
+            0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
+        """
+        loss: Tensor = LF.expert_cross_entropy(
+            logits, target, mixed_target=mixed_target, mix_lambda=mix_lambda, **self.keywords()
+        )
+        return loss
+
+    def keywords(self) -> dict[str, Any]:
+        """Class tensors and options, as keywords of ``expert_cross_entropy``."""
+        own = {"log_prior": self.log_prior, "taus": self.taus, "expert_reduction": self.expert_reduction}
+        return {**super().keywords(), **own}
+
+    @property
+    def class_sizes(self) -> dict[str, int]:
+        """Refused: what asks joins the loss to one classifier."""
+        raise TypeError(
+            f"loss: got a {type(self).__name__}, which takes the logits of several experts, expected the loss of one "
+            "classifier (experts: ExpertHead)"
+        )
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()
+        if self.taus is None:
+            return shown
+        taus = f"{list(self.taus.shape)}" if isinstance(self.taus, Tensor) else self.taus
+        return f"{shown}, taus={taus}"
+
+
+def stacked(name: str, logits: ExpertLogits) -> Tensor:
+    """[E, N, C] of the experts' logits; TypeError or ValueError if they are no such logits."""
+    if isinstance(logits, (list, tuple)) and logits and all(isinstance(each, Tensor) for each in logits):
+        for e, each in enumerate(logits):
+            if each.shape != logits[0].shape:
+                raise ValueError(f"{name}[{e}]: got shape {tuple(each.shape)}, expected {tuple(logits[0].shape)}")
+        logits = torch.stack(list(logits))
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: got {type(logits).__name__}, expected a Tensor [E, N, C] or a list of E [N, C]")
+    if not logits.is_floating_point():
+        raise TypeError(f"{name}: got dtype {logits.dtype}, expected a floating-point dtype")
+    if logits.dim() != 3 or 0 in logits.shape[::2]:
+        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected [E, N, C]")
+    return logits

@@ -1,0 +1,144 @@
+"""NCL: experts that learn from each other, on all classes and on each sample's hardest ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import functional as LF
+from ..priors import ClassPrior, ClassVector, as_number
+from ._base import LossOptions
+from ._experts_base import ExpertLossBase
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .._functional_experts import ExpertLogits
+
+
+class NCLLoss(ExpertLossBase):
+    """The supervised part of nested collaborative learning.
+
+    Li, Tan, Wan, Lei, Guo, *Nested Collaborative Learning for Long-Tailed Visual Recognition*, CVPR 2022. With l_e =
+    scale z_e + log n and h_e = l_e on the hard classes of the sample, 0 elsewhere:
+
+        loss  = ce_factor sum_e CE(l_e, y) + hard_factor sum_e CE(h_e, y)
+              + divergence_factor D(l) + hard_divergence_factor D(h)
+        D(x)  = 1 / (E - 1) sum over ordered pairs e != f of KL(softmax(x_f) || softmax(x_e))
+
+    The hard classes are the same for all experts: the ``hard_classes`` largest of z_0, the first expert's logits
+    without log n, the target always among them. As published, the other classes get the logit 0, not -inf: together
+    they add C - K to the sum of exponentials. The published code's log(p + 1e-9) in D is not reproduced: D is exact.
+    Its several views of each image are for the caller to add up.
+
+    Sets ``class_bias`` = log n, float32 [C]. At test time use
+    [`expert_fusion`][lt_kernels.functional.expert_fusion] of the plain logits.
+
+    Args:
+        class_counts: training samples per class, [C].
+        hard_classes: K; default 30% of C, rounded down, at least 1: the published 30 of 100, 300 of 1000 and 2442 of
+            8142.
+        scale: multiplies the logits; for heads that hand over cosines.
+        ce_factor: of the cross-entropies over all classes.
+        hard_factor: of the cross-entropies over the hard classes.
+        divergence_factor: of the divergence over all classes.
+        hard_divergence_factor: of the divergence over the hard classes.
+        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``label_smoothing``, ``zero_counts``,
+            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
+            and errors. Weights, smoothing and ignored targets act on the cross-entropies alone. A masked class
+            (``zero_counts="mask"``) takes no part, hard or not.
+
+    A single expert has no divergence. With mixup both classes of a pair are hard; the paper has none.
+
+    Example:
+        >>> import torch
+        >>> loss = NCLLoss([900, 90, 10], hard_classes=1)
+        >>> loss(torch.zeros(2, 1, 3), torch.tensor([2]))  # 2 (-log .01 - log (10 / 12)); no divergence
+        tensor(9.5750)
+    """
+
+    expert_reduction = "sum"
+
+    def __init__(
+        self,
+        class_counts: ClassVector,
+        hard_classes: int | None = None,
+        scale: float = 1.0,
+        ce_factor: float = 1.0,
+        hard_factor: float = 1.0,
+        divergence_factor: float = 0.6,
+        hard_divergence_factor: float = 0.6,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(scale=scale, **options)
+        self.ce_factor = as_number("ce_factor", ce_factor)
+        self.hard_factor = as_number("hard_factor", hard_factor)
+        self.divergence_factor = as_number("divergence_factor", divergence_factor)
+        self.hard_divergence_factor = as_number("hard_divergence_factor", hard_divergence_factor)
+        self._set_counts(class_counts)
+        assert self.class_counts is not None
+        classes = len(self.class_counts)
+        if hard_classes is None:
+            hard_classes = max(1, 3 * classes // 10)
+        if isinstance(hard_classes, bool) or not isinstance(hard_classes, int):
+            raise TypeError(f"hard_classes: got {type(hard_classes).__name__}, expected an int or None")
+        if not 1 <= hard_classes <= classes:
+            raise ValueError(f"hard_classes: got {hard_classes}, expected 1 to {classes}, the number of classes")
+        self.hard_classes = hard_classes
+
+    def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
+        return {"class_bias": prior.log_counts()}
+
+    def forward(
+        self,
+        logits: ExpertLogits,
+        target: Tensor,
+        mixed_target: Tensor | None = None,
+        mix_lambda: float | Tensor | None = None,
+    ) -> Tensor:
+        """As other losses of experts."""
+        loss = self.ce_factor * super().forward(logits, target, mixed_target, mix_lambda)  # checks the arguments
+        assert self.class_bias is not None
+        bias = self.class_bias.to(loss.dtype)
+        experts = len(logits)
+        pairs = max(experts - 1, 1)
+        shifted = _each(lambda z: torch.add(bias, z, alpha=self.scale), logits)  # in the bias's precision
+        if experts > 1 and self.divergence_factor != 0:
+            loss = loss + self.divergence_factor / pairs * self._divergence(shifted)
+        if self.hard_factor == 0 and (experts == 1 or self.hard_divergence_factor == 0):
+            return loss
+        masked = bias == -math.inf
+        easy = ~(self._hard(logits[0].masked_fill(masked, -math.inf), target, mixed_target) | masked)
+        hard = _each(lambda z: z.masked_fill(easy, 0.0), shifted)
+        if self.hard_factor != 0:
+            keywords = {**self.keywords(), "class_bias": None, "scale": 1.0}
+            loss = loss + self.hard_factor * LF.expert_cross_entropy(
+                hard, target, mixed_target=mixed_target, mix_lambda=mix_lambda, **keywords
+            )
+        if experts > 1 and self.hard_divergence_factor != 0:
+            loss = loss + self.hard_divergence_factor / pairs * self._divergence(hard)
+        return loss
+
+    def _divergence(self, logits: ExpertLogits) -> Tensor:
+        return LF.expert_divergence(logits, "pairwise", reduction=self.reduction)
+
+    @torch.no_grad()
+    def _hard(self, first: Tensor, target: Tensor, mixed_target: Tensor | None) -> Tensor:
+        """[N, C], whether a class is hard for a sample: the K largest logits of the first expert and the targets."""
+        classes = first.shape[1]
+        ranked = first.detach().clone()
+        for labels in (target, mixed_target):
+            if labels is not None:
+                labels = labels.long()[:, None]
+                known = (labels >= 0) & (labels < classes) & (labels != self.ignore_index)
+                labels = labels.clamp(0, classes - 1)
+                ranked = ranked.scatter(1, labels, torch.where(known, math.inf, ranked.gather(1, labels)))
+        return torch.zeros_like(first, dtype=torch.bool).scatter(1, ranked.topk(self.hard_classes).indices, True)
+
+
+def _each(function: Callable[[Tensor], Tensor], logits: ExpertLogits) -> ExpertLogits:
+    return function(logits) if isinstance(logits, Tensor) else [function(z) for z in logits]

@@ -1,0 +1,124 @@
+"""RIDE: LDAM for several experts, and a reward for being different."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as LF
+from ..priors import ClassPrior, ClassVector, as_number
+from ._base import LossOptions
+from ._experts_base import ExpertLossBase, stacked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .._functional_experts import ExpertLogits
+
+
+class RIDELoss(ExpertLossBase):
+    """The training loss of RIDE's experts: LDAM of each, and minus their divergence from the experts' mean.
+
+    Wang, Lian, Miao, Liu, Yu, *Long-tailed Recognition by Routing Diverse Distribution-Aware Experts*, ICLR 2021:
+
+        loss = sum over e of [ CE(z_e, less s m_y at the target) + diversity Tbar^2 KL(p || p_e) ]
+        p    = softmax(zbar / T),    p_e = softmax(z_e / T)
+        m_c  = max_margin * n_c^-1/4 / max(n^-1/4)
+
+    with zbar the mean of the experts' logits, constant to the gradient. ``logits`` are 30 cos of normalised heads (such
+    as [`ExpertHead`][lt_kernels.losses.ExpertHead]'s), with their scale, which lets the margin be s m. Sets ``margin``
+    = s m and ``class_temperature``, float32 [C].
+
+    As published, the temperature follows re-weighting. While class weights do not tell classes apart (none, or all
+    equal) T is ``temperature``; with weights that do, such as
+    [`DeferredReweighting`][lt_kernels.schedules.DeferredReweighting] sets in ``weight`` from its switch on (published:
+    epoch 160 of 200 on CIFAR, beta 0.9999), it is a vector,
+
+        T_c = temperature w_c / max(w),    w = C pi reweight_factor + 1 - reweight_factor,    Tbar = its mean
+
+    Also as published: with ``diversity=0`` the cross-entropy of every expert is that of zbar, the ensemble. The
+    distillation and the routing of RIDE are not part of the loss.
+
+    Args:
+        class_counts: training samples per class, [C].
+        max_margin: margin of the rarest class, in cosines.
+        scale: s, which the logits already contain.
+        diversity: factor of the divergence; negative rewards it.
+        temperature: of the divergence.
+        reweight_factor: in [0, 1]: how much T depends on the prior.
+        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``label_smoothing``, ``zero_counts``,
+            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
+            and errors. Weights, smoothing and ignored targets act on the cross-entropies alone. A class without
+            samples (``zero_counts="mask"``) counts as the rarest one.
+
+    Example:
+        >>> import torch
+        >>> loss = RIDELoss([900, 90, 10])
+        >>> loss.margin  # 30 times those of LDAM
+        tensor([ 4.8700,  8.6603, 15.0000])
+        >>> loss(torch.zeros(3, 2, 3), torch.tensor([0, 2]))  # the experts agree: only margins
+        tensor(31.8902)
+    """
+
+    expert_reduction = "sum"
+
+    class_temperature: Tensor
+
+    def __init__(
+        self,
+        class_counts: ClassVector,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        diversity: float = -0.2,
+        temperature: float = 1.0,
+        reweight_factor: float = 0.05,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(scale=scale, **options)
+        self.max_margin = as_number("max_margin", max_margin, 0.0, expected="a number >= 0")
+        self.diversity = as_number("diversity", diversity)
+        self.temperature = as_number("temperature", temperature)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: got {temperature}, expected a number > 0")
+        self.reweight_factor = as_number("reweight_factor", reweight_factor, 0.0, 1.0, expected="a number in [0, 1]")
+        self.register_buffer("class_temperature", None)
+        self._set_counts(class_counts)
+
+    def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
+        n = prior._counts  # float64, on the CPU
+        n = n.clamp_min(n[n > 0].min().item())
+        w = len(n) * n / n.sum() * self.reweight_factor + 1 - self.reweight_factor
+        return {
+            "margin": prior.ldam_margins(self.scale * self.max_margin),
+            "class_temperature": prior._give(self.temperature * w / w.max()),
+        }
+
+    def keywords(self) -> dict[str, Any]:
+        """Class tensors and options, as keywords of ``expert_cross_entropy``; the logits contain the scale."""
+        return {**super().keywords(), "scale": 1.0}
+
+    def forward(
+        self,
+        logits: ExpertLogits,
+        target: Tensor,
+        mixed_target: Tensor | None = None,
+        mix_lambda: float | Tensor | None = None,
+    ) -> Tensor:
+        """As other losses of experts; ``logits`` contain the scale."""
+        if self.diversity == 0:
+            logits = stacked("logits", logits)
+            ensemble = logits.mean(0, dtype=torch.promote_types(logits.dtype, torch.float32))
+            return len(logits) * super().forward([ensemble], target, mixed_target, mix_lambda)
+        loss = super().forward(logits, target, mixed_target, mix_lambda)
+        temperature: float | Tensor = self.temperature
+        mean: float | Tensor = self.temperature
+        if self.weight is not None:
+            # decided on the device: the schedule changes the weights in place; a class without samples has weight 0
+            largest = self.weight.max()
+            reweighted = torch.where(self.weight > 0, self.weight, largest).min() < largest
+            temperature = torch.where(reweighted, self.class_temperature, temperature)
+            mean = torch.where(reweighted, self.class_temperature.mean(), mean).to(loss.dtype)
+        divergence = LF.expert_divergence(logits, "to_mean", temperature, reduction=self.reduction)
+        return loss + self.diversity * mean**2 * divergence

@@ -1,0 +1,26 @@
+"""The CUDA kernels of experts without a GPU, on the emulator (tests/emulator), each in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+from test_cuda import passed, pytestmark, run_on_the_emulator
+
+__all__ = ["pytestmark"]
+
+#: Other functions, other backends, compiled code, and what compares CPU threads.
+ELSEWHERE = "linear or bad_input or by_name or checks_on or deterministic or opcheck or compile or gradcheck"
+#: What the suite itself skips: float64 is no truth for itself there.
+SKIPPED = "(fp64 or float64) and (8142 or 8192 or 40001)"
+
+
+@pytest.mark.parametrize("device", ["sm_90", "two passes"])
+def test_kernels_of_experts_on_the_emulator(device):
+    assert passed(run_on_the_emulator("cuda_experts_emulated.py", device=device)) > 150
+
+
+def test_every_generic_case_of_fusion_on_the_emulator():
+    assert passed(run_on_the_emulator("test_expert_fusion.py", "-k", f"not ({ELSEWHERE})")) > 100
+
+
+def test_every_generic_case_of_divergences_on_the_emulator():
+    assert passed(run_on_the_emulator("test_expert_divergence.py", "-k", f"not ({ELSEWHERE} or {SKIPPED})")) > 200
