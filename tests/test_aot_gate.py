@@ -81,3 +81,37 @@ def test_the_table_of_the_tiled_kernels_holds_what_the_gate_promises():
     for kernel in ("_tiled_forward_kernel", "_grad_input_kernel", "_grad_factor_kernel"):
         for width in (64, 128, 256):
             assert (kernel, f"linear, class_bias, D {width}, C 8142, bfloat16") in seen
+
+
+def test_the_tables_of_fusion_and_divergence_hold_what_the_gate_promises():
+    for op in ("expert_fusion", "expert_divergence"):
+        rows = json.loads((ROOT / f"benchmarks/results/aot/{op}.json").read_text())["rows"]
+        for row in rows:
+            for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+                assert row[target]["stack"] == row[target]["spills"] == 0, row
+            assert row.get("per_logit", 0) <= row.get("budget", 100), row
+        for classes in (8142, 8192, 100000):
+            wide = [row for row in rows if f"C {classes}," in row["case"] and "E 9" not in row["case"]]
+            assert any("128" in row["sm_90"]["loads"] for row in wide)
+        if op == "expert_divergence":
+            backward = [row for row in rows if "backward" in row["case"] and "E 9" not in row["case"]]
+            assert all("128" in row["sm_90"]["stores"] for row in backward)
+
+
+@pytest.mark.slow
+def test_losses_of_several_experts():
+    result = gate("--check", "--only", "expert_cross_entropy, plain, E 3, C 8142")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 kernels compiled for sm_90, sm_80, sm_100, gfx942" in result.stdout
+
+
+def test_the_table_of_losses_of_several_experts_holds_what_the_gate_promises():
+    table = json.loads((ROOT / "benchmarks/results/aot/expert_cross_entropy.json").read_text())
+    aligned = [row for row in table["rows"] if row["kernel"] == "_experts_forward_kernel" and row["GROUP"] >= 4]
+    assert len(aligned) >= 8
+    for row in table["rows"]:
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            assert row[target]["stack"] == row[target]["spills"] == 0, row
+    for row in aligned:
+        assert row["sm_90"]["loads"]["128"] > 0, row
+        assert row["sm_90"]["stores"]["128"] > 0, row
