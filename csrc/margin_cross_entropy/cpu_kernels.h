@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBlock = 2048;        // columns per block of a row
 constexpr int64_t kOverlapped = 32768;  // rows of this many columns are written while the next one is read
+constexpr int64_t kSample = 64;         // columns from which a row's peak is guessed
 constexpr int64_t kAhead = 1024;        // how far ahead of the arithmetic logits are fetched
 
 // ------------------------------------------------------------------------------------------------------------- rows
@@ -359,11 +360,15 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
     if (guessing) {
       // A sample of the row gives the guess. Where the peak is too far from it for exponentials to stay in range (a
       // sample unlike the row, an outlier, a target among the samples) the row is swept again from its true peak.
-      A lowest = minus_infinity<A>(), most = lowest;
-      for (int64_t j = 0; j < count && j < 64; ++j) {
-        const A u = affine(IO<T>::get(x + j), scale_of(call, j), call.class_bias ? call.class_bias[j] : A(0));
-        most = u > most ? u : most;
+      const A lowest = minus_infinity<A>();
+      Vec<A> high = splat(lowest);
+      for (int64_t j = 0; j < count && j < kSample; j += Simd<A>::W) {
+        const Vec<A> a = call.class_scale ? get_some<A>(call.class_scale + j, count - j, A(0)) : splat(call.scale);
+        const Vec<A> b = call.class_bias ? get_some<A>(call.class_bias + j, count - j, A(0)) : Vec<A>{};
+        const Vec<A> u = affine(get_some<A>(x + j, count - j, lowest), a, b);
+        high = u > high ? u : high;
       }
+      const A most = max_lanes<A>(high);
       guess = most > lowest && most < -lowest ? most : A(0);
       A total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
                               &sums.peak, &pending);
