@@ -172,6 +172,18 @@ class ClassPrior:
         value = (pi.pow(tau) + eps).log() if form == "power" and eps > 0 else tau * (pi + eps).log()
         return self._give(value.masked_fill(~self._present, -math.inf))
 
+    def reversed_log_prior(self, tau: float = 1.0, *, eps: float = 0.0) -> Tensor:
+        """tau * log(pi_rev + eps): pi with its ranks reversed, the largest class has that of the smallest (SADE); [C].
+
+        Of classes with equal counts the first in order ranks lower, so that even they may get different pi_rev. Masked
+        classes are -inf; the ranks of the others are reversed among themselves.
+        """
+        tau, eps = as_number("tau", tau), as_number("eps", eps, 0.0, expected="a number >= 0")
+        pi = self._counts / self._counts.sum()
+        value, order = pi[self._present].sort(stable=True)
+        pi[self._present] = torch.empty_like(value).scatter(0, order, value.flip(0))
+        return self._give((tau * (pi + eps).log()).masked_fill(~self._present, -math.inf))
+
     def log_counts(self) -> Tensor:
         """log n (balanced softmax); [C]."""
         return self._give(self._counts.log())
@@ -193,9 +205,12 @@ class ClassPrior:
         weight = torch.where(present, 1 / self._effective_numbers(beta), 0.0)
         return self._give(weight * (present.sum() / weight.sum()))
 
+    def _at_least_the_rarest(self) -> Tensor:
+        """n; a class without samples counts as the rarest one."""
+        return self._counts.clamp_min(self._counts[self._present].min().item())
+
     def _inverse_power(self, power: float) -> Tensor:
-        """n^-power; a class without samples counts as the rarest one."""
-        return self._counts.clamp_min(self._counts[self._present].min().item()).pow(-power)
+        return self._at_least_the_rarest().pow(-power)
 
     def ldam_margins(self, max_margin: float = 0.5) -> Tensor:
         """max_margin * n^-1/4 / max(n^-1/4): the rarest class has ``max_margin`` (Cao et al., 2019); [C]."""
@@ -222,6 +237,17 @@ class ClassPrior:
         low, high = x.min(), x.max()
         rarity = torch.where(high > low, (x - low) / (high - low), 1.0)
         return self._give(lower + (upper - lower) * rarity)
+
+    def ride_temperatures(self, temperature: float = 1.0, reweight_factor: float = 0.05) -> Tensor:
+        """temperature * w / max(w), w = C pi reweight_factor + 1 - reweight_factor (Wang et al., 2021); [C].
+
+        A class without samples counts as the rarest one.
+        """
+        temperature = as_number("temperature", temperature)
+        factor = as_number("reweight_factor", reweight_factor, 0.0, 1.0, expected="a number in [0, 1]")
+        n = self._at_least_the_rarest()
+        w = len(n) * n / n.sum() * factor + 1 - factor
+        return self._give(temperature * w / w.max())
 
     def shot_groups(self, many_above: float = 100, few_below: float = 20) -> Tensor:
         """Group of each class, int64 [C], indexing ``SHOT_GROUPS``.
@@ -257,6 +283,13 @@ def log_prior(
 ) -> Tensor:
     """tau * log(pi + eps), or log(pi^tau + eps); see ``ClassPrior.log_prior``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).log_prior(tau, eps=eps, form=form)
+
+
+def reversed_log_prior(
+    class_counts: ClassVector, tau: float = 1.0, *, eps: float = 0.0, zero_counts: ZeroCounts = "error"
+) -> Tensor:
+    """tau * log(pi + eps) with the ranks of pi reversed; see ``ClassPrior.reversed_log_prior``."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).reversed_log_prior(tau, eps=eps)
 
 
 def log_counts(class_counts: ClassVector, *, zero_counts: ZeroCounts = "error") -> Tensor:
@@ -295,6 +328,17 @@ def arcface_margins(
 ) -> Tensor:
     """a * n^-power + b within ``bounds``; see ``ClassPrior.arcface_margins``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).arcface_margins(bounds, power)
+
+
+def ride_temperatures(
+    class_counts: ClassVector,
+    temperature: float = 1.0,
+    reweight_factor: float = 0.05,
+    *,
+    zero_counts: ZeroCounts = "error",
+) -> Tensor:
+    """RIDE's temperature of each class; see ``ClassPrior.ride_temperatures``."""
+    return ClassPrior(class_counts, zero_counts=zero_counts).ride_temperatures(temperature, reweight_factor)
 
 
 def shot_groups(class_counts: ClassVector, many_above: float = 100, few_below: float = 20) -> Tensor:

@@ -65,6 +65,7 @@ RACED += [f"expert_every_element_is_written[{work}: 8142" for work in ("loss", "
 #: Tests of the generic suite that the device checks repeat, or that are about the CPU.
 ELSEWHERE = (
     "value_and_every_gradient or gradcheck or TestProperties or number_of_threads or compile_follows or dense_oracle"
+    " or value_and_gradient or against_float64 or test_ensemble or every_policy or layouts"
 )
 
 
@@ -134,8 +135,8 @@ def suite(machine: Machine, limit: float) -> dict[str, Command] | str:
     arguments = [machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40", *workers]
     environment = {"LT_KERNELS_TEST_BACKENDS": machine.backends, "LT_KERNELS_TEST_DEVICE": "cuda"}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    files = ("test_margin_cross_entropy.py", "test_in_place.py")
-    tests = ["-k", f"not ({ELSEWHERE})", *(f"tests/ops/{name}" for name in files)]
+    files = ["margin_cross_entropy", "in_place", "expert_cross_entropy", "expert_fusion", "expert_divergence"]
+    tests = ["-k", f"not ({ELSEWHERE})", *(f"tests/ops/test_{name}.py" for name in files)]
     return {"": Command([*arguments, *tests], environment)}
 
 
@@ -179,12 +180,13 @@ STEPS = {
     "build": Step(80, build),
     "tests": Step(125, tests),
     "suite": Step(65, suite),
-    "sanitizer": Step(55, sanitizer),
+    "sanitizer": Step(50, sanitizer),
     "ncu": Step(45, ncu),
-    "bench": Step(50, bench("margin_cross_entropy")),
-    "bench-linear": Step(45, bench("linear_margin_cross_entropy")),
+    "bench": Step(45, bench("margin_cross_entropy")),
+    "bench-linear": Step(40, bench("linear_margin_cross_entropy")),
     "bench-experts": Step(30, bench("expert_cross_entropy")),
-    "bench-fusion": Step(25, bench("expert_fusion")),
+    "bench-fusion": Step(20, bench("expert_fusion")),
+    "bench-divergence": Step(20, bench("expert_divergence")),
 }
 
 # -------------------------------------------------------------------------------------------------------- running them

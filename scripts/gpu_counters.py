@@ -17,12 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    import torch
 
 NOT_POSSIBLE = 77
 REFUSALS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler", "LibraryNotLoaded", "Profiling is not supported")
@@ -45,6 +49,7 @@ class Case:
     direction: str  # fwd | fwd+grad (one pass) | bwd (recomputing)
     shape: tuple[int, ...]
     dtype: str
+    op: str = "margin_cross_entropy"
 
     @property
     def floor_bytes(self) -> int:
@@ -61,6 +66,12 @@ CASES = (
     Case("fwd+grad", (4096, 100_003), "bfloat16"),
     Case("bwd", (8192, 8142), "bfloat16"),
     Case("fwd", (8192, 8142), "bfloat16"),
+    # E, N, C: as many logits as the first case has
+    Case("fwd+grad", (3, 2731, 8142), "bfloat16", "expert_cross_entropy"),
+    Case("fwd", (3, 2731, 8142), "bfloat16", "expert_fusion"),
+    Case("fwd", (3, 2731, 8142), "bfloat16", "expert_divergence"),
+    Case("bwd", (3, 2731, 8142), "bfloat16", "expert_divergence"),
+    Case("fwd+grad", (3, 2731, 8142), "float32", "expert_cross_entropy"),
     Case("fwd+grad", (4096, 65_536), "float32"),
     Case("fwd+grad", (4096, 100_003), "float32"),
     Case("fwd+grad", (256, 1_000_000), "bfloat16"),
@@ -71,12 +82,31 @@ CASES = (
 )
 
 
+def call(case: Case, device: str = "cuda") -> tuple[torch.Tensor, Callable[[], Any]]:
+    """The logits of a case, and its operator on them."""
+    import torch
+
+    from lt_kernels import functional as F
+
+    logits = torch.randn(case.shape, device=device, dtype=getattr(torch, case.dtype)).requires_grad_()
+    if case.op == "expert_fusion":
+        return logits, lambda: F.expert_fusion(logits)
+    if case.op == "expert_divergence":
+        return logits, lambda: F.expert_divergence(logits, "to_mean")
+    experts = case.op == "expert_cross_entropy"
+    classes = case.shape[2 if experts else 1]
+    target = torch.randint(classes, case.shape[1:2] if experts else case.shape[:1] + case.shape[2:], device=device)
+    bias = torch.linspace(-5, 0, classes, device=device)
+    if experts:
+        return logits, lambda: F.expert_cross_entropy(logits, target, log_prior=bias, taus=(0.0, 1.0, 2.0))
+    return logits, lambda: F.margin_cross_entropy(logits, target, class_bias=bias)
+
+
 def launch(backends: list[str], plan: Path, seconds: float) -> None:
     """Run every case once inside ncu's window, as many as there is time for; list them in ``plan``."""
     import torch
 
     import lt_kernels
-    from lt_kernels.functional import margin_cross_entropy
 
     started, done = time.monotonic(), []
     for case in CASES:
@@ -84,17 +114,8 @@ def launch(backends: list[str], plan: Path, seconds: float) -> None:
             if time.monotonic() - started > seconds:
                 break
             torch.manual_seed(0)
-            logits = torch.randn(case.shape, device="cuda", dtype=getattr(torch, case.dtype)).requires_grad_()
-            classes = case.shape[1]
-            target = torch.randint(classes, case.shape[:1] + case.shape[2:], device="cuda")
-            bias = torch.linspace(-5, 0, classes, device="cuda")
+            logits, forward = call(case)
             recompute = case.direction == "bwd"
-
-            def forward(
-                logits: torch.Tensor = logits, target: torch.Tensor = target, bias: torch.Tensor = bias
-            ) -> torch.Tensor:
-                return margin_cross_entropy(logits, target, class_bias=bias)
-
             lt_kernels.set_gradient_policy("recompute" if recompute else "one_pass")
             with lt_kernels.use_backend(backend), torch.set_grad_enabled(case.direction != "fwd"):
                 loss = forward()  # compiles
@@ -110,7 +131,7 @@ def launch(backends: list[str], plan: Path, seconds: float) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()
             done.append({"backend": backend, **asdict(case), "floor_bytes": case.floor_bytes})
-            del logits, target, loss
+            del logits, forward, loss
             plan.write_text(json.dumps({"device": torch.cuda.get_device_name(), "cases": done}))
 
 
@@ -196,7 +217,8 @@ def main() -> int:
     for row in rows:
         main_kernel: dict[str, Any] = max(row["kernels"], key=lambda kernel: kernel.get("nanoseconds") or 0, default={})
         print(
-            f"{row['backend']:7} {row['direction']:8} {'x'.join(map(str, row['shape'])):16} {row['dtype']:8} "
+            f"{row['backend']:7} {row['op']:20} {row['direction']:8} {'x'.join(map(str, row['shape'])):16} "
+            f"{row['dtype']:8} "
             f"{row['microseconds']:9.1f} us  DRAM {row['ratio_to_floor']:6.3f} x floor  "
             f"{main_kernel.get('registers') or 0:3.0f} registers  "
             f"{main_kernel.get('achieved_occupancy_percent') or 0:5.1f}% occupancy  {len(row['kernels'])} kernels"

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests/gpu")]
@@ -231,6 +233,17 @@ def test_floors():
     assert floors["fwd+grad", (8192, 8142), "bfloat16"] == 2 * 8192 * 8142 * 2
     assert floors["fwd", (8192, 8142), "bfloat16"] == 8192 * 8142 * 2
     assert floors["bwd", (8192, 8142), "float32"] == 2 * 8192 * 8142 * 4
+
+
+@pytest.mark.parametrize("case", gpu_counters.CASES, ids=lambda case: f"{case.op}-{case.direction}-{case.dtype}")
+def test_what_is_counted_runs(case):
+    small = replace(case, shape=(3, 4, 5) if case.op.startswith("expert") else (4, 5))
+    logits, forward = gpu_counters.call(small, "cpu")
+    assert logits.shape == small.shape
+    if case.op == "expert_fusion":
+        assert forward().prediction.shape == (4,)
+    else:
+        assert torch.autograd.grad(forward(), logits)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(("message", "status"), [("==ERROR== ERR_NVGPUCTRPERM - no permission", 77), ("", 1)])

@@ -50,6 +50,15 @@ class TestFormulas:
         moved = exact(counts).log_prior(eps=1e-9) - exact(counts).log_prior()
         assert moved.max().item() == pytest.approx(2.2e-4, rel=0.01)
 
+    def test_reversed_log_prior(self):
+        ranks = [5, 19, 20, 100, 101, 1280]
+        assert_vector(exact().reversed_log_prior(1.5, eps=1e-9), [1.5 * math.log(n / TOTAL + 1e-9) for n in ranks])
+        assert_vector(exact([30, 5, 20]).reversed_log_prior(), [math.log(n / 55) for n in (5, 30, 20)])
+
+    def test_reversed_log_prior_of_equal_counts(self):
+        assert_vector(exact([7, 7, 5, 81]).reversed_log_prior(), [math.log(n / 100) for n in (7, 7, 81, 5)])
+        assert_vector(exact([1, 1, 9]).reversed_log_prior(), [math.log(n / 11) for n in (9, 1, 1)])
+
     def test_log_counts(self):
         assert_vector(exact().log_counts(), [math.log(n) for n in COUNTS])
 
@@ -83,6 +92,11 @@ class TestFormulas:
     def test_arcface_margins_of_equal_counts(self):
         assert_vector(exact([7, 7]).arcface_margins((0.1, 0.4)), [0.4, 0.4])
 
+    def test_ride_temperatures(self):
+        w = [6 * n / TOTAL * 0.3 + 0.7 for n in COUNTS]
+        assert_vector(exact().ride_temperatures(2.0, 0.3), [2 * each / max(w) for each in w])
+        assert_vector(exact().ride_temperatures(1.5, 0.0), [1.5] * 6)
+
     def test_shot_groups(self):
         assert [SHOT_GROUPS[i] for i in exact().shot_groups()] == ["many", "many", "medium", "medium", "few", "few"]
         assert exact().shot_groups(many_above=1000, few_below=100).tolist() == [0, 1, 1, 2, 2, 2]
@@ -93,12 +107,14 @@ class TestFormulas:
 
 FUNCTIONS = {
     "log_prior": lambda f, c: f.log_prior(*c, 0.5, eps=1e-3, form="power"),
+    "reversed_log_prior": lambda f, c: f.reversed_log_prior(*c, 0.5, eps=1e-3),
     "log_counts": lambda f, c: f.log_counts(*c),
     "effective_numbers": lambda f, c: f.effective_numbers(*c, 0.9),
     "class_balanced_weight": lambda f, c: f.class_balanced_weight(*c, 0.9),
     "ldam_margins": lambda f, c: f.ldam_margins(*c, 0.3),
     "vs_scales": lambda f, c: f.vs_scales(*c, 0.2),
     "arcface_margins": lambda f, c: f.arcface_margins(*c, (0.2, 0.3), 0.5),
+    "ride_temperatures": lambda f, c: f.ride_temperatures(*c, 2.0, 0.3),
     "shot_groups": lambda f, c: f.shot_groups(*c, 50, 10),
 }
 
@@ -135,7 +151,9 @@ class TestProperties:
     def test_permuting_classes_permutes_everything(self, counts, random):
         order = list(range(len(counts)))
         random.shuffle(order)
-        for call in FUNCTIONS.values():
+        for name, call in FUNCTIONS.items():
+            if name == "reversed_log_prior" and len(set(counts)) < len(counts):
+                continue  # equal counts are ranked by their order
             torch.testing.assert_close(call(exact([counts[i] for i in order]), []), call(exact(counts), [])[order])
 
 
@@ -163,6 +181,7 @@ class TestZeroCounts:
         masked, present = exact([10, 0, 4], zero_counts="mask"), exact([10, 4])
         for name, absent in {
             "log_counts": -math.inf,
+            "reversed_log_prior": -math.inf,
             "effective_numbers": 0.0,
             "class_balanced_weight": 0.0,
             "vs_scales": 0.0,
@@ -172,6 +191,7 @@ class TestZeroCounts:
             value = getattr(masked, name)()
             assert value[1].item() == absent, name
             torch.testing.assert_close(value[[0, 2]], getattr(present, name)())
+        torch.testing.assert_close(masked.ride_temperatures(), exact([10, 4, 4]).ride_temperatures()[[0, 1, 2]])
         assert masked.shot_groups().tolist() == [2, 2, 2]
 
     @pytest.mark.parametrize("policy", ["one", 0, -1, float("nan"), float("inf")], ids=str)

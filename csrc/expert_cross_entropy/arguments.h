@@ -2,10 +2,9 @@
 // CUDA the operator is the rows kernel, expert by expert (lt_kernels/ops/expert_cross_entropy/looped.py).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <tuple>
+
+#include "../margin_cross_entropy/arguments.h"
 
 #define LTK_EXPERT_CROSS_ENTROPY_SCHEMAS(m)                                                                         \
   m.def(                                                                                                            \
@@ -15,15 +14,18 @@
       "bool angular, int ignore_index, float label_smoothing, bool with_ensemble, bool with_grad) -> (Tensor "      \
       "loss, Tensor rest, Tensor ensemble_loss, Tensor ensemble_prediction, Tensor grad_logits)")
 
+#define LTK_EXPERT_CROSS_ENTROPY_PARAMETERS                                                                          \
+  at::TensorList logits, const Tensor &target, const OptionalTensor &mixed_target, const OptionalTensor &mix_lambda, \
+      const OptionalTensor &weight, const OptionalTensor &class_bias, const OptionalTensor &class_scale,             \
+      const OptionalTensor &class_margin, const OptionalTensor &learned_scale, const OptionalTensor &log_prior,      \
+      const OptionalTensor &coefficient, const OptionalTensor &ensemble_coefficient, at::ArrayRef<double> taus,      \
+      double scale, double margin, bool angular, int64_t ignore_index, double label_smoothing, bool with_ensemble,   \
+      bool with_grad
+
 namespace ltk {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_cross_entropy_fwd_cpu(
-    at::TensorList logits, const at::Tensor& target, const std::optional<at::Tensor>& mixed_target,
-    const std::optional<at::Tensor>& mix_lambda, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& class_bias, const std::optional<at::Tensor>& class_scale,
-    const std::optional<at::Tensor>& class_margin, const std::optional<at::Tensor>& learned_scale,
-    const std::optional<at::Tensor>& log_prior, const std::optional<at::Tensor>& coefficient,
-    const std::optional<at::Tensor>& ensemble_coefficient, at::ArrayRef<double> taus, double scale, double margin,
-    bool angular, int64_t ignore_index, double label_smoothing, bool with_ensemble, bool with_grad);
+using ExpertForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ExpertForwardResult expert_cross_entropy_fwd_cpu(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS);
 
 }  // namespace ltk

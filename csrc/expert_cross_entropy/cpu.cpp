@@ -53,13 +53,7 @@ struct Ensemble {
 };
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    at::TensorList logits, const Tensor& target, const OptionalTensor& mixed_target, const OptionalTensor& mix_lambda,
-    const OptionalTensor& weight, const OptionalTensor& class_bias, const OptionalTensor& class_scale,
-    const OptionalTensor& class_margin, const OptionalTensor& learned_scale, const OptionalTensor& log_prior,
-    const OptionalTensor& coefficient, const OptionalTensor& ensemble_coefficient, at::ArrayRef<double> taus,
-    double scale, double margin, bool angular, int64_t ignore_index, double label_smoothing, bool with_ensemble,
-    bool with_grad) {
+ExpertForwardResult forward(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS) {
   const ExpertRows experts(logits);
   const int64_t count = experts.experts, rows = experts.rows, classes = experts.classes;
   const auto options = at::TensorOptions().dtype(dtype_of<A>());
@@ -124,13 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_cross_entropy_fwd_cpu(
-    at::TensorList logits, const Tensor& target, const OptionalTensor& mixed_target, const OptionalTensor& mix_lambda,
-    const OptionalTensor& weight, const OptionalTensor& class_bias, const OptionalTensor& class_scale,
-    const OptionalTensor& class_margin, const OptionalTensor& learned_scale, const OptionalTensor& log_prior,
-    const OptionalTensor& coefficient, const OptionalTensor& ensemble_coefficient, at::ArrayRef<double> taus,
-    double scale, double margin, bool angular, int64_t ignore_index, double label_smoothing, bool with_ensemble,
-    bool with_grad) {
+ExpertForwardResult expert_cross_entropy_fwd_cpu(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS) {
   const auto run = logits[0].scalar_type() == at::kDouble ? forward<double> : forward<float>;
   return run(logits, target, mixed_target, mix_lambda, weight, class_bias, class_scale, class_margin, learned_scale,
              log_prior, coefficient, ensemble_coefficient, taus, scale, margin, angular, ignore_index, label_smoothing,

@@ -52,10 +52,12 @@ class ExpertLossBase(MarginCrossEntropyBase):
         Returns:
             0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
         """
-        loss: Tensor = LF.expert_cross_entropy(
-            logits, target, mixed_target=mixed_target, mix_lambda=mix_lambda, **self.keywords()
-        )
-        return loss
+        return self.loss(logits, target, mixed_target=mixed_target, mix_lambda=mix_lambda)
+
+    def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
+        """What ``forward`` computes: the recipe; ``mixed`` are its ``mixed_target`` and ``mix_lambda``."""
+        value: Tensor = LF.expert_cross_entropy(logits, target, **mixed, **self.keywords())
+        return value
 
     def keywords(self) -> dict[str, Any]:
         """Class tensors and options, as keywords of ``expert_cross_entropy``."""

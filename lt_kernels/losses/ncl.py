@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,15 +93,8 @@ class NCLLoss(ExpertLossBase):
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
         return {"class_bias": prior.log_counts()}
 
-    def forward(
-        self,
-        logits: ExpertLogits,
-        target: Tensor,
-        mixed_target: Tensor | None = None,
-        mix_lambda: float | Tensor | None = None,
-    ) -> Tensor:
-        """As other losses of experts."""
-        loss = self.ce_factor * super().forward(logits, target, mixed_target, mix_lambda)  # checks the arguments
+    def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
+        loss = self.ce_factor * super().loss(logits, target, **mixed)  # checks the arguments
         assert self.class_bias is not None
         bias = self.class_bias.to(loss.dtype)
         experts = len(logits)
@@ -112,13 +105,11 @@ class NCLLoss(ExpertLossBase):
         if self.hard_factor == 0 and (experts == 1 or self.hard_divergence_factor == 0):
             return loss
         masked = bias == -math.inf
-        easy = ~(self._hard(logits[0].masked_fill(masked, -math.inf), target, mixed_target) | masked)
+        easy = ~(self._hard(logits[0].masked_fill(masked, -math.inf), target, mixed["mixed_target"]) | masked)
         hard = _each(lambda z: z.masked_fill(easy, 0.0), shifted)
         if self.hard_factor != 0:
             keywords = {**self.keywords(), "class_bias": None, "scale": 1.0}
-            loss = loss + self.hard_factor * LF.expert_cross_entropy(
-                hard, target, mixed_target=mixed_target, mix_lambda=mix_lambda, **keywords
-            )
+            loss = loss + self.hard_factor * LF.expert_cross_entropy(hard, target, **mixed, **keywords)
         if experts > 1 and self.hard_divergence_factor != 0:
             loss = loss + self.hard_divergence_factor / pairs * self._divergence(hard)
         return loss

@@ -87,31 +87,21 @@ class RIDELoss(ExpertLossBase):
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
-        n = prior._counts  # float64, on the CPU
-        n = n.clamp_min(n[n > 0].min().item())
-        w = len(n) * n / n.sum() * self.reweight_factor + 1 - self.reweight_factor
         return {
             "margin": prior.ldam_margins(self.scale * self.max_margin),
-            "class_temperature": prior._give(self.temperature * w / w.max()),
+            "class_temperature": prior.ride_temperatures(self.temperature, self.reweight_factor),
         }
 
     def keywords(self) -> dict[str, Any]:
         """Class tensors and options, as keywords of ``expert_cross_entropy``; the logits contain the scale."""
         return {**super().keywords(), "scale": 1.0}
 
-    def forward(
-        self,
-        logits: ExpertLogits,
-        target: Tensor,
-        mixed_target: Tensor | None = None,
-        mix_lambda: float | Tensor | None = None,
-    ) -> Tensor:
-        """As other losses of experts; ``logits`` contain the scale."""
+    def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
         if self.diversity == 0:
             logits = stacked("logits", logits)
             ensemble = logits.mean(0, dtype=torch.promote_types(logits.dtype, torch.float32))
-            return len(logits) * super().forward([ensemble], target, mixed_target, mix_lambda)
-        loss = super().forward(logits, target, mixed_target, mix_lambda)
+            return len(logits) * super().loss([ensemble], target, **mixed)
+        loss = super().loss(logits, target, **mixed)
         temperature: float | Tensor = self.temperature
         mean: float | Tensor = self.temperature
         if self.weight is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -68,29 +68,18 @@ class SADELoss(ExpertLossBase):
         self.tau, self.eps = as_number("tau", tau), as_number("eps", eps, 0.0, expected="a number >= 0")
         self._set_counts(class_counts)
 
-    def forward(
-        self,
-        logits: ExpertLogits,
-        target: Tensor,
-        mixed_target: Tensor | None = None,
-        mix_lambda: float | Tensor | None = None,
-    ) -> Tensor:
-        """As other losses of experts; ``logits`` are those of exactly three."""
+    def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
+        log_prior = prior.log_prior(eps=self.eps)
+        masked = log_prior == -math.inf
+        away = log_prior - prior.reversed_log_prior(self.tau, eps=self.eps)
+        bias = torch.stack([torch.zeros_like(log_prior), log_prior, away])
+        return {"class_bias": bias.masked_fill(masked, -math.inf)}
+
+    def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
         is_experts = logits.dim() == 3 if isinstance(logits, Tensor) else isinstance(logits, (list, tuple))
         if is_experts and len(logits) != EXPERTS:
             raise ValueError(f"logits: got {len(logits)} experts, expected {EXPERTS}")
-        return super().forward(logits, target, mixed_target, mix_lambda)
-
-    def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
-        n = prior._counts  # float64, on the CPU
-        present = n > 0
-        value, order = (n[present] / n.sum()).sort(stable=True)
-        reversed_prior = torch.zeros_like(n)
-        reversed_prior[present] = torch.empty_like(value).scatter(0, order, value.flip(0))
-        log_prior = (n / n.sum() + self.eps).log()
-        away = log_prior - self.tau * (reversed_prior + self.eps).log()
-        bias = torch.stack([torch.zeros_like(n), log_prior, away])
-        return {"class_bias": prior._give(bias.masked_fill(~present, -math.inf))}
+        return super().loss(logits, target, **mixed)
 
 
 @torch.inference_mode(False)

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from poison import nan_allocations
 from torch import Tensor
 
 from lt_kernels.ops import _triton_experts as common
@@ -26,32 +27,9 @@ KINDS = [("to_mean", True), ("to_mean", False), ("pairwise", True)]
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Whatever a launcher allocates starts as NaN, in a larger allocation whose surroundings must stay NaN."""
-    guards: list[tuple[Tensor, int]] = []
-    plain_empty_like, plain_new_empty = torch.empty_like, Tensor.new_empty
-
-    def guarded(like: Tensor) -> Tensor:
-        size = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
-        room = torch.full((size + 128,), NAN if like.is_floating_point() else -7, dtype=like.dtype)
-        guards.append((room, size))
-        return room[64:].as_strided(like.shape, like.stride(), 64)
-
-    def empty_like(x, **keywords):
-        return guarded(plain_empty_like(x, **keywords))
-
-    def new_empty(self, shape, dtype=None, **others):
-        if others:  # the interpreter's own
-            return plain_new_empty(self, shape, dtype=dtype, **others)
-        return guarded(torch.empty(shape, dtype=dtype or self.dtype, device="meta"))
-
-    monkeypatch.setattr(torch, "empty_like", empty_like)
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
-    yield
-    for room, size in guards:
-        outside = torch.cat([room[:64], room[64 + size :]])
-        untouched = outside.isnan() if outside.is_floating_point() else outside == -7
-        assert bool(untouched.all()), "wrote outside an output"
+def poisoned():
+    with nan_allocations() as guards:
+        yield guards
 
 
 # --- inputs, surrounded by NaN ---------------------------------------------------------------------------------------

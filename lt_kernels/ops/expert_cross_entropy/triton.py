@@ -107,7 +107,7 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
     log_prior, class_bias, taus = a.log_prior, a.class_bias, a.taus
     if log_prior is None and class_bias is not None and class_bias.dim() == 1:
         log_prior, class_bias, taus = class_bias, None, [1.0] * experts  # a bias of all is a prior with taus of 1
-    own_bias = class_bias is not None and class_bias.dim() == 2
+    own_biases = class_bias if class_bias is not None and class_bias.dim() == 2 else None
     shared = _shared(a._replace(log_prior=None, class_bias=None).rows()[0])
     del shared["SOFT"]
     with torch.cuda.device_of(first):
@@ -117,7 +117,7 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
                 "logits_ptrs": layout.tensors,
                 "target_ptr": a.target.contiguous(),
                 "log_prior_ptr": log_prior,
-                "class_bias_ptr": class_bias[which] if class_bias is not None and own_bias else class_bias,
+                "class_bias_ptr": class_bias if own_biases is None else own_biases[which],
                 "ensemble_coefficient_ptr": a.ensemble_coefficient if ensemble else None,
                 "loss_ptr": loss[which],
                 "rest_ptr": rest[which],
@@ -133,7 +133,7 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
             _experts_forward_kernel[(n,)](
                 **arguments,
                 EXPERTS=len(layout.tensors),
-                OWN_BIAS=own_bias,
+                OWN_BIAS=own_biases is not None,
                 KEEP=keep and log_prior is not None and class_bias is None,
                 SWEEP=max(_PER_THREAD // launch.group, 1),
                 **launch.constants,
