@@ -12,6 +12,8 @@ from lt_kernels.testing import Sample, sample_inputs
 
 ALL_VECTORS = ("class_bias", "class_scale", "margin", "scale")
 
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -10,8 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Before torch is imported: OpenMP's threads sleep while they wait. Those of several test processes on the same
+# processors would spend most of the time spinning for one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
+from cases import DTYPES
 
 import lt_kernels
 
@@ -36,3 +41,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def device() -> str:
     return os.environ.get("LT_KERNELS_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
+    if backend == "triton" and request.param == "fp64":
+        pytest.skip("Triton kernels take no float64")
+    return DTYPES[request.param]

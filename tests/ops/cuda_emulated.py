@@ -7,7 +7,7 @@ import math
 import pytest
 import test_in_place
 import torch
-from cases import CASES, LAYOUTS, Case
+from cases import CASES, DTYPES, LAYOUTS, Case
 from torch import Tensor
 
 import lt_kernels
@@ -15,7 +15,6 @@ from lt_kernels.functional import margin_cross_entropy
 from lt_kernels.ops.margin_cross_entropy import native
 from lt_kernels.testing import check_margin_cross_entropy, sample_inputs
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VECTORS = ("class_bias", "class_scale", "margin", "scale")
 OPTIONS = {
     "plain": {},

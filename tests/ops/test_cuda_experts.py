@@ -9,8 +9,6 @@ __all__ = ["pytestmark"]
 
 #: Other functions, other backends, compiled code, and what compares CPU threads.
 ELSEWHERE = "linear or bad_input or by_name or checks_on or deterministic or opcheck or compile or gradcheck"
-#: What the suite itself skips: float64 is no truth for itself there.
-SKIPPED = "(fp64 or float64) and (8142 or 8192 or 40001)"
 
 
 @pytest.mark.parametrize("device", ["sm_90", "two passes"])
@@ -23,4 +21,4 @@ def test_every_generic_case_of_fusion_on_the_emulator():
 
 
 def test_every_generic_case_of_divergences_on_the_emulator():
-    assert passed(run_on_the_emulator("test_expert_divergence.py", "-k", f"not ({ELSEWHERE} or {SKIPPED})")) > 200
+    assert passed(run_on_the_emulator("test_expert_divergence.py", "-k", f"not ({ELSEWHERE})")) > 200

@@ -19,19 +19,11 @@ from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
 from lt_kernels.testing import assert_within_budget, check_expert_cross_entropy
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_BACKENDS = ("reference", "native")
 
 
 def by_id(name: str) -> Case:
     return next(case for case in CASES if case.id == name)
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request, backend):
-    if backend == "triton" and request.param == "fp64":
-        pytest.skip("Triton kernels take no float64")
-    return DTYPES[request.param]
 
 
 def as_list(logits: Tensor, target: Tensor, **options):
@@ -76,9 +68,10 @@ def test_gradients_too_large_for_the_caches(rows, classes, device):
 
 @pytest.mark.parametrize("backend_name", CPU_BACKENDS)
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.classes <= 40 and case.rows <= 16 and case.spread < 100], ids=lambda c: c.id
+    "case", [case for case in CASES if case.classes <= 40 and case.spread < 100], ids=lambda case: case.id
 )
 def test_gradcheck(case, backend_name):
+    """Of a few rows and classes: each logit is moved on its own."""
     case = dataclasses.replace(case, rows=min(case.rows, 4), classes=min(case.classes, 9))
     sample = case.sample(torch.float64, reduction="none", expert_reduction="none")
     names = list(sample.differentiable)

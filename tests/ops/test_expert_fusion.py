@@ -14,15 +14,6 @@ import lt_kernels
 from lt_kernels.functional import expert_fusion, linear_expert_fusion
 from lt_kernels.testing import assert_within_budget
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request, backend):
-    if backend == "triton" and request.param == "fp64":
-        pytest.skip("Triton kernels take no float64")
-    return DTYPES[request.param]
-
 
 def dense(logits: Tensor, weights: list[float], shift: Tensor | None, scale: float) -> Tensor:
     """Log-probabilities as a user would write them, in the logits' dtype."""

@@ -20,19 +20,11 @@ from lt_kernels.functional import margin_cross_entropy
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
 from lt_kernels.testing import assert_within_budget, check_margin_cross_entropy, dense_margin_cross_entropy
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_BACKENDS = ("reference", "native")
 
 
 def by_id(name: str) -> Case:
     return next(case for case in CASES if case.id == name)
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request, backend):
-    if backend == "triton" and request.param == "fp64":
-        pytest.skip("Triton kernels take no float64")
-    return DTYPES[request.param]
 
 
 # ------------------------------------------------------------------------------------------------- value and gradients
@@ -119,6 +111,8 @@ def test_any_integer_dtype(index_dtype, backend, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend_name", CPU_BACKENDS)
 def test_gradcheck(case, reduction, backend_name):
+    """Of a few rows and classes: each logit is moved on its own."""
+    case = dataclasses.replace(case, rows=min(case.rows, 5), classes=min(case.classes, 11))
     if case.id == "nearly right":
         case = Case("gentler", options=("margin",), keywords={"scale": 3.0})
     sample = case.sample(torch.float64, reduction=reduction)
