@@ -25,11 +25,11 @@ from torch import Tensor
 from .. import functional
 from . import cases, experts
 from .cases import ExpertCase, ExpertInputs
-from .experts import CPU_CASE, GPU_CASE, make_copy, make_inputs
+from .experts import CPU_CASE, GPU_CASE, make_copy, make_inputs, memory
 from .providers import Provider, Step, compiled, eager, kernels_unavailable, named, ours
-from .records import COPY, Cost, Record, Target
+from .records import COPY, Cost, Target
 
-__all__ = ["make_copy", "make_inputs"]
+__all__ = ["make_copy", "make_inputs", "memory"]
 
 OP = "expert_cross_entropy"
 PLAIN = "plain"
@@ -63,12 +63,6 @@ def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
     """Counted as in the module's docstring."""
     passes, operations = {"fwd": (1, 4), "bwd": (2, 4), "fwd_bwd": (2, 8)}[direction]
     return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits)
-
-
-def memory(record: Record) -> float | None:
-    """Peak memory of forward and backward in multiples of the logits' bytes."""
-    # the bytes of forward and backward are those of the logits and their gradient
-    return None if record.peak_bytes is None else 2 * record.peak_bytes / record.bytes_moved
 
 
 def make_step(provider: str, inputs: ExpertInputs) -> Step:

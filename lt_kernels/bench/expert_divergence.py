@@ -22,11 +22,11 @@ from torch import Tensor
 from .. import functional
 from . import cases, experts
 from .cases import ExpertCase, ExpertInputs
-from .experts import CPU_CASE, GPU_CASE, make_copy, make_inputs
+from .experts import CPU_CASE, GPU_CASE, make_copy, make_inputs, memory
 from .providers import Step, compiled, eager, named, ours
-from .records import COPY, Cost, Record, Target
+from .records import COPY, Cost, Target
 
-__all__ = ["make_copy", "make_inputs"]
+__all__ = ["make_copy", "make_inputs", "memory"]
 
 OP = "expert_divergence"
 PAIRWISE = "pairwise"
@@ -55,12 +55,6 @@ def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
     passes, operations = {"fwd": (1, 6), "bwd": (2, 4), "fwd_bwd": (2, 10)}[direction]
     means = 0 if case.variant == PAIRWISE else case.logits // case.experts
     return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits + means)
-
-
-def memory(record: Record) -> float | None:
-    """Peak memory of forward and backward in multiples of the logits' bytes."""
-    # the bytes of forward and backward are those of the logits and their gradient
-    return None if record.peak_bytes is None else 2 * record.peak_bytes / record.bytes_moved
 
 
 def make_step(provider: str, inputs: ExpertInputs) -> Step:

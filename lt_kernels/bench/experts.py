@@ -11,6 +11,7 @@ from torch import Tensor
 from . import agreement
 from .cases import Case, ExpertCase, ExpertInputs
 from .providers import Step
+from .records import Record
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 #: The cases that targets are about, one for each device.
@@ -29,6 +30,12 @@ def make_copy(inputs: ExpertInputs) -> tuple[Callable[[], object], int]:
     source = inputs.stacked.detach()
     destination = torch.empty_like(source)
     return lambda: destination.copy_(source), 2 * source.numel() * source.element_size()
+
+
+def memory(record: Record) -> float | None:
+    """Peak memory of forward and backward in multiples of the logits' bytes."""
+    # the bytes of forward and backward are those of the logits and their gradient
+    return None if record.peak_bytes is None else 2 * record.peak_bytes / record.bytes_moved
 
 
 def samples_at_once(inputs: ExpertInputs) -> int:
