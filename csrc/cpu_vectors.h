@@ -298,13 +298,13 @@ LTK_INLINE void put_some(T* p, Vec<A> v, int64_t count) {
   }
 }
 
-// values * scale (null: 1), past the caches where `stream`; then finish_stream before other threads may read.
+// values / divisor (null: 1), past the caches where `stream`; then finish_stream before other threads may read.
 template <class T, class A>
-LTK_INLINE void put_row(T* out, const A* values, const A* scale, int64_t count, bool stream) {
+LTK_INLINE void put_row(T* out, const A* values, const A* divisor, int64_t count, bool stream) {
   constexpr int64_t W = Simd<A>::W;
   auto value = [&](int64_t j, int64_t left) {
     const Vec<A> v = get_some<A>(values + j, left, A(0));
-    return scale ? v * get_some<A>(scale + j, left, A(0)) : v;
+    return divisor ? v / get_some<A>(divisor + j, left, A(1)) : v;
   };
   stream = stream && LTK_LEVEL > 0;
   const int64_t misaligned = stream ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(T)) % W : 0;

@@ -381,7 +381,7 @@ def expert_divergence(
     Args:
         logits: ``[E, N, C]`` with any strides, or a list or tuple of E tensors ``[N, C]``.
         temperature: a number > 0, or ``[C]`` of such numbers (checked only with checks on): RIDE's per-class
-            temperature. Not differentiable. Kernels multiply by its reciprocal, which is rounded once.
+            temperature. Not differentiable.
         detach_mean: whether pbar is a constant to the gradient (``"to_mean"`` only). For the sum over experts it makes
             no difference: the gradients through pbar cancel, d(sum of D)/du_e = p_e - pbar either way.
         reduction: over rows: ``"mean"`` (``F.kl_div``'s "batchmean"), ``"sum"`` or ``"none"``.
@@ -411,7 +411,7 @@ def expert_divergence(
     if not isinstance(detach_mean, bool):
         raise TypeError(f"detach_mean: got {type(detach_mean).__name__}, expected a bool")
     dtype = compute_dtype(given)
-    class_scale = None
+    vector = None
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature: got a tensor that requires grad, expected one that does not")
@@ -421,12 +421,9 @@ def expert_divergence(
         assert vector is not None
         if _settings.checks and not torch.compiler.is_compiling() and not bool((vector > 0).all()):
             raise ValueError("temperature: got values that are not positive, expected numbers > 0")
-        class_scale = vector.reciprocal()
-    else:
-        temperature = _positive("temperature", temperature)
-        if temperature != 1.0:
-            class_scale = torch.full((first.shape[1],), 1.0 / temperature, dtype=dtype, device=first.device)
-    value, _ = divergence_forward(given, class_scale, kind, detach_mean, resolve(DIVERGENCE, first))
+    elif _positive("temperature", temperature) != 1.0:
+        vector = torch.full((first.shape[1],), temperature, dtype=dtype, device=first.device)
+    value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
         value = value.sum(0)
     if reduction == "sum":

@@ -317,10 +317,10 @@ class ExpertsConfiguration:
                 )
                 fusion.forward(a, self.k, "log_probs" in self.options)
             elif self.backward:
-                saved, scale, kind = meta(3 * e + 2, n), option("class_scale", c), self._kind
-                divergence.backward(meta(e, n), saved, [x], scale, kind, "detached" in self.options)
+                saved, temperature, kind = meta(3 * e + 2, n), option("temperature", c), self._kind
+                divergence.backward(meta(e, n), saved, [x], temperature, kind, "detached" in self.options)
             else:
-                divergence.forward([x], option("class_scale", c), self._kind)
+                divergence.forward([x], option("temperature", c), self._kind)
         return launches
 
     def _arguments(self, x: Tensor) -> ExpertsArguments:
@@ -532,10 +532,10 @@ def _experts_configurations() -> list[ExpertsConfiguration]:
     ]
     of_divergence = [
         *(case("expert_divergence", "to_mean", c, budget=ONE_TILE_BUDGET) for c in (8142, 100_000)),
-        case("expert_divergence", "to_mean, class_scale", 8192, _SINGLE, ("class_scale",), experts=6),
+        case("expert_divergence", "to_mean, temperature", 8192, _SINGLE, ("temperature",), experts=6),
         case("expert_divergence", "pairwise", 8142, options=("pairwise",), budget=ONE_TILE_BUDGET),
         case(
-            "expert_divergence", "pairwise, class_scale, few rows", 8142, options=("class_scale", "pairwise"), rows=128
+            "expert_divergence", "pairwise, temperature, few rows", 8142, options=("temperature", "pairwise"), rows=128
         ),
         case("expert_divergence", "pairwise", 8142, _SINGLE, options=("pairwise",), experts=9),
     ]
@@ -543,15 +543,15 @@ def _experts_configurations() -> list[ExpertsConfiguration]:
         case(
             "expert_divergence", "to_mean, detached", 8142, options=("detached",), backward=True, budget=MEMORY_BUDGET
         ),
-        case("expert_divergence", "to_mean, class_scale", 8142, options=("class_scale",), backward=True),
+        case("expert_divergence", "to_mean, temperature", 8142, options=("temperature",), backward=True),
         case("expert_divergence", "to_mean", 100_000, experts=6, backward=True, budget=MEMORY_BUDGET),
         case("expert_divergence", "pairwise", 8142, options=("pairwise",), backward=True, budget=MEMORY_BUDGET),
         case(
             "expert_divergence",
-            "pairwise, class_scale",
+            "pairwise, temperature",
             8192,
             _SINGLE,
-            ("class_scale", "pairwise"),
+            ("temperature", "pairwise"),
             experts=6,
             backward=True,
         ),

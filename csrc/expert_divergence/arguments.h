@@ -7,18 +7,18 @@
 #include <tuple>
 
 #define LTK_EXPERT_DIVERGENCE_SCHEMAS(m)                                                                               \
-  m.def("expert_divergence_fwd(Tensor[] logits, Tensor? class_scale, bool pairwise) -> (Tensor value, Tensor saved)"); \
+  m.def("expert_divergence_fwd(Tensor[] logits, Tensor? temperature, bool pairwise) -> (Tensor value, Tensor saved)"); \
   m.def(                                                                                                               \
-      "expert_divergence_bwd(Tensor grad, Tensor saved, Tensor[] logits, Tensor? class_scale, bool pairwise, "         \
+      "expert_divergence_bwd(Tensor grad, Tensor saved, Tensor[] logits, Tensor? temperature, bool pairwise, "         \
       "bool detach) -> Tensor")
 
 namespace ltk {
 
 #define LTK_DECLARE(device)                                                                                         \
   std::tuple<at::Tensor, at::Tensor> expert_divergence_fwd_##device(                                                \
-      at::TensorList logits, const std::optional<at::Tensor>& class_scale, bool pairwise);                          \
+      at::TensorList logits, const std::optional<at::Tensor>& temperature, bool pairwise);                          \
   at::Tensor expert_divergence_bwd_##device(const at::Tensor& grad, const at::Tensor& saved, at::TensorList logits, \
-                                            const std::optional<at::Tensor>& class_scale, bool pairwise, bool detach);
+                                            const std::optional<at::Tensor>& temperature, bool pairwise, bool detach);
 LTK_DECLARE(cpu)
 LTK_DECLARE(cuda)
 #undef LTK_DECLARE

@@ -21,16 +21,16 @@ using OptionalTensor = std::optional<Tensor>;
 template <class A>
 struct Prepared {
   ExpertRows rows;
-  Tensor scale;
+  Tensor temperatures;
   DivergenceCall<A> call = {};
   const DivergenceKernels<A>* kernels;
 
-  Prepared(at::TensorList logits, const OptionalTensor& class_scale, bool pairwise) : rows(logits) {
+  Prepared(at::TensorList logits, const OptionalTensor& temperature, bool pairwise) : rows(logits) {
     call.experts = rows.experts, call.rows = rows.rows, call.classes = rows.classes;
     call.x = rows.x.data(), call.x_stride = rows.x_stride.data();
-    if (class_scale.has_value()) {
-      scale = class_scale->to(dtype_of<A>()).contiguous();
-      call.class_scale = scale.const_data_ptr<A>();
+    if (temperature.has_value()) {
+      temperatures = temperature->to(dtype_of<A>()).contiguous();
+      call.temperature = temperatures.const_data_ptr<A>();
     }
     call.pairwise = pairwise;
     kernels = &kernels_of<A>(LTK_TABLES_HERE(expert_divergence), logits[0].scalar_type());
@@ -58,8 +58,8 @@ void finish(const DivergenceCall<A>& call, int64_t row, const A* peaks, const Ex
 }
 
 template <class A>
-std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& class_scale, bool pairwise) {
-  Prepared<A> prepared(logits, class_scale, pairwise);
+std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& temperature, bool pairwise) {
+  Prepared<A> prepared(logits, temperature, pairwise);
   DivergenceCall<A>& call = prepared.call;
   const DivergenceKernels<A>& kernels = *prepared.kernels;
   const int64_t experts = call.experts, rows = call.rows, classes = call.classes, count = experts + 1;
@@ -109,9 +109,9 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
 }
 
 template <class A>
-Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, const OptionalTensor& class_scale,
+Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, const OptionalTensor& temperature,
                 bool pairwise, bool detach) {
-  Prepared<A> prepared(logits, class_scale, pairwise);
+  Prepared<A> prepared(logits, temperature, pairwise);
   DivergenceCall<A>& call = prepared.call;
   ExpertGradient gradient(logits, prepared.rows);
   if (call.rows == 0) return gradient.result;
@@ -132,16 +132,16 @@ Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> expert_divergence_fwd_cpu(at::TensorList logits, const OptionalTensor& class_scale,
+std::tuple<Tensor, Tensor> expert_divergence_fwd_cpu(at::TensorList logits, const OptionalTensor& temperature,
                                                      bool pairwise) {
-  return logits[0].scalar_type() == at::kDouble ? forward<double>(logits, class_scale, pairwise)
-                                                : forward<float>(logits, class_scale, pairwise);
+  return logits[0].scalar_type() == at::kDouble ? forward<double>(logits, temperature, pairwise)
+                                                : forward<float>(logits, temperature, pairwise);
 }
 
 Tensor expert_divergence_bwd_cpu(const Tensor& grad, const Tensor& saved, at::TensorList logits,
-                                 const OptionalTensor& class_scale, bool pairwise, bool detach) {
-  return logits[0].scalar_type() == at::kDouble ? backward<double>(grad, saved, logits, class_scale, pairwise, detach)
-                                                : backward<float>(grad, saved, logits, class_scale, pairwise, detach);
+                                 const OptionalTensor& temperature, bool pairwise, bool detach) {
+  return logits[0].scalar_type() == at::kDouble ? backward<double>(grad, saved, logits, temperature, pairwise, detach)
+                                                : backward<float>(grad, saved, logits, temperature, pairwise, detach);
 }
 
 }  // namespace ltk

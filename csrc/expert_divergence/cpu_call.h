@@ -13,7 +13,7 @@ struct DivergenceCall {
   int64_t experts, rows, classes;
   const void* const* x;     // [experts] logits
   const int64_t* x_stride;  // [experts] from row to row
-  const A* class_scale;     // [classes], or null
+  const A* temperature;     // [classes], or null
   bool pairwise, detach;
 
   A* saved;  // [3 experts + 2, rows]

@@ -16,6 +16,20 @@ template <class A>
 constexpr int64_t kDivergenceBlock = kTerms * Simd<A>::W;
 static_assert(kDivergenceBlock<float> <= kLargestDivergenceBlock);
 
+// A sum over a block's vectors, j columns from its first, in groups: where one term is much larger than all
+// others, each addition to it rounds, and of the others it meets those of its group and the groups' sums.
+template <class A>
+struct GroupedSum {
+  static constexpr int64_t kGroup = 8 * Simd<A>::W;
+  Vec<A> group = {}, total = {};
+
+  inline void add(int64_t j, Vec<A> term) {
+    if (j % kGroup == 0) total = total + group, group = Vec<A>{};
+    group = group + term;
+  }
+  inline A all() const { return sum_lanes<A>(total + group); }
+};
+
 template <class A>
 struct Block {
   int64_t row, first, count;
@@ -26,11 +40,11 @@ template <class T, class A, class Function>
 LTK_INLINE void for_each_vector(const DivergenceCall<A>& call, const Block<A>& block, int64_t e, int64_t ahead,
                                 Function f) {
   const T* x = static_cast<const T*>(call.x[e]) + block.row * call.x_stride[e] + block.first;
-  const A* scale = call.class_scale ? call.class_scale + block.first : nullptr;
+  const A* temperature = call.temperature ? call.temperature + block.first : nullptr;
   for (int64_t j = 0; j < block.count; j += Simd<A>::W) {
     __builtin_prefetch(x + ahead + j);
     const Vec<A> logit = get_some<A>(x + j, block.count - j, minus_infinity<A>());
-    f(j, scale ? rounded(logit * get_some<A>(scale + j, block.count - j, A(1))) : logit);
+    f(j, temperature ? logit / get_some<A>(temperature + j, block.count - j, A(1)) : logit);
   }
 }
 
@@ -89,24 +103,24 @@ LTK_INLINE void sums_to_mean(const DivergenceCall<A>& call, const Block<A>& bloc
   const A count_of = static_cast<A>(call.experts), peak = peaks[call.experts];
   alignas(64) A mean[kDivergenceBlock<A>], weight[kDivergenceBlock<A>];  // U, then vbar; exp(vbar)
   sum_experts<T>(call, block, call.x_stride[0], mean);
-  Vec<A> total = {};
+  GroupedSum<A> total;
   for (int64_t j = 0; j < block.count; j += W) {
     const Vec<A> v = load(mean + j) / count_of - peak, exponential = exp_vector(v);
     store(mean + j, v);
     store(weight + j, exponential);
-    total = total + exponential;
+    total.add(j, exponential);
   }
-  sums[call.experts].mass += sum_lanes<A>(total);
+  sums[call.experts].mass += total.all();
   for (int64_t e = 0; e < call.experts; ++e) {
     const A own = peaks[e];
-    Vec<A> mass = {}, weighted = {};
+    GroupedSum<A> mass, weighted;
     for_each_vector<T>(call, block, e, 0, [&](int64_t j, Vec<A> u) {
       const Vec<A> v = u - own;
-      mass = mass + exp_vector(v);
-      weighted = weighted + times(load(weight + j), load(mean + j) - v);
+      mass.add(j, exp_vector(v));
+      weighted.add(j, times(load(weight + j), load(mean + j) - v));
     });
-    sums[e].mass += sum_lanes<A>(mass);
-    sums[e].weighted += sum_lanes<A>(weighted);
+    sums[e].mass += mass.all();
+    sums[e].weighted += weighted.all();
   }
 }
 
@@ -119,23 +133,23 @@ LTK_INLINE void sums_pairwise(const DivergenceCall<A>& call, const Block<A>& blo
   for (int64_t j = 0; j < block.count; j += W) store(all + j, Vec<A>{});
   for (int64_t e = 0; e < call.experts; ++e) {
     const A peak = peaks[e];
-    Vec<A> mass = {};
+    GroupedSum<A> mass;
     for_each_vector<T>(call, block, e, call.x_stride[e], [&](int64_t j, Vec<A> u) {
       const Vec<A> v = u - peak, exponential = exp_vector(v);
       store(exponentials + e * kBlock + j, exponential);
       store(all + j, load(all + j) + v);
-      mass = mass + exponential;
+      mass.add(j, exponential);
     });
-    sums[e].mass += sum_lanes<A>(mass);
+    sums[e].mass += mass.all();
   }
   for (int64_t e = 0; e < call.experts; ++e) {
     const A peak = peaks[e];
-    Vec<A> weighted = {};
+    GroupedSum<A> weighted;
     for_each_vector<T>(call, block, e, 0, [&](int64_t j, Vec<A> u) {
       const Vec<A> difference = pairwise_difference(u - peak, count_of, load(all + j));
-      weighted = weighted + times(load(exponentials + e * kBlock + j), difference);
+      weighted.add(j, times(load(exponentials + e * kBlock + j), difference));
     });
-    sums[e].weighted += sum_lanes<A>(weighted);
+    sums[e].weighted += weighted.all();
   }
 }
 
@@ -179,7 +193,7 @@ struct RowOfExperts {
 template <class T, class A>
 LTK_INLINE void write_block(const DivergenceCall<A>& call, const Block<A>& block, int64_t e, const A* gradient) {
   T* out = static_cast<T*>(call.out[e]) + block.row * call.out_stride[e] + block.first;
-  put_row(out, gradient, call.class_scale ? call.class_scale + block.first : nullptr, block.count, call.stream);
+  put_row(out, gradient, call.temperature ? call.temperature + block.first : nullptr, block.count, call.stream);
 }
 
 template <class T, class A>

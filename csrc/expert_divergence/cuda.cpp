@@ -11,7 +11,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 template <class A>
-std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& class_scale, bool pairwise) {
+std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& temperature, bool pairwise) {
   Experts x(logits);
   const int64_t n = x.rows.rows, count = x.rows.count;
   const auto options = logits[0].options().dtype(x.compute_dtype);
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
   if (n == 0) return {value, saved};
   cuda::DivergenceCall<A> call = {};
   call.x = x.rows;
-  call.class_scale = x.pointer<A>(class_scale);
+  call.temperature = x.pointer<A>(temperature);
   call.pairwise = pairwise;
   call.value = value.mutable_data_ptr<A>();
   call.saved = saved.mutable_data_ptr<A>();
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
 }
 
 template <class A>
-Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, const OptionalTensor& class_scale,
+Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, const OptionalTensor& temperature,
                 bool pairwise, bool detach) {
   Experts x(logits);
   const int64_t n = x.rows.rows, classes = x.rows.classes, count = x.rows.count;
@@ -45,7 +45,7 @@ Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, 
   const Tensor out = classes == 1 || result.stride(2) == 1 ? result : at::empty({count, n, classes}, result.options());
   cuda::DivergenceCall<A> call = {};
   call.x = x.rows;
-  call.class_scale = x.pointer<A>(class_scale);
+  call.temperature = x.pointer<A>(temperature);
   call.pairwise = pairwise, call.detach = detach;
   call.grad = x.pointer<A>(grad);
   call.saved = const_cast<A*>(x.pointer<A>(saved));
@@ -67,18 +67,18 @@ Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> expert_divergence_fwd_cuda(at::TensorList logits, const OptionalTensor& class_scale,
+std::tuple<Tensor, Tensor> expert_divergence_fwd_cuda(at::TensorList logits, const OptionalTensor& temperature,
                                                       bool pairwise) {
   const device::Guard guard(logits[0].device());
-  return logits[0].scalar_type() == at::kDouble ? forward<double>(logits, class_scale, pairwise)
-                                                : forward<float>(logits, class_scale, pairwise);
+  return logits[0].scalar_type() == at::kDouble ? forward<double>(logits, temperature, pairwise)
+                                                : forward<float>(logits, temperature, pairwise);
 }
 
 Tensor expert_divergence_bwd_cuda(const Tensor& grad, const Tensor& saved, at::TensorList logits,
-                                  const OptionalTensor& class_scale, bool pairwise, bool detach) {
+                                  const OptionalTensor& temperature, bool pairwise, bool detach) {
   const device::Guard guard(logits[0].device());
-  return logits[0].scalar_type() == at::kDouble ? backward<double>(grad, saved, logits, class_scale, pairwise, detach)
-                                                : backward<float>(grad, saved, logits, class_scale, pairwise, detach);
+  return logits[0].scalar_type() == at::kDouble ? backward<double>(grad, saved, logits, temperature, pairwise, detach)
+                                                : backward<float>(grad, saved, logits, temperature, pairwise, detach);
 }
 
 }  // namespace ltk

@@ -9,7 +9,7 @@ template <class A>
 struct DivergenceCall {
   ExpertRows x;
   TileShape tile;
-  const A* class_scale;  // [classes], or null: 1
+  const A* temperature;  // [classes], or null: 1
   bool pairwise, detach;
 
   A* value;  // [experts, rows]

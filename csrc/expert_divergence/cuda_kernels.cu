@@ -9,10 +9,28 @@ namespace {
 
 constexpr int kBatch = 8;  // experts whose sums a thread has at a time; more of them are more sweeps
 
+// x / temperature, rounded as a division is. In float there is one division for all experts: the inverse is two
+// numbers, rounded and what rounding took from it; the second multiplies a finite x, so that what is infinite stays so.
+// In double that takes too many registers.
 template <class A>
-LTK_DEVICE A scale_of(const DivergenceCall<A>& call, int column) {
-  return call.class_scale ? call.class_scale[column] : A(1);
-}
+struct Divided {
+  static constexpr bool kDivides = sizeof(A) == sizeof(double);
+  A factor = 1, rest = 0;  // the temperature itself where that divides
+  bool any;
+
+  LTK_MEMBER Divided(const DivergenceCall<A>& call, int column) : any(call.temperature != nullptr) {
+    if (!any) return;
+    const A temperature = call.temperature[column];
+    factor = kDivides ? temperature : A(1) / temperature;
+    if (!kDivides) rest = std::fma(-factor, temperature, A(1)) * factor;
+  }
+
+  LTK_MEMBER A operator()(A x) const {
+    if (!any) return x;
+    if (kDivides) return x / factor;
+    return std::fma(x, factor, std::fmin(std::fmax(x, A(-1e20)), A(1e20)) * rest);
+  }
+};
 
 // 0 where the probability is 0, whatever the difference.
 template <class A>
@@ -37,34 +55,34 @@ __global__ void __launch_bounds__(kTileThreads)
   A* peak = reinterpret_cast<A*>(mean_mass + 1);  // [experts], and room for a batch more
   A* mean_peak = peak + experts + kBatch + 1;     // of ubar
 
-  // f(column of the tile, its class_scale, u of up to kBatch experts from `batch` on) for this thread's columns of the
-  // tile that begins with `first`.
+  // f(column of the tile, its division by the temperature, u of up to kBatch experts from `batch` on) for this thread's
+  // columns of the tile that begins with `first`.
   int loaded = -1;
   auto each_column = [&](int first, int batch, const auto& f) {
     const int columns = first + call.tile.columns < classes ? call.tile.columns : classes - first;
     if (first != loaded) tile.load(call.x, row, first, columns);
     loaded = first;
     for (int c = thread; c < columns; c += threads) {
-      const A scale = scale_of(call, first + c);
+      const Divided<A> divided(call, first + c);
       A u[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) u[i] = batch + i < experts ? tile.at(batch + i, c) * scale : A(0);
-      f(c, scale, u);
+      for (int i = 0; i < kBatch; ++i) u[i] = batch + i < experts ? divided(tile.at(batch + i, c)) : A(0);
+      f(c, divided, u);
     }
   };
   // The sum over all experts of u_e less base(e): from the batch where that is all of them (the rest of it is 0).
-  auto sum_over_experts = [&](int c, A scale, const A(&of_batch)[kBatch], const auto& base) {
+  auto sum_over_experts = [&](int c, const Divided<A>& divided, const A(&of_batch)[kBatch], const auto& base) {
     A total = 0;
     if (experts <= kBatch) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) total += of_batch[i];
     } else {
-      for (int e = 0; e < experts; ++e) total += tile.at(e, c) * scale - base(e);
+      for (int e = 0; e < experts; ++e) total += divided(tile.at(e, c)) - base(e);
     }
     return total;
   };
-  auto mean_of = [&](int c, A scale, const A(&u)[kBatch]) {
-    return sum_over_experts(c, scale, u, [](int) { return A(0); }) / count;
+  auto mean_of = [&](int c, const Divided<A>& divided, const A(&u)[kBatch]) {
+    return sum_over_experts(c, divided, u, [](int) { return A(0); }) / count;
   };
 
   for (int batch = 0; batch < experts; batch += kBatch) {
@@ -72,10 +90,10 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
     for (int i = 0; i <= kBatch; ++i) high[i] = -infinity<A>();
     for (int first = 0; first < classes; first += call.tile.columns)
-      each_column(first, batch, [&](int c, A scale, const A(&u)[kBatch]) {
+      each_column(first, batch, [&](int c, const Divided<A>& divided, const A(&u)[kBatch]) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) high[i] = std::fmax(high[i], u[i]);
-        if (!call.pairwise) high[kBatch] = std::fmax(high[kBatch], mean_of(c, scale, u));
+        if (!call.pairwise) high[kBatch] = std::fmax(high[kBatch], mean_of(c, divided, u));
       });
     reduce_block<Maximum>(high, reinterpret_cast<A*>(partial), peak + batch, threads);
     if (thread == 0) *mean_peak = peak[batch + kBatch];
@@ -89,12 +107,12 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int i = 0; i < kBatch; ++i) base[i] = batch + i < experts ? peak[batch + i] : A(0);
     for (int first = 0; first < classes; first += call.tile.columns) {
       A sum[kSums] = {};  // over a tile, of exp(v_e), of the differences, and of exp(vbar); then over tiles
-      each_column(first, batch, [&](int c, A scale, const A(&u)[kBatch]) {
+      each_column(first, batch, [&](int c, const Divided<A>& divided, const A(&u)[kBatch]) {
         A v[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) v[i] = u[i] - base[i];
-        const A center = call.pairwise ? sum_over_experts(c, scale, v, [&](int e) { return peak[e]; })
-                                       : mean_of(c, scale, u) - middle;
+        const A center = call.pairwise ? sum_over_experts(c, divided, v, [&](int e) { return peak[e]; })
+                                       : mean_of(c, divided, u) - middle;
         const A mean_weight = call.pairwise ? A(0) : fast_exp(center);
         sum[2 * kBatch] += mean_weight;
 #pragma unroll
@@ -162,23 +180,23 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<typename T::A>)
   for (int e = 0; e < experts; ++e) grad_total += saved[e].grad;
 
   for (int c = thread; c < columns; c += threads) {
-    const A scale = scale_of(call, first + c);
+    const Divided<A> divided(call, first + c);
     A total = 0;  // of u, or of v with pairwise
 #pragma unroll 4
-    for (int e = 0; e < experts; ++e) total += tile.at(e, c) * scale - (call.pairwise ? saved[e].peak : A(0));
+    for (int e = 0; e < experts; ++e) total += divided(tile.at(e, c)) - (call.pairwise ? saved[e].peak : A(0));
     if (call.pairwise) {
       A shared = 0;  // sum over f of g_f p_f
 #pragma unroll 4
       for (int e = 0; e < experts; ++e) {
         const Saved& s = saved[e];
-        shared += s.grad * (fast_exp(tile.at(e, c) * scale - s.peak) * s.inverse);
+        shared += s.grad * (fast_exp(divided(tile.at(e, c)) - s.peak) * s.inverse);
       }
 #pragma unroll 4
       for (int e = 0; e < experts; ++e) {
         const Saved& s = saved[e];
-        const A v = tile.at(e, c) * scale - s.peak, p = fast_exp(v) * s.inverse;
+        const A v = divided(tile.at(e, c)) - s.peak, p = fast_exp(v) * s.inverse;
         const A du = s.grad * times(p, count * v - total - s.a) + p * grad_total - shared;
-        tile.put(e, c, du * scale);
+        tile.put(e, c, divided(du));
       }
     } else {
       const A center = total / count - mean_peak, mean_p = fast_exp(center) * mean_inverse;
@@ -187,15 +205,15 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<typename T::A>)
 #pragma unroll 4
         for (int e = 0; e < experts; ++e) {
           const Saved& s = saved[e];
-          through += s.grad * times(mean_p, center - (tile.at(e, c) * scale - s.peak) - s.a);
+          through += s.grad * times(mean_p, center - (divided(tile.at(e, c)) - s.peak) - s.a);
         }
         through /= count;
       }
 #pragma unroll 4
       for (int e = 0; e < experts; ++e) {
         const Saved& s = saved[e];
-        const A p = fast_exp(tile.at(e, c) * scale - s.peak) * s.inverse;
-        tile.put(e, c, (s.grad * (p - mean_p) + through) * scale);
+        const A p = fast_exp(divided(tile.at(e, c)) - s.peak) * s.inverse;
+        tile.put(e, c, divided(s.grad * (p - mean_p) + through));
       }
     }
   }

@@ -81,10 +81,9 @@ def test_other_reductions(kind, reduction, expert_reduction, backend, device):
 @pytest.mark.parametrize("kind", ["to_mean", "pairwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_temperatures(dtype, kind, classes, backend, device):
-    """Powers of two: a vector is inverted once, and any other reciprocal would be rounded."""
     logits = draw((3, 24, classes), dtype, device)
-    vector = torch.tensor([0.5, 1.0, 2.0, 4.0], device=device).repeat(classes)[:classes]
-    for temperature in (4.0, vector, torch.tensor(2.0, device=device)):
+    vector = torch.linspace(0.3, 3.0, classes, device=device)
+    for temperature in (4.0, 1.7, vector, torch.tensor(0.7, device=device)):
         check(logits, kind, False, temperature=temperature, reduction="none", expert_reduction="none")
 
 
@@ -160,6 +159,15 @@ def test_a_nan_row_stays_alone(kind, backend, device):
     value, grad = run(expert_divergence, logits, 1.0, kind, reduction="none")
     assert value.isnan().tolist() == [False, False, True, False, False]
     assert grad.isnan().any(2).any(0).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["to_mean", "pairwise"])
+@pytest.mark.parametrize("lead", [0.5, 2.0, 6.0])
+def test_one_class_is_likely(kind, lead, backend, device):
+    """Sums of one large term and thousands of small ones."""
+    logits = draw((3, 48, 8142), torch.float32, device)
+    logits[:, :, 320] += lead + logits.amax(-1)
+    check(logits, kind, False, temperature=0.6, reduction="none", expert_reduction="none")
 
 
 @pytest.mark.parametrize("spread", [0.01, 100.0])

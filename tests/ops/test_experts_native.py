@@ -139,12 +139,14 @@ def test_fusion_of_ties_and_values_that_are_not_finite(dtype, classes):
 # ----------------------------------------------------------------------------------------------------------- divergence
 
 
-def divergence(kind: str, detach: bool, logits: list[Tensor], scale: Tensor | None) -> None:
+def divergence(kind: str, detach: bool, logits: list[Tensor], temperature: Tensor | None) -> None:
     experts, rows = (logits[0].shape[0] if logits[0].dim() == 3 else len(logits)), logits[0].shape[-2]
     names = ("value", "saved")
-    value, saved = native("expert_divergence").forward(logits, scale, kind)
-    eager = reference("expert_divergence").forward(logits, scale, kind)
-    truth = reference("expert_divergence").forward(double(logits), None if scale is None else scale.double(), kind)
+    value, saved = native("expert_divergence").forward(logits, temperature, kind)
+    eager = reference("expert_divergence").forward(logits, temperature, kind)
+    truth = reference("expert_divergence").forward(
+        double(logits), None if temperature is None else temperature.double(), kind
+    )
     defined = 3 * experts if kind == "pairwise" else 3 * experts + 2
     for name, r, e, t in zip(names, (value, saved[:defined]), (eager[0], eager[1][:defined]), truth, strict=True):
         assert (r.dtype, r.shape) == (e.dtype, e.shape)
@@ -152,10 +154,10 @@ def divergence(kind: str, detach: bool, logits: list[Tensor], scale: Tensor | No
             assert_within_budget(r, e, t[: len(r)], f"{kind} {name}")
     grad = torch.linspace(-1, 2, experts * rows, dtype=value.dtype).reshape(experts, rows)
     for g in (grad, torch.ones((), dtype=value.dtype).expand(experts, rows)):
-        ours = native("expert_divergence").backward(g, saved, logits, scale, kind, detach)
-        theirs = reference("expert_divergence").backward(g, eager[1], logits, scale, kind, detach)
+        ours = native("expert_divergence").backward(g, saved, logits, temperature, kind, detach)
+        theirs = reference("expert_divergence").backward(g, eager[1], logits, temperature, kind, detach)
         exact = reference("expert_divergence").backward(
-            g.double(), truth[1], double(logits), None if scale is None else scale.double(), kind, detach
+            g.double(), truth[1], double(logits), None if temperature is None else temperature.double(), kind, detach
         )
         assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
         if rows:
@@ -166,9 +168,9 @@ def divergence(kind: str, detach: bool, logits: list[Tensor], scale: Tensor | No
 @pytest.mark.parametrize(("size", "dtype", "layout"), EVERY, **IDS)
 def test_values_of_divergence(size, dtype, layout, kind):
     logits = drawn(size, dtype, layout, spread=2.0)
-    scale = torch.rand(size[2], dtype=compute_dtype(logits)) + 0.5
+    temperature = torch.rand(size[2], dtype=compute_dtype(logits)) + 0.5
     divergence(kind, True, logits, None)
-    divergence(kind, False, logits, scale)
+    divergence(kind, False, logits, temperature)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -197,26 +197,32 @@ def test_fusion_of_no_rows_and_the_same_bits_every_time(k):
 
 
 def eager_divergence(
-    x: Tensor, scale: Tensor | None, kind: str, detach: bool, upstream: Tensor, dtype: torch.dtype
+    x: Tensor, temperature: Tensor | None, kind: str, detach: bool, upstream: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     leaf = x.to(dtype).requires_grad_()
-    u = leaf if scale is None else leaf * scale.to(dtype)
+    u = leaf if temperature is None else leaf / temperature.to(dtype)
     value = dense_expert_divergence(u, kind, detach_mean=detach, reduction="none", expert_reduction="none")
     return value.detach(), torch.autograd.grad((value * upstream.to(dtype)).sum(), leaf)[0]
 
 
 def check_divergence(
-    x: Tensor, kind: str, detach: bool, layout: str = "stacked", scale: Tensor | None = None, logits=None, mixed=True
+    x: Tensor,
+    kind: str,
+    detach: bool,
+    layout: str = "stacked",
+    temperature: Tensor | None = None,
+    logits=None,
+    mixed=True,
 ) -> None:
     """Value and gradient; mixed: the latter after a forward pass of the reference too."""
     logits = LAYOUTS[layout](x) if logits is None else logits
     experts, rows, _ = x.shape
     upstream = torch.linspace(-1, 2, experts * rows).reshape(experts, rows)
     truth, eager = (
-        eager_divergence(x, scale, kind, detach, upstream, dtype) for dtype in (torch.float64, torch.float32)
+        eager_divergence(x, temperature, kind, detach, upstream, dtype) for dtype in (torch.float64, torch.float32)
     )
-    value, saved = divergence.forward(logits, scale, kind)
-    grad = divergence.backward(upstream, saved, logits, scale, kind, detach)
+    value, saved = divergence.forward(logits, temperature, kind)
+    grad = divergence.backward(upstream, saved, logits, temperature, kind, detach)
     assert value.shape == (experts, rows)
     assert saved.shape == (3 * experts + 2, rows)
     assert grad.dtype == x.dtype
@@ -225,8 +231,8 @@ def check_divergence(
     assert_within_budget(grad, eager[1], truth[1], "gradient", roundings=roundings)
     if not mixed or x.shape[2] == 1:  # with one class the truth is 0
         return
-    _, saved = divergence_reference.forward(logits, scale, kind)
-    other = divergence.backward(upstream, saved, logits, scale, kind, detach)
+    _, saved = divergence_reference.forward(logits, temperature, kind)
+    other = divergence.backward(upstream, saved, logits, temperature, kind, detach)
     if x.dtype == torch.float32 and kind == "to_mean":  # a rounding of the mean's maximum is in all of its exponentials
         roundings = 4.0 + float(saved[-2].abs().max())
     assert_within_budget(other, eager[1], truth[1], "gradient after another forward pass", roundings=roundings)
@@ -253,14 +259,14 @@ def test_divergence_of_other_numbers_of_experts(experts, kind, detach):
 @pytest.mark.parametrize(("kind", "detach"), KINDS)
 @pytest.mark.parametrize(("rows", "classes", "dtype"), [(2, 8142, "bf16"), (1, 20_003, "fp32")])
 def test_divergence_of_wide_rows(rows, classes, dtype, kind, detach):
-    check_divergence(draw((3, rows, classes), DTYPES[dtype]), kind, detach, scale=vector(classes, 0.5, 1.5))
+    check_divergence(draw((3, rows, classes), DTYPES[dtype]), kind, detach, temperature=vector(classes, 0.5, 1.5))
 
 
 @pytest.mark.parametrize(("before", "dtype"), [(0, "bf16"), (1, "bf16"), (4, "bf16"), (1, "fp32"), (4, "fp32")])
 @pytest.mark.parametrize(("kind", "detach"), KINDS[:1] + KINDS[2:])
 def test_divergence_reads_no_neighbouring_memory(kind, detach, before, dtype):
     x = draw((2, 2, 1203), DTYPES[dtype])
-    check_divergence(x, kind, detach, logits=[window(x, before, 3)], scale=vector(1203, 0.5, 1.5))
+    check_divergence(x, kind, detach, logits=[window(x, before, 3)], temperature=vector(1203, 0.5, 1.5))
 
 
 @pytest.mark.parametrize(("kind", "detach"), KINDS)

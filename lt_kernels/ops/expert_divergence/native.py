@@ -10,19 +10,19 @@ from .. import _native
 _native.load()
 
 
-def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+def forward(logits: list[Tensor], temperature: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """See ``op.py``."""
     result: tuple[Tensor, Tensor] = torch.ops.lt_kernels_native.expert_divergence_fwd(
-        logits, class_scale, kind == "pairwise"
+        logits, temperature, kind == "pairwise"
     )
     return result
 
 
 def backward(
-    grad: Tensor, saved: Tensor, logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool
+    grad: Tensor, saved: Tensor, logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool
 ) -> Tensor:
     """Gradient of the logits [E, N, C]; see ``op.py``."""
     result: Tensor = torch.ops.lt_kernels_native.expert_divergence_bwd(
-        grad, saved, logits, class_scale, kind == "pairwise", detach
+        grad, saved, logits, temperature, kind == "pairwise", detach
     )
     return result

@@ -1,6 +1,6 @@
 """Schema, shapes, autograd and backends of the divergences between experts.
 
-With u_ej = class_scale_j * x_ej, p_e = softmax(u_e), ubar = mean over e of u_e, and, relative to the rows' maxima,
+With u_ej = x_ej / temperature_j, p_e = softmax(u_e), ubar = mean over e of u_e, and, relative to the rows' maxima,
 v_ej = u_ej - max_j u_ej, M_e = sum over j of exp(v_ej), vbar and Mbar likewise of ubar, V = sum over e of v_e:
 
     to_mean    D_e = KL(softmax(ubar) || p_e)         = A_e + log(M_e / Mbar)
@@ -34,8 +34,8 @@ OP = "expert_divergence"
 KINDS = ("to_mean", "pairwise")
 
 
-def _forward(logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool, backend: str) -> Any:
-    return load(OP, backend).forward(logits, class_scale, kind)
+def _forward(logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool, backend: str) -> Any:
+    return load(OP, backend).forward(logits, temperature, kind)
 
 
 def _forward_fake(logits: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
@@ -45,9 +45,9 @@ def _forward_fake(logits: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    grad: Tensor, saved: Tensor, logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool, backend: str
+    grad: Tensor, saved: Tensor, logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool, backend: str
 ) -> Tensor:
-    result: Tensor = load(OP, backend).backward(grad, saved, logits, class_scale, kind, detach)
+    result: Tensor = load(OP, backend).backward(grad, saved, logits, temperature, kind, detach)
     return result
 
 
@@ -55,26 +55,26 @@ def _backward_fake(grad: Tensor, saved: Tensor, logits: list[Tensor], *_: Any) -
     return empty_gradient(logits)
 
 
-_SCHEMA = "Tensor[] logits, Tensor? class_scale, str kind, bool detach, str backend"
+_SCHEMA = "Tensor[] logits, Tensor? temperature, str kind, bool detach, str backend"
 FORWARD = define(f"{OP}_fwd({_SCHEMA}) -> (Tensor value, Tensor saved)", _forward, _forward_fake)
 BACKWARD = define(f"{OP}_bwd(Tensor grad, Tensor saved, {_SCHEMA}) -> Tensor", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, class_scale, *ctx.scalars = inputs
+    logits, temperature, *ctx.scalars = inputs
     _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
     ctx.logits_are_one = logits[0].dim() == 3
     ctx.logits_need = ctx.needs_input_grad[2 : 2 + len(logits)]
-    ctx.save_for_backward(*logits, class_scale, saved)
+    ctx.save_for_backward(*logits, temperature, saved)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *logits, class_scale, saved = ctx.saved_tensors
+    *logits, temperature, saved = ctx.saved_tensors
     if grad is None:
         return (None,) * 5
-    gradient = torch.ops.lt_kernels.expert_divergence_bwd(grad, saved, logits, class_scale, *ctx.scalars)
+    gradient = torch.ops.lt_kernels.expert_divergence_bwd(grad, saved, logits, temperature, *ctx.scalars)
     of_logits = per_argument(gradient, ctx.logits_are_one)
     return ([g if need else None for g, need in zip(of_logits, ctx.logits_need, strict=True)], None, None, None, None)
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from .._experts import compute_dtype, empty_gradient, experts_of
 
 
-def _scaled(logits: list[Tensor], class_scale: Tensor | None) -> Tensor:
+def _divided(logits: list[Tensor], temperature: Tensor | None) -> Tensor:
     """u [E, N, C] in the compute dtype."""
     x = torch.stack([each.to(compute_dtype(logits)) for each in experts_of(logits)])
-    return x if class_scale is None else x * class_scale
+    return x if temperature is None else x / temperature
 
 
 def _softmax_parts(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -28,9 +28,9 @@ def _times(p: Tensor, difference: Tensor) -> Tensor:
     return torch.where(p == 0, torch.zeros_like(p), p * difference)
 
 
-def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+def forward(logits: list[Tensor], temperature: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """See ``op.py``."""
-    u = _scaled(logits, class_scale)
+    u = _divided(logits, temperature)
     experts = u.shape[0]
     peak, v, mass, p = _softmax_parts(u)
     mean_peak, mean_v, mean_mass, mean_p = _softmax_parts(u.mean(0))
@@ -44,10 +44,10 @@ def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tupl
 
 
 def backward(
-    grad: Tensor, saved: Tensor, logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool
+    grad: Tensor, saved: Tensor, logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool
 ) -> Tensor:
     """Gradient of the logits [E, N, C]; see ``op.py``."""
-    u = _scaled(logits, class_scale)
+    u = _divided(logits, temperature)
     experts = u.shape[0]
     a = saved[2 * experts : 3 * experts, :, None]
     g = grad[:, :, None]
@@ -59,5 +59,5 @@ def backward(
             du = du + (g * _times(mean_p.expand_as(u), mean_v - v - a)).sum(0) / experts
     else:
         du = g * _times(p, experts * v - v.sum(0) - a) + p * g.sum(0) - (g * p).sum(0)
-    dx = du if class_scale is None else du * class_scale
+    dx = du if temperature is None else du / temperature
     return empty_gradient(logits).copy_(dx)

@@ -69,7 +69,7 @@ def _backward_launch(experts: int, classes: int, group: int) -> _Launch:
     return _Launch(group, repeat, min(_power_of_two(triton.cdiv(classes, 32 * repeat * group)), 4))
 
 
-def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+def forward(logits: list[Tensor], temperature: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """See ``op.py``."""
     e, n, classes = shape_of(logits)
     value = logits[0].new_empty((e, n), dtype=torch.float32)
@@ -81,7 +81,7 @@ def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tupl
     with torch.cuda.device_of(logits[0]):
         _divergence_forward_kernel[(n,)](
             experts.tensors,
-            class_scale,
+            temperature,
             value,
             saved,
             classes,
@@ -94,7 +94,7 @@ def forward(logits: list[Tensor], class_scale: Tensor | None, kind: str) -> tupl
 
 
 def backward(
-    grad: Tensor, saved: Tensor, logits: list[Tensor], class_scale: Tensor | None, kind: str, detach: bool
+    grad: Tensor, saved: Tensor, logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool
 ) -> Tensor:
     """Gradient of the logits [E, N, C]; see ``op.py``."""
     e, n, classes = shape_of(logits)
@@ -108,7 +108,7 @@ def backward(
     with torch.cuda.device_of(logits[0]):
         _divergence_backward_kernel[(n, triton.cdiv(classes // launch.group * launch.group, launch.block) or 1)](
             experts.tensors,
-            class_scale,
+            temperature,
             grad,
             saved.contiguous(),
             out,

@@ -23,15 +23,29 @@ from ..margin_cross_entropy.triton_rows import _lane_sum
 
 
 @triton.jit
-def _scaled(x_ptrs, begins, first, offsets, mask, class_scale_ptr, WIDE: tl.constexpr):
+def _inverse(temperature_ptr, first, offsets, mask, WIDE: tl.constexpr, AGAIN: tl.constexpr):
+    """1 / t of the columns first + offsets, rounded, and what rounding took from it."""
+    temperature = _class_values(temperature_ptr, first, offsets, mask, 1.0, WIDE, AGAIN)
+    inverse = tl.div_rn(1.0, temperature)
+    return inverse, tl.fma(-inverse, temperature, 1.0) * inverse
+
+
+@triton.jit
+def _divided(x, inverse, rest):
+    """x / t rounded as a division is, which there is one of for all experts; infinite where x is."""
+    return tl.fma(x, inverse, tl.clamp(x, -1e20, 1e20) * rest)
+
+
+@triton.jit
+def _exponents(x_ptrs, begins, first, offsets, mask, temperature_ptr, WIDE: tl.constexpr):
     """Every expert's u of the columns first + offsets, which it has at begins[e] + offsets; -inf outside the mask."""
     us = ()
-    if class_scale_ptr is not None:
-        class_scale = _class_values(class_scale_ptr, first, offsets, mask, 1.0, WIDE, False)
+    if temperature_ptr is not None:
+        inverse, rest = _inverse(temperature_ptr, first, offsets, mask, WIDE, False)
     for e in tl.static_range(len(x_ptrs)):
         u = tl.load(x_ptrs[e] + begins[e] + offsets, mask=mask, other=-_INF).to(tl.float32)
-        if class_scale_ptr is not None:
-            u = u * class_scale
+        if temperature_ptr is not None:
+            u = _divided(u, inverse, rest)
         us = us + (u,)
     return us
 
@@ -118,7 +132,7 @@ def _visited(us, peaks, masses, sums, mean_peak, mean_mass, PAIRWISE: tl.constex
 @triton.jit
 def _divergence_forward_kernel(
     x_ptrs,  # E of [N, C], unit class stride
-    class_scale_ptr,  # [C]
+    temperature_ptr,  # [C]
     value_ptr,  # [E, N]
     saved_ptr,  # [3 E + 2, N]: see op.py
     classes,
@@ -138,11 +152,11 @@ def _divergence_forward_kernel(
     mean_peak = tl.full([LANES], -_INF, tl.float32)
     mean_mass = tl.zeros([LANES], tl.float32)
     edge, edge_mask = _edge_columns(head, groups, classes, GROUP, LANES)
-    edge_us = _scaled(x_ptrs, begins, 0, edge, edge_mask, class_scale_ptr, False)
+    edge_us = _exponents(x_ptrs, begins, 0, edge, edge_mask, temperature_ptr, False)
     peaks, masses, sums, mean_peak, mean_mass = _visited(edge_us, peaks, masses, sums, mean_peak, mean_mass, PAIRWISE)
     for first in range(0, groups, REPEAT * LANES):
         offsets, mask = _tile_columns(first, groups, GROUP, LANES, REPEAT)
-        us = _scaled(x_ptrs, bodies, head, offsets, mask, class_scale_ptr, GROUP >= 4)
+        us = _exponents(x_ptrs, bodies, head, offsets, mask, temperature_ptr, GROUP >= 4)
         peaks, masses, sums, mean_peak, mean_mass = _visited(us, peaks, masses, sums, mean_peak, mean_mass, PAIRWISE)
 
     # all lanes together
@@ -233,20 +247,23 @@ def _gradients(us, terms, PAIRWISE: tl.constexpr, DETACH: tl.constexpr):
 
 
 @triton.jit
-def _write(dus, grad_ptr, begins, first, offsets, mask, class_scale_ptr, WIDE: tl.constexpr):
-    if class_scale_ptr is not None:
-        class_scale = _class_values(class_scale_ptr, first, offsets, mask, 1.0, WIDE, True)
+def _write(dus, grad_ptr, begins, first, offsets, mask, temperature_ptr, WIDE: tl.constexpr):
+    if temperature_ptr is not None:
+        inverse, rest = _inverse(temperature_ptr, first, offsets, mask, WIDE, True)
     for e in tl.static_range(len(dus)):
         dx = dus[e]
-        if class_scale_ptr is not None:
-            dx = dx * class_scale
+        if temperature_ptr is not None:
+            if grad_ptr.dtype.element_ty == tl.float32:
+                dx = _divided(dx, inverse, rest)
+            else:  # about to be rounded anyway
+                dx = dx * inverse
         tl.store(grad_ptr + begins[e] + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _divergence_backward_kernel(
     x_ptrs,  # E of [N, C], unit class stride
-    class_scale_ptr,  # [C]
+    temperature_ptr,  # [C]
     upstream_ptr,  # [E, N]
     saved_ptr,  # [3 E + 2, N]
     grad_ptr,  # [E, N, C], unit class stride
@@ -272,10 +289,10 @@ def _divergence_backward_kernel(
     terms = _row_terms(upstream_ptr, saved_ptr, row, rows, upstream_stride_e, upstream_stride_n, EXPERTS, PAIRWISE)
     if tile == 0:
         offsets, mask = _edge_columns(head, groups, classes, GROUP, LANES)
-        us = _scaled(x_ptrs, begins, 0, offsets, mask, class_scale_ptr, False)
+        us = _exponents(x_ptrs, begins, 0, offsets, mask, temperature_ptr, False)
         dus = _gradients(us, terms, PAIRWISE, DETACH)
-        _write(dus, grad_ptr, grad_begins, 0, offsets, mask, class_scale_ptr, False)
+        _write(dus, grad_ptr, grad_begins, 0, offsets, mask, temperature_ptr, False)
     offsets, mask = _tile_columns(tile * (REPEAT * LANES), groups, GROUP, LANES, REPEAT)
-    us = _scaled(x_ptrs, bodies, head, offsets, mask, class_scale_ptr, GROUP >= 4)
+    us = _exponents(x_ptrs, bodies, head, offsets, mask, temperature_ptr, GROUP >= 4)
     dus = _gradients(us, terms, PAIRWISE, DETACH)
-    _write(dus, grad_ptr, grad_bodies, head, offsets, mask, class_scale_ptr, GROUP >= 4)
+    _write(dus, grad_ptr, grad_bodies, head, offsets, mask, temperature_ptr, GROUP >= 4)
