@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
-import io
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_module import COPIES
 from torch import Tensor, nn
 
 import lt_kernels
@@ -605,20 +604,6 @@ class TestNCL:
 # ------------------------------------------------------------------------------------------------------------- torch.nn
 
 X, Y = experts_and_target()
-
-
-def through_torch_save(loss: nn.Module) -> Any:
-    buffer = io.BytesIO()
-    torch.save(loss, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
-    "torch.save": through_torch_save,
-}
 
 
 @every_class

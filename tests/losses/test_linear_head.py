@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import doctest
-import io
-import pickle
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_module import COPIES
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -294,20 +292,6 @@ class TestStateDict:
             make_head("vs").load_state_dict({"weight": torch.zeros(C, D)})
         with pytest.raises(RuntimeError, match=r"Unexpected key.*\"other\""):
             make_head("vs").load_state_dict({**nn.Linear(D, C).state_dict(), "other": torch.zeros(1)})
-
-
-def through_torch_save(head: LinearHead) -> LinearHead:
-    buffer = io.BytesIO()
-    torch.save(head, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda h: pickle.loads(pickle.dumps(h)),
-    "torch.save": through_torch_save,
-}
 
 
 @some_recipes
