@@ -15,10 +15,10 @@ from lt_kernels.functional import expert_fusion, linear_expert_fusion
 from lt_kernels.testing import assert_within_budget
 
 
-def dense(logits: Tensor, weights: list[float], shift: Tensor | None, scale: float) -> Tensor:
+def dense(logits: Tensor, weights: list[float], shift: Tensor | None, scale: float, temperature: float = 1.0) -> Tensor:
     """Log-probabilities as a user would write them, in the logits' dtype."""
     weight = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-    u = scale * torch.einsum("e,enc->nc", weight, logits)
+    u = scale * torch.einsum("e,enc->nc", weight, logits) / temperature
     return (u if shift is None else u + shift.to(u.dtype)).log_softmax(1)
 
 
@@ -42,12 +42,12 @@ def test_against_float64(shape, k, dtype, backend, device):
     weights = [0.5 + 0.25 * e for e in range(experts)]
     shift = torch.linspace(-2, 1, classes, device=device)
     result = expert_fusion(
-        logits, expert_weight=weights, log_prior_shift=shift, scale=1.5, temperature=2.0, topk=k, return_log_probs=True
+        logits, expert_weight=weights, log_prior_shift=shift, scale=1.3, temperature=1.7, topk=k, return_log_probs=True
     )
-    truth = dense(logits.double(), weights, shift, 0.75)
-    eager = dense(logits, weights, shift, 0.75)
+    truth = dense(logits.double(), weights, shift, 1.3, 1.7)
+    eager = dense(logits, weights, shift, 1.3, 1.7)
     check(result, eager, truth, k)
-    alone = expert_fusion(logits, expert_weight=weights, log_prior_shift=shift, scale=1.5, temperature=2.0, topk=k)
+    alone = expert_fusion(logits, expert_weight=weights, log_prior_shift=shift, scale=1.3, temperature=1.7, topk=k)
     assert alone.log_probs is None
     for one, other in zip(result[:4], alone[:4], strict=True):
         torch.testing.assert_close(one, other)
@@ -211,11 +211,11 @@ def test_linear_heads(normalize, shared, backend, device):
             expert_weight=weights,
             log_prior_shift=shift.float(),
             scale=8.0,
-            temperature=2.0,
+            temperature=1.7,
             topk=3,
         )
-        truth = dense(logits(torch.float64), weights, shift.float().double(), 4.0)
-        eager = dense(logits(dtype), weights, shift, 4.0)
+        truth = dense(logits(torch.float64), weights, shift.float().double(), 8.0, 1.7)
+        eager = dense(logits(dtype), weights, shift, 8.0, 1.7)
         chosen = truth.gather(1, result.topk_indices)
         assert_within_budget(
             result.topk_values, eager.gather(1, result.topk_indices).exp(), chosen.exp(), "probabilities"
