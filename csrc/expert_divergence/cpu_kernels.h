@@ -1,8 +1,9 @@
 // Vector kernels of the divergences between experts, compiled once per instruction set (see cpu_vectors.h).
 //
 // Memory sees one read per logit, and one write in backward: the rows of a sample are visited together, for their
-// maxima and again while they are in the caches; then block by block, in sweeps over the first-level cache. Differences
-// are taken between exponents relative to each distribution's maximum.
+// maxima and again while they are in the caches; then block by block, in sweeps over the first-level cache. The next
+// row is fetched by the sweep that computes most: arithmetic hides what memory takes. Differences are taken between
+// exponents relative to each distribution's maximum.
 
 #include "../cpu_vectors.h"
 #include "cpu_call.h"
@@ -56,10 +57,9 @@ LTK_INLINE void for_each_block(int64_t row, int64_t begin, int64_t end, Function
 
 // U of a block.
 template <class T, class A>
-LTK_INLINE void sum_experts(const DivergenceCall<A>& call, const Block<A>& block, int64_t ahead, A* sum) {
+LTK_INLINE void sum_experts(const DivergenceCall<A>& call, const Block<A>& block, A* sum) {
   for (int64_t e = 0; e < call.experts; ++e)
-    for_each_vector<T>(call, block, e, ahead,
-                       [&](int64_t j, Vec<A> u) { store(sum + j, e == 0 ? u : load(sum + j) + u); });
+    for_each_vector<T>(call, block, e, 0, [&](int64_t j, Vec<A> u) { store(sum + j, e == 0 ? u : load(sum + j) + u); });
 }
 
 // p * value; 0 where p is 0.
@@ -102,7 +102,7 @@ LTK_INLINE void sums_to_mean(const DivergenceCall<A>& call, const Block<A>& bloc
   constexpr int64_t W = Simd<A>::W;
   const A count_of = static_cast<A>(call.experts), peak = peaks[call.experts];
   alignas(64) A mean[kDivergenceBlock<A>], weight[kDivergenceBlock<A>];  // U, then vbar; exp(vbar)
-  sum_experts<T>(call, block, call.x_stride[0], mean);
+  sum_experts<T>(call, block, mean);
   GroupedSum<A> total;
   for (int64_t j = 0; j < block.count; j += W) {
     const Vec<A> v = load(mean + j) / count_of - peak, exponential = exp_vector(v);
@@ -114,7 +114,7 @@ LTK_INLINE void sums_to_mean(const DivergenceCall<A>& call, const Block<A>& bloc
   for (int64_t e = 0; e < call.experts; ++e) {
     const A own = peaks[e];
     GroupedSum<A> mass, weighted;
-    for_each_vector<T>(call, block, e, 0, [&](int64_t j, Vec<A> u) {
+    for_each_vector<T>(call, block, e, call.x_stride[e], [&](int64_t j, Vec<A> u) {
       const Vec<A> v = u - own;
       mass.add(j, exp_vector(v));
       weighted.add(j, times(load(weight + j), load(mean + j) - v));
@@ -201,7 +201,7 @@ LTK_INLINE void gradient_to_mean(const DivergenceCall<A>& call, const Block<A>& 
   constexpr int64_t W = Simd<A>::W, kBlock = kDivergenceBlock<A>;
   const A count_of = static_cast<A>(call.experts);
   alignas(64) A mean[kBlock], p_mean[kBlock], through[kBlock] = {}, gradient[kBlock];  // mean: U, then vbar
-  sum_experts<T>(call, block, call.x_stride[0], mean);
+  sum_experts<T>(call, block, mean);
   for (int64_t j = 0; j < block.count; j += W) {
     const Vec<A> v = load(mean + j) / count_of - row.mean_peak;
     store(mean + j, v);
@@ -219,7 +219,7 @@ LTK_INLINE void gradient_to_mean(const DivergenceCall<A>& call, const Block<A>& 
   }
   for (int64_t e = 0; e < call.experts; ++e) {
     const RowOfExpert<A> own = row[e];
-    for_each_vector<T>(call, block, e, 0, [&](int64_t j, Vec<A> u) {
+    for_each_vector<T>(call, block, e, call.x_stride[e], [&](int64_t j, Vec<A> u) {
       const Vec<A> p = rounded(exp_vector(u - own.peak) * own.inverse);
       store(gradient + j, own.grad * (p - load(p_mean + j)) + load(through + j));
     });
