@@ -19,6 +19,7 @@ from lt_kernels.ops.expert_divergence import triton as divergence
 from lt_kernels.ops.expert_fusion import reference as fusion_reference
 from lt_kernels.ops.expert_fusion import triton as fusion
 from lt_kernels.ops.expert_fusion.arguments import Arguments
+from lt_kernels.ops.expert_fusion.fused import fused
 from lt_kernels.testing import assert_within_budget, dense_expert_divergence
 
 INF, NAN = math.inf, math.nan
@@ -89,7 +90,7 @@ def check_fusion(a: Arguments, k: int, with_log_probs: bool = True) -> None:
             for name, value in zip(a._fields[1:4], a[1:4], strict=True)
         })  # fmt: skip
         b = b._replace(logits=[x.to(dtype) for x in a.logits])
-        return [fusion_reference.fused(b), *fusion_reference.forward(b, k, True)]
+        return [fused(b), *fusion_reference.forward(b, k, True)]
 
     values, classes, mass, log_probs = fusion.forward(a, k, with_log_probs)
     (u, best, _, true_mass, true_log_probs), (_, eager, _, eager_mass, eager_log_probs) = (

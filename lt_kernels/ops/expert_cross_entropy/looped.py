@@ -10,7 +10,7 @@ from torch import Tensor
 from .._backend import load
 from .._experts import empty_gradient
 from ..expert_fusion.arguments import Arguments as FusionArguments
-from ..expert_fusion.reference import fused
+from ..expert_fusion.fused import fused
 from ..margin_cross_entropy.op import OP as ROWS
 from .arguments import Arguments
 
