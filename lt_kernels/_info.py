@@ -17,8 +17,9 @@ from .ops.expert_divergence.op import OP as EXPERT_DIVERGENCE
 from .ops.expert_fusion.op import OP as EXPERT_FUSION
 from .ops.linear_margin_cross_entropy.op import OP as LINEAR
 from .ops.margin_cross_entropy.op import OP as ROWS
+from .ops.partitioned_logsumexp.op import OP as PARTITIONED
 
-OPS = (ROWS, LINEAR, EXPERT_CROSS_ENTROPY, EXPERT_FUSION, EXPERT_DIVERGENCE)
+OPS = (ROWS, LINEAR, EXPERT_CROSS_ENTROPY, EXPERT_FUSION, EXPERT_DIVERGENCE, PARTITIONED)
 
 
 def _distribution_version(name: str) -> str | None:

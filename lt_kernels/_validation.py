@@ -208,7 +208,30 @@ def _check_mixture(
     return mix_lambda.to(dtype)
 
 
-def class_vector(name: str, value: Tensor | None, classes: int, input: Tensor, dtype: torch.dtype) -> Tensor | None:
+def check_floating(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {FLOATING}")
+
+
+def product_dtype(left: Tensor, right: Tensor, name: str, other: str) -> torch.dtype:
+    """What matrix products of both run in; ``right`` is the argument ``name``, ``left`` the argument ``other``."""
+    kinds = {left.dtype, right.dtype}
+    device = left.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in kinds:
+        return torch.get_autocast_dtype(device)
+    if len(kinds) == 2 and (torch.float32 not in kinds or torch.float64 in kinds):
+        raise TypeError(
+            f"{name}: got dtype {right.dtype}, expected {left.dtype} as {other}, or float32 beside float16 or bfloat16"
+        )
+    return min(kinds, key=lambda kind: kind.itemsize)
+
+
+def class_vector(
+    name: str, value: Tensor | None, classes: int, input: Tensor, dtype: torch.dtype, of: str = "class"
+) -> Tensor | None:
+    """``value`` [classes] in ``dtype``, or [keys] where it is a vector ``of`` another kind."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -216,7 +239,7 @@ def class_vector(name: str, value: Tensor | None, classes: int, input: Tensor, d
     if not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
     if value.shape != (classes,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{classes}], one value per class")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{classes}], one value per {of}")
     if value.device != input.device:
         raise ValueError(f"{name}: got device {value.device}, expected {input.device} as input")
     return value.to(dtype).contiguous()

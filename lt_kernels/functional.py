@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _settings
+from ._functional_contrastive import PartitionedLogSumExp, partitioned_logsumexp, supervised_contrastive
 from ._functional_experts import (
     ExpertCrossEntropyOutput,
     ExpertFusion,
@@ -22,9 +23,11 @@ from ._validation import (
     FLOATING,
     RowOptions,
     check_choice,
+    check_floating,
     class_vector,
     logits_layout,
     number,
+    product_dtype,
     row_options,
     scalar_tensor,
 )
@@ -45,6 +48,7 @@ __all__ = [
     "ExpertFusion",
     "LinearPlan",
     "MarginCrossEntropyOutput",
+    "PartitionedLogSumExp",
     "TopK",
     "expert_cross_entropy",
     "expert_divergence",
@@ -53,7 +57,9 @@ __all__ = [
     "linear_margin_cross_entropy",
     "linear_topk",
     "margin_cross_entropy",
+    "partitioned_logsumexp",
     "plan_linear",
+    "supervised_contrastive",
 ]
 
 
@@ -432,7 +438,7 @@ def linear_topk(
         >>> linear_topk(features, weight, class_shift=torch.tensor([0.0, 0.0, -torch.inf])).classes
         tensor([[0]])
     """
-    _check_floating("linear_weight", linear_weight)
+    check_floating("linear_weight", linear_weight)
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [C, D]")
     shape, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
@@ -516,26 +522,19 @@ def _output(
 
 
 def _check_logits(input: Tensor) -> None:
-    _check_floating("input", input)
+    check_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input: got a 0-dim tensor, expected [C], [N, C] or [N, C, d1, ..., dk]")
     if (input.shape[0] if input.dim() == 1 else input.shape[1]) == 0:
         raise ValueError(f"input: got shape {tuple(input.shape)}, expected at least one class")
 
 
-def _check_floating(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {FLOATING}")
-
-
 def _check_linear(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, normalize: bool
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """The logits' shape, and the dtype of the matrix products."""
-    _check_floating("input", input)
-    _check_floating("linear_weight", linear_weight)
+    check_floating("input", input)
+    check_floating("linear_weight", linear_weight)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: got {type(normalize).__name__}, expected a bool")
     if input.dim() not in (1, 2):
@@ -556,7 +555,7 @@ def _check_linear(
     if linear_weight.device != input.device:
         raise ValueError(f"linear_weight: got device {linear_weight.device}, expected {input.device} as input")
     if linear_bias is not None:
-        _check_floating("linear_bias", linear_bias)
+        check_floating("linear_bias", linear_bias)
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(
                 f"linear_bias: got shape {tuple(linear_bias.shape)}, expected {tuple(linear_weight.shape[:-1])}"
@@ -565,20 +564,7 @@ def _check_linear(
             raise ValueError(f"linear_bias: got device {linear_bias.device}, expected {input.device} as input")
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
-    return (*input.shape[:-1], *linear_weight.shape[:-1]), _product_dtype(input, linear_weight)
-
-
-def _product_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
-    kinds = {input.dtype, linear_weight.dtype}
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in kinds:
-        return torch.get_autocast_dtype(device)
-    if len(kinds) == 2 and (torch.float32 not in kinds or torch.float64 in kinds):
-        raise TypeError(
-            f"linear_weight: got dtype {linear_weight.dtype}, expected {input.dtype} as input, "
-            "or float32 beside float16 or bfloat16"
-        )
-    return min(kinds, key=lambda kind: kind.itemsize)
+    return (*input.shape[:-1], *linear_weight.shape[:-1]), product_dtype(input, linear_weight, "linear_weight", "input")
 
 
 def _tiled_reason(a: LinearArguments, backend: str) -> str | None:

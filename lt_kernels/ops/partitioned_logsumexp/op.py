@@ -1,0 +1,205 @@
+"""Schema, shapes, autograd and strategies of the partitioned log-sum-exp.
+
+Similarities s_ij = a <q_i, k_j>, a = scale * learned_scale; logits u_ij = key_scale_j s_ij + key_bias_j. Of row i, over
+the columns that are not left out by ``exclude``:
+
+    neg_i     = log sum of exp(u_ij) over the keys of another label        -inf where there are none
+    pos_i     = log sum of exp(u_ij) over the keys of the same label       -inf where there are none
+    pos_sum_i = sum of s_ij over the keys of the same label
+    num_pos_i = how many these are
+
+Given upstream gradients (gn, gp, gs), with G_ij = gp_i exp(u_ij - pos_i) for the same label and gn_i exp(u_ij - neg_i)
+for another, dS_ij = key_scale_j G_ij + [same label] gs_i:
+
+    dQ = a dS K    dK = a dS^T Q    dkey_bias_j = sum_i G_ij    dkey_scale_j = sum_i G_ij s_ij
+
+Where the scale learns, forward also takes ``slopes`` [3, N], the derivatives of (neg, pos, pos_sum) with respect to a:
+the means of key_scale_j <q_i, k_j> under the softmax of each side, and the sum of <q_i, k_j>. They cost a multiply-add
+per logit and no pass of their own. ``rest`` [4, N] is what backward needs: of each side the largest logit and the sum
+of exponentials relative to it (0, 0 where it has none), apart because their logarithm's sum loses digits.
+
+Strategies are those of ``plan.py``; "materialize" keeps the products <q_i, k_j> in ``products`` ([0] otherwise). No
+N x M mask exists anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import load
+from .._reduce import ordered_sum
+from .._register import define, register_autograd, register_no_double_backward
+from ..linear_margin_cross_entropy.plan import padded
+from . import chunked
+from .arguments import (
+    DIFFERENTIABLE,
+    N_TENSORS,
+    NEG_MASS,
+    NEG_PEAK,
+    NEG_SLOPE,
+    NUM_POS,
+    POS_MASS,
+    POS_PEAK,
+    POS_SLOPE,
+    POS_SUM,
+    SCHEMA,
+    Arguments,
+)
+from .plan import blocks
+
+OP = "partitioned_logsumexp"
+
+
+def _blocks(a: Arguments, memory_budget: int) -> Any:
+    return blocks(a.query.shape[0], a.keys.shape[0], a.query.dtype, a.query.device.type, memory_budget)
+
+
+def _room_for_products(a: Arguments, strategy: str, like: Any) -> Tensor:
+    n, m, dtype = a.query.shape[0], a.keys.shape[0], a.query.dtype
+    if strategy != "materialize":
+        return a.query.new_empty((0,))
+    room: Tensor = like(n, m, dtype, a.query.device)
+    return room
+
+
+def _full_scale(a: Arguments) -> float | Tensor:
+    return a.scale if a.learned_scale is None else a.scale * a.learned_scale
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, with_slopes, strategy, memory_budget, backend = args
+    a = Arguments(*inputs)
+    with torch.autocast(a.query.device.type, enabled=False):  # dtypes have been chosen
+        kept = _room_for_products(a, strategy, chunked.products.buffer)
+        if strategy == "tiled":
+            s = load(OP, "triton").tiled_forward(a, with_slopes)
+        else:
+            kernels = load(OP, backend)
+            s = chunked.forward(
+                a, kernels, _blocks(a, memory_budget), with_slopes, kept if strategy == "materialize" else None
+            )
+    masses = s[[NEG_MASS, POS_MASS]]
+    peaks = s[[NEG_PEAK, POS_PEAK]]
+    logs = torch.where(masses == 0, -math.inf, peaks + masses.log())
+    slopes = s.new_empty((0,))
+    if with_slopes:
+        means = torch.where(masses == 0, 0.0, s[[NEG_SLOPE, POS_SLOPE]] / masses)
+        slopes = torch.cat([means, s[POS_SUM : POS_SUM + 1]])
+    rest = torch.stack([peaks[0], masses[0], peaks[1], masses[1]])
+    return logs[0], logs[1].clone(), _full_scale(a) * s[POS_SUM], s[NUM_POS].clone(), rest, slopes, kept
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, with_slopes, strategy, _, _ = args
+    a = Arguments(*inputs)
+    n = a.query.shape[0]
+    row = a.query.new_empty((n,), dtype=a.compute_dtype)
+
+    def strided(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty_strided((rows, columns), (padded(columns, dtype), 1), dtype=dtype, device=device)
+
+    return (
+        row, *(torch.empty_like(row) for _ in range(3)), row.new_empty((4, n)),
+        row.new_empty((3, n) if with_slopes else (0,)), _room_for_products(a, strategy, strided),
+    )  # fmt: skip
+
+
+def _backward(
+    grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, rest: Tensor, kept: Tensor | None,
+    *args: Any,
+) -> list[Tensor]:  # fmt: skip
+    *inputs, strategy, memory_budget, needs, backend = args
+    a = Arguments(*inputs)
+    zero = torch.zeros_like(rest[0])
+    terms = torch.stack(
+        [
+            rest[NEG_PEAK], _over(grad_neg, rest[NEG_MASS], zero),
+            rest[POS_PEAK], _over(grad_pos, rest[POS_MASS], zero),
+            zero if grad_sum is None else grad_sum,
+        ]
+    )  # fmt: skip
+    with torch.autocast(a.query.device.type, enabled=False):
+        if strategy == "tiled":
+            grads: list[Tensor] = load(OP, "triton").tiled_backward(a, terms, needs)
+        else:
+            both = [needs[0], needs[0] if a.key is None else needs[1], *needs[2:]]
+            grads = chunked.backward(a, load(OP, backend), _blocks(a, memory_budget), terms, both, kept)
+            if a.key is None and needs[0]:
+                grads[0], grads[1] = grads[0] + grads[1], a.query.new_empty((0,))
+    return grads
+
+
+def _over(grad: Tensor | None, mass: Tensor, zero: Tensor) -> Tensor:
+    return zero if grad is None else torch.where(mass == 0, zero, grad / mass)
+
+
+def _backward_fake(
+    grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, rest: Tensor, kept: Tensor | None,
+    *args: Any,
+) -> list[Tensor]:  # fmt: skip
+    *inputs, _, _, needs, _ = args
+    a = Arguments(*inputs)
+    values = [getattr(a, name) for name in DIFFERENTIABLE]
+    return [
+        a.query.new_empty((0,))
+        if value is None or not need
+        else torch.empty_like(value, memory_format=torch.contiguous_format)
+        for value, need in zip(values, needs, strict=True)
+    ]
+
+
+FORWARD = define(
+    f"{OP}_fwd({SCHEMA}, bool with_slopes, str strategy, int memory_budget, str backend) -> (Tensor neg, Tensor pos,"
+    " Tensor pos_sum, Tensor num_pos, Tensor rest, Tensor slopes, Tensor products)",
+    _forward,
+    _forward_fake,
+)
+BACKWARD = define(
+    f"{OP}_bwd(Tensor? grad_neg, Tensor? grad_pos, Tensor? grad_sum, Tensor rest, Tensor? products, {SCHEMA},"
+    " str strategy, int memory_budget, bool[] needs, str backend) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *arguments, _, strategy, memory_budget, backend = inputs
+    *_, num_pos, rest, slopes, kept = output
+    ctx.mark_non_differentiable(num_pos, rest, slopes, kept)
+    ctx.set_materialize_grads(False)
+    needed = dict(zip(Arguments._fields, ctx.needs_input_grad[1:], strict=False))
+    ctx.needs = [needed[name] for name in DIFFERENTIABLE]
+    ctx.scalars, ctx.settings = arguments[N_TENSORS:], (strategy, memory_budget, backend)
+    ctx.kept = strategy == "materialize"
+    ctx.save_for_backward(*arguments[:N_TENSORS], rest, slopes, *([kept] if ctx.kept else []))
+
+
+def _autograd_backward(
+    ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    tensors, rest, slopes = saved[:N_TENSORS], saved[N_TENSORS], saved[N_TENSORS + 1]
+    kept = saved[N_TENSORS + 2] if ctx.kept else None
+    upstream = (grad_neg, grad_pos, grad_sum)
+    gradients: dict[str, Tensor] = {}
+    given = [(grad, slope) for grad, slope in zip(upstream, slopes, strict=False) if grad is not None]
+    a = Arguments(*tensors, *ctx.scalars)
+    if a.learned_scale is not None and ctx.needs_input_grad[1 + Arguments._fields.index("learned_scale")] and given:
+        total = torch.stack([ordered_sum(grad * slope) for grad, slope in given]).sum()
+        gradients["learned_scale"] = total * a.scale
+    if any(ctx.needs) and any(grad is not None for grad in upstream):
+        *settings, backend = ctx.settings
+        values = torch.ops.lt_kernels.partitioned_logsumexp_bwd(
+            *upstream, rest, kept, *tensors, *ctx.scalars, *settings, ctx.needs, backend
+        )
+        gradients |= {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
+    return (*(gradients.get(name) for name in Arguments._fields), *[None] * 4)
+
+
+register_autograd(FORWARD, _autograd_backward, _setup_context)
+register_no_double_backward(BACKWARD)
+forward = torch.ops.lt_kernels.partitioned_logsumexp_fwd.default
