@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _settings
@@ -224,7 +223,8 @@ def supervised_contrastive(
     if form == "out":
         loss = torch.logaddexp(sums.neg, sums.pos) - sums.pos_sum / count
     else:
-        loss = F.softplus(sums.neg - sums.pos) + count.log()
+        # a softplus, but F.softplus is the identity from 20 on
+        loss = torch.logaddexp(sums.neg - sums.pos, torch.zeros_like(sums.pos)) + count.log()
     loss = torch.where(some, loss, 0.0)
     if reduction == "none":
         return loss
