@@ -44,7 +44,6 @@ from .arguments import (
     NUM_POS,
     POS_MASS,
     POS_PEAK,
-    POS_SLOPE,
     POS_SUM,
     SCHEMA,
     Arguments,
@@ -82,15 +81,16 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
             s = chunked.forward(
                 a, kernels, _blocks(a, memory_budget), with_slopes, kept if strategy == "materialize" else None
             )
-    masses = s[[NEG_MASS, POS_MASS]]
-    peaks = s[[NEG_PEAK, POS_PEAK]]
-    logs = torch.where(masses == 0, -math.inf, peaks + masses.log())
+    rest = s[:4]  # NEG_PEAK, NEG_MASS, POS_PEAK, POS_MASS
+    peaks, masses = rest[::2], rest[1::2]
+    none = masses == 0
+    neg, pos = torch.where(none, -math.inf, peaks + masses.log()).unbind(0)
     slopes = s.new_empty((0,))
     if with_slopes:
-        means = torch.where(masses == 0, 0.0, s[[NEG_SLOPE, POS_SLOPE]] / masses)
+        means = torch.where(none, 0.0, s[NEG_SLOPE:] / masses)
         slopes = torch.cat([means, s[POS_SUM : POS_SUM + 1]])
-    rest = torch.stack([peaks[0], masses[0], peaks[1], masses[1]])
-    return logs[0], logs[1].clone(), _full_scale(a) * s[POS_SUM], s[NUM_POS].clone(), rest, slopes, kept
+    # an operator's outputs are distinct
+    return neg, pos.clone(), _full_scale(a) * s[POS_SUM], s[NUM_POS].clone(), rest.clone(), slopes, kept
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
