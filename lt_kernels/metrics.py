@@ -1,4 +1,4 @@
-"""Accuracy on long-tailed data (overall, many / medium / few shot, balanced) and calibration.
+"""Accuracy on long-tailed data (overall, many / medium / few shot, balanced), spread of embeddings, and calibration.
 
 The classes are ``torchmetrics.Metric`` and need the extra ``lt_kernels[metrics]``: without torchmetrics the module
 imports, and construction raises ImportError. ``reliability_diagram`` needs matplotlib.
@@ -10,6 +10,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .priors import SHOT_GROUPS, ClassVector, shot_groups
@@ -144,6 +145,183 @@ class ShotGroupAccuracy(Metric):
             row = int(bad.nonzero()[0])
             got = int(classes[row])
             raise IndexError(f"{name}: row {row} has class {got}, expected 0 <= class < {self.num_classes}")
+
+
+class WithinClassSpread(Metric):
+    """How far embeddings lie from the mean of their class, by shot group, accumulated over batches and processes.
+
+    The spread of a class is the mean squared distance of its embeddings to their mean: for unit vectors 1 - |mean|^2,
+    between 0 and 1, and half the mean squared distance between two of them. Embedding margins, such as those of
+    [`ELMLoss`][lt_kernels.losses.ELMLoss], are to make it smaller for tail classes. ``compute()`` returns a dict of
+    0-dim float32 tensors ``"many"``, ``"medium"``, ``"few"`` and ``"all"``: means over the classes of that group (as in
+    [`ShotGroupAccuracy`][lt_kernels.metrics.ShotGroupAccuracy]) that have two samples or more, since a single one has
+    no spread; NaN without any such class.
+
+    Only sums are kept, float64 [C, D], no samples; the result does not depend on how the samples are batched.
+
+    Args:
+        class_counts: TRAINING samples per class, [C]; they define the groups. Zero is allowed (few shot).
+        dim: D, the width of the embeddings.
+        normalize: divide embeddings by their norm first.
+        many_above: a class with more training samples is many shot.
+        few_below: a class with fewer training samples is few shot; the rest is medium shot.
+        ignore_index: labels of this class are left out.
+        validate_args: check the values of labels (on a GPU this waits for the device). Without it, a label that is no
+            class is left out.
+        kwargs: of ``torchmetrics.Metric`` (``dist_sync_on_step``, ...).
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        TypeError, ValueError: bad counts, bounds or sizes; embeddings and labels of the wrong dtype, shape or device.
+        IndexError: a label out of range.
+
+    Example:
+        >>> import torch
+        >>> metric = WithinClassSpread([900, 90, 10], dim=2)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [4.0, 0.0]]), torch.tensor([0, 0, 2, 2]))
+        >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}
+        {'many': 0.5, 'medium': nan, 'few': 0.0, 'all': 0.25}
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    shot_group: Tensor
+    count: Tensor
+    sums: Tensor
+    squares: Tensor
+
+    def __init__(
+        self,
+        class_counts: ClassVector,
+        dim: int,
+        *,
+        normalize: bool = True,
+        many_above: float = 100,
+        few_below: float = 20,
+        ignore_index: int = -100,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim: got {type(dim).__name__}, expected an int")
+        if dim < 1:
+            raise ValueError(f"dim: got {dim}, expected an int >= 1")
+        groups = shot_groups(class_counts, many_above, few_below)
+        self.register_buffer("shot_group", groups, persistent=False)
+        self.num_classes, self.dim = len(groups), dim
+        self.normalize, self.ignore_index, self.validate_args = normalize, ignore_index, validate_args
+        zeros = torch.zeros(len(groups), dim, dtype=torch.float64, device=groups.device)
+        self.add_state("count", default=torch.zeros_like(groups), dist_reduce_fx="sum")
+        self.add_state("sums", default=zeros, dist_reduce_fx="sum")
+        self.add_state("squares", default=zeros[:, 0].clone(), dist_reduce_fx="sum")
+
+    def update(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            embeddings: [N, D], floating.
+            labels: classes [N], any integer dtype.
+        """
+        for name, value in (("embeddings", embeddings), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+        if not embeddings.is_floating_point():
+            raise TypeError(f"embeddings: got dtype {embeddings.dtype}, expected a floating-point dtype")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels: got dtype {labels.dtype}, expected an integer dtype")
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.dim:
+            raise ValueError(f"embeddings: got shape {tuple(embeddings.shape)}, expected [N, {self.dim}]")
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"labels: got shape {tuple(labels.shape)}, expected ({len(embeddings)},), one per embedding"
+            )
+        for name, value in (("embeddings", embeddings), ("labels", labels)):
+            if value.device != self.count.device:
+                raise ValueError(f"{name}: got device {value.device}, expected {self.count.device} as the metric")
+        label = labels.to(torch.int64)
+        counted = label != self.ignore_index
+        is_class = (label >= 0) & (label < self.num_classes)
+        if self.validate_args:
+            bad = counted & ~is_class
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0])
+                raise IndexError(
+                    f"labels: row {row} has class {int(label[row])}, expected 0 <= class < {self.num_classes}"
+                )
+        counted &= is_class
+        index = label.masked_fill(~counted, 0)
+        z = embeddings.detach().to(torch.float64)
+        z = torch.where(counted[:, None], F.normalize(z, dim=1) if self.normalize else z, 0.0)
+        self.count = self.count.scatter_add(0, index, counted.long())
+        # accumulating index_put is deterministic on a GPU, which adding by index is not
+        self.sums = self.sums.index_put((index,), z, accumulate=True)
+        self.squares = self.squares.index_put((index,), z.square().sum(1), accumulate=True)
+
+    def per_class(self) -> Tensor:
+        """Spread of each class, float32 [C]; NaN for a class with fewer than two samples. Of this process's samples."""
+        return self._spread().float()
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        spread = self._spread()
+        measured = self.count > 1
+        values = {name: spread[measured & (self.shot_group == group)] for group, name in enumerate(SHOT_GROUPS)}
+        return {name: value.mean().float() for name, value in {**values, "all": spread[measured]}.items()}
+
+    def _spread(self) -> Tensor:
+        mean = self.sums / self.count[:, None]
+        spread = (self.squares / self.count - mean.square().sum(1)).clamp_min(0.0)
+        return spread.masked_fill(self.count < 2, torch.nan)
+
+
+def within_class_spread(
+    embeddings: Tensor,
+    labels: Tensor,
+    class_counts: ClassVector,
+    *,
+    normalize: bool = True,
+    many_above: float = 100,
+    few_below: float = 20,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """Mean squared distance of embeddings to the mean of their class, by shot group.
+
+    Args:
+        embeddings: [N, D], floating.
+        labels: classes [N], any integer dtype.
+        class_counts: TRAINING samples per class, [C]; they define the groups.
+        normalize: divide embeddings by their norm first.
+        many_above: a class with more training samples is many shot.
+        few_below: a class with fewer training samples is few shot; the rest is medium shot.
+        ignore_index: labels of this class are left out.
+
+    Returns:
+        As ``compute()`` of [`WithinClassSpread`][lt_kernels.metrics.WithinClassSpread], which has the definition.
+
+    Raises:
+        ImportError, TypeError, ValueError, IndexError: as the class.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+        >>> spread = within_class_spread(z, torch.tensor([0, 0, 1, 1]), [900, 10])
+        >>> spread["many"].item(), spread["few"].item()
+        (1.0, 0.0)
+    """
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        got = f"shape {tuple(embeddings.shape)}" if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise (ValueError if isinstance(embeddings, Tensor) else TypeError)(
+            f"embeddings: got {got}, expected a Tensor [N, D]"
+        )
+    metric = WithinClassSpread(
+        class_counts, max(embeddings.shape[1], 1), normalize=normalize, many_above=many_above, few_below=few_below,
+        ignore_index=ignore_index,
+    ).to(embeddings.device)  # fmt: skip
+    metric.update(embeddings, labels)
+    return metric.compute()
 
 
 class CalibrationErrors(NamedTuple):

@@ -1,4 +1,4 @@
-"""Accuracies against scikit-learn and plain Python; calibration against numpy and torchmetrics."""
+"""Accuracies and spread against scikit-learn and plain Python; calibration against numpy and torchmetrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from torchmetrics.functional.classification import binary_calibration_error, mul
 
 from lt_kernels import metrics
 from lt_kernels.functional import expert_fusion
-from lt_kernels.metrics import CalibrationError, ShotGroupAccuracy, calibration_error, reliability_diagram
+from lt_kernels.metrics import (
+    CalibrationError,
+    ShotGroupAccuracy,
+    WithinClassSpread,
+    calibration_error,
+    reliability_diagram,
+    within_class_spread,
+)
 
 COUNTS = [500, 101, 100, 60, 20, 19, 3, 0]  # training samples: groups 0 0 | 1 1 1 | 2 2 2
 C = len(COUNTS)
@@ -206,6 +213,132 @@ def test_without_torchmetrics_only_construction_fails():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "lt_kernels.metrics needs torchmetrics: pip install 'lt_kernels[metrics]'"
+
+
+def embedded(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [rows, 5] and labels; classes 1 and 6 have no sample and one."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, C, (rows,), generator=generator)
+    labels[(labels == 1) | (labels == 6)] = 0
+    labels[0] = 6
+    return torch.randn(rows, 5, generator=generator), labels
+
+
+def spread_in_numpy(embeddings: torch.Tensor, labels: torch.Tensor, normalize: bool = True) -> dict[str, float]:
+    z, y = embeddings.double().numpy(), labels.numpy()
+    if normalize:
+        z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    of_class = {}
+    for c in np.unique(y):
+        members = z[y == c]
+        if len(members) > 1:
+            of_class[c] = np.mean(np.sum((members - members.mean(0)) ** 2, 1))
+    groups = {name: [of_class[c] for c in classes if c in of_class] for name, classes in GROUPS.items()}
+    return {name: float(np.mean(each)) for name, each in {**groups, "all": list(of_class.values())}.items()}
+
+
+class TestWithinClassSpread:
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_against_numpy(self, normalize):
+        z, y = embedded(200)
+        expected = pytest.approx(spread_in_numpy(z, y, normalize), rel=1e-6)
+        metric = WithinClassSpread(COUNTS, 5, normalize=normalize)
+        for part in (slice(0, 3), slice(3, 150), slice(150, None)):
+            metric.update(z[part], y[part].int())
+        assert values(metric) == expected
+        functional = within_class_spread(z, y, COUNTS, normalize=normalize)
+        assert {name: value.item() for name, value in functional.items()} == expected
+        assert metric.per_class().isnan().tolist() == [c in (1, 6) for c in range(C)]
+
+    def test_a_common_offset_costs_no_digits(self):
+        z, y = embedded(200)
+        far = within_class_spread(1e3 + z, y, COUNTS, normalize=False)
+        assert far["all"].item() == pytest.approx(spread_in_numpy(1e3 + z, y, False)["all"], rel=1e-5)
+
+    def test_groups_without_a_measured_class_are_nan(self):
+        result = within_class_spread(torch.randn(3, 4), torch.tensor([0, 0, 2]), COUNTS)
+        assert result["many"] > 0
+        assert result["medium"].isnan()
+        assert result["few"].isnan()
+        assert all(value.isnan() for value in WithinClassSpread(COUNTS, 4).compute().values())
+
+    def test_ignored_and_invalid_labels(self):
+        z, y = embedded(200)
+        expected = spread_in_numpy(z, y)
+        more, of_more = torch.cat([z, torch.full((3, 5), torch.nan)]), torch.cat([y, torch.full((3,), -1)])
+        metric = WithinClassSpread(COUNTS, 5, ignore_index=-1)
+        metric.update(more, of_more)
+        assert values(metric) == pytest.approx(expected, rel=1e-6)
+        lenient = WithinClassSpread(COUNTS, 5, validate_args=False)
+        lenient.update(more, of_more + 100 * (of_more == -1))
+        assert values(lenient) == pytest.approx(expected, rel=1e-6)
+        with pytest.raises(IndexError, match="labels: row 200 has class -1, expected 0 <= class < 8"):
+            within_class_spread(more, of_more, COUNTS)
+
+    def test_as_a_metric(self):
+        metric = WithinClassSpread(COUNTS, 5)
+        assert isinstance(metric, Metric)
+        metric.update(*embedded(100))
+        twin = pickle.loads(pickle.dumps(metric))
+        assert values(twin) == pytest.approx(values(metric), nan_ok=True)
+        halves, whole = [WithinClassSpread(COUNTS, 5), WithinClassSpread(COUNTS, 5)], WithinClassSpread(COUNTS, 5)
+        for seed, half in enumerate(halves):
+            half.update(*embedded(60, seed))
+            whole.update(*embedded(60, seed))
+        for name, reduce in whole._reductions.items():
+            setattr(halves[0], name, reduce(torch.stack([getattr(half, name) for half in halves])))
+        assert values(halves[0]) == pytest.approx(values(whole), nan_ok=True)
+        metric.reset()
+        assert metric.sums.abs().sum() == 0
+
+    @pytest.mark.parametrize(
+        ("embeddings", "labels", "error", "message"),
+        [
+            (torch.zeros(2, 4), torch.tensor([0, 1]), ValueError, "embeddings: got shape (2, 4), expected [N, 5]"),
+            (
+                torch.zeros(2, 5).long(),
+                torch.tensor([0, 1]),
+                TypeError,
+                "embeddings: got dtype torch.int64, expected a f",
+            ),
+            (None, torch.tensor([0, 1]), TypeError, "embeddings: got NoneType, expected a Tensor"),
+            (
+                torch.zeros(2, 5),
+                torch.tensor([0]),
+                ValueError,
+                "labels: got shape (1,), expected (2,), one per embedding",
+            ),
+            (
+                torch.zeros(2, 5),
+                torch.zeros(2),
+                TypeError,
+                "labels: got dtype torch.float32, expected an integer dtype",
+            ),
+            (torch.zeros(2, 5), torch.tensor([0, 8]), IndexError, "labels: row 1 has class 8, expected 0 <= class < 8"),
+            (
+                torch.zeros(2, 5, device="meta"),
+                torch.tensor([0, 1]),
+                ValueError,
+                "embeddings: got device meta, expected",
+            ),
+        ],
+        ids=["width", "integers", "none", "length", "float-labels", "class", "device"],
+    )
+    def test_bad_updates_count_nothing(self, embeddings, labels, error, message):
+        metric = WithinClassSpread(COUNTS, 5)
+        with pytest.raises(error, match=re.escape(message)):
+            metric.update(embeddings, labels)
+        assert metric.count.sum() == 0
+
+    def test_bad_construction(self):
+        with pytest.raises(ValueError, match="dim: got 0, expected an int >= 1"):
+            WithinClassSpread(COUNTS, 0)
+        with pytest.raises(TypeError, match="dim: got float, expected an int"):
+            WithinClassSpread(COUNTS, 5.0)
+        with pytest.raises(ValueError, match="class_counts: got -1"):
+            WithinClassSpread([1, -1], 5)
+        with pytest.raises(ValueError, match=re.escape("embeddings: got shape (3,), expected a Tensor [N, D]")):
+            within_class_spread(torch.zeros(3), torch.zeros(3).long(), COUNTS)
 
 
 def judged(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -417,4 +550,4 @@ class TestReliabilityDiagram:
 
 
 def test_examples_in_docstrings():
-    assert doctest.testmod(metrics) == doctest.TestResults(failed=0, attempted=11)
+    assert doctest.testmod(metrics) == doctest.TestResults(failed=0, attempted=19)

@@ -1,0 +1,312 @@
+"""GML: mutual information of features and labels, by a classifier and a contrastive part over a queue of classes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as LF
+from ..priors import ClassPrior, ClassVector
+from ._contrastive_base import (
+    ContrastiveLossBase,
+    ContrastiveOptions,
+    at_least_zero,
+    check_classes,
+    check_embeddings,
+    check_integers,
+    count_classes,
+    last_match,
+    positive,
+    sample_pixels,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: Temperature of the distillation, published.
+DISTILLATION_TEMPERATURE = 4.0
+
+
+class GMLTerms(NamedTuple):
+    """The total of [`GMLLoss`][lt_kernels.losses.GMLLoss] and its parts, without their weights."""
+
+    total: Tensor
+    sup: Tensor
+    con: Tensor
+    con_temperature: Tensor
+    div: Tensor | None  #: None with alpha 0
+
+
+class GMLLoss(ContrastiveLossBase):
+    """The loss of GML: a cosine classifier and a contrastive classifier over class means of a queue.
+
+    Suh, Seo, *Long-Tailed Recognition by Mutual Information Maximization between Latent Features and Ground-Truth
+    Labels*, ICML 2023. With the mean over the n_c keys of class c
+
+        S_ic = log[ 1/n_c sum over keys k of class c of exp(<q_i, k> / T) ],
+
+        L_sup   = CE(scale cos + log pi, y)
+        L_con   = CE(S + log pi, y)        T fixed; gradient to queries and keys
+        L_con_T = CE(S' + log pi, y)       S' without the query's own key; gradient to T only
+        L_div   = 16 KL(softmax(scale teacher_logits / 4) || softmax(scale cos / 4))
+        loss    = gamma L_sup + beta (L_con + L_con_T) + alpha L_div
+
+    Sets ``class_bias`` = log pi, and for each key the bias log pi_l - log n_l: then the softmax over classes is a sum
+    over keys. L_con and L_con_T come from one sweep over the keys, forward and backward: L_con adds the own key's term
+    to the sums that leave it out.
+
+    ``log_temperature`` = log T is a parameter, 0-dim; leave it out of weight decay, as published. Keys are those
+    of a [`ClassQueue`][lt_kernels.queues.ClassQueue], after the enqueue of the batch, perhaps through a network that
+    learns. Classes without keys take no part. A query without keys of its class (but its own, for L_con_T) contributes
+    0 to that term (the published code gives NaN) and counts in its mean. Predict with the cosines alone.
+
+    Args:
+        class_counts: training samples per class, [C].
+        beta: weight of the contrastive parts; 0 leaves them out.
+        gamma: weight of the classifier's part.
+        alpha: weight of the distillation; published: 1 on CIFAR, 0 otherwise.
+        temperature: T at the start.
+        scale: of the cosines.
+        pixels_per_class: for segmentation: of each class up to this many pixels of the batch are queries (see
+            [`sample_pixels`][lt_kernels.losses.sample_pixels]), where the call has ``query`` [N, D, H, W].
+        options: ``ignore_index``, ``reduction``, ``zero_counts``, ``device``, ``dtype``;
+            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+        IndexError: a label or ``own_key`` out of range, on the CPU or with checks on; on a GPU without checks the loss
+            of a query of no class is NaN, and a key of no class counts nowhere.
+
+    Example:
+        >>> from lt_kernels import ClassQueue
+        >>> loss, queue = GMLLoss([90, 9, 1]), ClassQueue([90, 9, 1], size=32, dim=16)
+        >>> labels, cosines = torch.tensor([0, 1, 2, 0]), torch.rand(4, 3, requires_grad=True)
+        >>> slots = queue.enqueue(torch.randn(4, 16), labels)  # the teacher's features
+        >>> query = F.normalize(torch.randn(4, 16), dim=1).requires_grad_()
+        >>> key = F.normalize(queue.features, dim=1)
+        >>> loss(query, labels, key, queue.labels, cosines, own_key=slots).backward()
+        >>> loss.log_temperature.grad.shape
+        torch.Size([])
+    """
+
+    log_temperature: nn.Parameter
+
+    def __init__(
+        self,
+        class_counts: ClassVector,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        alpha: float = 0.0,
+        temperature: float = 0.07,
+        *,
+        scale: float = 30.0,
+        pixels_per_class: int | None = None,
+        **options: Unpack[ContrastiveOptions],
+    ) -> None:
+        super().__init__(scale=scale, **options)
+        self.beta, self.gamma = at_least_zero("beta", beta), at_least_zero("gamma", gamma)
+        self.alpha = at_least_zero("alpha", alpha)
+        if pixels_per_class is not None:
+            if isinstance(pixels_per_class, bool) or not isinstance(pixels_per_class, int):
+                raise TypeError(f"pixels_per_class: got {type(pixels_per_class).__name__}, expected an int or None")
+            if pixels_per_class < 1:
+                raise ValueError(f"pixels_per_class: got {pixels_per_class}, expected an int >= 1")
+        self.pixels_per_class = pixels_per_class
+        self._set_counts(class_counts)
+        assert self.class_bias is not None
+        self.log_temperature = nn.Parameter(self.class_bias.new_tensor(math.log(positive("temperature", temperature))))
+
+    def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
+        return {"class_bias": prior.log_prior()}
+
+    @property
+    def temperature(self) -> Tensor:
+        """T, 0-dim."""
+        return self.log_temperature.exp()
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        key: Tensor,
+        key_label: Tensor,
+        logits: Tensor,
+        *,
+        target: Tensor | None = None,
+        query_id: Tensor | None = None,
+        key_id: Tensor | None = None,
+        own_key: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_terms: bool = False,
+    ) -> Any:
+        """The loss, of float16, bfloat16, float32 or float64 queries and logits.
+
+        Args:
+            query: [N, D], unit vectors; or [N, D, H, W], of which ``pixels_per_class`` are drawn.
+            query_label: [N], any integer dtype; or [N, H, W]. Queries of ``ignore_index`` contribute nothing, nor
+                does padding, -1, where there is a ``target``.
+            key: [M, D], unit vectors; they receive gradients if they require them.
+            key_label: [M]; keys of label -1, such as empty slots, count nowhere.
+            logits: cosines [N, C], or [N, C, H, W].
+            target: the classes of ``logits``; None: ``query_label``. For queries that are drawn beforehand.
+            query_id: like ``query_label``: which sample each query is, negative for none.
+            key_id: [M], likewise; the last key of the same id and label is a query's own.
+            own_key: like ``query_label``: the query's own key, -1 for none, in place of ids;
+                [`ClassQueue.enqueue`][lt_kernels.queues.ClassQueue.enqueue] returns it.
+            teacher_logits: cosines like ``logits``; needed with alpha > 0, and refused otherwise.
+            generator: draws the pixels; on the device of ``query``.
+            return_terms: return ``GMLTerms(total, sup, con, con_temperature, div)``.
+
+        Returns:
+            0-dim, or [N] with ``reduction="none"`` (not where queries are drawn); float32 (float64 for float64
+            queries). Means are over the queries and targets that are not ignored.
+        """
+        if isinstance(query, Tensor) and query.dim() == 4:
+            query, query_label, target, query_id, own_key = self._drawn(
+                query, query_label, target, query_id, own_key, generator
+            )
+        elif generator is not None:
+            raise ValueError("generator: got one with query [N, D], expected None (no pixels are drawn)")
+        check_embeddings("query", query, "[N, D]")
+        check_embeddings("key", key, "[M, D]")
+        if self.reduction == "none" and target is not None:
+            raise ValueError("target: got one with reduction 'none', expected None (rows and targets differ)")
+        of_logits = query_label if target is None else target
+        sup = LF.margin_cross_entropy(
+            logits, of_logits, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )  # fmt: skip
+        total = self.gamma * sup
+        con = con_temperature = torch.zeros_like(sup)
+        if self.beta > 0:
+            own = self._own_key(query, key, query_id, key_id, own_key)
+            con, con_temperature = self._contrastive(query, query_label, key, key_label, own)
+            total = total + self.beta * (con + con_temperature)
+        div = self._distillation(logits, of_logits, teacher_logits)
+        if div is not None:
+            total = total + self.alpha * div
+        return GMLTerms(total, sup, con, con_temperature, div) if return_terms else total
+
+    def _contrastive(
+        self, query: Tensor, query_label: Tensor, key: Tensor, key_label: Tensor, own: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """L_con and L_con_T."""
+        assert self.class_bias is not None
+        classes = len(self.class_bias)
+        given = check_integers("query_label", query_label, (len(query),), query)
+        given = given.masked_fill(given == self.ignore_index, -1)
+        label, is_class = check_classes("query_label", given, (len(query),), classes, query, -1)
+        key_class, is_key = check_classes("key_label", key_label, (len(key),), classes, query, -1)
+        counts = count_classes(key_class, is_key, classes).to(self.class_bias.dtype)
+        bias = (self.class_bias - counts.clamp_min(1).log())[key_class].masked_fill(~is_key, -math.inf)
+        if own is not None and len(key) > 0:
+            at = own.clamp(0, len(key) - 1)
+            own = torch.where((own == at) & is_key[at] & (key_class[at] == label) & is_class, own, -1)
+        elif own is not None:
+            own = None
+        # queries of no class match no key
+        label_of_rows = torch.where(is_class, label, -2)
+        scale = (-self.log_temperature).exp()
+        sums, of_scale = LF.partitioned_logsumexp(
+            query, key, label_of_rows, torch.where(is_key, key_class, -1),
+            scale=scale, key_bias=bias, exclude=own, separate_scale=True,
+        )  # fmt: skip
+        others = sums.num_pos > 0
+        positive_sum, matched, offset = sums.pos, others, None
+        if own is not None:
+            # the own key's term, and a finite stand-in for the logarithm of nothing: -inf would have no slope
+            has, at = own >= 0, own.clamp_min(0)
+            floor = torch.finfo(sums.pos.dtype).min / 4
+            similarity = (query.to(sums.pos.dtype) * key[at].to(sums.pos.dtype)).sum(1)
+            term = scale.detach().to(sums.pos.dtype) * similarity + bias[at].to(sums.pos.dtype)
+            positive_sum = torch.logaddexp(torch.where(others, sums.pos, floor), torch.where(has, term, floor))
+            matched = others | has
+            count = counts[label]
+            offset = (count.clamp_min(1) / (count - has.to(count.dtype)).clamp_min(1)).log().to(sums.pos.dtype)
+        con = _softplus_where(matched, sums.neg - torch.where(matched, positive_sum, 0.0))
+        of_others = torch.where(others, of_scale.pos, 0.0)
+        con_temperature = _softplus_where(others, of_scale.neg - (of_others if offset is None else of_others + offset))
+        counted = given != -1
+        nothing = torch.where(is_class | ~counted, 0.0, math.nan)  # a class out of range, on a GPU
+        return self._reduced(con + nothing, counted), self._reduced(con_temperature + nothing, counted)
+
+    def _own_key(
+        self, query: Tensor, key: Tensor, query_id: Tensor | None, key_id: Tensor | None, own_key: Tensor | None
+    ) -> Tensor | None:
+        """[N]: each query's own key, -1 for none; None if nobody says."""
+        if (query_id is None) != (key_id is None):
+            given, missing = ("key_id", "query_id") if query_id is None else ("query_id", "key_id")
+            raise ValueError(f"{missing}: got None with {given}, expected both or neither")
+        if own_key is not None:
+            if query_id is not None:
+                raise ValueError("own_key: got both own_key and ids, expected one of them")
+            index, is_key = check_classes("own_key", own_key, (len(query),), len(key), query, -1, "key")
+            return index.masked_fill(~is_key, -1)
+        if query_id is None or key_id is None:
+            return None
+        ids = check_integers("query_id", query_id, (len(query),), query)
+        return last_match(ids, check_integers("key_id", key_id, (len(key),), query))
+
+    def _distillation(self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None) -> Tensor | None:
+        if (teacher_logits is None) != (self.alpha == 0):
+            got = "None" if teacher_logits is None else "logits"
+            raise ValueError(
+                f"teacher_logits: got {got} with alpha {self.alpha}, expected them if and only if alpha > 0"
+            )
+        if teacher_logits is None:
+            return None
+        check_embeddings("teacher_logits", teacher_logits, "[N, C]" if logits.dim() == 2 else "[N, C, H, W]")
+        if teacher_logits.shape != logits.shape:
+            raise ValueError(
+                f"teacher_logits: got shape {tuple(teacher_logits.shape)}, expected {tuple(logits.shape)} as logits"
+            )
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        factor = self.scale / DISTILLATION_TEMPERATURE
+        student, teacher = ((factor * z.to(dtype)).log_softmax(1) for z in (logits, teacher_logits.detach()))
+        rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * DISTILLATION_TEMPERATURE**2
+        counted = target.to(torch.int64) != self.ignore_index
+        return self._reduced(torch.where(counted, rows, 0.0), counted)
+
+    def _drawn(
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        target: Tensor | None,
+        query_id: Tensor | None,
+        own_key: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Pixels as queries: their features, labels, ids and own keys; and the classes of the logits."""
+        assert self.class_bias is not None
+        if self.pixels_per_class is None:
+            raise ValueError(
+                f"query: got shape {tuple(query.shape)}, expected [N, D], or pixels_per_class in the constructor"
+            )
+        if self.reduction == "none":
+            raise ValueError("reduction: got 'none' with query [N, D, H, W], expected 'mean' or 'sum' (drawn pixels)")
+        sample = sample_pixels(
+            query, query_label, self.pixels_per_class, self.ignore_index,
+            num_classes=len(self.class_bias), generator=generator,
+        )  # fmt: skip
+        shape = (query.shape[0], *query.shape[2:])
+        taken = [
+            None if value is None else sample.take(check_integers(name, value, shape, query))
+            for name, value in (("query_id", query_id), ("own_key", own_key))
+        ]
+        return sample.features, sample.labels, query_label if target is None else target, taken[0], taken[1]
+
+    def extra_repr(self) -> str:
+        own = {"beta": self.beta, "gamma": self.gamma, "alpha": self.alpha}
+        if self.pixels_per_class is not None:
+            own["pixels_per_class"] = self.pixels_per_class
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in own.items())])
+
+
+def _softplus_where(condition: Tensor, value: Tensor) -> Tensor:
+    """softplus(value), 0 where not ``condition``."""
+    return torch.where(condition, F.softplus(value), 0.0)

@@ -1,0 +1,370 @@
+"""Queues of keys for contrastive losses, and the momentum update of the encoder that makes them.
+
+``ClassQueue`` keeps a share of the keys for every class, ``FeatureQueue`` the last ones of all (MoCo). Their buffers
+are the losses' ``key``, ``key_label`` and ``key_id``. An enqueue is a few tensor operations: no loop over classes or
+samples, and nothing that waits for a GPU. In distributed training, gather features, labels and ids first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _settings
+from .priors import ClassPrior, ClassVector, as_number
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FILLS = ("empty", "random")
+
+
+class ClassQueue(nn.Module):
+    """The latest features of every class, in slots that are contiguous by class.
+
+    Suh, Seo, *Long-Tailed Recognition by Mutual Information Maximization between Latent Features and Ground-Truth
+    Labels*, ICML 2023 (GML): class c has ``base`` slots and a share of the others by its prior,
+
+        sizes_c = base + (size - C base) pi_c,    rounded by largest remainder so that they sum to ``size``
+
+    and a new feature takes the place of the oldest of its own class. (The published code rounds the cumulative sum up:
+    a class may have one slot more or less there.)
+
+    Buffers, all in ``state_dict``: ``features`` [size, dim], ``labels`` and ``ids`` int64 [size], both -1 where a slot
+    is empty; ``sizes``, ``starts`` and ``pointers`` int64 [C]: how many slots a class has, its first one, and the place
+    after it that is written next.
+
+    Args:
+        class_counts: training samples per class, [C]. A class with none has ``base`` slots.
+        size: M, at least C base.
+        dim: D.
+        base: published: 2 (CIFAR-100-LT), 3 (ImageNet-LT).
+        fill: ``"empty"``, or ``"random"``: start with random unit vectors of every class, as the published code does.
+        device: of the buffers; default that of ``class_counts``.
+        dtype: of ``features``; default ``torch.get_default_dtype()``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+
+    Example:
+        >>> queue = ClassQueue([90, 9, 1], size=10, dim=4, base=1)
+        >>> queue.sizes
+        tensor([7, 2, 1])
+        >>> queue.enqueue(torch.randn(4, 4), torch.tensor([2, 0, 0, 2]), torch.tensor([70, 71, 72, 73]))
+        tensor([ 9,  0,  1, -1])
+        >>> queue.labels
+        tensor([ 0,  0, -1, -1, -1, -1, -1, -1, -1,  2])
+    """
+
+    features: Tensor
+    labels: Tensor
+    ids: Tensor
+    sizes: Tensor
+    starts: Tensor
+    pointers: Tensor
+
+    def __init__(
+        self,
+        class_counts: ClassVector,
+        size: int,
+        dim: int,
+        base: int = 2,
+        *,
+        fill: Literal["empty", "random"] = "empty",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.dim, self.base = _int("size", size, 1), _int("dim", dim, 1), _int("base", base, 0)
+        if fill not in FILLS:
+            raise ValueError(f"fill: got {fill!r}, expected one of {', '.join(map(repr, FILLS))}")
+        prior = ClassPrior(class_counts, zero_counts="mask", device=device)
+        self.num_classes = len(prior)
+        sizes = self._apportioned(prior)
+        self.register_buffer("features", _empty_features(size, dim, prior.device, dtype))
+        self.register_buffer("labels", torch.full((size,), -1, device=prior.device))
+        self.register_buffer("ids", torch.full((size,), -1, device=prior.device))
+        self.register_buffer("sizes", sizes.to(prior.device))
+        self.register_buffer("starts", (sizes.cumsum(0) - sizes).to(prior.device))
+        self.register_buffer("pointers", torch.zeros_like(self.sizes))
+        if fill == "random":
+            self.features.copy_(F.normalize(torch.randn(size, dim, device=prior.device), dim=1))
+            self.labels.copy_(self._owners())
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Store features in the places of the oldest of their classes.
+
+        Several of a class take consecutive places, in order; those beyond the number of its slots are dropped (the
+        first are kept, as published).
+
+        Args:
+            features: [N, D], floating; stored in the queue's dtype, without gradient.
+            labels: [N], any integer dtype; -1 for rows to leave out, such as padding.
+            ids: [N], any integer dtype: which sample each is, 0 or more, each once, or -1 for none. A slot that holds
+                the same sample of an earlier time keeps its feature and loses its id, so that ids are unique.
+
+        Returns:
+            [N] int64: the slot of each feature, -1 where it was dropped; the ``own_key`` of
+            [`GMLLoss`][lt_kernels.losses.GMLLoss].
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; the message names it.
+            IndexError: a label out of range, on the CPU or with checks on; on a GPU without checks its row is dropped.
+        """
+        rows = _check_features(features, self.features)
+        label = _check_integers("labels", labels, rows, self.features)
+        is_class = _check_range(label, self.num_classes)
+        given = None if ids is None else _check_integers("ids", ids, rows, self.features)
+        if rows == 0:
+            return label
+        group = label.masked_fill(~is_class, self.num_classes)
+        rank, counts = _rank_within(group, self.num_classes + 1)
+        safe = label.masked_fill(~is_class, 0)
+        sizes = self.sizes[safe]
+        kept = is_class & (rank < sizes)
+        slot = self.starts[safe] + (self.pointers[safe] + rank) % sizes.clamp_min(1)
+        new_ids = torch.full_like(label, -1) if given is None else given.masked_fill(~kept, -1)
+        if given is not None:
+            ordered = new_ids.sort().values
+            at = torch.searchsorted(ordered, self.ids).clamp_max(rows - 1)
+            self.ids.masked_fill_((self.ids >= 0) & (ordered[at] == self.ids), -1)
+        # Dropped rows repeat the write of the first row that is kept, or write what slot 0 holds already: the sizes
+        # of all tensors are known without reading the values of any.
+        any_kept = kept.any()
+        first = kept.to(torch.uint8).argmax()
+        row = torch.where(kept, torch.arange(rows, device=label.device), first)
+        slot_of_row = torch.where(any_kept, slot[row], 0)
+        for held, new in ((self.features, features), (self.labels, label), (self.ids, new_ids)):
+            held.index_copy_(0, slot_of_row, torch.where(any_kept, new.to(held.dtype)[row], held[:1]))
+        written = torch.minimum(counts[:-1], self.sizes)
+        self.pointers.copy_((self.pointers + written) % self.sizes.clamp_min(1))
+        return slot.masked_fill(~kept, -1)
+
+    @torch.no_grad()
+    def update_counts(self, class_counts: ClassVector) -> None:
+        """Apportion the slots anew, in place; of a class that has fewer, the newest features are kept.
+
+        Raises:
+            TypeError, ValueError: as the constructor, or for another number of classes.
+        """
+        prior = ClassPrior(class_counts, zero_counts="mask")
+        if len(prior) != self.num_classes:
+            raise ValueError(f"class_counts: got {len(prior)} classes, expected {self.num_classes}")
+        device = self.sizes.device
+        sizes = self._apportioned(prior).to(device)
+        starts = sizes.cumsum(0) - sizes
+        owner = self._owners()
+        filled = self.labels >= 0
+        place = torch.arange(self.size, device=device) - self.starts[owner]
+        age = (self.pointers[owner] - 1 - place) % self.sizes[owner]  # 0: the newest
+        held = torch.zeros_like(sizes).scatter_add_(0, owner, filled.long())
+        kept = torch.minimum(held, sizes)
+        moves = filled & (age < kept[owner])
+        target = torch.where(moves, starts[owner] + kept[owner] - 1 - age, self.size)
+        source = torch.full((self.size + 1,), -1, device=device)
+        source = source.scatter_(0, target, torch.arange(self.size, device=device))[:-1]
+        stays = source >= 0
+        source = source.clamp_min(0)
+        self.features.copy_(torch.where(stays[:, None], self.features[source], 0))
+        self.labels.copy_(self.labels[source].masked_fill(~stays, -1))
+        self.ids.copy_(self.ids[source].masked_fill(~stays, -1))
+        self.sizes.copy_(sizes)
+        self.starts.copy_(starts)
+        self.pointers.copy_(kept % sizes.clamp_min(1))
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, size={self.size}, dim={self.dim}, base={self.base}"
+
+    def _owners(self) -> Tensor:
+        """The class that each slot belongs to, [M]."""
+        slots = torch.arange(self.size, device=self.starts.device)
+        return torch.searchsorted(self.starts + self.sizes, slots, right=True)
+
+    def _apportioned(self, prior: ClassPrior) -> Tensor:
+        """Slots of each class, int64 [C] on the CPU."""
+        free = self.size - len(prior) * self.base
+        if free < 0:
+            least = len(prior) * self.base
+            raise ValueError(f"size: got {self.size}, expected at least {least}, {self.base} for each class")
+        counts = prior.class_counts.to("cpu", torch.float64)
+        share = free * (counts / counts.sum())
+        whole = share.floor().clamp_max(free).long()
+        missing = free - int(whole.sum())
+        largest = (share - whole).argsort(descending=True, stable=True)[:missing]
+        whole[largest] += 1
+        return self.base + whole
+
+
+class FeatureQueue(nn.Module):
+    """The last features of all classes: the queue of momentum contrast.
+
+    He, Fan, Wu, Xie, Girshick, *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020; with
+    labels, as PaCo has it. New features take the places of the oldest.
+
+    Buffers, all in ``state_dict``: ``features`` [size, dim], ``labels`` int64 [size], -1 where a slot is empty, and
+    ``pointer`` int64, 0-dim: the slot that is written next.
+
+    Args:
+        size: M; any number of features can be enqueued at once.
+        dim: D.
+        device: of the buffers.
+        dtype: of ``features``; default ``torch.get_default_dtype()``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+
+    Example:
+        >>> queue = FeatureQueue(size=4, dim=8)
+        >>> queue.enqueue(torch.randn(3, 8), torch.tensor([5, 6, 7]))
+        tensor([0, 1, 2])
+        >>> queue.enqueue(torch.randn(2, 8), torch.tensor([8, 9]))
+        tensor([3, 0])
+        >>> queue.labels
+        tensor([9, 6, 7, 8])
+    """
+
+    features: Tensor
+    labels: Tensor
+    pointer: Tensor
+
+    def __init__(
+        self, size: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.size, self.dim = _int("size", size, 1), _int("dim", dim, 1)
+        self.register_buffer("features", _empty_features(size, dim, device, dtype))
+        self.register_buffer("labels", torch.full((size,), -1, device=device))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Store features in the places of the oldest ones.
+
+        Args:
+            features: [N, D], floating; stored in the queue's dtype, without gradient. Of more than M the last M stay.
+            labels: [N], any integer dtype; 0 or more.
+
+        Returns:
+            [N] int64: the slot of each feature, -1 where it was pushed out by a later one of the same call.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, dtype, shape or device; the message names it.
+        """
+        rows = _check_features(features, self.features)
+        label = _check_integers("labels", labels, rows, self.features)
+        order = torch.arange(rows, device=label.device)
+        slot = (self.pointer + order) % self.size
+        last = max(rows - self.size, 0)
+        self.features.index_copy_(0, slot[last:], features[last:].to(self.features.dtype))
+        self.labels.index_copy_(0, slot[last:], label[last:])
+        self.pointer.copy_((self.pointer + rows) % self.size)
+        return slot.masked_fill(order < last, -1)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, dim={self.dim}"
+
+
+@torch.no_grad()
+def momentum_update(target: nn.Module, source: nn.Module, momentum: float, *, buffers: bool = True) -> None:
+    """Move the parameters of ``target`` towards those of ``source``: target = momentum target + (1 - momentum) source.
+
+    Args:
+        target: the momentum encoder (of keys); changed in place.
+        source: the encoder that is trained; with the same names and shapes.
+        momentum: in [0, 1]; published: 0.999.
+        buffers: whether floating-point buffers (such as the statistics of batch norm) are averaged in the same way and
+            others copied. MoCo's encoders keep their own: False.
+
+    Raises:
+        TypeError, ValueError: no modules, modules of another structure, a momentum out of range.
+
+    Example:
+        >>> encoder, of_keys = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> momentum_update(of_keys, encoder, momentum=0.0)
+        >>> torch.equal(of_keys.weight, encoder.weight)
+        True
+    """
+    for name, module in (("target", target), ("source", source)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: got {type(module).__name__}, expected an nn.Module")
+    momentum = as_number("momentum", momentum, 0.0, 1.0, expected="a number in [0, 1]")
+    ours: dict[str, Tensor] = dict(target.named_parameters())
+    theirs: dict[str, Tensor] = dict(source.named_parameters())
+    if buffers:
+        ours |= dict(target.named_buffers())
+        theirs |= dict(source.named_buffers())
+    shapes, others = ({name: tensor.shape for name, tensor in held.items()} for held in (ours, theirs))
+    if shapes != others:
+        odd = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
+        raise ValueError(f"source: got a module that differs in {', '.join(odd[:3])}, expected the structure of target")
+    averaged = [name for name, tensor in ours.items() if tensor.is_floating_point() or tensor.is_complex()]
+    if averaged:
+        new = [theirs[name].detach().to(ours[name]) for name in averaged]
+        torch._foreach_lerp_([ours[name] for name in averaged], new, 1 - momentum)
+    for name in set(ours) - set(averaged):
+        ours[name].copy_(theirs[name])
+
+
+# --- what queues share -----------------------------------------------------------------------------------------------
+
+
+def _rank_within(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """How many earlier elements of ``group`` [N] have the same value; how many elements have each value, [groups]."""
+    order = group.argsort(stable=True)
+    counts = torch.zeros(groups, dtype=torch.int64, device=group.device)
+    counts = counts.scatter_add_(0, group, torch.ones_like(group))
+    first = counts.cumsum(0) - counts
+    places = torch.arange(len(group), device=group.device)
+    return torch.empty_like(group).scatter_(0, order, places - first[group[order]]), counts
+
+
+def _int(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected an int >= {least}")
+    return value
+
+
+def _empty_features(size: int, dim: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in _FLOATING:
+        raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
+    return torch.zeros(size, dim, device=device, dtype=dtype)
+
+
+def _check_features(features: Any, held: Tensor) -> int:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features: got {type(features).__name__}, expected a Tensor [N, {held.shape[1]}]")
+    if features.dtype not in _FLOATING:
+        raise TypeError(f"features: got dtype {features.dtype}, expected a floating-point dtype")
+    if features.dim() != 2 or features.shape[1] != held.shape[1]:
+        raise ValueError(f"features: got shape {tuple(features.shape)}, expected [N, {held.shape[1]}]")
+    if features.device != held.device:
+        raise ValueError(f"features: got device {features.device}, expected {held.device} as the queue")
+    return features.shape[0]
+
+
+def _check_integers(name: str, value: Any, rows: int, held: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor [{rows}] of integers")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
+    if tuple(value.shape) != (rows,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{rows}], one for each feature")
+    if value.device != held.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {held.device} as the queue")
+    return value.to(torch.int64)
+
+
+def _check_range(label: Tensor, classes: int) -> Tensor:
+    """Which labels are classes; IndexError for one that is neither a class nor -1, where values are read."""
+    is_class = (label >= 0) & (label < classes)
+    if (label.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling():
+        bad = ~is_class & (label != -1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise IndexError(f"labels: row {row} has class {int(label[row])}, expected 0 <= class < {classes}, or -1")
+    return is_class
