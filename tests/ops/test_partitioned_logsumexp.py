@@ -23,6 +23,7 @@ from lt_kernels.testing import assert_within_budget, check_partitioned_logsumexp
 
 CPU_BACKENDS = ("reference", "native")
 STRATEGIES = ("materialize", "chunked")
+SMALL = [case for case in CASES if max(case.rows, case.keys or 0) < 1000]
 
 
 def by_id(name: str) -> Case:

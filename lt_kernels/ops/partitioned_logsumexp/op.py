@@ -65,10 +65,6 @@ def _room_for_products(a: Arguments, strategy: str, like: Any) -> Tensor:
     return room
 
 
-def _full_scale(a: Arguments) -> float | Tensor:
-    return a.scale if a.learned_scale is None else a.scale * a.learned_scale
-
-
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, with_slopes, strategy, memory_budget, backend = args
     a = Arguments(*inputs)
@@ -81,16 +77,23 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
             s = chunked.forward(
                 a, kernels, _blocks(a, memory_budget), with_slopes, kept if strategy == "materialize" else None
             )
+    if backend == "triton":
+        return (*load(OP, "triton_rows").results(s, a.learned_scale, a.scale), kept)
+    return (*_results(s, a), kept)
+
+
+def _results(s: Tensor, a: Arguments) -> tuple[Tensor, ...]:
     rest = s[:4]  # NEG_PEAK, NEG_MASS, POS_PEAK, POS_MASS
     peaks, masses = rest[::2], rest[1::2]
     none = masses == 0
     neg, pos = torch.where(none, -math.inf, peaks + masses.log()).unbind(0)
     slopes = s.new_empty((0,))
-    if with_slopes:
+    if len(s) > NEG_SLOPE:
         means = torch.where(none, 0.0, s[NEG_SLOPE:] / masses)
         slopes = torch.cat([means, s[POS_SUM : POS_SUM + 1]])
+    scale = a.scale if a.learned_scale is None else a.scale * a.learned_scale
     # an operator's outputs are distinct
-    return neg, pos.clone(), _full_scale(a) * s[POS_SUM], s[NUM_POS].clone(), rest.clone(), slopes, kept
+    return neg, pos.clone(), scale * s[POS_SUM], s[NUM_POS].clone(), rest.clone(), slopes
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -114,14 +117,8 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     *inputs, strategy, memory_budget, needs, backend = args
     a = Arguments(*inputs)
-    zero = torch.zeros_like(rest[0])
-    terms = torch.stack(
-        [
-            rest[NEG_PEAK], _over(grad_neg, rest[NEG_MASS], zero),
-            rest[POS_PEAK], _over(grad_pos, rest[POS_MASS], zero),
-            zero if grad_sum is None else grad_sum,
-        ]
-    )  # fmt: skip
+    upstream = (grad_neg, grad_pos, grad_sum)
+    terms = load(OP, "triton_rows").terms(*upstream, rest) if backend == "triton" else _terms(*upstream, rest)
     with torch.autocast(a.query.device.type, enabled=False):
         if strategy == "tiled":
             grads: list[Tensor] = load(OP, "triton").tiled_backward(a, terms, needs)
@@ -133,8 +130,20 @@ def _backward(
     return grads
 
 
-def _over(grad: Tensor | None, mass: Tensor, zero: Tensor) -> Tensor:
-    return zero if grad is None else torch.where(mass == 0, zero, grad / mass)
+def _terms(grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, rest: Tensor) -> Tensor:
+    """Of ``Block.backward``."""
+    zero = torch.zeros_like(rest[0])
+
+    def over_mass(grad: Tensor | None, mass: Tensor) -> Tensor:
+        return zero if grad is None else torch.where(mass == 0, zero, grad / mass)
+
+    return torch.stack(
+        [
+            rest[NEG_PEAK], over_mass(grad_neg, rest[NEG_MASS]),
+            rest[POS_PEAK], over_mass(grad_pos, rest[POS_MASS]),
+            zero if grad_sum is None else grad_sum,
+        ]
+    )  # fmt: skip
 
 
 def _backward_fake(
