@@ -16,13 +16,17 @@ from setuptools import setup
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = [
     *(f"csrc/{name}.cpp" for name in ("library", "cpu_host", "cpu_default", "cpu_avx2", "cpu_avx512")),
-    "csrc/margin_cross_entropy/cpu.cpp",
+    *(f"csrc/{op}/cpu.cpp" for op in ("margin_cross_entropy", "partitioned_logsumexp")),
     *(f"csrc/expert_{op}/cpu.cpp" for op in ("cross_entropy", "divergence", "fusion")),
 ]
 CUDA_SOURCES = [
     "csrc/margin_cross_entropy/cuda.cpp",
     *(f"csrc/margin_cross_entropy/cuda_{dtype}.cu" for dtype in ("float", "bfloat16", "half", "double")),
-    *(f"csrc/{op}/cuda{part}" for op in ("expert_divergence", "expert_fusion") for part in (".cpp", "_kernels.cu")),
+    *(
+        f"csrc/{op}/cuda{part}"
+        for op in ("expert_divergence", "expert_fusion", "partitioned_logsumexp")
+        for part in (".cpp", "_kernels.cu")
+    ),
 ]
 CUDA_FLAGS = ["-O3"]
 #: Compute capabilities that are built for where neither TORCH_CUDA_ARCH_LIST nor a GPU says which.

@@ -20,6 +20,7 @@
 #include "expert_divergence/cpu_kernels.h"
 #include "expert_fusion/cpu_kernels.h"
 #include "margin_cross_entropy/cpu_kernels.h"
+#include "partitioned_logsumexp/cpu_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -9,3 +9,4 @@
 #include "expert_divergence/cpu_kernels.h"
 #include "expert_fusion/cpu_kernels.h"
 #include "margin_cross_entropy/cpu_kernels.h"
+#include "partitioned_logsumexp/cpu_kernels.h"

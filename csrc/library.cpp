@@ -10,12 +10,14 @@
 #include "expert_divergence/arguments.h"
 #include "expert_fusion/arguments.h"
 #include "margin_cross_entropy/arguments.h"
+#include "partitioned_logsumexp/arguments.h"
 
 TORCH_LIBRARY(lt_kernels_native, m) {
   LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m);
   LTK_EXPERT_CROSS_ENTROPY_SCHEMAS(m);
   LTK_EXPERT_FUSION_SCHEMAS(m);
   LTK_EXPERT_DIVERGENCE_SCHEMAS(m);
+  LTK_PARTITIONED_LOGSUMEXP_SCHEMAS(m);
   m.def("empty_pooled(int[] size, ScalarType dtype) -> Tensor");
 }
 
@@ -30,6 +32,8 @@ TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
   m.impl("expert_fusion", &ltk::expert_fusion_cpu);
   m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd_cpu);
   m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd_cpu);
+  m.impl("partitioned_logsumexp_fwd", &ltk::partitioned_logsumexp_fwd_cpu);
+  m.impl("partitioned_logsumexp_bwd", &ltk::partitioned_logsumexp_bwd_cpu);
 }
 
 #if defined(LTK_CUDA_ARCHITECTURES)
@@ -40,6 +44,8 @@ TORCH_LIBRARY_IMPL(lt_kernels_native, CUDA, m) {
   m.impl("expert_fusion", &ltk::expert_fusion_cuda);
   m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd_cuda);
   m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd_cuda);
+  m.impl("partitioned_logsumexp_fwd", &ltk::partitioned_logsumexp_fwd_cuda);
+  m.impl("partitioned_logsumexp_bwd", &ltk::partitioned_logsumexp_bwd_cuda);
 }
 #endif
 

@@ -4,9 +4,9 @@
     python scripts/cuda_gate.py --write    compile, assert, and rewrite the table (JSON; docs/cuda_kernels.md from it)
 
 Asserted: every kernel compiles for sm_80, sm_90 and sm_100 without a stack frame and without spills (what ptxas says);
-on sm_90 the kernels of rows and experts read and write 16 bytes at a time, the wide panels 8; the host's side compiles
-with the headers of the installed torch. Where nvcc is not installed nothing can be checked: that is said, and no
-failure.
+on sm_90 the kernels of rows, experts and blocks of similarities read and write 16 bytes at a time, the wide panels 8;
+the host's side compiles with the headers of the installed torch. Where nvcc is not installed nothing can be checked:
+that is said, and no failure.
 
 The table is compared only where nvcc is of the release that wrote it; the rules hold for any.
 """
@@ -44,6 +44,8 @@ WIDTHS = (
     (r"panels_kernel<Float, 2, .*", "64", "64"),
     (r"expert_fusion_kernel|divergence_forward_kernel", "128", None),
     (r"divergence_backward_kernel", "128", "128"),
+    (r"partitioned_forward_kernel<\w+, true>", "128", None),
+    (r"partitioned_backward_kernel<\w+, true, .*", "128", "128"),
 )
 
 
@@ -180,7 +182,8 @@ def view(table: dict[str, Any]) -> str:
         "memory of each width in bits, on sm_90; class vectors are read by a branch for each alignment. No kernel uses",
         "a stack or spills. Template arguments: logits; of rows threads and groups of 16 bytes (0: in shared memory),",
         "of panels positions per thread and whether backward; whether class_scale, smoothing, probabilities and",
-        "predictions are possible. Kernels of experts copy tiles to shared memory, 16 bytes at a time where they can.",
+        "predictions are possible; of partitioned kernels whether rows are aligned to 16 bytes, and whether sums over",
+        "rows are wanted. Kernels of experts copy tiles to shared memory, 16 bytes at a time where they can.",
         "",
         "| kernel | registers sm_80 / 90 / 100 | loads | stores |",
         "|---|---|---|---|",

@@ -61,6 +61,7 @@ def install() -> None:
     from lt_kernels.ops.expert_divergence import native as divergence
     from lt_kernels.ops.expert_fusion import native as fusion
     from lt_kernels.ops.margin_cross_entropy import native
+    from lt_kernels.ops.partitioned_logsumexp import native as partitioned
 
     namespace = torch.ops.lt_kernels_emulated
 
@@ -80,6 +81,10 @@ def install() -> None:
     )
     divergence.backward = lambda grad, saved, logits, class_scale, kind, detach: namespace.expert_divergence_bwd(
         grad, saved, logits, class_scale, kind == "pairwise", detach
+    )
+    partitioned.forward = lambda block, with_slopes: namespace.partitioned_logsumexp_fwd(*block, with_slopes)
+    partitioned.backward = lambda block, terms, needs, out: namespace.partitioned_logsumexp_bwd(
+        *block, terms, needs, out
     )
 
 

@@ -12,6 +12,7 @@
 #include "expert_divergence/arguments.h"
 #include "expert_fusion/arguments.h"
 #include "margin_cross_entropy/arguments.h"
+#include "partitioned_logsumexp/arguments.h"
 
 namespace ltk::device {
 
@@ -187,6 +188,7 @@ TORCH_LIBRARY(lt_kernels_emulated, m) {
   LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m);
   LTK_EXPERT_FUSION_SCHEMAS(m);
   LTK_EXPERT_DIVERGENCE_SCHEMAS(m);
+  LTK_PARTITIONED_LOGSUMEXP_SCHEMAS(m);
 }
 
 TORCH_LIBRARY_IMPL(lt_kernels_emulated, CPU, m) {
@@ -196,4 +198,6 @@ TORCH_LIBRARY_IMPL(lt_kernels_emulated, CPU, m) {
   m.impl("expert_fusion", &ltk::expert_fusion_cuda);
   m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd_cuda);
   m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd_cuda);
+  m.impl("partitioned_logsumexp_fwd", &ltk::partitioned_logsumexp_fwd_cuda);
+  m.impl("partitioned_logsumexp_bwd", &ltk::partitioned_logsumexp_bwd_cuda);
 }

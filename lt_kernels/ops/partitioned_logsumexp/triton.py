@@ -250,6 +250,7 @@ def tiled_forward(a: Arguments, with_slopes: bool) -> Tensor:
         per_split = _per_split(blocks, tiles, launch.together)
         partial = a.query.new_empty((kinds, triton.cdiv(tiles, per_split), n), dtype=torch.float32)
         arguments |= {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
+        arguments["RAGGED"] = m % launch.block_c != 0
         _launch(_tiled_forward_kernel, (blocks, partial.shape[1]), arguments, **launch.constants)
         return _merged_statistics(partial)
 

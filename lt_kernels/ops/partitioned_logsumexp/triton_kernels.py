@@ -98,10 +98,19 @@ def _rescaled(before, after):
 
 
 @triton.jit
+def _read(ptr, index, real, other):
+    """ptr[index], ``other`` where not ``real``; None: all are."""
+    if real is None:
+        return tl.load(ptr + index)
+    else:
+        return tl.load(ptr + index, mask=real, other=other)
+
+
+@triton.jit
 def _of_keys(key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, columns, real, CONSTANT: tl.constexpr):
     """Labels of the keys, slope and offset of their logits (to the base 2, relative to the bound, where CONSTANT), and
     key_scale."""
-    label = tl.load(key_label_ptr + columns, mask=real, other=0)
+    label = _read(key_label_ptr, columns, real, 0)
     key_scale = 1.0
     if CONSTANT:
         slope = scale * _LOG2E
@@ -110,18 +119,22 @@ def _of_keys(key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, columns, 
         slope = scale
         offset = scale * 0.0
         if key_scale_ptr is not None:
-            key_scale = tl.load(key_scale_ptr + columns, mask=real, other=0.0)
+            key_scale = _read(key_scale_ptr, columns, real, 0.0)
             slope = scale * key_scale
         if key_bias_ptr is not None:
-            offset = tl.load(key_bias_ptr + columns, mask=real, other=-_INF)
+            offset = _read(key_bias_ptr, columns, real, -_INF)
     return label, slope, offset, key_scale
 
 
 @triton.jit
 def _left_out(exclude_ptr, row, inside):
     """The columns that rows leave out, -1 for none; the smallest and the largest of these."""
-    exclude = tl.load(exclude_ptr + row, mask=inside, other=-1)
-    return exclude, tl.min(tl.where(exclude < 0, _NO_COLUMN, exclude), 0), tl.max(exclude, 0)
+    exclude = tl.full(row.shape, -1, tl.int32)
+    low, high = _NO_COLUMN, -1
+    if exclude_ptr is not None:
+        exclude = tl.load(exclude_ptr + row, mask=inside, other=-1)
+        low, high = tl.min(tl.where(exclude < 0, _NO_COLUMN, exclude), 0), tl.max(exclude, 0)
+    return exclude, low, high
 
 
 @triton.jit
@@ -141,15 +154,28 @@ def _positive_sums(same, x, y, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _joined(
-    z, label, key_label, slope, offset, key_scale, out, zero, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos,
-    neg_slope, pos_slope, AXIS: tl.constexpr, CONSTANT: tl.constexpr, SLOPES: tl.constexpr,
-):  # fmt: skip
-    """Both sides' statistics joined by those of a tile along AXIS; ``out``: which elements count for nothing."""
+def _sides(label, key_label, column, columns, exclude, MASKED: tl.constexpr):
+    """Which elements are positive, and which count for nothing."""
     same = label == key_label
+    out = same
+    if MASKED:
+        out = (column >= columns) | (column == exclude)
+        same = same & ~out
+    return same, out
+
+
+@triton.jit
+def _joined(
+    z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, neg_peak, neg_mass, pos_peak,
+    pos_mass, pos_sum, num_pos, neg_slope, pos_slope, AXIS: tl.constexpr, MASKED: tl.constexpr,
+    CONSTANT: tl.constexpr, SLOPES: tl.constexpr,
+):  # fmt: skip
+    """Both sides' statistics joined by those of a tile along AXIS. zero: which the compiler does not know to be 0, and
+    so compares labels again rather than keep a tile of comparisons in registers. MASKED: some elements are left out."""
+    same, out = _sides(label, key_label, column, columns, exclude, MASKED)
     u = _fma(z, slope, offset)
-    if out is not None:
-        z, u, same = tl.where(out, 0.0, z), tl.where(out, -_INF, u), same & ~out
+    if MASKED:
+        u = tl.where(out, -_INF, u)
     if CONSTANT:
         e = _exp2(u)
     else:
@@ -162,8 +188,7 @@ def _joined(
             neg_slope, pos_slope = neg_slope * neg_kept, pos_slope * pos_kept
         neg_reference = tl.expand_dims(_base2(_reference(neg_peak)), AXIS)
         pos_reference = tl.expand_dims(_base2(_reference(pos_peak)), AXIS)
-        if out is None:
-            same = label + zero == key_label
+        same, _ = _sides(label + zero, key_label, column, columns, exclude + zero, MASKED)
         e = _relative(u, tl.where(same, pos_reference, neg_reference))
     more_mass, more_sum, more = _positive_sums(same, e, z, AXIS)
     neg_mass, pos_mass = neg_mass + tl.sum(tl.where(same, 0.0, e), AXIS), pos_mass + more_mass
@@ -249,6 +274,38 @@ def _merge_kernel(
 # --- tiles, forward --------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _special_tiles(first, end, columns, low, high, BLOCK_C: tl.constexpr):
+    """Of the tiles from ``first`` to ``end``: where those that are full end, and between where columns are left out."""
+    last = tl.minimum(end, columns // BLOCK_C)
+    skip = tl.minimum(tl.maximum(low // BLOCK_C, first), last)
+    return last, skip, tl.maximum(tl.minimum(high // BLOCK_C + 1, last), skip)
+
+
+@triton.jit
+def _tile_joined(
+    begin, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width, key_stride, scale,
+    bound, zero, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope, MASKED: tl.constexpr,
+    CONSTANT: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Statistics of the queries q joined by those of the keys from ``begin`` on."""
+    column = begin + tl.arange(0, BLOCK_C)
+    k = _vectors(key_ptr, column, columns, width, key_stride, FULL, BLOCK_D)
+    column = column[None, :]
+    real = None
+    if MASKED:
+        real = column < columns
+    key_label, slope, offset, key_scale = _of_keys(
+        key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, column, real, CONSTANT
+    )
+    z = _product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_C], tl.float32), PRECISION)
+    return _joined(
+        z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, neg_peak, neg_mass, pos_peak,
+        pos_mass, pos_sum, num_pos, neg_slope, pos_slope, 1, MASKED, CONSTANT, SLOPES,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "columns", "tiles_per_split"])
 def _tiled_forward_kernel(
     query_ptr,  # [N, D], unit stride along D
@@ -268,6 +325,7 @@ def _tiled_forward_kernel(
     key_stride,
     scale,
     bound,
+    RAGGED: tl.constexpr,  # whether the last tile is not full
     CONSTANT: tl.constexpr,
     SLOPES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -281,42 +339,32 @@ def _tiled_forward_kernel(
     inside = row < rows
     q = _vectors(query_ptr, row, rows, width, query_stride, FULL, BLOCK_D)
     label = tl.load(query_label_ptr + row, mask=inside, other=0)[:, None]
-    low, high = _NO_COLUMN, -1
-    if exclude_ptr is not None:
-        exclude, low, high = _left_out(exclude_ptr, row, inside)
+    exclude, low, high = _left_out(exclude_ptr, row, inside)
+    exclude = exclude[:, None]
     scale = _full_scale(scale, learned_scale_ptr)
+    zero = rows >> 31
     neg_peak, pos_peak = tl.full([BLOCK_N], -_INF, tl.float32), tl.full([BLOCK_N], -_INF, tl.float32)
     neg_mass, pos_mass = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     neg_slope, pos_slope = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     pos_sum, num_pos = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    lane = tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(columns, BLOCK_C))):
-        begin = tile * BLOCK_C
-        column = begin + lane
-        k = _vectors(key_ptr, column, columns, width, key_stride, FULL, BLOCK_D)
-        # of a tile that is not full, nothing yet: so that this takes one condition, and the widest loads
-        full = begin + BLOCK_C <= columns
-        key_label, slope, offset, key_scale = _of_keys(
-            key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, column[None, :], full, CONSTANT
-        )
-        z = _product(q, tl.trans(k), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
-        if ~full | ((low < begin + BLOCK_C) & (high >= begin)):  # predicates take registers to be kept over a branch
-            out = (column >= columns)[None, :]
-            key_label, slope, offset, key_scale = _of_keys(
-                key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, column[None, :], ~out, CONSTANT
-            )
-            if exclude_ptr is not None:
-                out = out | (column[None, :] == exclude[:, None])
-            neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _joined(
-                z, label, key_label, slope, offset, key_scale, out, rows >> 31, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum,
-                num_pos, neg_slope, pos_slope, 1, CONSTANT, SLOPES,
-            )  # fmt: skip
-        else:
-            neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _joined(
-                z, label, key_label, slope, offset, key_scale, None, rows >> 31, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum,
-                num_pos, neg_slope, pos_slope, 1, CONSTANT, SLOPES,
+    end = tl.minimum(first + tiles_per_split, tl.cdiv(columns, BLOCK_C))
+    last, skip, skip_end = _special_tiles(first, end, columns, low, high, BLOCK_C)
+    for index in range(first, last - (skip_end - skip)):
+        tile = tl.where(index < skip, index, index + (skip_end - skip))
+        neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _tile_joined(
+            tile * BLOCK_C, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width,
+            key_stride, scale, bound, zero, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope,
+            pos_slope, False, CONSTANT, SLOPES, PRECISION, FULL, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+    if exclude_ptr is not None or RAGGED:
+        for index in tl.range(skip, skip_end + (end - last), num_stages=1):
+            tile = tl.where(index < skip_end, index, last)
+            neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _tile_joined(
+                tile * BLOCK_C, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width,
+                key_stride, scale, bound, zero, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope,
+                pos_slope, True, CONSTANT, SLOPES, PRECISION, FULL, BLOCK_C, BLOCK_D,
             )  # fmt: skip
     if CONSTANT:
         neg_peak, pos_peak = tl.zeros_like(neg_peak) + bound, tl.zeros_like(pos_peak) + bound
@@ -418,9 +466,7 @@ def _grad_query_kernel(
     inside = row < rows
     q = _vectors(query_ptr, row, rows, width, query_stride, FULL, BLOCK_D)
     label = tl.load(query_label_ptr + row, mask=inside, other=0)[:, None]
-    low, high = _NO_COLUMN, -1
-    if exclude_ptr is not None:
-        exclude, low, high = _left_out(exclude_ptr, row, inside)
+    exclude, low, high = _left_out(exclude_ptr, row, inside)
     neg_reference, neg_factor, pos_reference, pos_factor, pos_sum = _row_terms(padded_terms_ptr, row, padded, CONSTANT)
     scale = _full_scale(scale, learned_scale_ptr)
     grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -581,9 +627,7 @@ def _grad_both_kernel(
     row = own_begin + tl.arange(0, BLOCK_N)
     inside = row < rows
     x = _vectors(query_ptr, row, rows, width, query_stride, FULL, BLOCK_D)
-    low, high = _NO_COLUMN, -1
-    if exclude_ptr is not None:
-        exclude, low, high = _left_out(exclude_ptr, row, inside)
+    exclude, low, high = _left_out(exclude_ptr, row, inside)
     neg_reference, neg_factor, pos_reference, pos_factor, pos_sum = _row_terms(padded_terms_ptr, row, padded, CONSTANT)
     scale = _full_scale(scale, learned_scale_ptr)
     label, slope, offset, _ = _of_keys(
@@ -727,10 +771,9 @@ def _block_forward_kernel(
     inside = row < rows
     row = tl.minimum(row, rows - 1).to(tl.int64)
     label = _of_rows(tl.load(query_label_ptr + row))
-    low, high = _NO_COLUMN, -1
-    if exclude_ptr is not None:
-        exclude, low, high = _left_out(exclude_ptr, row, inside)
-        exclude = _of_rows(exclude)
+    exclude, low, high = _left_out(exclude_ptr, row, inside)
+    exclude = _of_rows(exclude)
+    zero = rows >> 31
     scale = _full_scale(scale, learned_scale_ptr)
     zeros = tl.zeros([ROWS, LANES], tl.float32) if _REPEAT_AXIS == 0 else tl.zeros([LANES, ROWS], tl.float32)
     neg_peak, pos_peak, neg_mass, pos_mass = zeros - _INF, zeros - _INF, zeros, zeros
@@ -745,19 +788,16 @@ def _block_forward_kernel(
         key_label, slope, offset, key_scale = _wide_key_vectors(
             key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column, whole, edge, has_edge
         )
-        begin += first_column
-        if (begin + LANES * GROUP > first_column + columns) | ((low < begin + LANES * GROUP) & (high >= begin)):
-            out = column >= columns
-            if exclude_ptr is not None:
-                out = out | (first_column + column == exclude)
+        before = first_column + begin
+        if (begin + LANES * GROUP <= columns) & ((low >= before + LANES * GROUP) | (high < before)):
             neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _joined(
-                z, label, key_label, slope, offset, key_scale, out, rows >> 31, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum,
-                num_pos, neg_slope, pos_slope, 2, False, SLOPES,
+                z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, neg_peak, neg_mass,
+                pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope, 2, False, False, SLOPES,
             )  # fmt: skip
         else:
             neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _joined(
-                z, label, key_label, slope, offset, key_scale, None, rows >> 31, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum,
-                num_pos, neg_slope, pos_slope, 2, False, SLOPES,
+                z, label, key_label, slope, offset, key_scale, column, columns, exclude - first_column, zero, neg_peak,
+                neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope, 2, True, False, SLOPES,
             )  # fmt: skip
     neg_peak, neg_mass, neg_slope = _lanes_joined(neg_peak, neg_mass, neg_slope)
     pos_peak, pos_mass, pos_slope = _lanes_joined(pos_peak, pos_mass, pos_slope)

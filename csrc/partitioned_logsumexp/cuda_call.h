@@ -1,0 +1,50 @@
+// What cuda.cpp hands to the CUDA kernels of the partitioned log-sum-exp.
+#pragma once
+
+#include <cstdint>
+
+#include "../device.h"
+#include "../margin_cross_entropy/cuda_call.h"  // Dtype
+
+namespace ltk::cuda {
+
+constexpr int kPartitionedThreads = 256;  // of a block, at most
+constexpr int kRowsTogether = 32;         // of which a thread has the same columns in backward
+
+template <class A>
+struct PartitionedCall {
+  const void* z;     // [rows, columns], columns are contiguous
+  int64_t z_stride;  // from row to row, in elements
+  int64_t rows;
+  int columns;
+  const int32_t* query_label;  // [rows]
+  const int32_t* key_label;    // [columns]
+  const int32_t* exclude;      // [rows], or null
+  int64_t first;               // column 0 is that of `exclude`'s numbers
+  const A* key_bias;           // [columns], or null: 0
+  const A* key_scale;          // [columns], or null: 1
+  const A* learned_scale;      // 0-dim factor of scale, or null
+  double scale;
+  bool wide;  // all rows are aligned to 16 bytes
+  int threads;
+
+  A* statistics;  // [kStatistics, rows], with kSlopes more where with_slopes
+  bool with_slopes;
+  int splits, split_columns;  // a row's columns over so many blocks, a multiple of 16 bytes each
+  A* parts;                   // [8, rows, splits] where splits > 1
+
+  const A* terms;  // [5, rows], the rows of each terms_stride apart
+  int64_t terms_stride;
+  void* out;  // gradient of z, or null
+  int64_t out_stride;
+  int tiles;         // of columns, threads * 16 bytes wide (threads elements where not wide)
+  A* sums;           // [chunks of kRowsTogether rows, columns] of G, or null
+  A* weighted_sums;  // the same of G a z
+};
+
+device::Error partitioned_forward(const PartitionedCall<float>&, Dtype, device::Stream);
+device::Error partitioned_forward(const PartitionedCall<double>&, Dtype, device::Stream);
+device::Error partitioned_backward(const PartitionedCall<float>&, Dtype, device::Stream);
+device::Error partitioned_backward(const PartitionedCall<double>&, Dtype, device::Stream);
+
+}  // namespace ltk::cuda
