@@ -60,8 +60,13 @@ SANITISED += [
         "pairwise: few classes",
     )
 ]
+SANITISED += [
+    f"contrastive_every_element_is_written[{case}]"
+    for case in ("odd", "everything", "everything with itself", "one feature")
+]
 RACED = [f"every_element_is_written[{case}-mean" for case in ("odd", "inat18 width", "wide rows", "segmentation")]
 RACED += [f"expert_every_element_is_written[{work}: 8142" for work in ("loss", "fusion", "to_mean")]
+RACED += ["contrastive_every_element_is_written[odd]"]
 #: Tests of the generic suite that the device checks repeat, or that are about the CPU.
 ELSEWHERE = (
     "value_and_every_gradient or gradcheck or TestProperties or number_of_threads or compile_follows or dense_oracle"
@@ -178,15 +183,16 @@ def bench(op: str) -> Callable[[Machine, float], dict[str, Command] | str]:
 #: In this order. The limits add up to less than nine minutes.
 STEPS = {
     "build": Step(80, build),
-    "tests": Step(125, tests),
-    "suite": Step(65, suite),
-    "sanitizer": Step(50, sanitizer),
-    "ncu": Step(45, ncu),
+    "tests": Step(120, tests),
+    "suite": Step(50, suite),
+    "sanitizer": Step(45, sanitizer),
+    "ncu": Step(40, ncu),
     "bench": Step(45, bench("margin_cross_entropy")),
     "bench-linear": Step(40, bench("linear_margin_cross_entropy")),
     "bench-experts": Step(30, bench("expert_cross_entropy")),
     "bench-fusion": Step(20, bench("expert_fusion")),
     "bench-divergence": Step(20, bench("expert_divergence")),
+    "bench-contrastive": Step(30, bench("partitioned_logsumexp")),
 }
 
 # -------------------------------------------------------------------------------------------------------- running them

@@ -1,6 +1,7 @@
 """Benchmarks: cases, providers, agreement, the runner and its budget, the report and its staleness, the comparison.
 
-``op`` is the one on logits in memory, on which everything that ops share is tested; ``head`` is the linear one.
+``op`` is the one on logits in memory, on which everything that ops share is tested; ``head`` is the linear one,
+``contrast`` that of contrastive losses.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lt_kernels.bench import (
     roofline,
     runner,
 )
+from lt_kernels.bench import contrastive as contrast
 from lt_kernels.bench import linear_margin_cross_entropy as head
 from lt_kernels.bench import margin_cross_entropy as op
 
@@ -112,7 +114,10 @@ EXPERTS = (expert_cross_entropy, expert_fusion, expert_divergence)
 EXPERT_CASES = list({case.name: case for module in EXPERTS for case in module.CASES.values()}.values())
 
 
-@pytest.mark.parametrize("case", [*op.CASES.values(), *head.CASES.values(), *EXPERT_CASES], ids=lambda case: case.name)
+ALL_CASES = [*op.CASES.values(), *head.CASES.values(), *EXPERT_CASES, *contrast.CASES.values()]
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 def test_case_counts_fit_and_are_long_tailed(case: cases.Case):
     counts = case.class_counts()
     assert counts.shape == (case.classes,)
@@ -126,7 +131,7 @@ def test_cases_cover_the_targets_and_the_comparison(op):
     for target in op.TARGETS:
         assert target.device in op.CASES[target.case].devices
         assert target.dtype in op.DTYPES[target.device]
-        assert target.against in ("copy", "memory", "fastest other", *op.PROVIDERS)
+        assert target.against in ("copy", "memory", "static floor", "fastest other", *op.PROVIDERS)
         assert target.ours in (None, *op.PROVIDERS)
         assert (target.at_least is None) != (target.at_most is None)
         if target.against in op.PROVIDERS:
@@ -144,6 +149,7 @@ def test_names_of_cases_tell_the_ops_apart():
     experts = {case.name for case in EXPERT_CASES}
     assert not op.CASES.keys() & head.CASES.keys()
     assert not (op.CASES.keys() | head.CASES.keys()) & experts
+    assert not (op.CASES.keys() | head.CASES.keys() | experts) & contrast.CASES.keys()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -204,6 +210,50 @@ def test_inputs_of_experts():
     assert torch.equal(again.mixed_target, inputs.mixed_target)
 
 
+SMALL_CONTRASTS = [case for case in contrast.CASES.values() if not case.devices]
+
+
+def test_cost_of_a_contrast_counts_the_products_that_its_gradients_need():
+    def cost(name: str, direction: str = "fwd_bwd"):
+        return contrast.cost(contrast.CASES[name], torch.bfloat16, direction)
+
+    product = 2 * 7 * 33 * 5
+    directions = {"fwd": product, "bwd": 2 * product, "fwd_bwd": 3 * product}
+    for direction, flops in directions.items():
+        assert cost("supcon-7x33x5", direction).flops == flops
+        assert cost("supcon-7x33x5", direction).bytes_moved == (1 if direction == "fwd" else 2) * (7 + 33) * 5 * 2
+        assert cost("supcon-7x33x5", direction).exponentials == 7 * 33
+    frozen = cost("supcon-7x33x5-frozen")
+    assert frozen.flops == 2 * product
+    assert frozen.bytes_moved == (2 * 7 + 33) * 5 * 2
+    assert cost("views-10x10x5").flops == 2 * 2 * 10 * 10 * 5  # one product serves queries and keys
+    assert cost("moco-5x41x6").flops == 2 * (2 * 5 * 41 * 6) + 2 * 5 * 5 * 6  # the batch's keys alone learn
+    gml = cost("gml-9x40x6-c11")
+    assert gml.bytes_moved == 2 * ((9 + 40) * 6 + 9 * 11) * 2  # logits of the classifier and their gradient too
+    assert gml.exponentials == 9 * 40 + 9 * 11
+
+
+@pytest.mark.parametrize("case", SMALL_CONTRASTS, ids=lambda case: case.name)
+def test_inputs_of_contrasts(case):
+    inputs = case.inputs(torch.float32, "cpu")
+    query, key = contrast.vectors(inputs)
+    assert case.sizes == {"N": len(query), "M": len(key), "D": query.shape[1]}
+    assert (len(inputs.target), len(inputs.key_label)) == (len(query), len(key))
+    torch.testing.assert_close(query.norm(dim=1), torch.ones(len(query)))
+    own = torch.arange(len(query))
+    if contrast.leaves_out_own(case.method):
+        assert torch.equal(inputs.key_label[own], inputs.target)
+    elements = sum(leaf.numel() for leaf in inputs.leaves.values() if leaf.dim() > 0)
+    assert elements == contrast._gradient_elements(case)
+    again = case.inputs(torch.float32, "cpu")
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in inputs.tensors.items())
+    if case.method == "gml":
+        held = inputs.tensors["query_id"][:, None] == inputs.tensors["key_id"]
+        assert torch.equal(held.sum(1), torch.ones(len(query), dtype=torch.int64))
+        assert torch.equal(inputs.key_label[held.int().argmax(1)], inputs.target)
+        assert int(torch.bincount(inputs.key_label).min()) >= 2  # one is left without a query's own
+
+
 def test_static_floor_is_the_slowest_of_what_a_chip_does():
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 0) == pytest.approx(10)
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 418 * 10**9) == pytest.approx(100)
@@ -246,6 +296,124 @@ def test_providers_of_experts_agree(module, dtype):
         for name in module.PROVIDERS:
             if name != "compile" and runner.unavailable_reason(module.OP, name, "cpu") is None:
                 agreement.check(name, module.make_step(name, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SMALL_CONTRASTS, ids=lambda case: case.name)
+def test_providers_of_contrasts_agree(case, dtype):
+    agreement = contrast.Agreement(inputs := contrast.make_inputs(case, dtype, "cpu"))
+    assert agreement._truth.keys() == {"loss", *(f"gradient of {name}" for name in inputs.leaves)}
+    for name, provider in contrast.PROVIDERS.items():
+        strategy = name.startswith("lt-") and case.method in ("supcon", "moco")
+        left_out = not strategy and provider.left_out(case, "float32", "cpu") is not None
+        if name != "compile" and not left_out and provider.unavailable("cpu") is None and provider.is_loss:
+            agreement.check(name, contrast.make_step(name, inputs))
+
+
+def test_contrasts_are_the_formulas():
+    """The dense forms against sums over keys, query by query."""
+    inputs = contrast.make_inputs(contrast.CASES["gml-9x40x6-c11"], torch.float64, "cpu")
+    given, prior = inputs.tensors, inputs.log_prior.double()
+    total = 0.0
+    for i, label in enumerate(inputs.target):
+        s = (given["query"][i] * given["key"]).sum(1) / 0.07
+        others = given["key_id"] != given["query_id"][i]
+        for keep in (torch.ones_like(others), others):
+            means = [s[keep & (inputs.key_label == c)].exp().mean().log() for c in range(11)]
+            total += F.cross_entropy(torch.stack(means) + prior, label)
+        total += F.cross_entropy(30 * given["logits"][i] + prior, label)
+    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 9, rtol=1e-6, atol=0.0)
+
+    inputs = contrast.make_inputs(contrast.CASES["bcl-12x17x6"], torch.float64, "cpu")
+    query, key = contrast.vectors(inputs)
+    total = 0.0
+    for i, label in enumerate(inputs.target):
+        s, others = (query[i] * key).sum(1) / 0.1, torch.arange(17) != i
+        means = [s[others & (inputs.key_label == c)].exp().mean() for c in range(5)]
+        total += torch.stack(means).sum().log() - s[others & (inputs.key_label == label)].mean()
+    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 12)
+
+    inputs = contrast.make_inputs(contrast.CASES["supcon-7x33x5"], torch.float64, "cpu")
+    total = 0.0
+    for i, label in enumerate(inputs.target):
+        s, others = (inputs.tensors["query"][i] * inputs.tensors["key"]).sum(1) / 0.07, torch.arange(33) != i
+        positive = others & (inputs.key_label == label)
+        total += s[others].logsumexp(0) - s[positive].mean() if positive.any() else 0.0
+    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 7)
+
+    inputs = contrast.make_inputs(contrast.CASES["paco-5x32x6"], torch.float64, "cpu")
+    query, key = contrast.vectors(inputs)
+    total = 0.0
+    for i, label in enumerate(inputs.target):
+        s, others = (query[i] * key).sum(1) / 0.2, torch.arange(21) != i
+        adjusted = inputs.tensors["logits"][i] + (inputs.log_prior.double().exp() + 1e-9).log()
+        positive = s[others & (inputs.key_label == label)]
+        pulled = (adjusted[label] + 0.05 * positive.sum()) / (1 + 0.05 * len(positive))
+        total += torch.cat([adjusted, s[others]]).logsumexp(0) - pulled
+    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 5, rtol=1e-6, atol=0.0)
+
+
+def test_contrasts_say_where_they_are_not_measured_unasked(monkeypatch):
+    def reason(name: str, case: str, dtype: str = "float32", device: str = "cpu") -> str | None:
+        return contrast.PROVIDERS[name].left_out(contrast.CASES[case], dtype, device)
+
+    memory, gml = "supcon-512x16384x128", "gml-128x16384x1024-c8142"
+    assert reason("compile", memory) is reason("compile", gml, device="cuda") is None
+    assert f"in {memory} only" in reason("compile", gml)
+    assert reason("pml", "supcon-2x256x128") is reason("pml", "moco-256x65536x128") is None
+    assert "query's own" in reason("pml", memory)
+    assert reason("pml", gml) == "it has no such loss"
+    assert "library chooses here" in reason("lt-materialize", memory)
+    assert reason("lt-chunked", memory) is None
+    assert "leaves the strategy to the library" in reason("lt-chunked", gml)
+    assert "CUDA" in contrast.PROVIDERS["lt-tiled"].unavailable("cpu")
+    assert "not meant to be fast" in contrast.PROVIDERS["lt[reference]"].unasked("cpu")
+    for module in ("pytorch_metric_learning", *(f"pytorch_metric_learning.{name}" for name in contrast._PML)):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "pytorch_metric_learning" in contrast.PROVIDERS["pml"].unavailable("cpu")
+
+
+@pytest.mark.parametrize("case", ["views-10x10x5", "moco-5x41x6"])
+def test_pytorch_metric_learning_is_called_properly(monkeypatch, case):
+    """Norms as they are, and the mean over all queries."""
+    calls = []
+
+    class SupConLoss:
+        def __init__(self, temperature, distance, reducer):
+            calls.append((temperature, distance, reducer))
+
+        def __call__(self, embeddings, labels, ref_emb=None, ref_labels=None):
+            key, key_label = (embeddings, labels) if ref_emb is None else (ref_emb, ref_labels)
+            return contrast.dense_supcon(embeddings, key, labels, key_label, 0.07, ref_emb is None)
+
+    package = {
+        "losses": {"SupConLoss": SupConLoss},
+        "distances": {"DotProductSimilarity": lambda normalize_embeddings: ("dot", normalize_embeddings)},
+        "reducers": {"MeanReducer": lambda: "mean"},
+    }
+    monkeypatch.setitem(sys.modules, "pytorch_metric_learning", types.ModuleType("pytorch_metric_learning"))
+    for name, members in package.items():
+        module = types.ModuleType(f"pytorch_metric_learning.{name}")
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert contrast.PROVIDERS["pml"].unavailable("cpu") is None
+    contrast.check_agreement("pml", contrast.make_inputs(contrast.CASES[case], torch.float32, "cpu"))
+    assert calls == [(0.07, ("dot", False), "mean")]
+
+
+@pytest.mark.parametrize("case", SMALL_CONTRASTS, ids=lambda case: case.name)
+def test_gemms_of_contrasts_are_those_of_what_learns(case):
+    inputs = contrast.make_inputs(case, torch.float32, "cpu")
+    step = contrast.make_step("gemms", inputs)
+    for _ in range(2):  # into the same outputs
+        step().backward()
+    query, key = (x.detach() for x in contrast.vectors(inputs))
+    similarities = query @ key.T
+    torch.testing.assert_close(step._similarities, similarities)
+    torch.testing.assert_close(step._of_query, similarities @ key)
+    learning = {"views": 0, "moco": len(query), "paco": len(query)}.get(case.method, 0 if case.frozen else len(key))
+    torch.testing.assert_close(step._of_key, (similarities.T @ query)[:learning])
+    assert all(leaf.grad is None for leaf in inputs.leaves.values())
 
 
 def test_experts_are_the_published_loops():
@@ -529,6 +697,28 @@ def test_agreement_of_heads_rejects_each_error(head_inputs, what):
         agreement.check("frozen", lambda: head_inputs.features.sum())
 
 
+def test_agreement_of_contrasts_is_exact_in_pieces_and_rejects_each_error(monkeypatch):
+    monkeypatch.setattr(contrast, "PIECE", 2 * 40)  # two queries at a time
+    inputs = contrast.make_inputs(contrast.CASES["gml-9x40x6-c11"], torch.float32, "cpu")
+    agreement = contrast.Agreement(inputs)
+    whole = inputs.converted(torch.float64)
+    loss = contrast.masked_loss(whole)
+    loss.backward()
+    torch.testing.assert_close(agreement._truth["loss"], loss.detach())
+    for name, leaf in whole.leaves.items():
+        torch.testing.assert_close(agreement._truth[f"gradient of {name}"], leaf.grad)
+    for name, leaf in inputs.leaves.items():
+
+        def spoiled(leaf=leaf):
+            entry = leaf.reshape(-1)[-1]
+            return contrast.make_step("masked", inputs)() + 0.01 * (entry - entry.detach())
+
+        with pytest.raises(AssertionError, match=f"spoiled gradient of {name}"):
+            agreement.check("spoiled", spoiled)
+    with pytest.raises(AssertionError, match="spoiled loss"):
+        agreement.check("spoiled", lambda: 1.01 * contrast.make_step("masked", inputs)())
+
+
 @pytest.mark.parametrize("module", [expert_cross_entropy, expert_divergence], ids=lambda module: module.OP)
 def test_agreement_of_experts_is_exact_in_what_it_samples(monkeypatch, module):
     from lt_kernels.bench import experts
@@ -654,6 +844,23 @@ def test_run_of_the_fusion_has_no_backward_pass():
     assert len(found) == 6
     assert all(r.fraction_of_floor == pytest.approx(r.gbps / r.copy_gbps, rel=1e-3) for r in found)
     assert runner.run(expert_fusion.OP, cases=["odd-3x7x123"], directions=["bwd", "fwd_bwd"]) == []
+
+
+def test_run_of_a_contrast():
+    options = {"repetitions": 1, "seconds": 0.0}
+    found = runner.run(contrast.OP, cases=["moco-5x41x6"], providers=["dense", "lt[reference]"], **options)
+    assert {r.dtype for r in found} == {"float32"}  # what the case says, unless asked
+    assert {r.provider for r in found} == {"gemms", "dense", "lt[reference]"}
+    dense = next(r for r in found if (r.provider, r.direction) == ("dense", "fwd_bwd"))
+    assert dense.sizes == {"N": 5, "M": 41, "D": 6}
+    if dense.peak_bytes is not None:
+        similarities, gradients = 4 * 5 * 41, 4 * 2 * 5 * 6
+        assert contrast.memory(dense) == pytest.approx((dense.peak_bytes - gradients) / similarities)
+        assert contrast.memory(dense) > 2
+    found = runner.run(
+        contrast.OP, cases=["supcon-7x33x5"], providers=["masked"], dtypes=["bfloat16"], directions=["fwd"], **options
+    )
+    assert {r.dtype for r in found} == {"bfloat16"}
 
 
 def only(monkeypatch, *names: str, **changes) -> None:
@@ -1048,6 +1255,21 @@ def test_target_against_every_other(ours, value, met):
     times = {"gemms": 4.0, "eager": 8.0, "liger": 6.0, "lt-tiled": 1.0, "lt[triton]": ours}
     found = [head_record(**gpu, provider=name, ms_median=ms) for name, ms in times.items()]
     assert f"faster than fastest other | >= 1.00x | {value} | {met} |" in report.targets(found)
+
+
+def test_targets_against_the_static_floor():
+    (target,) = [target for target in contrast.TARGETS if target.against == "static floor"]
+    gpu = {"op": contrast.OP, "device": "NVIDIA X", "device_slug": "nvidia-x", "case": target.case}
+    gpu |= {"dtype": target.dtype, "sizes": contrast.CASES[target.case].sizes}
+    found = [record(**gpu, provider="dense"), record(**gpu, provider="lt[triton]", backend="triton", ms_median=0.02)]
+    cells = f"{target.case} | {target.dtype} | static floor / time | >= 40% |"
+    assert f"| GPU | {cells} not yet measured |  |" in report.targets(found)
+    found = [dataclasses.replace(one, static_floor_ms=0.009) for one in found]
+    text = report.targets(found)
+    assert f"| NVIDIA X | {cells} 45% | yes |" in text
+    assert f"| {target.case} | {target.dtype} | faster than dense | >= 10.00x | 400.00x | yes |" in text
+    assert f"#### {contrast.OP}" in report.tables(found)
+    assert figures.figures(found) == []
 
 
 def test_figures_of_heads_are_ratios_to_the_products(with_heads):

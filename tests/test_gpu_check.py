@@ -152,6 +152,7 @@ def test_commands_of_the_steps(machine, monkeypatch):
         "bench-linear": "linear_margin_cross_entropy",
         "bench-experts": "expert_cross_entropy",
         "bench-fusion": "expert_fusion",
+        "bench-contrastive": "partitioned_logsumexp",
     }
     for name, op in benchmarks.items():
         assert commands[name][""].arguments[-1] == str(machine.out / f"a-gpu/{op}.json")

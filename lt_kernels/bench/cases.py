@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import datasets
+from ..queues import ClassQueue
 
 BOTH = ("cpu", "cuda")
 
@@ -28,6 +31,7 @@ class Case:
     headline: tuple[str, ...] = ()  # devices on which it is measured first and stands in the summary
     sweep: tuple[str, ...] = ()  # devices on which it is a point of the plots over the number of classes
     note: str = ""
+    cpu_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")  # what a run without --dtype takes on a CPU
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -126,6 +130,76 @@ class ExpertCase(Case):
         return ExpertInputs(*labels, self, stacked, [x.requires_grad_() for x in stacked.unbind()], mixed_target)
 
 
+@dataclass(frozen=True)
+class ContrastiveCase(Case):
+    """A contrastive loss of queries [rows, width] against keys [keys, width]; what else it has depends on ``method``.
+
+    views    two views of rows / 2 samples against each other: SupCon in a batch
+    supcon   queries against keys whose first rows are the queries' own, which are left out
+    moco     queries against the batch's keys and a queue that learns nothing: supervised momentum contrast
+    bcl      two views of rows / 2 samples against each other and the centre of each class
+    paco     queries against each other and a queue that learns nothing, beside logits of a classifier
+    gml      queries against keys that all learn, some of each class, beside logits of a cosine classifier
+    """
+
+    method: str = "supcon"
+    keys: int = 0
+    width: int = 128
+    frozen: bool = False  # of supcon: keys that learn nothing
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"N": self.rows, "M": self.keys, "D": self.width}
+
+    @property
+    def logits(self) -> int:
+        """How many similarities there are."""
+        return self.rows * self.keys
+
+    def inputs(self, dtype: torch.dtype, device: str) -> ContrastiveInputs:  # type: ignore[override]
+        """Vectors of norm 1; labels of queries and of keys drawn from the class frequencies."""
+        generator = torch.Generator(device).manual_seed(0)
+        n, m, c, counts = self.rows, self.keys, self.classes, self.class_counts()
+
+        def vectors(*shape: int, learn: bool = True) -> Tensor:
+            x = torch.randn(*shape, self.width, generator=generator, device=device)
+            return F.normalize(x, dim=-1).to(dtype).requires_grad_(learn)
+
+        def cosines() -> Tensor:
+            x = torch.rand(n, c, generator=generator, device=device)
+            return x.mul_(2).sub_(1).to(dtype).requires_grad_()
+
+        def labels(size: int) -> Tensor:
+            frequencies = counts.to(device, torch.float32)
+            return torch.multinomial(frequencies, size, replacement=True, generator=generator)
+
+        query_label = labels(n // 2).repeat(2) if self.method in ("views", "bcl") else labels(n)
+        more: dict[str, Tensor] = {}
+        if self.method == "views":
+            key_label, more = query_label, {"features": vectors(n // 2, 2)}
+        elif self.method == "bcl":
+            key_label = torch.cat([query_label, torch.arange(c, device=device)])
+            more = {"features": vectors(n // 2, 2), "centers": vectors(c)}
+        elif self.method == "gml":
+            sizes = ClassQueue(counts, m, 1, base=2).sizes.to(device)
+            key_label = torch.arange(c, device=device).repeat_interleave(sizes)
+            key_id = torch.randperm(4 * m, generator=generator, device=device)[:m]
+            own = (sizes.cumsum(0) - 1)[query_label]  # the slot that a class wrote last
+            more = {"query": vectors(n), "key": vectors(m), "logits": cosines()}
+            more |= {"key_id": key_id, "query_id": key_id[own]}
+            more |= {"log_temperature": torch.full((), math.log(0.07), device=device).requires_grad_()}
+        else:
+            key_label = torch.cat([query_label, labels(m - n)])
+            more = {"query": vectors(n)}
+            if self.method == "supcon":
+                more |= {"key": vectors(m, learn=not self.frozen)}
+            else:
+                more |= {"batch": vectors(n)} if self.method == "moco" else {"logits": cosines()}
+                more |= {"queue": vectors(m - n, learn=False)}
+        log_prior = self.log_prior().to(device, torch.float32)
+        return ContrastiveInputs(query_label, log_prior, counts.to(device, torch.float32), self, key_label, more)
+
+
 @dataclass
 class Inputs:
     """One case on one device in one dtype; ``leaves`` receive gradients."""
@@ -183,6 +257,29 @@ class ExpertInputs(Inputs):
     @property
     def leaves(self) -> dict[str, Tensor]:
         return {f"logits of expert {e}": x for e, x in enumerate(self.experts)}
+
+
+@dataclass
+class ContrastiveInputs(Inputs):
+    """Vectors and logits by the names that ``ContrastiveCase.inputs`` gives them; ``target`` [N]: queries' labels."""
+
+    case: ContrastiveCase
+    key_label: Tensor  # [M]
+    tensors: dict[str, Tensor]
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
+
+    def converted(self, dtype: torch.dtype) -> ContrastiveInputs:
+        """Fresh leaves in another dtype."""
+        tensors = {
+            name: tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=tensors, log_prior=self.log_prior.to(dtype))
 
 
 def exponential_counts(classes: int, largest: float, imbalance: float) -> Tensor:
@@ -316,3 +413,66 @@ def variants(variant: str, names: Iterable[str], note: str) -> dict[str, ExpertC
             for name in names
         )
     )
+
+
+def _contrast(
+    name: str, method: str, rows: int, keys: int, width: int, classes: int, **options: Any
+) -> ContrastiveCase:
+    options = {"cpu_dtypes": ("float32",), **options}
+    return ContrastiveCase(name, rows, classes, method=method, keys=keys, width=width, **options)
+
+
+_INAT18: dict[str, Any] = {"classes": 8142, "counts": "inat18_like"}
+_WITH_BFLOAT16: dict[str, Any] = {"cpu_dtypes": ("float32", "bfloat16")}
+
+#: Contrastive losses, [N, D] queries and [M, D] keys.
+CONTRASTS = _cases(
+    _contrast(
+        "supcon-512x16384x128",
+        "supcon",
+        512,
+        16_384,
+        128,
+        headline=BOTH,
+        note="SupCon with a memory of keys that learn",
+        **_INAT18,
+        **_WITH_BFLOAT16,
+    ),
+    _contrast(
+        "gml-128x16384x1024-c8142",
+        "gml",
+        128,
+        16_384,
+        1024,
+        headline=BOTH,
+        note="GML, all keys of the queue learn",
+        **_INAT18,
+    ),
+    _contrast(
+        "supcon-512x16384x128-frozen",
+        "supcon",
+        512,
+        16_384,
+        128,
+        frozen=True,
+        note="the same with keys that learn nothing",
+        **_INAT18,
+    ),
+    _contrast(
+        "supcon-2x256x128", "views", 512, 512, 128, 1000, counts="imagenet_lt", note="SupCon, two views of a batch"
+    ),
+    _contrast("moco-256x65536x128", "moco", 256, 65_536, 128, note="SupCon with momentum contrast's queue", **_INAT18),
+    _contrast("bcl-512x8654x1024", "bcl", 512, 8654, 1024, note="BCL, two views and the class centres", **_INAT18),
+    _contrast("paco-64x16398x128", "paco", 64, 8256, 128, note="PaCo, 8,142 logits beside 8,256 keys", **_INAT18),
+)
+
+#: Small ones for tests and for trying the command.
+SMALL_CONTRASTS = _cases(
+    _contrast("views-10x10x5", "views", 10, 10, 5, 4, devices=()),
+    _contrast("supcon-7x33x5", "supcon", 7, 33, 5, 6, devices=()),
+    _contrast("supcon-7x33x5-frozen", "supcon", 7, 33, 5, 6, frozen=True, devices=()),
+    _contrast("moco-5x41x6", "moco", 5, 41, 6, 7, devices=()),
+    _contrast("bcl-12x17x6", "bcl", 12, 17, 6, 5, devices=()),
+    _contrast("paco-5x32x6", "paco", 5, 21, 6, 11, devices=()),
+    _contrast("gml-9x40x6-c11", "gml", 9, 40, 6, 11, devices=()),
+)

@@ -120,6 +120,7 @@ class Target:
         the name of a provider   ``at_least``: so many times as fast; ``at_most``: so many times its time
         "fastest other"          the same against the fastest provider that is neither ours nor a floor
         "copy"                   that fraction of the copy bandwidth
+        "static floor"           the static floor over our time
         "memory"                 the op's ``memory``: peak memory in multiples of the logits' bytes
     """
 

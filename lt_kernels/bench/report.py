@@ -17,7 +17,7 @@ from .runner import DIRECTIONS, DTYPES, OPS
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
 NOT_ON_GPU = "Not yet measured on a GPU."
-_PYTORCH = ("eager", "eager-one-tensor", "loop", "published", "compile", "compile-max-autotune")
+_PYTORCH = ("eager", "eager-one-tensor", "loop", "published", "dense", "masked", "compile", "compile-max-autotune")
 _FLOORS = ("copy", "gemms")
 _DIRECTION_NAMES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward and backward"}
 
@@ -192,7 +192,8 @@ def _target_rows(target: Target, records: list[Record]) -> Sequence[tuple[str, .
 
 def _target_cells(target: Target) -> tuple[str, ...]:
     if target.at_most is None:
-        what = {"copy": "share of copy bandwidth"}.get(target.against, f"faster than {target.against}")
+        shares = {"copy": "share of copy bandwidth", "static floor": "static floor / time"}
+        what = shares.get(target.against, f"faster than {target.against}")
         bound = f">= {_target_number(target, target.at_least or 0.0)}"
     else:
         what = {"memory": "peak memory / logits"}.get(target.against, f"time / {target.against}")
@@ -201,7 +202,9 @@ def _target_cells(target: Target) -> tuple[str, ...]:
 
 
 def _target_number(target: Target, value: float) -> str:
-    return f"{value:.0%}" if target.against == "copy" else f"{value:.2f}{'' if target.against == 'memory' else 'x'}"
+    if target.against in ("copy", "static floor"):
+        return f"{value:.0%}"
+    return f"{value:.2f}{'' if target.against == 'memory' else 'x'}"
 
 
 def _target_value(target: Target, group: dict[str, Record]) -> float | None:
@@ -211,6 +214,8 @@ def _target_value(target: Target, group: dict[str, Record]) -> float | None:
         return None
     if target.against == "copy":
         return mine.fraction_of_floor
+    if target.against == "static floor":
+        return None if mine.static_floor_ms is None else mine.static_floor_ms / mine.ms_median
     if target.against == "memory":
         value: float | None = OPS[mine.op].memory(mine)
         return value

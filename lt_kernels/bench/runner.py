@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import (
+    contrastive,
     expert_cross_entropy,
     expert_divergence,
     expert_fusion,
@@ -36,6 +37,7 @@ OPS: dict[str, ModuleType] = {
         expert_cross_entropy,
         expert_fusion,
         expert_divergence,
+        contrastive,
     )
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,7 +109,8 @@ def run(
         providers: names, likewise; one asked for by name must be available. Default: all that are, without those that
             say why they are not measured, or not on a case, unasked. Reasons go to ``log``. The op's floor is always
             measured.
-        dtypes, directions: names from ``DTYPES`` and ``DIRECTIONS``; default those meant for the device, and all.
+        dtypes, directions: names from ``DTYPES`` and ``DIRECTIONS``; default those meant for the device (on a CPU, and
+            for the case), and all.
             Directions that the op does not have are passed over.
         device: ``"cpu"`` or ``"cuda"``.
         repetitions, seconds, limit: as in ``Timing``.
@@ -123,6 +126,7 @@ def run(
             failed somewhere.
     """
     module = OPS[_choices("op", [op], OPS)[0]]
+    any_dtype = bool(dtypes) or device != "cpu"
     dtypes = _choices("dtype", dtypes or module.DTYPES.get(device, DTYPES), DTYPES)
     directions = [name for name in _choices("direction", directions, DIRECTIONS) if name in module.DIRECTIONS]
     check_device(device)
@@ -140,7 +144,12 @@ def run(
 
     timing = Timing(repetitions, seconds, limit)
     groups = sorted(
-        ((module.CASES[case], dtype) for case in case_names for dtype in dtypes),
+        (
+            (case, dtype)
+            for case in map(module.CASES.__getitem__, case_names)
+            for dtype in dtypes
+            if any_dtype or dtype in case.cpu_dtypes
+        ),
         key=lambda group: (group[1] == "float16", device not in group[0].headline),
     )
     records: list[Record] = []

@@ -551,5 +551,6 @@ def double_precision(device: str, case: Case, reduction: str) -> None:
     check_margin_cross_entropy(margin_cross_entropy, sample, upstream=0.7)
 
 
-import expert_checks  # noqa: E402, F401  registers the checks of experts beside these
+import contrastive_checks  # noqa: E402, F401  registers the checks of contrastive losses beside these
+import expert_checks  # noqa: E402, F401  those of experts
 import linear_checks  # noqa: E402, F401  and those of linear heads
