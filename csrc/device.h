@@ -103,6 +103,10 @@ LTK_DEVICE void copy_async(void* shared, const void* global) {
 }
 LTK_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// a b + c with one rounding, and nothing else fused with it.
+LTK_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+LTK_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+
 // exp with the accuracy of the hardware's 2^x; results below 1e-38 are 0.
 LTK_DEVICE float fast_exp(float x) {
   float result;

@@ -5,8 +5,9 @@
 
 Needs a Python that has torch >= 2.11 with CUDA and Triton >= 3.6; uses no network and installs nothing. What is missing
 (nvcc, pytest, compute-sanitizer, ncu) costs its step only. Every step has a time limit, a log OUT/STEP.log, and its
-state in OUT/summary.json: passed, failed, timed out, or skipped, with the reason. OUT/<device>/ is what the repository
-keeps, under benchmarks/results/. Status 1 unless every step that ran passed or was skipped.
+state in OUT/summary.json: passed, passed in part (the limit came, nothing had failed), failed, timed out, or skipped,
+with the reason. OUT/<device>/ is what the repository keeps, under benchmarks/results/. Status 1 unless every step that
+ran passed, passed in part, or was skipped.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 77  # exit status of a command that could not do its work here; its last line says why
+IN_PART = (
+    75  # of one that its time did not suffice for, and in which nothing failed; its last line says how far it came
+)
+FINE = ("passed", "passed in part", "skipped")
 TOOLKIT = "/usr/local/cuda"
 TOOL_FOLDERS = (f"{TOOLKIT}/bin", "/opt/nvidia/nsight-compute/*")
 
@@ -110,7 +115,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    state: str  # passed | failed | timed out | skipped
+    state: str  # passed | passed in part | failed | timed out | skipped
     seconds: float = 0.0
     note: str = ""  # why, or the last line it wrote
 
@@ -182,17 +187,17 @@ def bench(op: str) -> Callable[[Machine, float], dict[str, Command] | str]:
 
 #: In this order. The limits add up to less than nine minutes.
 STEPS = {
-    "build": Step(80, build),
+    "build": Step(70, build),
     "tests": Step(120, tests),
     "suite": Step(50, suite),
     "sanitizer": Step(45, sanitizer),
     "ncu": Step(40, ncu),
-    "bench": Step(45, bench("margin_cross_entropy")),
+    "bench": Step(55, bench("margin_cross_entropy")),
     "bench-linear": Step(40, bench("linear_margin_cross_entropy")),
     "bench-experts": Step(30, bench("expert_cross_entropy")),
-    "bench-fusion": Step(20, bench("expert_fusion")),
+    "bench-fusion": Step(15, bench("expert_fusion")),
     "bench-divergence": Step(20, bench("expert_divergence")),
-    "bench-contrastive": Step(30, bench("partitioned_logsumexp")),
+    "bench-contrastive": Step(35, bench("partitioned_logsumexp")),
 }
 
 # -------------------------------------------------------------------------------------------------------- running them
@@ -213,7 +218,8 @@ def run_step(name: str, step: Step, machine: Machine) -> Outcome:
         )
         by_label = dict(zip(commands, outcomes, strict=True))
     states = [outcome.state for outcome in by_label.values()]
-    worst = next(state for state in ("timed out", "failed", "skipped", "passed") if state in states)
+    order = ("timed out", "failed", "skipped", "passed in part", "passed")
+    worst = next(state for state in order if state in states)
     notes = [f"{label}: {outcome.note}" if label else outcome.note for label, outcome in by_label.items()]
     return Outcome(worst, round(time.monotonic() - started, 1), "; ".join(notes))
 
@@ -235,7 +241,7 @@ def run(command: Command, log: Path, limit: float) -> Outcome:
             end(process.pid)
             process.wait()
     lines = log.read_text(errors="replace").strip().splitlines()
-    state = {None: "timed out", 0: "passed", SKIPPED: "skipped"}.get(status, "failed")
+    state = {None: "timed out", 0: "passed", SKIPPED: "skipped", IN_PART: "passed in part"}.get(status, "failed")
     if state in ("failed", "timed out"):
         print("\n".join(f"    {line}" for line in lines[-25:]), flush=True)
     why = {"failed": f"status {status}; last line: ", "timed out": f"over {limit:.0f} s; last line: "}.get(state, "")
@@ -349,7 +355,7 @@ def main() -> int:
         else:
             outcome = run_step(name, STEPS[name], machine)
         steps[name] = asdict(outcome)
-        print(f"{name:10} {outcome.state:10} {outcome.seconds:6.1f} s  {outcome.note}", flush=True)
+        print(f"{name:16} {outcome.state:14} {outcome.seconds:6.1f} s  {outcome.note}", flush=True)
         if name == "build":
             machine = look(python, out)  # it may have a backend more
         facts = {"steps": {step: steps[step] for step in STEPS if step in steps}, "environment": environment(machine)}
@@ -357,7 +363,7 @@ def main() -> int:
         if isinstance(machine, Machine):
             write(out / machine.facts["slug"] / "gpu_check.json", for_the_repository(facts, out / "tests.json"))
     print(f"{time.monotonic() - started:.0f} s in all; {summary}")
-    return 1 if any(steps[name]["state"] not in ("passed", "skipped") for name in chosen) else 0
+    return 1 if any(steps[name]["state"] not in FINE for name in chosen) else 0
 
 
 if __name__ == "__main__":

@@ -257,6 +257,8 @@ def test_inputs_of_contrasts(case):
 def test_static_floor_is_the_slowest_of_what_a_chip_does():
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 0) == pytest.approx(10)
     assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 418 * 10**9) == pytest.approx(100)
+    assert roofline.static_floor_ms("NVIDIA H100 80GB HBM3", 3 * 10**10, 0, 0) == pytest.approx(10)
+    assert roofline.static_floor_ms("NVIDIA H100 PCIe", 1, 1, 1) is None  # another memory
     assert roofline.static_floor_ms("A CPU, 2 threads, AVX2", 1, 1, 1) is None
 
 
@@ -627,6 +629,14 @@ def test_an_importable_peer_of_heads_is_called_properly(monkeypatch, peer, optio
     assert calls == [options]
 
 
+def test_a_peer_of_heads_without_a_bias_is_left_out(monkeypatch):
+    module = types.ModuleType("cut_cross_entropy")
+    module.linear_cross_entropy = lambda e, c, targets, impl="cce": None
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+    for name in ("cut-cross-entropy", "cut-cross-entropy-exact"):
+        assert "takes no bias" in head.PROVIDERS[name].unavailable("cuda")
+
+
 def test_a_wrong_peer_fails_the_agreement_check(monkeypatch, small_inputs):
     path, module, _ = fake_peer("liger", wrong=1.01)
     monkeypatch.setitem(sys.modules, path, module)
@@ -813,7 +823,7 @@ def test_run_of_a_head_measures_its_floor_unasked_and_holds_others_against_it(mo
         for direction in runner.DIRECTIONS
         for name in names
     ]
-    assert checked == ["eager", "lt[reference]"] * 2
+    assert checked == ["lt[reference]", "eager"] * 2
     gemms = {(r.dtype, r.direction): r for r in found if r.provider == "gemms"}
     for r in found:
         floor = gemms[r.dtype, r.direction].ms_median
@@ -943,13 +953,20 @@ class Clock:
 
 @pytest.fixture
 def group_order(monkeypatch):
-    """Groups take ten seconds each and measure nothing; their names and time limits."""
+    """Groups take ten seconds each and measure nothing; their names and time limits, on a GPU and providers."""
     clock, seen = Clock(), []
 
-    def run_group(module, case, dtype, providers, directions, device, timing, check, log):
+    def run_group(module, case, dtype, providers, directions, device, timing, check, log, left, keep):
         clock.now += 10
         seen.append((f"{case.name} {dtype}", timing.limit))
-        return [], {}
+        if device == "cuda":
+            measured = []
+            for name in providers:
+                if left(name) > 0:
+                    measured.append(name)
+                    clock.now += module.PROVIDERS[name].compiler_seconds
+            seen[-1] = (f"{case.name} {dtype}", measured)
+        return {}
 
     monkeypatch.setattr(runner, "time", clock)
     monkeypatch.setattr(runner, "_run_group", run_group)
@@ -976,6 +993,41 @@ def test_budget_measures_something_and_shortens_what_is_left(group_order):
     del group_order[:]
     runner.run(op.OP, cases=["lvis-n512"], budget=0)
     assert len(group_order) == 1
+
+
+def test_on_a_gpu_a_budget_is_spent_on_compilers_last(group_order, monkeypatch):
+    """What they are slow for is measured without them first, and with them where that fits."""
+    monkeypatch.setattr(runner, "check_device", lambda device: None)
+    monkeypatch.setattr(runner, "unavailable_reason", lambda op, provider, device: None)
+    options = {"cases": ["lvis-n8192", "inat18-n8192"], "dtypes": ["float32"], "device": "cuda"}
+    lines = []
+    runner.run(op.OP, budget=60, log=lines.append, **options)
+    (first, few), (again, more), (second, rest) = group_order
+    assert (first, again, second) == ("inat18-n8192 float32", "inat18-n8192 float32", "lvis-n8192 float32")
+    assert few == rest
+    assert {"eager", "lt[native]", "lt[triton]", "liger"} <= set(few)
+    assert set(more) - set(few) == {"compile"}
+    assert lines[-1] == "left out to stay within 60 s: lvis-n8192 float32 (compile, compile-max-autotune)"
+    del group_order[:]
+    runner.run(op.OP, **options)
+    assert [name for name, _ in group_order] == ["inat18-n8192 float32", "lvis-n8192 float32"]
+    assert {"compile", "compile-max-autotune"} <= set(group_order[0][1])
+
+
+def test_records_are_told_as_soon_as_there_are_some_and_again_with_more(monkeypatch):
+    only(monkeypatch, "eager", "lt[reference]", unasked=lambda device: None)
+    told = []
+    found = run_small(on_records=told.append)
+    assert [[r.direction for r in each] for each in told] == [["fwd"] * 2, [r.direction for r in found]]
+    assert told[-1] == found
+    assert len(found) == 6
+
+
+def test_without_time_left_our_backends_are_measured(monkeypatch):
+    only(monkeypatch, "eager", "lt[reference]", unasked=lambda device: None)
+    lines = []
+    assert {r.provider for r in run_small(budget=0, log=lines.append)} == {"lt[reference]"}
+    assert "without eager on odd-7x123 float32: there is no time left for it" in lines
 
 
 class Leaves:

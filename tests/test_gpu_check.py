@@ -16,7 +16,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests/gpu")]
-gpu_check, gpu_counters, device_checks = map(importlib.import_module, ("gpu_check", "gpu_counters", "device_checks"))
+gpu_check, gpu_counters, run_device_checks, device_checks = map(
+    importlib.import_module, ("gpu_check", "gpu_counters", "run_device_checks", "device_checks")
+)
 
 
 def run_checks(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,6 +104,40 @@ def test_what_there_is_no_time_for_is_not_passed(tmp_path):
     assert counts["not run"] == 40
 
 
+def test_a_limit_leaves_a_sample_of_everything(tmp_path, monkeypatch):
+    """One check of every kind first; none that the limit cut short is counted as failed."""
+    names = run_device_checks.in_order(list(device_checks.CHECKS))
+    assert sorted(names) == sorted(device_checks.CHECKS)
+    functions = {check.body.__name__ for check in device_checks.CHECKS.values()}
+    first = {name.partition("[")[0] for name in names[:150]}
+    assert first == functions
+    values = [name for name in names if name.startswith("value_and_every_gradient[")]
+    assert {name.split("-")[-2] for name in values[:3]} == {"bf16", "fp16", "fp32"}
+    assert len({name.split("[")[1].split("-")[0] for name in values[:30]}) > 15
+
+    (tmp_path / "slow_checks.py").write_text(
+        textwrap.dedent("""
+        import time
+        from types import SimpleNamespace
+
+        CHECKS = {
+            name: SimpleNamespace(large=False, run=lambda backend, device, seconds=seconds: time.sleep(seconds))
+            for name, seconds in {"first": 0, "endless": 1000, "more[a]": 0, "more[b]": 0}.items()
+        }
+        """)
+    )
+    arguments = ["--module", "slow_checks", "--backend", "reference", "--jobs", "1", "--seconds", "3"]
+    result = run_checks(*arguments, "--json", str(tmp_path / "checks.json"), PYTHONPATH=str(tmp_path))
+    assert result.returncode == run_device_checks.IN_PART
+    assert result.stdout.splitlines()[-1].startswith("1 of 4 checks run in ")
+    facts = json.loads((tmp_path / "checks.json").read_text())
+    assert facts["failed"] == {}
+    assert sorted(facts["not_run"]) == ["reference: endless", "reference: more[a]", "reference: more[b]"]
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run_device_checks.Worker("slow_checks", "cpu").run(("reference", "endless"), 0.5, cut=True)
+    assert (result.state, result.message) == ("not run", "the time limit came after 0 s of it")
+
+
 # ------------------------------------------------------------------------------------------------------------ the steps
 
 
@@ -124,6 +160,10 @@ def test_states(machine):
     assert (outcome.state, outcome.note) == ("failed", "x: fine; y: status 5; last line: oh")
     outcome = gpu_check.run_step("c", step(x="print('no counters'); raise SystemExit(77)"), machine)
     assert (outcome.state, outcome.note) == ("skipped", "x: no counters")
+    part = "print('7 of 9 checks run'); raise SystemExit(75)"
+    outcome = gpu_check.run_step("e", step(x=part, y="print('fine')"), machine)
+    assert (outcome.state, outcome.note) == ("passed in part", "x: 7 of 9 checks run; y: fine")
+    assert gpu_check.run_step("f", step(x=part, y="raise SystemExit(1)"), machine).state == "failed"
     outcome = gpu_check.run_step("d", gpu_check.Step(1.0, lambda machine, limit: "there is no tool"), machine)
     assert (outcome.state, outcome.note) == ("skipped", "there is no tool")
 

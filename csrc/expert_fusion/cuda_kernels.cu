@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<typename T::A>)
       for (int e = 0; e < experts; ++e) {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
-          if (begin + i * threads < count) u[i] += factor[e] * tile.at(e, begin + i * threads);
+          if (begin + i * threads < count) u[i] = multiply_add(factor[e], tile.at(e, begin + i * threads), u[i]);
       }
       A high = mine.value;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int column = first + begin + i * threads;
         if (begin + i * threads < count) {
-          u[i] = u[i] * scale + (call.class_shift ? call.class_shift[column] : A(0));
+          u[i] = multiply_add(u[i], scale, call.class_shift ? call.class_shift[column] : A(0));
           if (call.keep) kept[column] = u[i];
           if (larger(u[i], high)) high = u[i], mine.column = column;
         } else {

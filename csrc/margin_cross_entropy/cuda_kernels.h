@@ -156,6 +156,14 @@ LTK_DEVICE void load_values(const A* from, A (&to)[kCount]) {
 
 // ------------------------------------------------------------------------------------------------------- row arguments
 
+// u = a x + b with one rounding: how every kernel has it. Left to itself the compiler fuses a product with whatever is
+// added next, in one kernel with the bias and in another with -peak; where |u| is some hundred, an exponential would
+// then be off by what u was rounded by in the kernel that found the peak.
+template <class A>
+LTK_DEVICE A shifted_logit(A x, A a, A b) {
+  return multiply_add(x, a, b);
+}
+
 template <class A>
 LTK_DEVICE A full_scale(const Call<A>& call) {
   return call.learned_scale ? call.scale * *call.learned_scale : call.scale;
@@ -268,7 +276,7 @@ LTK_DEVICE Targets<A> targets_of(const Call<A>& call, int64_t row, const typenam
         margin.cosine = call.class_margin[int64_t{call.classes} + column],
         margin.sine = call.class_margin[int64_t{2} * call.classes + column];
     }
-    set_target(t, t.x * (scale * class_scale) + bias, class_scale * t.x, scale, bias, margin, call.angular);
+    set_target(t, shifted_logit(t.x, scale * class_scale, bias), class_scale * t.x, scale, bias, margin, call.angular);
   }
   return targets;
 }
@@ -604,7 +612,7 @@ LTK_DEVICE void add_columns(const Call<A>& call, Sums<A>& s, int64_t q_offset, i
   const Columns<kKind, kCount, A> columns(call, column, scale);
   A u[kCount], w[kCount];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) u[i] = x[i] * columns.a[i] + columns.b[i];
+  for (int i = 0; i < kCount; ++i) u[i] = shifted_logit(x[i], columns.a[i], columns.b[i]);
   if (kKind == kAnything && (call.q || call.smoothing > A(0))) {
     load_weights<kCount>(call, column, w);
     if (call.q) {
@@ -682,7 +690,7 @@ LTK_DEVICE void gradient_of_columns(const Call<A>& call, const Slopes<A>& g, int
   A u[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    u[i] = kKind == kPlain ? x[i] * scale - g.peak : x[i] * columns.a[i] + columns.b[i] - g.peak;
+    u[i] = shifted_logit(x[i], columns.a[i], columns.b[i]) - g.peak;
     dx[i] = (kKind == kAnything ? g.slope : scaled_slope) * fast_exp(u[i]);
   }
   if constexpr (kKind != kAnything) return;
@@ -928,7 +936,7 @@ struct ColumnGradient {
 template <class A>
 LTK_DEVICE ColumnGradient<A> column_gradient(const Call<A>& call, const Record<A>& r, int column, A a, A b, A w, A x,
                                              A q) {
-  const A u = x * a + b - r.peak;
+  const A u = shifted_logit(x, a, b) - r.peak;
   ColumnGradient<A> g;
   g.du = r.slope * fast_exp(u) - less_of(call, r.smooth, r.soft, w, q);
   g.dq = dq_of(call, r.soft, w, r.log_total - u);
@@ -1124,7 +1132,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
             const A logit = T::get(raw[i].value[v]);
             if (kGeneral && call.prediction) take_better(s[v], logit, c);
             if (c == column[0][v] || c == column[1][v]) continue;
-            u[i] = logit * a[i] + b[i];
+            u[i] = shifted_logit(logit, a[i], b[i]);
             if (weighted) {
               const A one_u[1] = {u[i]};
               A one_w[1] = {w[i]};
@@ -1209,7 +1217,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
           Logits out;
 #pragma unroll
           for (int v = 0; v < kCount; ++v) {
-            const A logit = T::get(raw.value[v]), u = logit * a + b - peak[v];
+            const A logit = T::get(raw.value[v]), u = shifted_logit(logit, a, b) - peak[v];
             A du = slope[v] * fast_exp(u);
             if (kGeneral) {
               const A q_here = call.q ? probability(call, q + c * call.q_c + v) : A(0);

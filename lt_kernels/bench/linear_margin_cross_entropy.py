@@ -15,6 +15,7 @@ already. It computes no loss.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -243,13 +244,23 @@ def _liger(module: Any, inputs: LinearInputs) -> Step:
     return lambda: loss(weight, features, target, log_prior)
 
 
-def _cut(**options: str) -> Callable[[Any, LinearInputs], Step]:
+def _cut(name: str, **options: str) -> Provider:
     def make(module: Any, inputs: LinearInputs) -> Step:
         features, weight, target, log_prior = _arguments(inputs)
         function = module.linear_cross_entropy
         return lambda: function(features, weight, target, bias=log_prior, **options)
 
-    return make
+    provider = peer(name, "cut_cross_entropy", make)
+
+    def unavailable(device: str) -> str | None:
+        if (reason := provider.unavailable(device)) is not None:
+            return reason
+        function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+        if "bias" in inspect.signature(function).parameters:
+            return None
+        return "the installed linear_cross_entropy takes no bias, so it cannot add the log prior"
+
+    return replace(provider, unavailable=unavailable)
 
 
 def _quack(module: Any, inputs: LinearInputs) -> Step:
@@ -278,7 +289,7 @@ PROVIDERS = named(
     _strategy("chunked", _ours_unavailable),
     _strategy("tiled", _tiled_unavailable),
     peer("liger", "liger_kernel.transformers", _liger),
-    peer("cut-cross-entropy", "cut_cross_entropy", _cut()),
-    peer("cut-cross-entropy-exact", "cut_cross_entropy", _cut(impl="cce_exact")),
+    _cut("cut-cross-entropy"),
+    _cut("cut-cross-entropy-exact", impl="cce_exact"),
     peer("quack", "quack.linear_cross_entropy", _quack),
 )

@@ -101,7 +101,8 @@ def run(
     """Measure an op and return the records; agreement with float64 is asserted before anything is timed.
 
     Headline cases come first, float16 last. A provider that fails or disagrees is left out of that case and dtype, with
-    its message on ``log``.
+    its message on ``log``. On a GPU with a budget, a case and dtype is measured without what a compiler takes long for,
+    and once more with it (all in turns again) where that fits.
 
     Args:
         op: a key of ``OPS``.
@@ -114,11 +115,12 @@ def run(
             Directions that the op does not have are passed over.
         device: ``"cpu"`` or ``"cuda"``.
         repetitions, seconds, limit: as in ``Timing``.
-        budget: seconds for everything; what does not fit is left out and named on ``log``. At least one case and dtype
-            is measured.
+        budget: seconds for everything; what does not fit is left out and named on ``log``. At least one provider of
+            one case and dtype is measured.
         check: assert agreement first. Switch off only to try a provider.
         log: receives one line per step.
-        on_records: receives the records of each case and dtype as soon as they exist.
+        on_records: receives the records of each case and dtype as soon as they exist; the same ones again, and more
+            of that case and dtype, as more exist.
 
     Raises:
         ValueError: an unknown name, or a provider asked for that cannot run; the message lists the choices.
@@ -143,44 +145,78 @@ def run(
     chosen = _providers(op, asked, device, log)
 
     timing = Timing(repetitions, seconds, limit)
-    groups = sorted(
-        (
-            (case, dtype)
-            for case in map(module.CASES.__getitem__, case_names)
-            for dtype in dtypes
-            if any_dtype or dtype in case.cpu_dtypes
-        ),
-        key=lambda group: (group[1] == "float16", device not in group[0].headline),
-    )
-    records: list[Record] = []
-    failures: list[str] = []
+    records: dict[tuple[str, str], list[Record]] = {}
+    failures: dict[str, None] = {}
+    left_out: list[str] = []
     durations: list[float] = []
     started = time.perf_counter()
-    for index, (case, dtype) in enumerate(groups):
+
+    def left() -> float:
+        return math.inf if budget is None else budget - (time.perf_counter() - started)
+
+    def slow(name: str) -> float:
+        """Seconds of its compiler where the budget knows them."""
+        return module.PROVIDERS[name].compiler_seconds if budget is not None and device == "cuda" else 0.0
+
+    for case, dtype, whole in _tasks(module, case_names, dtypes, device, any(map(slow, chosen))):
+        if not any_dtype and dtype not in case.cpu_dtypes:
+            continue
         now = time.perf_counter()
-        if budget is not None and durations:
-            left = budget - (now - started)
-            if left < statistics.median(durations):
-                names = ", ".join(f"{case.name} {dtype}" for case, dtype in groups[index:])
-                log(f"left out to stay within {budget:g} s: {names}")
-                break
-            timing = replace(timing, limit=min(limit, left / 2))
         here = chosen
         if not asked:
             reasons = {name: module.PROVIDERS[name].left_out(case, dtype, device) for name in chosen}
             here = [name for name in chosen if reasons[name] is None]
             for name, reason in reasons.items():
-                if reason is not None:
+                if reason is not None and not whole:
                     log(f"without {name} on {case.name} {dtype}: {reason}")
-        group, failed = _run_group(module, case, dtype, here, directions, device, timing, check, log)
-        durations.append(time.perf_counter() - now)
-        on_records(group)
-        records += group
-        failures += [f"{name} on {case.name} {dtype}: {why}" for name, why in failed.items()]
+        compilers = [name for name in here if slow(name)]
+        if whole and not compilers:
+            continue
+        needed = statistics.median(durations or [0.0]) + (min(map(slow, compilers)) if whole else 0.0)
+        if durations and left() < needed:
+            left_out.append(f"{case.name} {dtype}" + (f" ({', '.join(compilers)})" if whole else ""))
+            continue
+        if durations and budget is not None:
+            timing = replace(timing, limit=min(limit, left() / 2))
+        here = here if whole else [name for name in here if name not in compilers]
+        keep = _Kept(records.setdefault((case.name, dtype), []), on_records)
+        failed = _run_group(
+            module, case, dtype, here, directions, device, timing, check, log, lambda name: left() - slow(name), keep
+        )
+        if not whole:
+            durations.append(time.perf_counter() - now)
+        failures |= dict.fromkeys(f"{name} on {case.name} {dtype}: {why}" for name, why in failed.items())
+    if left_out:
+        log(f"left out to stay within {budget:g} s: {', '.join(left_out)}")
     fatal = [line for line in failures if asked or is_ours(line) or line.startswith(_EVERYTHING)]
     if fatal:
         raise BenchmarkError("; ".join(fatal))
-    return records
+    return [record for group in records.values() for record in group]
+
+
+def _tasks(
+    module: ModuleType, cases: Sequence[str], dtypes: Sequence[str], device: str, compilers: bool
+) -> list[tuple[Case, str, bool]]:
+    """(case, dtype, whether with what a compiler takes long for) in the order of their importance."""
+    found = [
+        (module.CASES[case], dtype, whole)
+        for case in cases
+        for whole in ((False, True) if compilers else (False,))
+        for dtype in dtypes
+    ]
+    return sorted(found, key=lambda task: (task[1] == "float16", device not in task[0].headline))
+
+
+class _Kept:
+    """The records of one case and dtype, replaced by those of the same providers and more."""
+
+    def __init__(self, records: list[Record], tell: Callable[[list[Record]], None]) -> None:
+        self._records, self._tell = records, tell
+
+    def __call__(self, records: list[Record]) -> None:
+        if len(records) >= len(self._records):
+            self._records[:] = records
+            self._tell(list(records))
 
 
 def _providers(op: str, asked: Sequence[str] | None, device: str, log: Log) -> list[str]:
@@ -229,18 +265,24 @@ def _run_group(
     timing: Timing,
     check: bool,
     log: Log,
-) -> tuple[list[Record], dict[str, str]]:
-    """The records of one case and dtype, and provider -> message of those that failed."""
+    left: Callable[[str], float],
+    keep: Callable[[list[Record]], None],
+) -> dict[str, str]:
+    """Measure one case and dtype; provider -> message of those that failed.
+
+    ``left``: seconds for a provider when its first calls are over. ``keep`` receives all records so far of this case
+    and dtype whenever there are more.
+    """
     dtype = getattr(torch, dtype_name)
     torch.compiler.reset()
     if device == "cuda":
         torch.cuda.empty_cache()
     inputs = module.make_inputs(case, dtype, device)
-    steps, failed = _agreeing(module, inputs, providers, directions, check)
-    for name, why in failed.items():
+    steps, failed, late = _agreeing(module, inputs, providers, directions, check, left)
+    for name, why in (failed | late).items():
         log(f"without {name} on {case.name} {dtype_name}: {why}")
     if not steps:
-        return [], failed
+        return failed
     copied_bytes, beside = 0, {}
     if module.FLOOR is COPY:
         copy, copied_bytes = module.make_copy(inputs)
@@ -299,8 +341,9 @@ def _run_group(
                 )
                 records.append(record)
                 log(_line(module, record))
+        keep(records)
     inputs.drop_gradients()
-    return records, failed
+    return failed
 
 
 def _line(module: ModuleType, record: Record) -> str:
@@ -316,21 +359,31 @@ def _line(module: ModuleType, record: Record) -> str:
 
 
 def _agreeing(
-    module: ModuleType, inputs: Inputs, providers: Sequence[str], directions: Sequence[str], check: bool
-) -> tuple[dict[str, Step], dict[str, str]]:
+    module: ModuleType,
+    inputs: Inputs,
+    providers: Sequence[str],
+    directions: Sequence[str],
+    check: bool,
+    left: Callable[[str], float],
+) -> tuple[dict[str, Step], dict[str, str], dict[str, str]]:
     """Steps of the providers that run and agree with float64, each called once in every mode that will be timed.
 
     The op's floor, where it is a provider, is among them, asked for or not. The second dictionary has the messages of
-    the others. Where float64 or eager cannot be computed there is nothing to hold them to, and all of them fail.
+    those that failed, the third of those that there was no time for: the floor and our backends come first. Where
+    float64 or eager cannot be computed there is nothing to hold them to, and all of them fail.
     """
     steps: dict[str, Step] = {}
     failed: dict[str, str] = {}
+    late: dict[str, str] = {}
     try:
         agreement = module.Agreement(inputs) if check else None
     except Exception as error:
-        return {}, {_EVERYTHING: first_line(error)}
+        return {}, {_EVERYTHING: first_line(error)}, {}
     with_floor = dict.fromkeys([*(name for name in [module.FLOOR.name] if name in module.PROVIDERS), *providers])
-    for name in with_floor:
+    for name in sorted(with_floor, key=lambda name: (name != module.FLOOR.name, not is_ours(name))):
+        if steps and left(name) <= 0:
+            late[name] = "there is no time left for it"
+            continue
         try:
             step = module.make_step(name, inputs)
             if agreement is not None and module.PROVIDERS[name].is_loss:
@@ -344,7 +397,7 @@ def _agreeing(
         except Exception as error:  # out of memory, a size that a peer does not take, a compiler that is missing
             failed[name] = first_line(error)
         inputs.drop_gradients()
-    return steps, failed
+    return {name: steps[name] for name in with_floor if name in steps}, failed, late
 
 
 #: A step in the parts that are timed one after the other.

@@ -3,7 +3,8 @@
     PYTHONPATH=tests/emulator python -m pytest -p emulated_cuda ...      runs tests on it
     python tests/emulator/emulated_cuda.py                               builds it and prints its path
 
-The environment variables LTK_EMULATED_DEVICE and LTK_EMULATED_ORDER choose the chip and the threads' order.
+The environment variables LTK_EMULATED_DEVICE and LTK_EMULATED_ORDER choose the chip and the threads' order; with
+LTK_EMULATED_FUSED set, products and sums are fused where a GPU's compiler would.
 """
 
 from __future__ import annotations
@@ -22,28 +23,33 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (*sorted(ROOT.glob("csrc/*/cuda*.c*")), ROOT / "tests/emulator/emulator.cpp")
 # the compiler cannot see that what is read was filled in under the same condition
 FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized -DLTK_EMULATED".split()
+CPUINFO = Path("/proc/cpuinfo")
+#: Products are fused with what is added to them, as nvcc does it (LTK_EMULATED_FUSED; where the processor can).
+FUSED = ["-mfma", "-ffp-contract=fast"]
 
 
 def build() -> Path:
     """The library, built again only when its sources or torch changed."""
     files = sorted(path for folder in ("csrc", "tests/emulator") for path in (ROOT / folder).rglob("*.[ch]*"))
-    key = hashlib.sha256(torch.__version__.encode())
+    fused = "LTK_EMULATED_FUSED" in os.environ and CPUINFO.exists() and " fma " in CPUINFO.read_text()
+    flags, name = [*FLAGS, *(FUSED if fused else ())], "fused" if fused else "emulated"
+    key = hashlib.sha256(" ".join([torch.__version__, *flags]).encode())
     for path in (*files, *SOURCES):
         key.update(path.read_bytes())
     folder = ROOT / "build/emulator"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"emulated_{key.hexdigest()[:16]}.so"
+    library = folder / f"{name}_{key.hexdigest()[:16]}.so"
     with FileLock(folder / "lock"):
         if library.exists():
             return library
-        for old in folder.glob("emulated_*"):
+        for old in folder.glob(f"{name}_*"):
             old.unlink()
         includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}", *(f"-isystem{i}" for i in include_paths())]
         compiler = os.environ.get("CXX", "g++")
 
         def compile_one(source: Path) -> str:
-            output = str(folder / f"{source.parent.name}_{source.name}.o")
-            subprocess.run([compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", output], check=True)
+            output = str(folder / f"{source.parent.name}_{source.name}_{name}.o")
+            subprocess.run([compiler, *flags, *includes, "-x", "c++", "-c", str(source), "-o", output], check=True)
             return output
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:

@@ -58,6 +58,9 @@ void store_whole(V* to, V value) {
   *to = value;
 }
 
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+
 inline float fast_exp(float x) { return std::exp(x); }
 inline double fast_exp(double x) { return std::exp(x); }
 

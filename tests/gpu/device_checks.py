@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import SkipTest
@@ -143,6 +144,27 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor], what: str) ->
             raise AssertionError(f"{what}: {differ} of {a.numel()} elements of result {position} differ")
 
 
+@contextmanager
+def synchronisation_is_an_error() -> Iterator[None]:
+    """Torch warns once that the mode does not detect everything."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_all_close(
+    actual: Iterable[Tensor], expected: Iterable[Tensor], names: Iterable[str], **tolerances: float
+) -> None:
+    """torch.testing.assert_close of each, whose message says which."""
+    for name, a, b in zip(names, actual, expected, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}", **tolerances)
+
+
 def need_free_memory(size: int) -> None:
     free = torch.cuda.mem_get_info()[0]
     if free < size:
@@ -238,12 +260,8 @@ def no_synchronisation(device: str, case: Case, reduction: str, policy: str) -> 
     sample = case.sample(torch.bfloat16, device, reduction=reduction)
     with gradient_policy(policy):
         step(sample, upstream=0.5)  # compiles, and loads modules
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with synchronisation_is_an_error():
             step(sample, upstream=0.5)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @check(needs_cuda=True, case=WAYS, reduction=REDUCTIONS, policy=POLICIES)
@@ -311,13 +329,13 @@ def compile_fullgraph(device: str, case: Case) -> None:
     def call(x: Tensor, y: Tensor, **options: Any) -> Tensor:
         return 2 * margin_cross_entropy(x.sin(), y, **options)
 
-    leaves = list(sample.differentiable.values())
+    leaves = sample.differentiable
     results = []
     for function in (call, torch.compile(call, fullgraph=True)):
         loss = function(sample.input, sample.target, **sample.options)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+        results.append([loss, *torch.autograd.grad(loss, list(leaves.values()))])
+    eager, compiled = results
+    assert_all_close(compiled, eager, ["loss", *(f"gradient of {name}" for name in leaves)])
 
 
 @check(policy=POLICIES)

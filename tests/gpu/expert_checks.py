@@ -16,12 +16,14 @@ from device_checks import (
     POLICIES,
     REDUCTIONS,
     all_tensors,
+    assert_all_close,
     assert_same_bits,
     check,
     checks_on,
     gradient_policy,
     need_free_memory,
     poisoned_memory,
+    synchronisation_is_an_error,
 )
 from expert_cases import CASES, LAYOUTS, Case
 from torch import Tensor
@@ -299,12 +301,8 @@ def expert_no_synchronisation(device: str, work: Work, policy: str) -> None:
     sample = work.case.sample(torch.bfloat16, device)
     with gradient_policy(policy):
         work.run(sample)  # compiles, and loads modules
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with synchronisation_is_an_error():
             work.run(sample)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @check(needs_cuda=True, work=WORKS, policy=POLICIES)
@@ -361,8 +359,8 @@ def expert_compile(device: str, call: Callable[..., Tensor]) -> None:
     for function in (call, torch.compile(call, fullgraph=True, dynamic=False)):
         value = function(sample.input, sample.target, sample.options["log_prior"])
         results.append([value, *torch.autograd.grad(value, sample.input)])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+    eager, compiled = results
+    assert_all_close(compiled, eager, ["value", "gradient"])
 
 
 @check(dtype=HALF_AND_SINGLE, policy=POLICIES)

@@ -15,12 +15,14 @@ from device_checks import (
     HALF_AND_SINGLE,
     POLICIES,
     REDUCTIONS,
+    assert_all_close,
     assert_same_bits,
     check,
     checks_on,
     gradient_policy,
     need_free_memory,
     poisoned_memory,
+    synchronisation_is_an_error,
 )
 from linear_cases import CASES, Case
 from torch import Tensor
@@ -103,12 +105,8 @@ def linear_no_synchronisation(device: str, case: Case, mode: str, policy: str) -
     sample = case.sample(torch.bfloat16, device)
     with cut(mode, case) as strategy, gradient_policy(policy):
         run(sample, strategy, 0.5)  # compiles, and loads modules
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with synchronisation_is_an_error():
             run(sample, strategy, 0.5)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @check(needs_cuda=True, case=REAL, mode=MODES)
@@ -127,8 +125,8 @@ def linear_graph_replay(device: str, case: Case, mode: str) -> None:
             value.detach().copy_(_tensors(other)[name].detach())
         expected = run(other, strategy, -0.5)
         graph.replay()
-        for a, b in zip(captured, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)  # the library may choose another product there
+        names = ["loss", *(f"gradient of {name}" for name in static.differentiable)]
+        assert_all_close(captured, expected, names, rtol=1e-2, atol=1e-4)  # the library may choose another product
 
 
 def _tensors(sample: Sample) -> dict[str, Tensor]:
@@ -192,8 +190,8 @@ def linear_compile(device: str, mode: str) -> None:
 
         compiled = torch.compile(call, fullgraph=True, dynamic=False)
         values = [torch.autograd.grad(f(sample.input, weight), (sample.input, weight)) for f in (call, compiled)]
-    for a, b in zip(*values, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    expected, actual = values
+    assert_all_close(actual, expected, ["gradient of input", "gradient of weight"], rtol=1e-4, atol=1e-6)
 
 
 @check(case={name: REAL[name] for name in ("inat18", "mixed")}, mode=MODES)

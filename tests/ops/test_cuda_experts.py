@@ -17,8 +17,8 @@ def test_kernels_of_experts_on_the_emulator(device):
 
 
 def test_every_generic_case_of_fusion_on_the_emulator():
-    assert passed(run_on_the_emulator("test_expert_fusion.py", "-k", f"not ({ELSEWHERE})")) > 100
+    assert passed(run_on_the_emulator("test_expert_fusion.py", "-k", f"not ({ELSEWHERE})", fused=True)) > 100
 
 
 def test_every_generic_case_of_divergences_on_the_emulator():
-    assert passed(run_on_the_emulator("test_expert_divergence.py", "-k", f"not ({ELSEWHERE})")) > 200
+    assert passed(run_on_the_emulator("test_expert_divergence.py", "-k", f"not ({ELSEWHERE})", fused=True)) > 200

@@ -646,6 +646,18 @@ def test_opcheck_backward(name, backend, device):
     )
 
 
+@pytest.mark.parametrize("name", ["learnable vectors", "mixup with everything", "segmentation with everything"])
+def test_gradients_are_tensors_of_their_own(name, backend, device):
+    """As the fake says: compiled code asserts that each begins on 16 bytes."""
+    sample = by_id(name).sample(torch.float32, device)
+    loss = margin_cross_entropy(sample.input, sample.target, **sample.options)
+    found = torch.autograd.grad(loss, list(sample.differentiable.values()))
+    assert len(found) == 5
+    assert len({grad.untyped_storage().data_ptr() for grad in found}) == len(found)
+    for grad in found:
+        assert grad.storage_offset() == 0
+
+
 @pytest.mark.parametrize("name", ["plain", "mixup with everything", "probabilities with everything", "segmentation"])
 def test_compile_fullgraph(name, backend, device):
     torch._dynamo.reset()

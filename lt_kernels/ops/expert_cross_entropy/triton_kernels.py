@@ -16,6 +16,7 @@ import triton.language as tl
 from ..margin_cross_entropy.triton_math import (
     _INF,
     _NO_COLUMN,
+    _affine,
     _at_targets,
     _best,
     _better,
@@ -32,7 +33,7 @@ from ..margin_cross_entropy.triton_math import (
     _ordinary,
     _reference,
     _same,
-    _shifted,
+    _shifted_with,
     _slopes,
     _slot_of,
     _slots,
@@ -72,14 +73,13 @@ def _with_bias(slot, expert: tl.constexpr, tau, log_prior_ptr, class_bias_ptr, c
     """A target of a row of which _slot does not know the bias."""
     column, valid, factor, weight, plain, shifted, phi, dphi_dc, dphi_dm = slot
     index = tl.maximum(column, 0)
+    bias = 0.0
+    if log_prior_ptr is not None:
+        bias = _affine(tl.load(log_prior_ptr + index), tau, None)
     if class_bias_ptr is not None:
         bias_ptr, before = _bias_of(class_bias_ptr, expert, classes, OWN_BIAS)
-        bias = tl.load(bias_ptr + before + index)
-        plain, shifted = plain + bias, shifted + bias
-    if log_prior_ptr is not None:
-        bias = tau * tl.load(log_prior_ptr + index)
-        plain, shifted = plain + bias, shifted + bias
-    return column, valid, factor, weight, plain, shifted, phi, dphi_dc, dphi_dm
+        bias += tl.load(bias_ptr + before + index)
+    return column, valid, factor, weight, plain + bias, shifted + bias, phi, dphi_dc, dphi_dm
 
 
 @triton.jit
@@ -97,13 +97,14 @@ def _shifted_by(
     scale, HAS_SCALE: tl.constexpr, OWN_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """u = scale * class_scale * x + class_bias + tau * prior; -inf outside the mask, where x is -inf."""
-    u = _shifted(x, first, offsets, mask, None, class_scale_ptr, scale, HAS_SCALE, WIDE)
+    bias = None
+    if log_prior_ptr is not None:
+        bias = _affine(prior, tau, None)  # rounded, as is the bias that the rows kernel gets for it in backward
     if class_bias_ptr is not None:
         bias_ptr, before = _bias_of(class_bias_ptr, expert, classes, OWN_BIAS)
-        u += _class_values(bias_ptr, first + before, offsets, mask, 0.0, WIDE, False)
-    if log_prior_ptr is not None:
-        u += tau * prior
-    return u
+        own = _class_values(bias_ptr, first + before, offsets, mask, 0.0, WIDE, False)
+        bias = own if bias is None else bias + own
+    return _shifted_with(x, bias, first, offsets, mask, class_scale_ptr, scale, HAS_SCALE, WIDE)
 
 
 @triton.jit
@@ -232,8 +233,8 @@ def _sweep_of_sum(
     best_groups = tl.full([LANES], _NO_COLUMN, tl.int32)
     for begin in range(0, groups, REPEAT * LANES):
         group, inside, offsets, mask = _tile(begin, groups, group_a, group_b, GROUP, LANES, REPEAT)
-        z = _sum_of_bodies(logits_ptrs, row, expert_stride, row_stride, offsets, mask, GROUP, EXPERTS) * scale
-        z = tl.where(mask, z, -_INF)
+        z = _sum_of_bodies(logits_ptrs, row, expert_stride, row_stride, offsets, mask, GROUP, EXPERTS)
+        z = tl.where(mask, _affine(z, scale, None), -_INF)
         peaks, masses, _, _ = _grown(z, peaks, masses, masses, masses)
         tile_bests, tile_groups = _best_groups(z, group, inside)
         bests, best_groups = _better(bests, best_groups, tile_bests, tile_groups)
@@ -251,7 +252,7 @@ def _best_of_sum(
     offsets = tl.where(exists, first, 0) * GROUP + tl.arange(0, GROUP)
     mask = exists & (offsets >= 0)
     total = _sum_of_bodies(logits_ptrs, row, expert_stride, row_stride, offsets, mask, GROUP, EXPERTS)
-    same = exists & _same(total * scale, highest)
+    same = exists & _same(_affine(total, scale, None), highest)
     return highest, tl.min(tl.where(same, head + offsets, _NO_COLUMN), 0)
 
 
@@ -383,7 +384,7 @@ def _experts_forward_kernel(
             logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, mean_scale, GROUP, LANES,
             SWEEP, EXPERTS,
         )  # fmt: skip
-        z_edge = tl.where(edge_mask, sum_edge * mean_scale, -_INF)
+        z_edge = tl.where(edge_mask, _affine(sum_edge, mean_scale, None), -_INF)
         z_rest = tl.where(rest_mask, z_edge, -_INF)
         peak = tl.maximum(tl.max(z_rest, 0), tl.max(peaks, 0))
         masses, _ = _joined(peaks, masses, masses, masses, peak)

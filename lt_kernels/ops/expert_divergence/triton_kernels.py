@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .._triton_experts import _edge_columns, _lane_max, _of_lanes, _rows_of, _tile_columns
-from ..margin_cross_entropy.triton_math import _INF, _class_values, _exp, _reference
+from ..margin_cross_entropy.triton_math import _INF, _affine, _class_values, _exp, _reference
 from ..margin_cross_entropy.triton_rows import _lane_sum
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def _visited(us, peaks, masses, sums, mean_peak, mean_mass, PAIRWISE: tl.constex
         new_peaks = new_peaks + (tl.maximum(peaks[e], _lane_max(us[e])),)
     new_mean_peak = mean_peak
     if not PAIRWISE:
-        mean = _total(us) * (1.0 / EXPERTS)
+        mean = _affine(_total(us), 1.0 / EXPERTS, None)
         new_mean_peak = tl.maximum(mean_peak, _lane_max(mean))
     masses, sums, mean_mass = _raised(peaks, masses, sums, mean_peak, mean_mass, new_peaks, new_mean_peak, PAIRWISE)
     vs = ()
@@ -232,7 +232,7 @@ def _gradients(us, terms, PAIRWISE: tl.constexpr, DETACH: tl.constexpr):
             own = _times(ps[e], (EXPERTS * vs[e] - total) - averages[e])
             dus = dus + (grads[e] * own + (ps[e] * _total(grads) - subtracted),)
     else:
-        mean = _total(us) * (1.0 / EXPERTS) - mean_peak
+        mean = _affine(_total(us), 1.0 / EXPERTS, None) - mean_peak
         mean_p = _exp(mean) * mean_inverse
         through = tl.zeros_like(mean)
         if not DETACH:

@@ -13,6 +13,7 @@ from ..margin_cross_entropy.triton_math import (
     _INF,
     _NO_COLUMN,
     _REPEAT_AXIS,
+    _affine,
     _class_values,
     _exp,
     _full_scale,
@@ -28,13 +29,13 @@ _NAN_KEY = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _term(x_ptrs, begins, e: tl.constexpr, offsets, mask, weights, expert_weight_ptr):
-    """Expert e's share."""
+def _plus(u, x_ptrs, begins, e: tl.constexpr, offsets, mask, weights, expert_weight_ptr):
+    """u (None: 0) and expert e's share."""
     x = tl.load(x_ptrs[e] + begins[e] + offsets, mask=mask, other=0.0).to(tl.float32)
     weight = weights[e]
     if expert_weight_ptr is not None:
         weight = weight * tl.load(expert_weight_ptr + e)
-    return weight * x
+    return _affine(x, weight, u)
 
 
 @triton.jit
@@ -43,13 +44,16 @@ def _fused(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """u of the columns first + offsets, which expert e has at begins[e] + offsets; -inf outside the mask."""
-    u = _term(x_ptrs, begins, 0, offsets, mask, weights, expert_weight_ptr)
-    for e in tl.static_range(1, len(x_ptrs)):
-        u += _term(x_ptrs, begins, e, offsets, mask, weights, expert_weight_ptr)
-    if HAS_SCALE:
-        u = u * scale
+    u = None
+    for e in tl.static_range(len(x_ptrs)):
+        u = _plus(u, x_ptrs, begins, e, offsets, mask, weights, expert_weight_ptr)
+    shift = None
     if class_shift_ptr is not None:
-        u += _class_values(class_shift_ptr, first, offsets, mask, 0.0, WIDE, False)
+        shift = _class_values(class_shift_ptr, first, offsets, mask, 0.0, WIDE, False)
+    if HAS_SCALE:
+        u = _affine(u, scale, shift)
+    elif shift is not None:
+        u += shift
     return tl.where(mask, u, -_INF)
 
 

@@ -24,6 +24,7 @@ from ..margin_cross_entropy.triton_math import (
     _INF,
     _INTERPRETED,
     _NO_COLUMN,
+    _affine,
     _better,
     _class,
     _exp,
@@ -265,7 +266,7 @@ def _tiled_forward_kernel(
         s = _product(x, tl.trans(w), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
         columns = (begin + lane)[None, :]
         slope, offset = _class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
-        u = s * slope + offset
+        u = _affine(s, slope, offset)
         is_target = lane[None, :] == (column_a - begin)[:, None]
         if mixed_target_ptr is not None:
             is_target = is_target | (lane[None, :] == (column_b - begin)[:, None])
@@ -548,7 +549,7 @@ def _grad_input_kernel(
         s = _product(x, tl.trans(w), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
         columns = (begin + lane)[None, :]
         slope, offset = _class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
-        du = row_slope[:, None] * _exp(s * slope + offset - peak[:, None])
+        du = row_slope[:, None] * _exp(_affine(s, slope, offset) - peak[:, None])
         if SMOOTH:
             if weight_ptr is not None:
                 du -= smooth[:, None] * tl.load(weight_ptr + columns, mask=columns < classes, other=0.0)
@@ -620,7 +621,7 @@ def _grad_factor_kernel(
         x = _vectors(input_ptr, row, rows, width, input_stride, FULL, BLOCK_D)
         s = _product(w, tl.trans(x), tl.zeros([BLOCK_C, BLOCK_N], tl.float32), PRECISION)
         own_ptr = terms_ptr + row
-        du = _exp(s * slope + offset - tl.load(own_ptr + _PEAK * size)[None, :])
+        du = _exp(_affine(s, slope, offset) - tl.load(own_ptr + _PEAK * size)[None, :])
         du = tl.load(own_ptr + _SLOPE * size)[None, :] * du
         if SMOOTH:
             smooth = tl.load(own_ptr + _SMOOTH * size)[None, :]

@@ -32,6 +32,14 @@ def _exp(x):
 
 
 @triton.jit
+def _affine(x, a, b):
+    """a x + b (b: 0 if None) with one rounding: how every kernel has its u. Left to itself the compiler fuses a product
+    with whatever is added next, in one kernel with the bias and in another with -peak; where |u| is some hundred, an
+    exponential would then be off by what u was rounded by in the kernel that found the peak."""
+    return tl.fma(x, a, 0.0 if b is None else b)
+
+
+@triton.jit
 def _log1p_exp(x):
     """log(1 + exp(x)) for x <= 0."""
     z = _exp(x)
@@ -135,8 +143,8 @@ def _slot_of(
     else:
         phi = cosine - margin
         dphi_dc, dphi_dm = one, -one
-    plain = (scale * class_scale) * x + bias
-    shifted = scale * phi + bias
+    plain = _affine(x, scale * class_scale, bias)
+    shifted = _affine(phi, scale, bias)
     return column, valid, factor, weight, plain, shifted, phi, dphi_dc, dphi_dm
 
 
@@ -298,15 +306,22 @@ def _shifted(
     x, first, offsets, mask, class_bias_ptr, class_scale_ptr, scale, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr
 ):
     """u = scale * class_scale * x + class_bias; -inf outside the mask, where x is -inf."""
-    u = x
-    if class_scale_ptr is not None:
-        u = u * (scale * _class_values(class_scale_ptr, first, offsets, mask, 1.0, WIDE, False))
-    elif HAS_SCALE:
-        u = u * scale
+    bias = None
     if class_bias_ptr is not None:
-        u += _class_values(class_bias_ptr, first, offsets, mask, 0.0, WIDE, False)
-    if HAS_SCALE or class_scale_ptr is not None:
+        bias = _class_values(class_bias_ptr, first, offsets, mask, 0.0, WIDE, False)
+    return _shifted_with(x, bias, first, offsets, mask, class_scale_ptr, scale, HAS_SCALE, WIDE)
+
+
+@triton.jit
+def _shifted_with(x, bias, first, offsets, mask, class_scale_ptr, scale, HAS_SCALE: tl.constexpr, WIDE: tl.constexpr):
+    """The same of a bias that has been loaded, None for none."""
+    if class_scale_ptr is not None:
+        u = _affine(x, scale * _class_values(class_scale_ptr, first, offsets, mask, 1.0, WIDE, False), bias)
         u = tl.where(mask, u, -_INF)  # -inf times what is not positive
+    elif HAS_SCALE:
+        u = tl.where(mask, _affine(x, scale, bias), -_INF)
+    else:
+        u = x if bias is None else x + bias
     return u
 
 

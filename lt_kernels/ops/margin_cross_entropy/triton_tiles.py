@@ -13,6 +13,7 @@ from .triton_math import (
     _INF,
     _NO_COLUMN,
     _REPEAT_AXIS,
+    _affine,
     _at_targets,
     _better,
     _exp,
@@ -428,6 +429,7 @@ def _tiles_backward_kernel(
     if class_scale_ptr is not None:
         class_scale = tl.load(class_scale_ptr + columns, mask=real, other=1.0)
         slope_x = scale * class_scale
+    class_bias = None
     if class_bias_ptr is not None:
         class_bias = tl.load(class_bias_ptr + columns, mask=real, other=0.0)
     weight = 1.0
@@ -443,11 +445,10 @@ def _tiles_backward_kernel(
         mask = real & inside[None, :]
         offsets = k[None, :] * input_stride_k * ALIGN + columns.to(tl.int64) * input_stride_c
         x = tl.load(input_ptr + n * input_stride_n * ALIGN + offsets, mask=mask, other=0.0).to(tl.float32)
-        u = x
         if HAS_SCALE or class_scale_ptr is not None:
-            u = u * slope_x
-        if class_bias_ptr is not None:
-            u += class_bias
+            u = _affine(x, slope_x, class_bias)
+        else:
+            u = x if class_bias is None else x + class_bias
         u = u - tl.load(rest_ptr + row)[None, :]
         du = tl.load(terms_ptr + row)[None, :] * _exp(u)
         smooth = tl.load(terms_ptr + size + row)[None, :]
