@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "demo",
-        help="train on long-tailed digits with six losses; measure throughput; three plots",
-        description="Train a small network on scikit-learn's handwritten digits, made long-tailed, with six losses,\n"
+        help="train on long-tailed digits with nine losses; measure throughput; four plots",
+        description="Train a small network on scikit-learn's handwritten digits, made long-tailed, with nine losses,\n"
         "and measure the fused loss on an iNaturalist-2018-like head. Needs the extra: pip install 'lt_kernels[demo]'.",
         epilog="""examples:
   lt-kernels demo

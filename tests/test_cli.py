@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import lt_kernels
 from lt_kernels import cli, demo
@@ -194,7 +195,14 @@ def test_demo_trains_and_draws(capsys, tmp_path):
     assert status == 0
     for name in demo.LOSSES:
         assert f"\n{name:20}" in out
-    for plot in ("accuracy_per_class.png", "reliability.png"):
+    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines() if line[:20].strip() in demo.LOSSES}
+    columns = len(demo.GROUPS) + len(demo.ERRORS) + len(demo.SPREADS)
+    assert {len(row) for row in rows.values()} == {columns}
+    for name, row in rows.items():
+        spreads = row[-len(demo.SPREADS) :]
+        assert spreads == ["-"] * 3 if name.startswith("BalPoE") else all(0 < float(each) < 100 for each in spreads)
+    assert rows["logit adjustment"] != rows["logit adj. + views"]
+    for plot in ("accuracy_per_class.png", "reliability.png", "embeddings.png"):
         assert str(tmp_path / plot) in out
         assert (tmp_path / plot).stat().st_size > 10_000
 
@@ -208,3 +216,25 @@ def test_demo_split_is_long_tailed_balanced_and_disjoint():
     assert split.test_labels.bincount().tolist() == [demo.TEST_PER_CLASS] * demo.CLASSES
     train, test = ({tuple(image.flatten().tolist()) for image in part} for part in (split.images, split.test_images))
     assert not train & test
+
+
+def test_demo_views_are_shifts_of_a_pixel_and_noise(monkeypatch):
+    monkeypatch.setattr(demo, "NOISE", 0.0)
+    images = torch.rand(50, 1, 8, 8)
+    views = demo.view(images, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    shifts = torch.stack([padded[..., y : y + 8, x : x + 8] for y in range(3) for x in range(3)], 1)
+    equal = (shifts == views[:, None]).flatten(2).all(2)
+    assert equal.any(1).all()
+    assert equal.any(0).all()
+
+
+def test_demo_probe_leaves_the_network_as_it_is():
+    torch.manual_seed(0)
+    model = demo.make_model("SupCon")
+    before = [parameter.clone() for parameter in model.parameters()]
+    split = demo.Split(*[torch.rand(20, 1, 8, 8), torch.arange(20) % demo.CLASSES] * 2)
+    probed = demo.probe(model, split, torch.nn.CrossEntropyLoss())
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    torch.testing.assert_close(demo.embed(probed, split.images), demo.embed(model, split.images))
+    assert demo.predict("SupCon + probe", probed, split.images).sum(1).allclose(torch.ones(20))

@@ -27,3 +27,15 @@ def test_large_head_needs_a_tenth_of_the_memory_for_the_same_losses():
     assert abs(of_head[1] - of_dense[1]) < 1e-3, printed
     assert abs(of_head[2] - of_dense[2]) < 1e-3, printed
     assert of_head[2] < of_head[1], printed  # it learns
+
+
+def test_segmentation_finds_rare_classes_by_adjustment_and_contrast():
+    printed = run("segmentation.py", "--images=16", "--steps=20")
+    accuracy, overlap = (part.splitlines() for part in printed.split("\n\n")[1:])
+    for rows in (accuracy, overlap):
+        assert rows[0].split()[-2:] == ["frequent", "rare"], printed
+    found = {row[:28].strip(): [float(value) for value in row[28:].split()] for row in accuracy[2:]}
+    assert list(found) == ["cross-entropy", "logit adjustment", "GML"], printed
+    assert found["cross-entropy"][0] > 90, printed  # background
+    for name in ("logit adjustment", "GML"):
+        assert found[name][-1] > found["cross-entropy"][-1] + 5, printed

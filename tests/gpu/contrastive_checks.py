@@ -6,7 +6,6 @@ A check goes through every strategy that its backend has, and names the one that
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from device_checks import (
     checks_on,
     need_free_memory,
     poisoned_memory,
+    synchronisation_is_an_error,
 )
 from torch import Tensor
 
@@ -128,18 +128,6 @@ def step(sample: ContrastiveSample, strategy: str = "auto", upstream: tuple[floa
     weights = [torch.full_like(value, factor) for value, factor in pairs]
     grads = torch.autograd.grad([value for value, _ in pairs], leaves, weights) if pairs else ()
     return [*(value.detach() for value in values), *grads]
-
-
-@contextmanager
-def synchronisation_is_an_error() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def check_case(case: Case, dtype: torch.dtype, device: str) -> None:

@@ -188,6 +188,20 @@ def test_values_of_long_sums(dtype, classes):
     check(block._replace(z=z))
 
 
+@pytest.mark.parametrize("options", ["", "bsl"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_of_u_agree_to_the_last_bit(dtype, options):
+    """In both directions: the exponential of a side's largest logit is 1."""
+    for classes in ("few", "dense"):
+        block = drawn((1, 3000), DTYPES[dtype], classes, "self", 0, options)
+        statistics = native.forward(block, False)
+        terms = statistics[:N_TERMS].clone()
+        terms[[NEG_MASS, POS_MASS]], terms[POS_SUM] = 1.0, 0.0
+        found = gradients(native, block, terms, [False, True, False], "one")["sum of G"]
+        same = block.query_label == block.key_label
+        assert found[~same].max() == found[same].max() == 1.0
+
+
 def test_values_that_are_masked():
     """Columns of -inf on both sides; a side that has nothing else."""
     block = drawn((6, 300), torch.float32, "dense", "nothing", 0, "b")
