@@ -1,5 +1,5 @@
 # Needs python3 (3.10 or newer), a C++ compiler, make and a package index. Everything is installed into .venv.
-#   make demo    the main job on real data, with a table and two plots
+#   make demo    the main job on real data, with a table and four plots
 #   make test    every test
 # LT_KERNELS_BUILD=cuda builds the CUDA C++ kernels too, where torch has CUDA and nvcc is there.
 # TORCH_INDEX chooses where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU-only build.

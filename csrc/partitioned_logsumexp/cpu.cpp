@@ -19,8 +19,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kStrip = 512;     // columns whose sums over rows are kept in the first-level cache
-constexpr int64_t kShortSums = 64;  // rows that are added up in the compute dtype; their sums are, in double
+constexpr int64_t kStrip = 512;  // columns whose sums over rows are kept in the first-level cache
+constexpr int64_t kFewColumns = 2048;
+constexpr int64_t kNarrowStrip = 128;  // where there are few, so that all threads have some
+constexpr int64_t kShortSums = 64;     // rows that are added up in the compute dtype; their sums are, in double
 
 template <class A>
 struct Prepared {
@@ -129,12 +131,13 @@ std::tuple<Tensor, Tensor> backward(LTK_PARTITIONED_BLOCK_PARAMETERS, const Tens
   }
   A* sums = need_sum ? sum.template mutable_data_ptr<A>() : nullptr;
   A* weighted_sums = need_weighted ? weighted_sum.template mutable_data_ptr<A>() : nullptr;
-  at::parallel_for(0, (columns + kStrip - 1) / kStrip, grain(rows * kStrip), [&](int64_t begin, int64_t end) {
+  const int64_t width = columns < kFewColumns ? kNarrowStrip : kStrip;
+  at::parallel_for(0, (columns + width - 1) / width, grain(rows * width), [&](int64_t begin, int64_t end) {
     A* short_sum = scratch<A>(2 * kStrip);
     A* short_weighted = short_sum + kStrip;
     std::vector<double> total(2 * kStrip);
     for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t from = strip * kStrip, to = std::min(columns, from + kStrip);
+      const int64_t from = strip * width, to = std::min(columns, from + width);
       std::fill(total.begin(), total.end(), 0.0);
       for (int64_t row = 0; row < rows;) {
         std::fill_n(short_sum, 2 * kStrip, A(0));

@@ -26,7 +26,7 @@ struct Sides {
   typename Simd<A>::I negative, positive;
 };
 
-// One row: where its logits come from.
+// A row's logits. `left` columns from j on count; vectors are whole where it is W.
 template <class T, class A, bool kScaled, bool kBiased>
 struct KeyRow {
   using Lanes = typename Simd<A>::I;
@@ -47,7 +47,6 @@ struct KeyRow {
         label(call.query_label[row]),
         excluded(call.exclude ? call.exclude[row] - call.first : -1) {}
 
-  // `left` columns from j on count; vectors are whole where it is W.
   inline Vec<A> similarity(int64_t j, int64_t left) const { return get_some<A>(z + j, left, A(0)); }
   inline Vec<A> own_scale(int64_t j, int64_t left) const {
     return kScaled ? get_some<A>(key_scale + j, left, A(0)) : splat(A(1));
@@ -59,6 +58,7 @@ struct KeyRow {
     return affine(similarity(j, left), factor(j, left), kBiased ? get_some<A>(key_bias + j, left, A(0)) : Vec<A>{});
   }
 
+  // Whether all columns of the group at j are negative.
   inline bool is_plain(int64_t j, int64_t end) const {
     constexpr int64_t kColumns = kGroupColumns<A>;
     if (end - j < kColumns || (excluded >= j && excluded < j + kColumns)) return false;
@@ -76,7 +76,7 @@ struct KeyRow {
 #endif
   }
 
-  // Neither: lanes that are left out, or from `left` on.
+  // Of the vector at j. Lanes that are left out and those from `left` on are on neither side.
   inline Sides<A> sides(int64_t j, int64_t left) const {
     Lanes lane, key = {};
     for (int64_t i = 0; i < W; ++i) lane[i] = static_cast<Int<A>>(i);
@@ -134,14 +134,15 @@ struct SideSums {
   }
 };
 
+// A row's sums over the stretches so far. Without kSlopes, slopes mean nothing.
 template <class T, class A, bool kScaled, bool kBiased, bool kSlopes>
 struct RowSums {
   using Lanes = typename Simd<A>::I;
   static constexpr int64_t W = Simd<A>::W, kColumns = kGroupColumns<A>;
   KeyRow<T, A, kScaled, kBiased> x;
   SideSums<A> negatives, positives;
-  Vec<A> similarities = {};  // of positives
-  Lanes minus_count = {};    // of positives
+  Vec<A> similarities = {};  // of positives, added up
+  Lanes minus_count = {};    // how many these are, negated: true is -1
 
   RowSums(const PartitionedCall<A>& call, int64_t row) : x(call, row) {}
 
@@ -182,7 +183,7 @@ struct RowSums {
   }
 
  private:
-  // Logits of a stretch, and their maxima; returns which groups are mixed. Adds similarities and their number.
+  // Logits of a stretch and their maxima; which groups are mixed, a bit for each. Adds similarities and their number.
   inline uint32_t find_maxima(int64_t first, int64_t last, A* logits, Vec<A>* high, Vec<A>* high_positive) {
     const Vec<A> lowest = splat(minus_infinity<A>());
     uint32_t mixed = 0;

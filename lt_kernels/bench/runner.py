@@ -51,6 +51,8 @@ _ONCE_MS = 5000.0  # ... unless it takes longer than this: it is timed once
 _EVERYTHING = "everything"  # stands for all providers in messages
 _PART = "lt_kernels.bench: part"
 _FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+_CYCLES_A_MS = 2e6  # of a GPU, at least about
+_MOST_HOST_MS = 20.0  # what a first repetition takes beyond is compilation
 Log = Callable[[str], None]
 
 
@@ -427,14 +429,15 @@ def measure(
 
     Gradients of ``inputs`` are dropped before each repetition. On a CPU the wall clock, in bursts: a turn repeats its
     step ``_BURST`` times after one untimed repetition, so that a step finds the caches as its own repetition left them
-    and not as another provider did. On a GPU the device's time between events, one repetition a turn: the L2 cache is
-    overwritten before each, which also keeps the device busy while the host runs ahead, so that launch latency is not
-    counted. A step beyond ``_SLOW_MS`` is timed once a turn, and its first repetition counts; one beyond ``_ONCE_MS``
+    and not as another provider did. On a GPU the device's time between events, one repetition a turn: before each the
+    device spins while the host runs ahead, so that what the host takes is not counted, and overwrites the L2 cache. A step beyond ``_SLOW_MS`` is timed once a turn, and its first repetition counts; one beyond ``_ONCE_MS``
     is not repeated.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
+    host: dict[str, float] = {}  # milliseconds that the host takes for a repetition, the fewest so far
 
-    def once(parts: Parts) -> tuple[float, ...]:
+    def once(name: str) -> tuple[float, ...]:
+        parts = steps[name]
         inputs.drop_gradients()
         if flush is None:
             clock = [time.perf_counter()]
@@ -442,26 +445,28 @@ def measure(
                 part()
                 clock.append(time.perf_counter())
             return tuple((end - start) * 1e3 for start, end in itertools.pairwise(clock))
-        for _ in range(8):
-            flush.zero_()
+        torch.cuda._sleep(int((1.0 + 2.0 * host.get(name, 2.0)) * _CYCLES_A_MS))
+        flush.zero_()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
+        began = time.perf_counter()
         events[0].record()
         for part, event in zip(parts, events[1:], strict=True):
             part()
             event.record()
+        host[name] = min(host.get(name, _MOST_HOST_MS), (time.perf_counter() - began) * 1e3)
         torch.cuda.synchronize()
         return tuple(start.elapsed_time(end) for start, end in itertools.pairwise(events))
 
     names = list(steps)
     started = time.perf_counter()
-    times = {name: [once(steps[name])] for name in names}
+    times = {name: [once(name)] for name in names}
     fast = [name for name in names if sum(times[name][0]) < _SLOW_MS]
     repeated = [name for name in names if sum(times[name][0]) < _ONCE_MS]
     for name in fast:
         times[name].clear()
     for _ in range(_WARMUP - 1):
         for name in fast:
-            once(steps[name])
+            once(name)
     burst = 1 if flush is not None else min(_BURST, timing.repetitions)
     turn = 0
     while repeated:
@@ -473,8 +478,8 @@ def measure(
         for position in range(len(repeated)):
             name = repeated[(position + turn) % len(repeated)]
             if name in fast and flush is None:
-                once(steps[name])
-            times[name] += [once(steps[name]) for _ in range(burst if name in fast else 1)]
+                once(name)
+            times[name] += [once(name) for _ in range(burst if name in fast else 1)]
         turn += 1
     return times
 
