@@ -430,7 +430,8 @@ def measure(
     Gradients of ``inputs`` are dropped before each repetition. On a CPU the wall clock, in bursts: a turn repeats its
     step ``_BURST`` times after one untimed repetition, so that a step finds the caches as its own repetition left them
     and not as another provider did. On a GPU the device's time between events, one repetition a turn: before each the
-    device spins while the host runs ahead, so that what the host takes is not counted, and overwrites the L2 cache. A step beyond ``_SLOW_MS`` is timed once a turn, and its first repetition counts; one beyond ``_ONCE_MS``
+    device spins while the host runs ahead, so that what the host takes is not counted, and overwrites the L2 cache. A
+    step beyond ``_SLOW_MS`` is timed once a turn, and its first repetition counts; one beyond ``_ONCE_MS``
     is not repeated.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None

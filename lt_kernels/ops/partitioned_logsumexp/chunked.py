@@ -61,18 +61,26 @@ class Sweep:
             assert self._room is not None
             z = self._room[: rows.stop - rows.start, : keys.stop - keys.start]
         if not filled:
-            torch.mm(a.query[rows], a.keys[keys].t(), out=z)
+            torch.mm(self.of_rows(a.query, rows), self.of_keys(a.keys, keys).t(), out=z)
         return Block(
             z,
-            a.query_label[rows],
-            a.key_label[keys],
-            None if a.exclude is None else a.exclude[rows],
+            self.of_rows(a.query_label, rows),
+            self.of_keys(a.key_label, keys),
+            None if a.exclude is None else self.of_rows(a.exclude, rows),
             keys.start,
-            None if a.key_bias is None else a.key_bias[keys],
-            None if a.key_scale is None else a.key_scale[keys],
+            None if a.key_bias is None else self.of_keys(a.key_bias, keys),
+            None if a.key_scale is None else self.of_keys(a.key_scale, keys),
             a.learned_scale,
             a.scale,
         )
+
+    def of_rows(self, value: Tensor, rows: slice) -> Tensor:
+        """value[rows]; small calls spend much of their time on slices."""
+        return value if rows.stop - rows.start == self.n else value[rows]
+
+    def of_keys(self, value: Tensor, keys: slice) -> Tensor:
+        """value[keys]"""
+        return value if keys.stop - keys.start == self.m else value[keys]
 
 
 def _pieces(size: int, most: int) -> list[slice]:
@@ -98,9 +106,12 @@ def join_(total: Tensor, part: Tensor) -> None:
 def forward(a: Arguments, kernels: ModuleType, blocks: Blocks, with_slopes: bool, kept: Tensor | None) -> Tensor:
     """Statistics [6, N], or [8, N] with_slopes. kept: [N, M], where all products are to stay."""
     sweep = Sweep(a, blocks, kept)
+    pieces = list(sweep)
+    if len(pieces) == 1:
+        return kernels.forward(sweep.block(*pieces[0]), with_slopes)
     size = N_STATISTICS + N_SLOPES * with_slopes
     statistics = torch.zeros((size, sweep.n), dtype=a.compute_dtype, device=a.query.device)
-    for rows, keys in sweep:
+    for rows, keys in pieces:
         part = kernels.forward(sweep.block(rows, keys), with_slopes)
         if keys.start == 0:
             statistics[:, rows] = part
@@ -142,18 +153,19 @@ def backward(
             continue
         block = sweep.block(rows, keys, filled=kept is not None)
         dz = None if room is None else room[: rows.stop - rows.start, : keys.stop - keys.start]
-        of_bias, of_scale = kernels.backward(block, terms[:, rows], block_needs, dz)
+        of_rows = terms if whole_rows else terms[:, rows]
+        of_bias, of_scale = kernels.backward(block, of_rows, block_needs, dz)
         if need_bias:
             grad_bias[keys] += of_bias
         if need_scale:
             grad_scale[keys] += of_scale
         if need_query:
             assert dz is not None
-            _add(grad_query, rows, dz, a.keys[keys], first=keys.start == 0)
+            _add(grad_query, rows, dz, sweep.of_keys(a.keys, keys), first=keys.start == 0)
         if for_keys:
             assert dz is not None
             columns = slice(learning.start - keys.start, learning.stop - keys.start)
-            _add(grad_key, learning, dz[:, columns].t(), a.query[rows], first=rows.start == 0)
+            _add(grad_key, learning, dz[:, columns].t(), sweep.of_rows(a.query, rows), first=rows.start == 0)
     return [grad_query.to(a.query.dtype), grad_key.to(a.query.dtype), grad_bias, grad_scale]
 
 

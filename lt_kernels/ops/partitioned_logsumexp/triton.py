@@ -195,7 +195,9 @@ def _merged_sums(sums: Tensor | None, need_bias: bool, need_scale: bool, none: T
     if sums is None:
         return none, none
     total = sums[0] if len(sums) == 1 else sums.sum(0)
-    return total[0] if need_bias else none, total[-1] if need_scale else none
+    if need_bias and need_scale:  # apart: compiled code takes results to start at multiples of 16 bytes
+        return total[0].clone(), total[1].clone()
+    return total[0] if need_bias else none, total[0] if need_scale else none
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------

@@ -48,6 +48,15 @@ _POS_SUM, _NUM_POS, _NEG_SLOPE, _POS_SLOPE = tl.constexpr(4), tl.constexpr(5), t
 
 
 @triton.jit
+def _added_product(a, b, sum, PRECISION: tl.constexpr):
+    """a b + sum. In float32 a tile's product is added as a whole: roundings of many tiles' terms would add up."""
+    if a.dtype == tl.float32:
+        return sum + _product(a, b, tl.zeros(sum.shape, tl.float32), PRECISION)
+    else:
+        return _product(a, b, sum, PRECISION)
+
+
+@triton.jit
 def _fma(x, y, z):
     """x y + z, rounded once."""
     if _INTERPRETED:  # which rounds twice
@@ -494,7 +503,7 @@ def _grad_query_kernel(
             if exclude_ptr is not None:
                 out = out | (column[None, :] == exclude[:, None])
             dz = tl.where(out, 0.0, dz)
-        grad = _product(dz.to(k.dtype), k, grad, PRECISION)
+        grad = _added_product(dz.to(k.dtype), k, grad, PRECISION)
     d = tl.arange(0, BLOCK_D)[None, :]
     offset = (split * tl.cast(rows, tl.int64) + row)[:, None] * width + d
     tl.store(grad_ptr + offset, (scale * grad).to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (d < width))
@@ -583,7 +592,7 @@ def _grad_key_kernel(
                 if partly:
                     exclude = tl.load(exclude_ptr + row, mask=row < rows, other=-1)
                     dz = tl.where(column[:, None] == exclude[None, :], 0.0, dz)
-            grad = _product(dz.to(q.dtype), q, grad, PRECISION)
+            grad = _added_product(dz.to(q.dtype), q, grad, PRECISION)
     columns = tl.cast(end_column - first_column, tl.int64)
     own = split * columns + (column - first_column)
     if grad_ptr is not None:
@@ -652,8 +661,15 @@ def _grad_both_kernel(
             partly = partly | ((other_low < own_begin + BLOCK_N) & (other_high >= own_begin))
         z = _product(x, tl.trans(y), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
         same = label == other_label
-        factor = tl.where(same, pos_factor[:, None], neg_factor[:, None])
-        other_factor = tl.where(same, other_pos_factor[None, :], other_neg_factor[None, :])
+        e = _relative_z(z, slope, offset, tl.where(same, pos_reference[:, None], neg_reference[:, None]), CONSTANT)
+        other_e = e
+        if not CONSTANT:
+            other_reference = tl.where(same, other_pos_reference[None, :], other_neg_reference[None, :])
+            other_e = _relative_z(z, slope, offset, other_reference, CONSTANT)
+        dz = e * tl.where(same, pos_factor[:, None], neg_factor[:, None])
+        dz += tl.where(same, pos_sum[:, None], 0.0)
+        other_dz = other_e * tl.where(same, other_pos_factor[None, :], other_neg_factor[None, :])
+        other_dz += tl.where(same, other_pos_sum[None, :], 0.0)
         if partly:
             out = (column >= rows)[None, :]
             other_out = out
@@ -661,23 +677,10 @@ def _grad_both_kernel(
                 out = out | (column[None, :] == exclude[:, None])
                 other_exclude = tl.load(exclude_ptr + column, mask=column < rows, other=-1)
                 other_out = other_out | (row[:, None] == other_exclude[None, :])
-            e = _relative_z(z, slope, offset, tl.where(same, pos_reference[:, None], neg_reference[:, None]), CONSTANT)
-            if CONSTANT:
-                other_e = e
-            else:
-                other_reference = tl.where(same, other_pos_reference[None, :], other_neg_reference[None, :])
-                other_e = _relative_z(z, slope, offset, other_reference, CONSTANT)
-            dz = tl.where(out, 0.0, e * factor + tl.where(same, pos_sum[:, None], 0.0))
-            dz += tl.where(other_out, 0.0, other_e * other_factor + tl.where(same, other_pos_sum[None, :], 0.0))
-        else:
-            e = _relative_z(z, slope, offset, tl.where(same, pos_reference[:, None], neg_reference[:, None]), CONSTANT)
-            if CONSTANT:
-                dz = e * (factor + other_factor)
-            else:
-                other_reference = tl.where(same, other_pos_reference[None, :], other_neg_reference[None, :])
-                dz = e * factor + _relative_z(z, slope, offset, other_reference, CONSTANT) * other_factor
-            dz += tl.where(same, pos_sum[:, None] + other_pos_sum[None, :], 0.0)
-        grad = _product(dz.to(y.dtype), y, grad, PRECISION)
+            dz = tl.where(out, 0.0, dz)
+            other_dz = tl.where(other_out, 0.0, other_dz)
+        dz += other_dz
+        grad = _added_product(dz.to(y.dtype), y, grad, PRECISION)
     d = tl.arange(0, BLOCK_D)[None, :]
     offset = (split * tl.cast(rows, tl.int64) + row)[:, None] * width + d
     tl.store(grad_ptr + offset, (scale * grad).to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (d < width))
