@@ -14,3 +14,9 @@ def test_kernels_of_a_block_on_the_emulator():
 def test_every_block_of_the_cpu_kernels_on_the_emulator():
     others = "threads or instruction_sets"
     assert passed(run_on_the_emulator("test_contrastive_native.py", "-k", f"not ({others})")) > 200
+
+
+def test_every_generic_case_on_the_emulator():
+    """The suite of all backends, but for what compares no kernels, or compiled code."""
+    elsewhere = "chunks_are_bounded or bad_input or opcheck or compile or gradcheck or by_name"
+    assert passed(run_on_the_emulator("test_partitioned_logsumexp.py", "-k", f"not ({elsewhere})")) > 1000

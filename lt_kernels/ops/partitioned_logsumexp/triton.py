@@ -39,7 +39,7 @@ from .triton_kernels import (
 
 #: Where |u| <= bound and 2 bound is at most this, exponentials are taken relative to the bound: none over- or underflows.
 _CONSTANT_RANGE = 60.0
-#: Rows of a program of the block kernels, and the most warps that it has.
+#: Rows that the block kernels' backward takes at a time, and the most warps that a program of theirs has.
 _BLOCK_ROWS, _BLOCK_WARPS = 4, 4
 #: Programs of the block kernels that run together on a multiprocessor, about.
 _BLOCK_TOGETHER = 4
@@ -106,7 +106,7 @@ def _block_launch(columns: int, itemsize: int) -> dict[str, int]:
     warps = _BLOCK_WARPS
     while warps > 1 and 16 * warps * group >= columns:
         warps //= 2
-    return {"ROWS": _BLOCK_ROWS, "GROUP": group, "LANES": 32 * warps, "num_warps": warps}
+    return {"GROUP": group, "LANES": 32 * warps, "num_warps": warps}
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -137,12 +137,12 @@ def forward(block: Block, with_slopes: bool) -> Tensor:
         return block.z.new_zeros((kinds, n), dtype=torch.float32)
     with torch.cuda.device_of(block.z):
         constants = _block_launch(m, block.z.element_size())
-        programs, tiles = triton.cdiv(n, _BLOCK_ROWS), triton.cdiv(m, constants["LANES"] * constants["GROUP"])
-        per_split = _per_split(programs, tiles, _BLOCK_TOGETHER)
+        tiles = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
+        per_split = _per_split(n, tiles, _BLOCK_TOGETHER)
         splits = triton.cdiv(tiles, per_split)
         partial = block.z.new_empty((kinds, splits, n), dtype=torch.float32)
         arguments = _of_block(block) | {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
-        _launch(_block_forward_kernel, (programs, splits), arguments, **constants)
+        _launch(_block_forward_kernel, (n, splits), arguments, **constants)
         return _merged_statistics(partial)
 
 
@@ -175,7 +175,7 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
             "SUM_BIAS": need_bias,
             "SUM_SCALE": need_scale,
         }
-        _launch(_block_backward_kernel, (programs, splits), arguments, **constants)
+        _launch(_block_backward_kernel, (programs, splits), arguments, ROWS=_BLOCK_ROWS, **constants)
         return _merged_sums(sums, need_bias, need_scale, none)
 
 

@@ -18,7 +18,7 @@ block knows the smallest and the largest, so that only tiles between these, and 
     _grad_key           4 D
     _grad_both          4 D    the queries are the keys: dX_i = a sum_j (dS_ij + dS_ji) x_j from one product per tile
 
-Blocks: tiles are [LANES, GROUP] columns of ROWS rows, each thread has GROUP contiguous ones of all rows.
+Blocks: tiles are [LANES, GROUP] columns of a row, each thread has GROUP contiguous ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from ..margin_cross_entropy.triton_math import (
     _INF,
     _INTERPRETED,
     _NO_COLUMN,
-    _REPEAT_AXIS,
     _exp,
     _full_scale,
     _reference,
@@ -690,31 +689,14 @@ def _grad_both_kernel(
 
 
 @triton.jit
-def _of_rows(x):
-    """[ROWS] to where tiles have their rows: the axis that threads are not spread over."""
-    return tl.expand_dims(tl.expand_dims(x, 1 - _REPEAT_AXIS), 2)
-
-
-@triton.jit
-def _of_columns(x):
-    """[LANES, GROUP or 1] to where tiles have their columns."""
-    return tl.expand_dims(x, _REPEAT_AXIS)
-
-
-@triton.jit
 def _columns_from(begin, columns, GROUP: tl.constexpr, LANES: tl.constexpr):
     """The columns from ``begin`` on; which are of whole groups; which are of the group that the last one does not fill;
     and whether there are such."""
-    group = begin + _of_columns((tl.arange(0, LANES) * GROUP)[:, None])
-    column = group + tl.arange(0, GROUP)[None, None, :]
-    whole = group <= columns - GROUP
+    group = begin + (tl.arange(0, LANES) * GROUP)[:, None]
+    column = group + tl.arange(0, GROUP)[None, :]
     cut = columns % GROUP
-    return (
-        column,
-        whole,
-        (column >= columns - cut) & (column < columns),
-        (cut > 0) & (begin + LANES * GROUP > columns - cut),
-    )
+    edge = (column >= columns - cut) & (column < columns)
+    return column, group <= columns - GROUP, edge, (cut > 0) & (begin + LANES * GROUP > columns - cut)
 
 
 @triton.jit
@@ -727,7 +709,7 @@ def _wide(ptrs, whole, edge, has_edge, other):
 
 
 @triton.jit
-def _wide_key_vectors(key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column, whole, edge, has_edge):
+def _wide_of_keys(key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column, whole, edge, has_edge):
     """The keys' labels, their logits' slope and offset, and key_scale."""
     label = _wide(key_label_ptr + column, whole, edge, has_edge, 0)
     slope, offset, key_scale = scale, scale * 0.0, 1.0
@@ -741,11 +723,10 @@ def _wide_key_vectors(key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column,
 
 @triton.jit
 def _lanes_joined(peak, mass, slope):
-    """One side's statistics of rows from those of their lanes."""
-    AXIS: tl.constexpr = 1 - _REPEAT_AXIS
-    high = tl.max(peak, AXIS)
-    kept = _rescaled(peak, tl.expand_dims(high, AXIS))
-    return high, tl.sum(mass * kept, AXIS), tl.sum(slope * kept, AXIS)
+    """One side's statistics of a row from those of its lanes."""
+    high = tl.max(peak, 0)
+    kept = _rescaled(peak, high)
+    return high, tl.sum(mass * kept, 0), tl.sum(slope * kept, 0)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "first_column", "tiles_per_split"])
@@ -765,50 +746,46 @@ def _block_forward_kernel(
     z_stride,
     scale,
     SLOPES: tl.constexpr,
-    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Statistics of ROWS rows over the columns of one split; each lane has its own until the end."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    row = tl.minimum(row, rows - 1).to(tl.int64)
-    label = _of_rows(tl.load(query_label_ptr + row))
-    exclude, low, high = _left_out(exclude_ptr, row, inside)
-    exclude = _of_rows(exclude)
-    zero = rows >> 31
+    """Statistics of a row over the columns of one split; each lane has its own until the end."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(query_label_ptr + row)
+    exclude = -1
+    if exclude_ptr is not None:
+        exclude = tl.load(exclude_ptr + row)
+    exclude -= first_column
     scale = _full_scale(scale, learned_scale_ptr)
-    zeros = tl.zeros([ROWS, LANES], tl.float32) if _REPEAT_AXIS == 0 else tl.zeros([LANES, ROWS], tl.float32)
+    zero = rows >> 31
+    zeros = tl.zeros([LANES], tl.float32)
     neg_peak, pos_peak, neg_mass, pos_mass = zeros - _INF, zeros - _INF, zeros, zeros
     neg_slope, pos_slope, pos_sum, num_pos = zeros, zeros, zeros, zeros
-    z_ptrs = z_ptr + _of_rows(row * z_stride)
     split = tl.program_id(1)
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(columns, LANES * GROUP))):
         begin = tile * (LANES * GROUP)
         column, whole, edge, has_edge = _columns_from(begin, columns, GROUP, LANES)
-        z = _wide(z_ptrs + column, whole, edge, has_edge, 0.0).to(tl.float32)
-        key_label, slope, offset, key_scale = _wide_key_vectors(
+        z = _wide(z_ptr + row * z_stride + column, whole, edge, has_edge, 0.0).to(tl.float32)
+        key_label, slope, offset, key_scale = _wide_of_keys(
             key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column, whole, edge, has_edge
         )
-        before = first_column + begin
-        if (begin + LANES * GROUP <= columns) & ((low >= before + LANES * GROUP) | (high < before)):
+        if (begin + LANES * GROUP > columns) | ((exclude < begin + LANES * GROUP) & (exclude >= begin)):
             neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _joined(
                 z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, neg_peak, neg_mass,
-                pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope, 2, False, False, SLOPES,
+                pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope, 1, True, False, SLOPES,
             )  # fmt: skip
         else:
             neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _joined(
-                z, label, key_label, slope, offset, key_scale, column, columns, exclude - first_column, zero, neg_peak,
-                neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope, 2, True, False, SLOPES,
+                z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, neg_peak, neg_mass,
+                pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope, 1, False, False, SLOPES,
             )  # fmt: skip
     neg_peak, neg_mass, neg_slope = _lanes_joined(neg_peak, neg_mass, neg_slope)
     pos_peak, pos_mass, pos_slope = _lanes_joined(pos_peak, pos_mass, pos_slope)
     size = tl.num_programs(1) * tl.cast(rows, tl.int64)
     _store_statistics(
-        out_ptr + split * tl.cast(rows, tl.int64) + row, size, inside, neg_peak, neg_mass, pos_peak, pos_mass,
-        tl.sum(pos_sum, 1 - _REPEAT_AXIS), tl.sum(num_pos, 1 - _REPEAT_AXIS), neg_slope, pos_slope,
-        False, SLOPES,
+        out_ptr + split * tl.cast(rows, tl.int64) + row, size, None, neg_peak, neg_mass, pos_peak, pos_mass,
+        tl.sum(pos_sum, 0), tl.sum(num_pos, 0), neg_slope, pos_slope, False, SLOPES,
     )  # fmt: skip
 
 
@@ -838,11 +815,11 @@ def _block_backward_kernel(
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Gradients of the products of one block of columns with the rows of one split, and the columns' sums over these."""
-    begin = tl.program_id(0) * (LANES * GROUP)
-    column, whole, edge, has_edge = _columns_from(begin, columns, GROUP, LANES)
+    """Gradients of the products of one block of columns with the rows of one split, ROWS at a time, and the columns'
+    sums over these."""
+    column, whole, edge, has_edge = _columns_from(tl.program_id(0) * (LANES * GROUP), columns, GROUP, LANES)
     scale = _full_scale(scale, learned_scale_ptr)
-    key_label, slope, offset, key_scale = _wide_key_vectors(
+    key_label, slope, offset, _ = _wide_of_keys(
         key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column, whole, edge, has_edge
     )
     sum_bias = tl.zeros([LANES, GROUP], tl.float32)
@@ -851,36 +828,38 @@ def _block_backward_kernel(
     split = tl.program_id(1)
     first = split * blocks_per_split
     for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(rows, ROWS))):
-        row = block * ROWS + tl.arange(0, ROWS)
-        inside = row < rows
-        row = tl.minimum(row, rows - 1).to(tl.int64)
-        z = _wide(z_ptr + _of_rows(row * z_stride) + column, whole, edge, has_edge, 0.0).to(tl.float32)
-        same = _of_rows(tl.load(query_label_ptr + row)) == key_label
-        own_ptr = terms_ptr + row
-        neg_peak = _of_rows(tl.load(own_ptr + _NEG_PEAK * terms_stride))
-        pos_peak = _of_rows(tl.load(own_ptr + _POS_PEAK * terms_stride))
-        neg_factor = _of_rows(tl.load(own_ptr + _NEG_MASS * terms_stride, mask=inside, other=0.0))
-        pos_factor = _of_rows(tl.load(own_ptr + _POS_MASS * terms_stride, mask=inside, other=0.0))
-        e = _exp(_fma(z, slope, offset) - tl.where(same, pos_peak, neg_peak))
-        gradient = e * tl.where(same, pos_factor, neg_factor)
-        if exclude_ptr is not None:
-            out = first_column + column == _of_rows(tl.load(exclude_ptr + row))
-            gradient = tl.where(out, 0.0, gradient)
-        if SUM_BIAS:
-            sum_bias += tl.sum(gradient, _REPEAT_AXIS)
-        if SUM_SCALE:
-            sum_scale += tl.sum(gradient * z, _REPEAT_AXIS)
-        if dz_ptr is not None:
-            pos_sum = _of_rows(tl.load(own_ptr + _POS_SUM * terms_stride) * scale)
+        zs = ()
+        for r in tl.static_range(ROWS):
+            row = tl.minimum(block * ROWS + r, rows - 1).to(tl.int64)
+            zs = zs + (_wide(z_ptr + row * z_stride + column, whole, edge, has_edge, 0.0),)  # noqa: RUF005
+        for r in tl.static_range(ROWS):
+            inside = block * ROWS + r < rows
+            row = tl.minimum(block * ROWS + r, rows - 1).to(tl.int64)
+            own_ptr = terms_ptr + row
+            neg_peak, pos_peak = tl.load(own_ptr + _NEG_PEAK * terms_stride), tl.load(own_ptr + _POS_PEAK * terms_stride)
+            neg_factor = tl.load(own_ptr + _NEG_MASS * terms_stride, mask=inside, other=0.0)
+            pos_factor = tl.load(own_ptr + _POS_MASS * terms_stride, mask=inside, other=0.0)
+            z = zs[r].to(tl.float32)
+            same = tl.load(query_label_ptr + row) == key_label
+            e = _exp(_fma(z, slope, offset) - tl.where(same, pos_peak, neg_peak))
+            gradient = e * tl.where(same, pos_factor, neg_factor)
             if exclude_ptr is not None:
-                same = same & (first_column + column != _of_rows(tl.load(exclude_ptr + row)))
-            dz = (gradient * slope + tl.where(same, pos_sum, 0.0)).to(dz_ptr.dtype.element_ty)
-            dz_ptrs = dz_ptr + _of_rows(row * dz_stride) + column
-            tl.store(dz_ptrs, dz, mask=whole & _of_rows(inside))
-            if has_edge:
-                tl.store(dz_ptrs, dz, mask=edge & _of_rows(inside))
+                kept = first_column + column != tl.load(exclude_ptr + row)
+                gradient = tl.where(kept, gradient, 0.0)
+            if SUM_BIAS:
+                sum_bias += gradient
+            if SUM_SCALE:
+                sum_scale += gradient * z
+            if dz_ptr is not None:
+                through_sum = tl.where(same, tl.load(own_ptr + _POS_SUM * terms_stride) * scale, 0.0)
+                if exclude_ptr is not None:
+                    through_sum = tl.where(kept, through_sum, 0.0)
+                dz = (gradient * slope + through_sum).to(dz_ptr.dtype.element_ty)
+                dz_ptrs = dz_ptr + row * dz_stride + column
+                tl.store(dz_ptrs, dz, mask=whole & inside)
+                if has_edge:
+                    tl.store(dz_ptrs, dz, mask=edge & inside)
     if sums_ptr is not None:
-        column = begin + (tl.arange(0, LANES) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
         to_ptr = sums_ptr + split * (SUM_BIAS + SUM_SCALE) * tl.cast(columns, tl.int64) + column
         if SUM_BIAS:
             tl.store(to_ptr, sum_bias, mask=column < columns)
