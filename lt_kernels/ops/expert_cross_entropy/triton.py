@@ -1,9 +1,10 @@
 """Launch table and launcher of the Triton kernel. The formulas are those of ``margin_cross_entropy``, row by row.
 
 One program per sample reads the row of each expert once, keeps it in registers and writes its gradient: per logit
-(b = itemsize) b bytes, and 2b with gradients. Targets, and what depends on their classes, are loaded once for all
-experts, and so is the log prior, which stays in registers too unless there are many options (then it comes out of the
-cache for each expert). The ensemble is a second sweep over the sample's rows, which are still in the cache.
+(b = itemsize) b bytes, and 2b with gradients. Where registers allow, the next expert's row is on its way meanwhile.
+Targets, and what depends on their classes, are loaded once for all experts, and so is the log prior, which stays in
+registers too unless there are many options (then it comes out of the cache for each expert). The ensemble is a second
+sweep over the sample's rows, which are still in the cache.
 
 Rows that registers do not hold are left to the rows kernel, expert by expert, and their ensemble to the fusion's kernel
 (``looped.py``). A loop over tiles that visits all experts of a sample would read the prior once, but what it reads
@@ -35,19 +36,33 @@ from .triton_kernels import _experts_forward_kernel
 _MOST_EXPERTS = 6
 #: Widest rows, and how many logits a thread then holds, without options that need registers of their own and with one.
 _ONE_TILE = ((16384, 64), (8192, 32))
+#: Widest rows, and experts of a launch at most, of which the next one's row is on its way while one is summed up and
+#: written; and how many logits and registers a thread then has. A multiprocessor has 16 warps so, of two programs.
+#: With 64 logits a thread has 230 registers and a multiprocessor 8 warps, which wait for memory at every expert.
+_AHEAD, _MOST_AHEAD = 8192, 3
+_AHEAD_PER_THREAD, _AHEAD_REGISTERS = 32, 128
+
+
+class _Shape(NamedTuple):
+    launch: _RowsLaunch
+    keep: bool  # the log prior in registers
+    ahead: bool  # whether the next expert's row is loaded ahead
 
 
 @functools.cache
-def _launch(classes: int, itemsize: int, group: int, options: int) -> tuple[_RowsLaunch, bool] | None:
-    """Of rows that a program keeps in registers, and whether the log prior stays there too; None if it cannot.
+def _launch(classes: int, itemsize: int, group: int, options: int) -> _Shape | None:
+    """Of rows that a program keeps in registers; None if it cannot.
 
     options: how many need registers of their own; with two of them the rows kernel does better.
     """
     block = max(triton.next_power_of_2(max(classes // group, 1)) * group, 512)
     if options >= len(_ONE_TILE) or block > _ONE_TILE[options][0]:
         return None
-    launch = _RowsLaunch("tile", group, *_tile_of(block, group, _ONE_TILE[options][1]))
-    return launch, options == 0 and itemsize == 2 and group == 8
+    keep = options == 0 and itemsize == 2 and group == 8
+    if options == 0 and block <= _AHEAD and group * itemsize == 16:
+        tile = _tile_of(block, group, _AHEAD_PER_THREAD)
+        return _Shape(_RowsLaunch("tile", group, *tile, max_registers=_AHEAD_REGISTERS), keep, True)
+    return _Shape(_RowsLaunch("tile", group, *_tile_of(block, group, _ONE_TILE[options][1])), keep, False)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
@@ -58,8 +73,7 @@ class _Part(NamedTuple):
 
     which: slice
     layout: Layout
-    launch: _RowsLaunch
-    keep: bool  # the log prior in registers
+    shape: _Shape
 
 
 def _options(a: Arguments) -> int:
@@ -77,16 +91,19 @@ def _parts(a: Arguments, outputs: list[Tensor]) -> list[_Part] | None:
     tensors = [*a.logits, *outputs]
     if not all(contiguous_rows(x) for x in tensors) or len({row_stride(x) for x in a.logits}) > 1:
         return None
-    per_launch = triton.cdiv(experts, triton.cdiv(experts, _MOST_EXPERTS))
+    group, itemsize, options = layout_of(a.logits, *outputs).group, a.logits[0].element_size(), _options(a)
+    shape = _launch(classes, itemsize, group, options)
+    most = _MOST_AHEAD if shape is not None and shape.ahead else _MOST_EXPERTS
+    per_launch = triton.cdiv(experts, triton.cdiv(experts, most))
     parts = []
     for first in range(0, experts, per_launch):
         which = slice(first, min(first + per_launch, experts))
         logits = a.logits[which] if len(a.logits) == experts else [a.logits[0][which]]
         layout = layout_of(logits, *(grad[which] for grad in outputs))
-        launch = _launch(classes, logits[0].element_size(), layout.group, _options(a))
-        if launch is None:
+        shape = _launch(classes, itemsize, layout.group, options)
+        if shape is None:
             return None
-        parts.append(_Part(which, layout, *launch))
+        parts.append(_Part(which, layout, shape))
     return parts
 
 
@@ -111,7 +128,7 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
     shared = _shared(a._replace(log_prior=None, class_bias=None).rows()[0])
     del shared["SOFT"]
     with torch.cuda.device_of(first):
-        for which, layout, launch, keep in parts:
+        for which, layout, (launch, keep, ahead) in parts:
             grad = outputs[0][which] if with_grad else None
             arguments: dict[str, Any] = shared | {
                 "logits_ptrs": layout.tensors,
@@ -135,6 +152,7 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
                 EXPERTS=len(layout.tensors),
                 OWN_BIAS=own_biases is not None,
                 KEEP=keep and log_prior is not None and class_bias is None,
+                AHEAD=ahead,
                 SWEEP=max(_PER_THREAD // launch.group, 1),
                 **launch.constants,
             )

@@ -36,7 +36,6 @@ from ..margin_cross_entropy.triton_math import (
     _shifted_with,
     _slopes,
     _slot_of,
-    _slots,
     _through,
     _unscaled,
     _weight_total,
@@ -58,6 +57,13 @@ def _body(ptr, row, expert: tl.constexpr, expert_stride, row_stride, GROUP: tl.c
     """Where its first whole group does."""
     begin = tl.cast(expert_stride, tl.int64) * expert + row * row_stride
     return ptr + (begin + (GROUP - 1)) // GROUP * GROUP
+
+
+@triton.jit
+def _loaded_body(logits_ptrs, row, expert: tl.constexpr, expert_stride, row_stride, offsets, mask, GROUP: tl.constexpr):
+    """The expert's logits at these offsets from there, as they are in memory."""
+    body_ptr = _body(logits_ptrs[expert], row, expert, expert_stride, row_stride, GROUP)
+    return tl.load(body_ptr + offsets, mask=mask, other=-_INF)
 
 
 @triton.jit
@@ -298,13 +304,14 @@ def _experts_forward_kernel(
     SMOOTH: tl.constexpr,
     OWN_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    AHEAD: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     SWEEP: tl.constexpr,
 ):
     """A row is one tile of [REPEAT, LANES, GROUP] and an edge, and stays in registers; KEEP: beside that of the log
-    prior. The ensemble is a sweep over tiles of [SWEEP, LANES, GROUP]."""
+    prior; AHEAD: beside that of the next expert. The ensemble is a sweep over tiles of [SWEEP, LANES, GROUP]."""
     WIDE: tl.constexpr = GROUP >= 4
     MIXED: tl.constexpr = mixed_target_ptr is not None
     ENSEMBLE: tl.constexpr = ensemble_loss_ptr is not None
@@ -316,26 +323,27 @@ def _experts_forward_kernel(
     weight_total = _weight_total(weight_total_ptr, classes)
 
     _, head, groups = _groups(row * row_stride, classes, GROUP)
-    slots = ()
+    index_a, valid_a, column_a = _class(target_ptr + row, classes, ignore_index)
+    index_b, valid_b, column_b = index_a, valid_a, column_a
+    share = 1.0
+    if MIXED:
+        index_b, valid_b, column_b = _class(mixed_target_ptr + row, classes, ignore_index)
+        share = tl.load(mix_lambda_ptr + row * mix_lambda_stride)
     row_ptrs = ()
-    for e in tl.static_range(EXPERTS):  # all targets before any store: what experts share is then loaded once
+    own = ()  # the targets' logits, all on their way at once; what else they have is made for one expert at a time
+    for e in tl.static_range(EXPERTS):
         row_ptrs = row_ptrs + (_row(logits_ptrs[e], row, e, expert_stride, row_stride),)
-        a, b = _slots(
-            row_ptrs[e], row, target_ptr, mixed_target_ptr, mix_lambda_ptr, coefficient_ptr, weight_ptr, None,
-            class_scale_ptr, margin_ptr, classes, 1, mix_lambda_stride, scale, margin, cos_margin, sin_margin,
-            ignore_index, ANGULAR,
-        )  # fmt: skip
-        a = _with_bias(a, e, taus[e], log_prior_ptr, class_bias_ptr, classes, OWN_BIAS)
-        b = _with_bias(b, e, taus[e], log_prior_ptr, class_bias_ptr, classes, OWN_BIAS)
-        slots = slots + ((a, b),)
+        x_a = tl.load(row_ptrs[e] + index_a)
+        x_b = x_a
+        if MIXED:
+            x_b = tl.load(row_ptrs[e] + index_b)
+        own = own + ((x_a, x_b),)
     if ENSEMBLE:
         mean_a, mean_b = _slots_of_sum(
             row_ptrs, row, target_ptr, mixed_target_ptr, mix_lambda_ptr, ensemble_coefficient_ptr, classes,
             mix_lambda_stride, mean_scale, ignore_index, EXPERTS,
         )  # fmt: skip
 
-    column_a, _, _, _, _, _, _, _, _ = a
-    column_b, _, _, _, _, _, _, _, _ = b
     group_a, group_b = _group_of(column_a, head, groups, GROUP), -1
     if MIXED:
         group_b = _group_of(column_b, head, groups, GROUP)
@@ -346,11 +354,13 @@ def _experts_forward_kernel(
     sum_edge = tl.zeros([4 * GROUP], tl.float32)
 
     _, _, offsets, mask = _tile(0, groups, group_a, group_b, GROUP, LANES, REPEAT)
+    if AHEAD:
+        x = _loaded_body(logits_ptrs, row, 0, expert_stride, row_stride, offsets, mask, GROUP)
     if KEEP:
         prior = _prior(log_prior_ptr, head, offsets, mask, WIDE)
     for e in tl.static_range(EXPERTS):
-        body_ptr = _body(logits_ptrs[e], row, e, expert_stride, row_stride, GROUP)
-        x = tl.load(body_ptr + offsets, mask=mask, other=-_INF).to(tl.float32)
+        if not AHEAD:
+            x = _loaded_body(logits_ptrs, row, e, expert_stride, row_stride, offsets, mask, GROUP)
         x_edge, u_edge = _edge_of(
             row_ptrs[e], prior_edge, e, taus[e], edge, edge_mask, rest_mask, log_prior_ptr, class_bias_ptr,
             class_scale_ptr, classes, scale, HAS_SCALE, OWN_BIAS,
@@ -359,13 +369,27 @@ def _experts_forward_kernel(
         if not KEEP:
             prior = _prior(log_prior_ptr, head, offsets, mask, WIDE)
         u = _shifted_by(
-            prior, x, e, taus[e], head, offsets, mask, log_prior_ptr, class_bias_ptr, class_scale_ptr, classes,
-            scale, HAS_SCALE, OWN_BIAS, WIDE,
+            prior, x.to(tl.float32), e, taus[e], head, offsets, mask, log_prior_ptr, class_bias_ptr, class_scale_ptr,
+            classes, scale, HAS_SCALE, OWN_BIAS, WIDE,
         )  # fmt: skip
+        if AHEAD and e + 1 < EXPERTS:  # on its way while this one is summed up and written
+            x = _loaded_body(logits_ptrs, row, e + 1, expert_stride, row_stride, offsets, mask, GROUP)
         peak, mass, weighted, exp_edge, exp = _of_tile(
             u, u_edge, head, offsets, mask, edge, rest_mask, weight_ptr, SMOOTH, WIDE
         )
-        a, b = slots[e]
+        x_a, x_b = own[e]
+        a = _slot_of(
+            x_a.to(tl.float32), index_a, valid_a, column_a, share, coefficient_ptr, weight_ptr, None, class_scale_ptr,
+            margin_ptr, classes, scale, margin, cos_margin, sin_margin, 0, ANGULAR,
+        )  # fmt: skip
+        a = _with_bias(a, e, taus[e], log_prior_ptr, class_bias_ptr, classes, OWN_BIAS)
+        b = a
+        if MIXED:
+            b = _slot_of(
+                x_b.to(tl.float32), index_b, valid_b, column_b, 1.0 - share, coefficient_ptr, weight_ptr, None,
+                class_scale_ptr, margin_ptr, classes, scale, margin, cos_margin, sin_margin, 1, ANGULAR,
+            )  # fmt: skip
+            b = _with_bias(b, e, taus[e], log_prior_ptr, class_bias_ptr, classes, OWN_BIAS)
         grad_row_ptr = None
         if grad_ptr is not None:
             grad_row_ptr = _row(grad_ptr, row, e, grad_expert_stride, grad_row_stride)
