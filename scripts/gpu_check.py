@@ -2,6 +2,7 @@
 
     scripts/gpu_check.sh OUT                  every step
     scripts/gpu_check.sh OUT --only tests     one step again (may be given several times); the others' results stay
+    scripts/gpu_check.sh OUT --limit bench=90 another limit for a step, in seconds (likewise)
 
 Needs a Python that has torch >= 2.11 with CUDA and Triton >= 3.6; uses no network and installs nothing. What is missing
 (nvcc, pytest, compute-sanitizer, ncu) costs its step only. Every step has a time limit, a log OUT/STEP.log, and its
@@ -23,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def suite(machine: Machine, limit: float) -> dict[str, Command] | str:
     environment = {"LT_KERNELS_TEST_BACKENDS": machine.backends, "LT_KERNELS_TEST_DEVICE": "cuda"}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     files = ["margin_cross_entropy", "in_place", "expert_cross_entropy", "expert_fusion", "expert_divergence"]
+    files += ["partitioned_logsumexp"]
     tests = ["-k", f"not ({ELSEWHERE})", *(f"tests/ops/test_{name}.py" for name in files)]
     return {"": Command([*arguments, *tests], environment)}
 
@@ -327,6 +329,20 @@ def for_the_repository(facts: dict[str, Any], tests: Path) -> dict[str, Any]:
     return {"steps": steps, "device_checks": counts, "environment": facts["environment"]}
 
 
+def limit(given: str) -> tuple[str, float]:
+    """STEP=S of the command line."""
+    name, _, seconds = given.partition("=")
+    if name not in STEPS:
+        raise argparse.ArgumentTypeError(f"got {given!r}, expected STEP=S with a step of {', '.join(STEPS)}")
+    try:
+        value = float(seconds)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {given!r}, expected STEP=S with seconds S > 0")
+    return name, value
+
+
 def write(path: Path, facts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts, indent=1) + "\n")
@@ -338,6 +354,9 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for logs and results; made if it is not there")
     parser.add_argument("--only", action="append", choices=STEPS, metavar="STEP", help=f"one of {', '.join(STEPS)}")
+    parser.add_argument(
+        "--limit", action="append", type=limit, default=[], metavar="STEP=S", help="seconds that a step may take"
+    )
     parser.add_argument("--python", default=sys.executable, help="the Python that has torch (default: this one)")
     options = parser.parse_args()
     out: Path = options.out.resolve()
@@ -346,6 +365,7 @@ def main() -> int:
     steps: dict[str, Any] = json.loads(summary.read_text())["steps"] if summary.exists() and options.only else {}
 
     started = time.monotonic()
+    limits = dict(options.limit)
     chosen = [name for name in STEPS if not options.only or name in options.only]
     python = shutil.which(options.python) or options.python
     machine = look(python, out)
@@ -353,7 +373,7 @@ def main() -> int:
         if isinstance(machine, str):
             outcome = Outcome("failed", note=machine)
         else:
-            outcome = run_step(name, STEPS[name], machine)
+            outcome = run_step(name, replace(STEPS[name], limit=limits.get(name, STEPS[name].limit)), machine)
         steps[name] = asdict(outcome)
         print(f"{name:16} {outcome.state:14} {outcome.seconds:6.1f} s  {outcome.note}", flush=True)
         if name == "build":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -175,6 +177,13 @@ def test_a_step_that_takes_too_long_ends_with_all_its_processes(machine):
     child = int((machine.out / "slow-x.log").read_text())
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_limit_is_a_step_and_seconds():
+    assert gpu_check.limit("bench-contrastive=90") == ("bench-contrastive", 90.0)
+    for given in ("bench", "bench=", "bench=soon", "bench=-1", "bench=0", "bench=nan", "benches=3"):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"got {given!r}, expected STEP=S")):
+            gpu_check.limit(given)
 
 
 def test_limits_leave_room_in_nine_minutes():
