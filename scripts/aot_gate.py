@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ from lt_kernels.ops.linear_margin_cross_entropy import arguments as linear  # no
 from lt_kernels.ops.linear_margin_cross_entropy import triton as tiled  # noqa: E402
 from lt_kernels.ops.margin_cross_entropy import triton as kernels  # noqa: E402
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments  # noqa: E402
+from lt_kernels.ops.partitioned_logsumexp import arguments as keys  # noqa: E402
+from lt_kernels.ops.partitioned_logsumexp import triton as contrastive  # noqa: E402
 
 TABLES = ROOT / "benchmarks/results/aot"
 OPS = (
@@ -58,6 +60,7 @@ OPS = (
     "expert_cross_entropy",
     "expert_fusion",
     "expert_divergence",
+    "partitioned_logsumexp",
 )
 VIEW = ROOT / "docs/kernels.md"
 TARGETS = {
@@ -145,7 +148,7 @@ def recording() -> Iterator[list[Launch]]:
 
     originals = [
         (module, name, kernel)
-        for module in (kernels, tiled, experts, fusion, divergence)
+        for module in (kernels, tiled, experts, fusion, divergence, contrastive)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -270,6 +273,62 @@ class LinearConfiguration:
         finally:
             tiled._architecture = architecture_of
         return [launch for launch in launches if self.scalars or "PRECISION" in launch.arguments]
+
+
+@dataclass
+class ContrastiveConfiguration:
+    """A call of the partitioned log-sum-exp: of tiles, forward and backward, or on a block of similarities."""
+
+    name: str
+    width: int  # 0: a block
+    options: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    precision: str = "ieee"  # of products of float32
+    rows: int = 8192
+    columns: int = 16384
+    kernels: tuple[str, ...] = ()  # those that are compiled; (): all
+    budgets: dict[str, float] = field(default_factory=dict)  # limits of instructions per logit, by kernel
+
+    @property
+    def title(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.") + (f" as {self.precision}" * (self.dtype == torch.float32))
+        size = f"D {self.width}, {self.rows} x {self.columns}" if self.width else f"block, {self.rows} x {self.columns}"
+        return f"keys, {self.name}, {size}, {dtype}"
+
+    def launches(self, target: str) -> list[Launch]:
+        n, m = self.rows, self.columns
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def option(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return meta(*shape, dtype=dtype) if name in self.options else None
+
+        labels = meta(n, dtype=torch.int32), meta(m, dtype=torch.int32)
+        exclude = option("exclude", n, dtype=torch.int32)
+        vectors = option("key_bias", m), option("key_scale", m), option("learned_scale")
+        slopes, sums = "slopes" in self.options, [f"key_{name}" in self.options for name in ("bias", "scale")]
+        gpu = TARGETS[target]
+        originals = contrastive._architecture, contrastive._precision
+        contrastive._architecture = lambda device: 0 if gpu.backend == "hip" else gpu.arch
+        contrastive._precision = lambda dtype: self.precision
+        try:
+            with recording() as launches:
+                if self.width == 0:  # in a buffer whose rows start at multiples of 64 bytes
+                    z, dz = (meta(n, triton.cdiv(m, 32) * 32, dtype=self.dtype)[:, :m] for _ in range(2))
+                    block = keys.Block(z, *labels, exclude, 0, *vectors, 10.0)
+                    contrastive.forward(block, slopes)
+                    contrastive.backward(block, meta(keys.N_TERMS, n), [True, *sums], dz)
+                else:
+                    alone = "alone" in self.options
+                    query = meta(n, self.width, dtype=self.dtype)
+                    key = None if alone else meta(m, self.width, dtype=self.dtype)
+                    a = keys.Arguments(query, key, *labels, exclude, *vectors, 10.0, 0, m, "bounded" in self.options)
+                    contrastive.tiled_forward(a, slopes)
+                    contrastive.tiled_backward(a, meta(keys.N_TERMS, n), [True, not alone, *sums])
+        finally:
+            contrastive._architecture, contrastive._precision = originals
+        return [launch for launch in launches if not self.kernels or launch.kernel.__name__ in self.kernels]
 
 
 @dataclass
@@ -562,6 +621,45 @@ def _experts_configurations() -> list[ExpertsConfiguration]:
     return [*of_cross_entropy, *of_fusion, *of_divergence, *backward]
 
 
+#: Limits of instructions per logit in the loops of the contrastive kernels at D = 128, where tensor cores take as long
+#: as 11 instructions for a forward tile's product (2 D operations) and as 22 for a backward tile's two. A logit's own
+#: arithmetic (a multiply-add, an exponential, a comparison, what that selects, four sums) is 10 instructions in forward
+#: where logits have a bound and 17 with running maxima. The limits are about a tenth above what the loops come to.
+_BOUNDED = {
+    "_tiled_forward_kernel": 16.0, "_grad_query_kernel": 12.5, "_grad_key_kernel": 14.5, "_grad_both_kernel": 19.5
+}  # fmt: skip
+_UNBOUNDED = {
+    "_tiled_forward_kernel": 30.0, "_grad_query_kernel": 21.0, "_grad_key_kernel": 19.5, "_grad_both_kernel": 31.0
+}  # fmt: skip
+#: Of blocks: at the D > 256 that they are for, the products of an element (6 D operations) take tensor cores as long as
+#: 65 instructions or more; and backward's traffic takes memory as long as 31.
+_BLOCK = {"_block_forward_kernel": 40.0, "_block_backward_kernel": MEMORY_BUDGET}
+
+
+def _contrastive_configurations() -> list[ContrastiveConfiguration]:
+    case = ContrastiveConfiguration
+    every = ("exclude", "key_bias", "key_scale", "learned_scale", "slopes")
+    bounded, own = ("exclude", "bounded"), ("_grad_both_kernel",)
+    return [
+        *(case("bounded, self left out", d, bounded, columns=16390, budgets=_BOUNDED if d == 128 else {}) for d in (64, 128, 256)),
+        case("bounded", 128, ("bounded",), rows=512, kernels=("_tiled_forward_kernel",), budgets=_BOUNDED),
+        case("key_bias", 128, ("key_bias",), torch.float16, budgets=_UNBOUNDED),
+        *(case("all", d, every, columns=16390) for d in (64, 128, 256)),
+        *(case("queries alone, bounded, self left out", d, ("alone", *bounded), columns=8192, kernels=own, budgets=_BOUNDED if d == 128 else {}) for d in (64, 128, 256)),
+        *(case("queries alone, self left out", d, ("alone", "exclude"), columns=8192, kernels=own, budgets=_UNBOUNDED if d == 128 else {}) for d in (64, 128, 256)),
+        *(
+            case(f"all{', queries alone' * alone}", d, ("alone", "exclude") if alone else every, torch.float32, precision, columns=8192, kernels=own if alone else ())
+            for d in (128, 256)
+            for precision in ("tf32", "ieee")
+            for alone in (False, True)
+        ),
+        case("self left out", 0, ("exclude",), columns=4096, budgets=_BLOCK),
+        case("all", 0, every, columns=4090),
+        case("key_bias", 0, ("key_bias", "exclude"), torch.float32, "tf32", columns=4096, budgets=_BLOCK),
+        case("all, few rows", 0, every, torch.float32, "tf32", rows=100, columns=4090),
+    ]  # fmt: skip
+
+
 def _small_launches() -> list[tuple[str, Launch]]:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -588,8 +686,8 @@ def _small_launches() -> list[tuple[str, Launch]]:
     return found
 
 
-def _longest_path(sass: str, trips: int = 1) -> int:
-    """Instructions on the longest way through, the body of each loop ``trips`` times."""
+def _parsed(sass: str) -> tuple[dict[str, int], list[str], list[Any], list[re.Match[str] | None]]:
+    """Where labels are; the instructions; the predicate and opcode, and the label, of each."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in sass.splitlines():
@@ -599,6 +697,12 @@ def _longest_path(sass: str, trips: int = 1) -> int:
             lines.append(instruction[1])
     parts = [re.match(r"(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line).groups() for line in lines]  # type: ignore[union-attr]
     targets = [re.search(r"\((\.L_\w+)\)", line) for line in lines]
+    return labels, lines, parts, targets
+
+
+def _longest_path(sass: str, trips: int = 1) -> int:
+    """Instructions on the longest way through, the body of each loop ``trips`` times."""
+    labels, lines, parts, targets = _parsed(sass)
 
     def cost_from(first: int, last: int) -> int:
         """From one instruction to another or to any exit; a jump back or beyond ends the way."""
@@ -620,6 +724,28 @@ def _longest_path(sass: str, trips: int = 1) -> int:
         (labels[t[1]], i) for i, t in enumerate(targets) if t and parts[i][1].startswith("BRA") and labels[t[1]] < i
     ]
     return cost_from(0, len(lines) - 1) + (trips - 1) * sum(cost_from(*loop) for loop in loops)
+
+
+def _loop_instructions(sass: str) -> int:
+    """Instructions on the shortest way once round the first loop (tiles that nothing has to be looked up for)."""
+    labels, lines, parts, targets = _parsed(sass)
+    loops = [
+        (labels[t[1]], i) for i, t in enumerate(targets) if t and parts[i][1].startswith("BRA") and labels[t[1]] < i
+    ]
+    first, last = min(loops, key=lambda loop: (loop[0], -loop[1]))
+    far = 10**9
+    cost = [far] * (last + 1)
+    for i in reversed(range(first, last + 1)):
+        predicate, opcode = parts[i]
+        following = 0 if i == last else cost[i + 1]
+        if opcode.startswith(("EXIT", "RET")):
+            following = following if predicate else far
+        elif opcode.startswith("BRA") and targets[i] and i < last:
+            there = labels[targets[i][1]]  # type: ignore[index]
+            jump = cost[there] if i < there <= last else far
+            following = min(following, jump) if predicate or lines[i].count(",") > 0 else jump
+        cost[i] = following + (opcode != "NOP")
+    return cost[first]
 
 
 def _work(launch: Launch) -> tuple[int, int]:
@@ -658,7 +784,7 @@ def _widths(sass: str, opcode: str) -> dict[str, int]:
     return {str(width): counts[width] for width in sorted(counts, reverse=True)}
 
 
-def _nvidia(compiled: Any, target: str, directory: Path, trips: int) -> dict[str, Any]:
+def _nvidia(compiled: Any, target: str, directory: Path, trips: int, in_loop: bool) -> dict[str, Any]:
     binary = directory / f"{os.getpid()}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
 
@@ -682,6 +808,7 @@ def _nvidia(compiled: Any, target: str, directory: Path, trips: int) -> dict[str
         "stores": _widths(sass, "STG"),
         "shared": compiled.metadata.shared,
         "products": len(re.findall(TENSOR_CORE[target], sass)),
+        "in_loop": _loop_instructions(sass) if in_loop else 0,
     }
 
 
@@ -727,7 +854,7 @@ def _compile(name: str, launch: Launch, configuration: Configuration | None, dir
     trips, logits = _work(launch)
     for target in TARGETS:
         record[target] = _machine_code(launch, target, directory, trips)
-        record[target].pop("products")
+        record[target] = {key: value for key, value in record[target].items() if key not in ("products", "in_loop")}
     sm90 = record["sm_90"]
     if logits:
         record["per_logit"] = round(sm90["instructions"] * 32 * launch.options["num_warps"] / logits, 1)
@@ -759,26 +886,32 @@ def _compile_experts(name: str, launch: Launch, configuration: ExpertsConfigurat
     return configuration.op, record, problems
 
 
-def _machine_code(launch: Launch, target: str, directory: str, trips: int = 1) -> dict[str, Any]:
+def _machine_code(launch: Launch, target: str, directory: str, trips: int = 1, in_loop: bool = False) -> dict[str, Any]:
     gpu = TARGETS[target]
     options = {key: value for key, value in launch.options.items() if key != "maxnreg" or gpu.backend == "cuda"}
     compiled = triton.compile(launch.source(), target=gpu, options=options)
-    return _amd(compiled) if gpu.backend == "hip" else _nvidia(compiled, target, Path(directory), trips)
+    if gpu.backend == "hip":
+        return _amd(compiled)
+    return _nvidia(compiled, target, Path(directory), trips, in_loop)
 
 
 def _compile_linear(
-    name: str, launches: dict[str, Launch], configuration: LinearConfiguration, directory: str
-) -> _Result:
-    """Table row of one kernel of the tiled strategy, which each target launches in its own way; and its problems."""
+    op: str, name: str, launches: dict[str, Launch], configuration: LinearConfiguration | ContrastiveConfiguration,
+    directory: str,
+) -> _Result:  # fmt: skip
+    """Table row of one kernel of a tiled strategy, which each target launches in its own way; and its problems."""
     first = next(iter(launches.values()))
     record: dict[str, Any] = {"case": name, "kernel": first.kernel.__name__}
     problems = []
     of_tiles = "PRECISION" in first.arguments
     for target, launch in launches.items():
-        code = _machine_code(launch, target, directory)
-        keys = ("registers", "stack", "spills", "shared", *(("products",) if of_tiles else ()))
-        sizes = {key: launch.arguments[key] for key in ("BLOCK_N", "BLOCK_C", "BLOCK") if key in launch.arguments}
-        record[target] = {**sizes, **launch.options, **{key: code[key] for key in keys}}
+        counted = target == "sm_90" and op == "partitioned_logsumexp" and (of_tiles or "GROUP" in launch.arguments)
+        code = _machine_code(launch, target, directory, in_loop=counted)
+        recorded = ("registers", "stack", "spills", "shared", *(("products",) if of_tiles else ()))
+        sizes = {key: launch.arguments[key] for key in _SIZES if key in launch.arguments}
+        record[target] = {**sizes, **launch.options, **{key: code[key] for key in recorded}}
+        if counted:
+            problems += _counted_problems(record, code, launch, configuration)
         if code["stack"] or code["spills"]:
             problems.append(f"{target}: {code['stack']} bytes of stack, {code['spills']} spills")
         if target != "gfx942" and code["registers"] * launch.options["num_warps"] * 32 > REGISTERS_PER_BLOCK:
@@ -787,7 +920,28 @@ def _compile_linear(
             problems.append(f"{target}: {code['shared']} bytes of shared memory, at most {SHARED_BYTES[target]}")
         if of_tiles and configuration.dtype.itemsize == 2 and code["products"] == 0:
             problems.append(f"{target}: no tensor-core instructions")
-    return "linear_margin_cross_entropy", record, [f"{name} {record['kernel']}: {problem}" for problem in problems]
+    return op, record, [f"{name} {record['kernel']}: {problem}" for problem in problems]
+
+
+_SIZES = ("BLOCK_N", "BLOCK_C", "BLOCK", "ROWS", "GROUP", "LANES")
+
+
+def _counted_problems(
+    record: dict[str, Any], code: dict[str, Any], launch: Launch, configuration: LinearConfiguration | ContrastiveConfiguration
+) -> list[str]:
+    """What the sm_90 code of a kernel of the partitioned log-sum-exp does that it must not; its counts recorded."""
+    assert isinstance(configuration, ContrastiveConfiguration)
+    a, kernel, problems = launch.arguments, record["kernel"], []
+    tile = a["BLOCK_N"] * a["BLOCK_C"] if "BLOCK_N" in a else a["LANES"] * a["GROUP"] * a.get("ROWS", 1)
+    record["per_logit"] = round(code["in_loop"] * 32 * launch.options["num_warps"] / tile, 1)
+    record |= {"loads": code["loads"], "stores": code["stores"]}
+    if kernel in configuration.budgets:
+        record["budget"] = configuration.budgets[kernel]
+        if record["per_logit"] > record["budget"]:
+            problems.append(f"{record['per_logit']} instructions per logit, at most {record['budget']}")
+    wide = ("loads", "stores") if kernel != "_tiled_forward_kernel" and kernel != "_block_forward_kernel" else ("loads",)
+    problems += [f"no 16-byte {kind}: {code[kind]}" for kind in wide if "128" not in code[kind]]
+    return problems
 
 
 _Result = tuple[str, dict[str, Any], list[str]]  # op, table row, problems
@@ -813,7 +967,16 @@ def _tasks(only: str) -> list[tuple[str, Callable[[str], _Result]]]:
             by_target = [linear_case.launches(target) for target in TARGETS]
             for same in zip(*by_target, strict=True):
                 launches = dict(zip(TARGETS, same, strict=True))
-                tasks.append((name, functools.partial(_compile_linear, name, launches, linear_case)))
+                compiled = functools.partial(_compile_linear, OPS[1], name, launches, linear_case)
+                tasks.append((name, compiled))
+    for keys_case in _contrastive_configurations():
+        if only in keys_case.title:
+            by_target = {target: {each.kernel.__name__: each for each in keys_case.launches(target)} for target in TARGETS}
+            for kernel in by_target["sm_90"]:
+                launches = {target: by_name[kernel] for target, by_name in by_target.items() if kernel in by_name}
+                if len(launches) == len(TARGETS):  # nothing to merge where another's tiles are not split
+                    compiled = functools.partial(_compile_linear, OPS[-1], keys_case.title, launches, keys_case)
+                    tasks.append((keys_case.title, compiled))
     for experts_case in _experts_configurations():
         if only in experts_case.title:
             name = experts_case.title
@@ -917,6 +1080,17 @@ product for each logit, one exponential more for all experts' mean, and a select
 """
 
 
+_KEYS = """
+## Contrastive keys
+
+`partitioned_logsumexp`, in tiles (D <= 256; cells as above) and on blocks of similarities in memory (D > 256; warps and
+registers). Of the queries' labels and what they leave out the worst is compiled: a last tile that is not full, columns
+left out. Per logit: SASS instructions once round the sm_90 loop over the tiles that need no column to be looked up, x
+threads / logits of a tile. Tensor cores take as long as 11 instructions for the product of a forward tile at D = 128,
+and as 22 for both of a backward tile. The limits are what the loops come to and about a tenth.
+"""
+
+
 def _view(tables: dict[str, dict[str, Any]]) -> str:
     """The tables as Markdown."""
     table, linear_table = tables["margin_cross_entropy"], tables["linear_margin_cross_entropy"]
@@ -945,6 +1119,12 @@ def _view(tables: dict[str, dict[str, Any]]) -> str:
     lines += [f"| case | kernel | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
     for row in linear_table["rows"]:
         cells = [row["case"].removeprefix("linear, "), _short(row["kernel"])]
+        lines.append(f"| {' | '.join([*cells, *(_tile_cell(row[target]) for target in targets)])} |")
+    lines += ["", *_KEYS.strip().splitlines(), ""]
+    lines += [f"| case | kernel | per logit | {' | '.join(targets)} |", "|---" * (3 + len(targets)) + "|"]
+    for row in tables["partitioned_logsumexp"]["rows"]:
+        per_logit = f"{row.get('per_logit', '-')}" + (f" (<= {row['budget']})" if "budget" in row else "")
+        cells = [row["case"].removeprefix("keys, "), _short(row["kernel"]), per_logit]
         lines.append(f"| {' | '.join([*cells, *(_tile_cell(row[target]) for target in targets)])} |")
     return "\n".join(lines) + "\n"
 

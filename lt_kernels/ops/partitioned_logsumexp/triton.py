@@ -49,41 +49,94 @@ _MERGE = {"BLOCK": 128, "num_warps": 4}
 
 class _Launches(NamedTuple):
     forward: _Launch
+    forward_bounded: _Launch  # where all logits have a bound: fewer registers, larger tiles
     grad_query: _Launch
     grad_key: _Launch
     grad_both: _Launch
 
 
+#: By machine and kind of product, by largest D, as in the linear heads' table: what compiles without spills into the
+#: shared memory that there is. Blocks of 128 rows where that is possible: each block of rows reads all keys from L2.
 _TABLE = {
     ("hopper", "half"): {
-        128: _Launches(_Launch(128, 128, 8, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2), _Launch(128, 64, 8, 2)),
-        256: _Launches(_Launch(128, 64, 8, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2), _Launch(128, 64, 8, 2)),
+        64: _Launches(
+            _Launch(64, 64, 4, 2, 3), _Launch(128, 64, 8, 2, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2),
+            _Launch(128, 32, 8, 2),
+        ),
+        128: _Launches(
+            _Launch(64, 64, 4, 2, 3), _Launch(128, 64, 8, 2, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2),
+            _Launch(128, 64, 8, 2),
+        ),
+        256: _Launches(
+            _Launch(64, 64, 4, 2, 2), _Launch(128, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2),
+            _Launch(64, 64, 8, 2),
+        ),
     },
     ("blackwell", "half"): {
-        128: _Launches(_Launch(128, 64, 8, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2), _Launch(128, 64, 8, 2)),
-        256: _Launches(_Launch(128, 64, 8, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2), _Launch(128, 64, 8, 2)),
+        64: _Launches(
+            _Launch(64, 64, 4, 2, 3), _Launch(128, 64, 8, 2, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 4, 2),
+            _Launch(64, 32, 8, 2),
+        ),
+        128: _Launches(
+            _Launch(64, 64, 4, 2, 3), _Launch(128, 64, 8, 2, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2),
+            _Launch(64, 32, 8, 2),
+        ),
+        256: _Launches(
+            _Launch(64, 64, 4, 2, 2), _Launch(128, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2),
+            _Launch(64, 32, 8, 2),
+        ),
     },
     ("ampere", "half"): {
-        128: _Launches(_Launch(128, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2)),
-        256: _Launches(_Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2)),
+        128: _Launches(
+            _Launch(64, 64, 8, 2, 2), _Launch(128, 64, 8, 2, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2),
+            _Launch(64, 32, 8, 2),
+        ),
+        256: _Launches(
+            _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 32, 8, 2), _Launch(32, 64, 8, 2),
+            _Launch(64, 32, 8, 2),
+        ),
     },
     ("amd", "half"): {
-        128: _Launches(_Launch(64, 64, 4, 1), _Launch(64, 32, 4, 1), _Launch(32, 64, 4, 1), _Launch(64, 32, 4, 1)),
-        256: _Launches(_Launch(64, 64, 4, 1), _Launch(64, 16, 4, 1), _Launch(16, 64, 4, 1), _Launch(64, 16, 4, 1)),
+        128: _Launches(
+            _Launch(64, 64, 4, 1), _Launch(64, 64, 4, 1), _Launch(64, 32, 4, 1), _Launch(32, 64, 4, 1),
+            _Launch(64, 32, 4, 1),
+        ),
+        256: _Launches(
+            _Launch(64, 32, 4, 1), _Launch(64, 32, 4, 1), _Launch(64, 16, 4, 1), _Launch(16, 64, 4, 1),
+            _Launch(64, 16, 4, 1),
+        ),
     },
     ("nvidia", "tf32"): {
-        128: _Launches(_Launch(64, 64, 8, 2), _Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2)),
-        256: _Launches(_Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2)),
+        128: _Launches(
+            _Launch(64, 32, 8, 2), _Launch(64, 64, 8, 2), _Launch(32, 32, 4, 2, 2), _Launch(32, 32, 4, 2, 2),
+            _Launch(32, 32, 4, 2, 2),
+        ),
+        256: _Launches(
+            _Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2), _Launch(32, 32, 4, 2),
+            _Launch(32, 32, 4, 2),
+        ),
     },
     ("nvidia", "ieee"): {
-        128: _Launches(_Launch(32, 32, 8, 2), _Launch(32, 32, 8, 2), _Launch(32, 32, 8, 2), _Launch(32, 32, 8, 2)),
-        256: _Launches(_Launch(32, 32, 8, 2), _Launch(32, 16, 8, 2), _Launch(16, 32, 8, 2), _Launch(32, 16, 8, 2)),
+        128: _Launches(
+            _Launch(32, 32, 8, 2, 2), _Launch(32, 32, 8, 2, 2), _Launch(32, 32, 8, 2, 2), _Launch(32, 32, 8, 2, 2),
+            _Launch(32, 32, 8, 2, 2),
+        ),
+        256: _Launches(
+            _Launch(32, 32, 8, 2), _Launch(32, 32, 8, 2), _Launch(32, 16, 8, 2), _Launch(16, 32, 8, 2),
+            _Launch(32, 16, 8, 2),
+        ),
     },
     ("amd", "ieee"): {
-        128: _Launches(_Launch(32, 32, 4, 1), _Launch(32, 32, 4, 1), _Launch(32, 32, 4, 1), _Launch(32, 32, 4, 1)),
-        256: _Launches(_Launch(32, 16, 4, 1), _Launch(32, 16, 4, 1), _Launch(16, 32, 4, 1), _Launch(32, 16, 4, 1)),
+        128: _Launches(
+            _Launch(32, 32, 4, 1), _Launch(32, 32, 4, 1), _Launch(32, 32, 4, 1), _Launch(32, 32, 4, 1),
+            _Launch(32, 32, 4, 1),
+        ),
+        256: _Launches(
+            _Launch(32, 16, 4, 1), _Launch(32, 16, 4, 1), _Launch(32, 16, 4, 1), _Launch(16, 32, 4, 1),
+            _Launch(32, 16, 4, 1),
+        ),
     },
-}
+}  # fmt: skip
 
 
 @functools.cache
@@ -100,9 +153,9 @@ def _launches(width: int, itemsize: int, tf32: bool, architecture: int) -> _Laun
     return by_width[limit]
 
 
-def _block_launch(columns: int, itemsize: int) -> dict[str, int]:
-    """Columns of a tile: no more warps than fill a row."""
-    group = 16 // itemsize
+def _block_launch(columns: int) -> dict[str, int]:
+    """Columns of a tile: no more warps than fill a row. A lane has 8 columns: 16 or 32 bytes."""
+    group = 8
     warps = _BLOCK_WARPS
     while warps > 1 and 16 * warps * group >= columns:
         warps //= 2
@@ -136,7 +189,7 @@ def forward(block: Block, with_slopes: bool) -> Tensor:
     if n == 0 or m == 0:
         return block.z.new_zeros((kinds, n), dtype=torch.float32)
     with torch.cuda.device_of(block.z):
-        constants = _block_launch(m, block.z.element_size())
+        constants = _block_launch(m)
         tiles = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
         per_split = _per_split(n, tiles, _BLOCK_TOGETHER)
         splits = triton.cdiv(tiles, per_split)
@@ -156,7 +209,7 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
     if not any(needs):
         return none, none
     with torch.cuda.device_of(block.z):
-        constants = _block_launch(m, block.z.element_size())
+        constants = _block_launch(m)
         programs = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
         blocks = triton.cdiv(n, _BLOCK_ROWS)
         per_split = _per_split(programs, blocks, _BLOCK_TOGETHER, 256)
@@ -247,12 +300,14 @@ def tiled_forward(a: Arguments, with_slopes: bool) -> Tensor:
         return a.query.new_zeros((kinds, n), dtype=torch.float32)
     with torch.cuda.device_of(a.query):
         arguments, launches = _of_tiles(a)
-        launch = launches.forward
+        launch = launches.forward_bounded if arguments["CONSTANT"] else launches.forward
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(m, launch.block_c)
         per_split = _per_split(blocks, tiles, launch.together)
         partial = a.query.new_empty((kinds, triton.cdiv(tiles, per_split), n), dtype=torch.float32)
         arguments |= {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
         arguments["RAGGED"] = m % launch.block_c != 0
+        # products without tensor cores are long code, and twice that would spill
+        arguments["APART"] = a.query.element_size() == 2 or arguments["PRECISION"] == "tf32"
         _launch(_tiled_forward_kernel, (blocks, partial.shape[1]), arguments, **launch.constants)
         return _merged_statistics(partial)
 

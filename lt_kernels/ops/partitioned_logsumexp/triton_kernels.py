@@ -334,6 +334,7 @@ def _tiled_forward_kernel(
     scale,
     bound,
     RAGGED: tl.constexpr,  # whether the last tile is not full
+    APART: tl.constexpr,  # whether tiles with comparisons of columns, if there are any, have a loop of their own
     CONSTANT: tl.constexpr,
     SLOPES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -358,17 +359,23 @@ def _tiled_forward_kernel(
     split = tl.program_id(1)
     first = split * tiles_per_split
     end = tl.minimum(first + tiles_per_split, tl.cdiv(columns, BLOCK_C))
-    last, skip, skip_end = _special_tiles(first, end, columns, low, high, BLOCK_C)
-    for index in range(first, last - (skip_end - skip)):
-        tile = tl.where(index < skip, index, index + (skip_end - skip))
-        neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _tile_joined(
-            tile * BLOCK_C, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width,
-            key_stride, scale, bound, zero, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope,
-            pos_slope, False, CONSTANT, SLOPES, PRECISION, FULL, BLOCK_C, BLOCK_D,
-        )  # fmt: skip
-    if exclude_ptr is not None or RAGGED:
-        for index in tl.range(skip, skip_end + (end - last), num_stages=1):
-            tile = tl.where(index < skip_end, index, last)
+    MASKED: tl.constexpr = exclude_ptr is not None or RAGGED
+    last, skip, skip_end = end, end, end
+    if MASKED:
+        last, skip, skip_end = _special_tiles(first, end, columns, low, high, BLOCK_C)
+        if not APART:
+            last, skip, skip_end = first, first, first
+    if APART or not MASKED:
+        for index in range(first, last - (skip_end - skip)):
+            tile = tl.where(index < skip, index, index + (skip_end - skip))
+            neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _tile_joined(
+                tile * BLOCK_C, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width,
+                key_stride, scale, bound, zero, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope,
+                pos_slope, False, CONSTANT, SLOPES, PRECISION, FULL, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
+    if MASKED:  # a loop of its own: the registers of comparisons are not those of the loop above
+        for index in tl.range(skip, skip_end + (end - last), num_stages=1 if APART else None):
+            tile = tl.where(index < skip_end, index, last + (index - skip_end))
             neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope, pos_slope = _tile_joined(
                 tile * BLOCK_C, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width,
                 key_stride, scale, bound, zero, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos, neg_slope,
