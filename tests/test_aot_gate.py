@@ -115,3 +115,28 @@ def test_the_table_of_losses_of_several_experts_holds_what_the_gate_promises():
     for row in aligned:
         assert row["sm_90"]["loads"]["128"] > 0, row
         assert row["sm_90"]["stores"]["128"] > 0, row
+
+
+@pytest.mark.slow
+def test_contrastive_kernels():
+    result = gate("--check", "--only", "keys, bounded, self left out, D 64")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 kernels compiled for sm_90, sm_80, sm_100, gfx942" in result.stdout
+
+
+def test_the_table_of_contrastive_kernels_holds_what_the_gate_promises():
+    rows = json.loads((ROOT / "benchmarks/results/aot/partitioned_logsumexp.json").read_text())["rows"]
+    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    seen = set()
+    for row in rows:
+        for target, kilobytes in limits.items():
+            assert row[target]["stack"] == row[target]["spills"] == 0, row
+            assert row[target]["shared"] <= kilobytes * 1024, row
+            if "products" in row[target] and "float32" not in row["case"]:
+                assert row[target]["products"] > 0, row
+        if "per_logit" in row:
+            assert row["per_logit"] <= row.get("budget", 1000)
+            assert "128" in row["loads"]
+            seen.add(row["kernel"])
+    tiles = {"_tiled_forward_kernel", "_grad_query_kernel", "_grad_key_kernel", "_grad_both_kernel"}
+    assert seen == tiles | {"_block_forward_kernel", "_block_backward_kernel"}

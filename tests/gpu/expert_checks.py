@@ -136,10 +136,11 @@ def expert_lists(device: str, case: Case, dtype: torch.dtype, policy: str, reduc
     with gradient_policy(policy):
         expected = step(sample, return_ensemble=True)
         assert_same_bits(step(sample, as_list=True, return_ensemble=True), expected, "a list")
+        plain = step(sample)  # another kernel than that with the ensemble, whose last bits may differ
         apart = [x.detach().clone().requires_grad_() for x in sample.input]
         result = expert_cross_entropy(apart, sample.target, **sample.options)
         grads = torch.autograd.grad(0.5 * result.sum(), apart)
-    assert_same_bits([result.detach(), torch.stack(grads)], [expected[0], expected[-1]], "separate tensors")
+    assert_same_bits([result.detach(), torch.stack(grads)], [plain[0], plain[-1]], "separate tensors")
 
 
 @check(case=SHAPES, dtype=DTYPES, mixed={"": {}, "mixed": {"options": ("log_prior", "mixed_target")}})

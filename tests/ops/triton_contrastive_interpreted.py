@@ -31,6 +31,10 @@ OPTIONS = {
 }
 #: Labels by number of classes: all positive, few, no positive.
 LABELS = {"all positive": 1, "few": 7, "no positive": 0}
+CASES = [
+    *((option, "few") for option in OPTIONS),
+    *((option, labels) for option in ("self", "all") for labels in ("all positive", "no positive")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -179,13 +183,12 @@ def splits(request, monkeypatch):
 
 @pytest.mark.usefixtures("splits")
 class TestBlocks:
-    @pytest.mark.parametrize("option", OPTIONS)
-    @pytest.mark.parametrize("labels", LABELS)
+    @pytest.mark.parametrize(("option", "labels"), CASES)
     def test_statistics_and_gradients(self, option, labels):
-        sample = Sample(21, 261, OPTIONS[option], LABELS[labels], 2.0, first=5)
-        check_block(window(sample.normal(21, 261)), sample, first=5)
+        sample = Sample(6, 261, OPTIONS[option], LABELS[labels], 2.0, first=5)
+        check_block(window(sample.normal(6, 261)), sample, first=5)
 
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (37, 1), (5, 3), (3, 1100)])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (13, 1), (5, 3), (3, 1100)])
     def test_shapes(self, shape):
         for dtype in (torch.float32, torch.bfloat16):
             sample = Sample(*shape, OPTIONS["all"], 3, 1.5)
@@ -273,12 +276,12 @@ def dense_backward(a: Arguments, terms: Tensor, dtype: torch.dtype) -> list[Tens
 
 
 def check(
-    a: Arguments, with_slopes: bool = True, needs: tuple[bool, ...] | None = None, roundings: float = 16.0, seed: int = 5
+    a: Arguments, with_slopes: bool = True, needs: tuple[bool, ...] | None = None, roundings: float = 16.0
 ) -> None:
     truth, eager = (reference.forward(block_of(a, dtype), with_slopes) for dtype in (torch.float64, torch.float32))
     statistics = backend.tiled_forward(a, with_slopes)
     check_statistics(statistics, eager, truth, roundings)
-    upstream = torch.randn(3, a.query.shape[0], generator=torch.Generator().manual_seed(seed))
+    upstream = torch.randn(3, a.query.shape[0], generator=torch.Generator().manual_seed(5))
     exact, plain = (
         dense_backward(a, terms_of(s, upstream), dtype) for s, dtype in ((truth, torch.float64), (eager, torch.float32))
     )
@@ -308,22 +311,21 @@ def small_tiles(request, monkeypatch):
 
 @pytest.mark.usefixtures("small_tiles")
 class TestSmallTiles:
-    @pytest.mark.parametrize("option", OPTIONS)
-    @pytest.mark.parametrize("labels", LABELS)
+    @pytest.mark.parametrize(("option", "labels"), CASES)
     def test_statistics_and_gradients(self, option, labels):
-        check(arguments(Sample(37, 50, OPTIONS[option], LABELS[labels], 1.5), 17))
+        check(arguments(Sample(20, 35, OPTIONS[option], LABELS[labels], 1.5), 17))
 
-    @pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("key_bias", "masked keys", "all")])
+    @pytest.mark.parametrize("option", ["plain", "self", "random"])
     @pytest.mark.parametrize("scale", [14.0, 30.0, -14.0, 31.0])
     def test_bounded_logits(self, option, scale):
-        a = arguments(Sample(20, 35, OPTIONS[option], 4, scale), 17, normalized=True)
+        a = arguments(Sample(20, 32, OPTIONS[option], 4, scale), 17, normalized=True)
         assert backend._constant(a) == (abs(scale) <= 30 and a.learned_scale is None)
         check(a)
 
     @pytest.mark.parametrize("normalized", [False, True])
     @pytest.mark.parametrize("option", OPTIONS)
     def test_the_queries_are_the_keys(self, option, normalized):
-        a = arguments(Sample(37, 37, OPTIONS[option], 5, 2.0), 17, normalized=normalized, alone=True)
+        a = arguments(Sample(21, 21, OPTIONS[option], 5, 2.0), 17, normalized=normalized, alone=True)
         assert backend._symmetric(a) == (a.key_bias is None and a.key_scale is None)
         check(a)
 
@@ -336,16 +338,15 @@ class TestSmallTiles:
 
     @pytest.mark.parametrize("begin_end", [(0, 50), (7, 33), (16, 48), (5, 5), (50, 50), (0, 1)])
     def test_keys_that_receive_a_gradient(self, begin_end):
-        for option in ("plain", "all"):
-            begin, end = begin_end
-            check(arguments(Sample(20, 50, OPTIONS[option], 4, 1.5), 17, begin=begin, end=end))
+        begin, end = begin_end
+        check(arguments(Sample(17, 50, OPTIONS["all"], 4, 1.5), 17, begin=begin, end=end))
 
     @pytest.mark.parametrize("position", range(4))
     def test_one_gradient_at_a_time(self, position):
         a = arguments(Sample(20, 35, OPTIONS["all"], 4, 1.5), 17, begin=3, end=30)
         check(a, with_slopes=False, needs=tuple(i == position for i in range(4)))
 
-    @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 16), (40, 1, 3), (16, 16, 16)])
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 40, 16), (21, 1, 3), (16, 16, 16)])
     def test_shapes(self, shape):
         n, m, d = shape
         for option in ("self", "all"):
@@ -362,7 +363,7 @@ class TestSmallTiles:
     def test_sixteen_bits(self, dtype):
         """Under interpretation a float32 is truncated to bfloat16, not rounded: that of dz, and of the result."""
         for normalized, alone in ((False, False), (True, False), (True, True)):
-            sample = Sample(37, 37, OPTIONS["self"], 4, 4.0)
+            sample = Sample(20, 20, OPTIONS["self"], 4, 4.0)
             a = arguments(sample, 17, dtype, normalized=normalized, alone=alone)
             check(a, roundings=8.0 if dtype == torch.float16 else 4.0)
 

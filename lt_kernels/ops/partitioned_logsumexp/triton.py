@@ -1,4 +1,4 @@
-"""The Triton backend: launch tables and launchers, of blocks and of the tiled strategy. Formulas in ``triton_kernels``."""
+"""The Triton backend: launch tables and launchers, of blocks and of tiles. Formulas in ``triton_kernels.py``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..linear_margin_cross_entropy.triton import (
     _PADDING,
     _architecture,
     _block_d,
-    _launch,
     _Launch,
+    _launch,
     _machine,
     _merged,
     _most_splits,
@@ -37,14 +37,14 @@ from .triton_kernels import (
 
 # --- launch tables ---------------------------------------------------------------------------------------------------
 
-#: Where |u| <= bound and 2 bound is at most this, exponentials are taken relative to the bound: none over- or underflows.
+#: Where |u| <= bound and 2 bound is at most this, exponentials are taken relative to the bound: none underflows.
 _CONSTANT_RANGE = 60.0
 #: Rows that the block kernels' backward takes at a time, and the most warps that a program of theirs has.
 _BLOCK_ROWS, _BLOCK_WARPS = 4, 4
 #: Programs of the block kernels that run together on a multiprocessor, about.
 _BLOCK_TOGETHER = 4
-#: Rows of a program of _merge_kernel.
-_MERGE = {"BLOCK": 128, "num_warps": 4}
+#: Splits of the forward pass, at most; and rows of a program that merges them.
+_MOST_SPLITS, _MERGED_ROWS = 128, 16
 
 
 class _Launches(NamedTuple):
@@ -53,6 +53,7 @@ class _Launches(NamedTuple):
     grad_query: _Launch
     grad_key: _Launch
     grad_both: _Launch
+    grad_both_bounded: _Launch | None = None  # another than grad_both
 
 
 #: By machine and kind of product, by largest D, as in the linear heads' table: what compiles without spills into the
@@ -65,7 +66,7 @@ _TABLE = {
         ),
         128: _Launches(
             _Launch(64, 64, 4, 2, 3), _Launch(128, 64, 8, 2, 2), _Launch(128, 64, 8, 2), _Launch(64, 128, 8, 2),
-            _Launch(128, 64, 8, 2),
+            _Launch(128, 32, 8, 2), _Launch(128, 64, 8, 2),
         ),
         256: _Launches(
             _Launch(64, 64, 4, 2, 2), _Launch(128, 64, 8, 2), _Launch(64, 64, 8, 2), _Launch(64, 64, 8, 2),
@@ -191,7 +192,7 @@ def forward(block: Block, with_slopes: bool) -> Tensor:
     with torch.cuda.device_of(block.z):
         constants = _block_launch(m)
         tiles = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
-        per_split = _per_split(n, tiles, _BLOCK_TOGETHER)
+        per_split = _per_split(n, tiles, _BLOCK_TOGETHER, _MOST_SPLITS)
         splits = triton.cdiv(tiles, per_split)
         partial = block.z.new_empty((kinds, splits, n), dtype=torch.float32)
         arguments = _of_block(block) | {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
@@ -239,7 +240,8 @@ def _merged_statistics(partial: Tensor) -> Tensor:
         return partial[:, 0]
     out = partial.new_empty((kinds, n))
     arguments = {"partial_ptr": partial, "out_ptr": out, "rows": n, "splits": splits, "SLOPES": kinds > N_STATISTICS}
-    _launch(_merge_kernel, (triton.cdiv(n, _MERGE["BLOCK"]),), arguments, **_MERGE)
+    constants = {"SPLITS": triton.next_power_of_2(splits), "BLOCK": _MERGED_ROWS, "num_warps": 4}
+    _launch(_merge_kernel, (triton.cdiv(n, _MERGED_ROWS),), arguments, **constants)
     return out
 
 
@@ -302,7 +304,7 @@ def tiled_forward(a: Arguments, with_slopes: bool) -> Tensor:
         arguments, launches = _of_tiles(a)
         launch = launches.forward_bounded if arguments["CONSTANT"] else launches.forward
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(m, launch.block_c)
-        per_split = _per_split(blocks, tiles, launch.together)
+        per_split = _per_split(blocks, tiles, launch.together, _MOST_SPLITS)
         partial = a.query.new_empty((kinds, triton.cdiv(tiles, per_split), n), dtype=torch.float32)
         arguments |= {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
         arguments["RAGGED"] = m % launch.block_c != 0
@@ -335,22 +337,23 @@ def tiled_backward(a: Arguments, terms: Tensor, needs: list[bool]) -> list[Tenso
     with torch.cuda.device_of(a.query):
         arguments, launches = _of_tiles(a)
         if _symmetric(a) and need_query and not (need_bias or need_scale):
-            arguments |= _row_terms(arguments, terms, launches.grad_both.block_c)
-            return [_merged(_grad_both(a, arguments, launches.grad_both), a.query.dtype), none, none, none]
+            launch = (arguments["CONSTANT"] and launches.grad_both_bounded) or launches.grad_both
+            arguments |= _row_terms(arguments, terms, launch.block_c)
+            return [_merged(_grad_both(a, arguments, launch), a.query.dtype), none, none, none]
         arguments |= _row_terms(arguments, terms, launches.grad_key.block_n)
         grad_query = grad_key = none
         if need_query:
             dtype = a.query.dtype if a.key is not None else torch.float32
             grad_query = _merged(_grad_query(a, arguments, launches.grad_query, dtype), dtype)
-        of_keys = need_key or (need_query and a.key is None)
-        of_keys, sums = _of_keys(a, arguments, launches.grad_key, of_keys, need_bias, need_scale)
+        through_columns = need_key or (need_query and a.key is None)
+        of_keys, sums = _of_keys(a, arguments, launches.grad_key, through_columns, need_bias, need_scale)
         if a.key is None and need_query:
             grad_query[a.key_grad_begin : a.key_grad_end] += of_keys
             grad_query = grad_query.to(a.query.dtype)
         elif need_key:
             grad_key = of_keys
             if len(of_keys) < m:
-                grad_key = a.key.new_zeros(a.key.shape)
+                grad_key = a.keys.new_zeros(a.keys.shape)
                 grad_key[a.key_grad_begin : a.key_grad_end] = of_keys
         return [grad_query, grad_key, *sums]
 

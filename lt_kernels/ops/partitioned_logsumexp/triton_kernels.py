@@ -1,4 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+# mypy: disable-error-code="assignment, var-annotated"
 """Kernels of the partitioned log-sum-exp: similarities in memory (blocks), or computed tile by tile and never stored.
 
 With a = scale * learned_scale the logits are u_ij = (a key_scale_j) z_ij + key_bias_j, one fused multiply-add, and an
@@ -231,18 +232,18 @@ def _store_statistics(
 
 
 @triton.jit
-def _merged_side(from_ptr, size, peak, mass, slope, PEAK: tl.constexpr, MASS: tl.constexpr, SLOPE: tl.constexpr,
-                 SLOPES: tl.constexpr):  # fmt: skip
-    """One side's statistics joined by those of a split."""
-    split_mass = tl.load(from_ptr + MASS * size)
-    split_peak = tl.where(split_mass == 0.0, -_INF, tl.load(from_ptr + PEAK * size))
-    high = tl.maximum(peak, split_peak)
-    kept = _exp2(tl.minimum(_reference(peak) - _reference(high), 0.0) * _LOG2E)
-    added = _exp2(tl.minimum(_reference(split_peak) - _reference(high), 0.0) * _LOG2E)
-    mass = mass * kept + split_mass * added
+def _merged_side(
+    from_ptr, size, mask, PEAK: tl.constexpr, MASS: tl.constexpr, SLOPE: tl.constexpr, SLOPES: tl.constexpr
+):
+    """One side's statistics from those of the splits, [SPLITS, BLOCK]."""
+    mass = tl.load(from_ptr + MASS * size, mask=mask, other=0.0)
+    peak = tl.where(mass == 0.0, -_INF, tl.load(from_ptr + PEAK * size, mask=mask, other=0.0))
+    high = tl.max(peak, 0)
+    kept = _exp2(tl.minimum(_reference(peak) - _reference(high)[None, :], 0.0) * _LOG2E)
+    slope = tl.zeros_like(high)
     if SLOPES:
-        slope = slope * kept + tl.load(from_ptr + SLOPE * size) * added
-    return high, mass, slope
+        slope = tl.sum(kept * tl.load(from_ptr + SLOPE * size, mask=mask, other=0.0), 0)
+    return high, tl.sum(kept * mass, 0), slope
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -252,27 +253,20 @@ def _merge_kernel(
     rows,
     splits,
     SLOPES: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two, splits at least
     BLOCK: tl.constexpr,
 ):
-    """The splits' statistics joined in order."""
+    """The splits' statistics joined, all of a block of rows at once."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, SPLITS)[:, None]
     inside = row < rows
-    row = tl.minimum(row, rows - 1)
+    mask = (split < splits) & inside[None, :]
     size = splits * tl.cast(rows, tl.int64)
-    neg_peak, pos_peak = tl.full([BLOCK], -_INF, tl.float32), tl.full([BLOCK], -_INF, tl.float32)
-    neg_mass, pos_mass = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    neg_slope, pos_slope = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    pos_sum, num_pos = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        from_ptr = partial_ptr + split * tl.cast(rows, tl.int64) + row
-        neg_peak, neg_mass, neg_slope = _merged_side(
-            from_ptr, size, neg_peak, neg_mass, neg_slope, _NEG_PEAK, _NEG_MASS, _NEG_SLOPE, SLOPES
-        )
-        pos_peak, pos_mass, pos_slope = _merged_side(
-            from_ptr, size, pos_peak, pos_mass, pos_slope, _POS_PEAK, _POS_MASS, _POS_SLOPE, SLOPES
-        )
-        pos_sum += tl.load(from_ptr + _POS_SUM * size)
-        num_pos += tl.load(from_ptr + _NUM_POS * size)
+    from_ptr = partial_ptr + split * tl.cast(rows, tl.int64) + row[None, :]
+    neg_peak, neg_mass, neg_slope = _merged_side(from_ptr, size, mask, _NEG_PEAK, _NEG_MASS, _NEG_SLOPE, SLOPES)
+    pos_peak, pos_mass, pos_slope = _merged_side(from_ptr, size, mask, _POS_PEAK, _POS_MASS, _POS_SLOPE, SLOPES)
+    pos_sum = tl.sum(tl.load(from_ptr + _POS_SUM * size, mask=mask, other=0.0), 0)
+    num_pos = tl.sum(tl.load(from_ptr + _NUM_POS * size, mask=mask, other=0.0), 0)
     _store_statistics(
         out_ptr + row, tl.cast(rows, tl.int64), inside, neg_peak, neg_mass, pos_peak, pos_mass, pos_sum, num_pos,
         neg_slope, pos_slope, True, SLOPES,
@@ -492,8 +486,9 @@ def _grad_query_kernel(
         begin = tile * BLOCK_C
         column = begin + lane
         k = _vectors(key_ptr, column, columns, width, key_stride, FULL, BLOCK_D)
+        columns_of = column[None, :]
         key_label, slope, offset, key_scale = _of_keys(
-            key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, column[None, :], column[None, :] < columns, CONSTANT
+            key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, columns_of, columns_of < columns, CONSTANT
         )
         z = _product(q, tl.trans(k), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
         same = label == key_label
@@ -843,7 +838,8 @@ def _block_backward_kernel(
             inside = block * ROWS + r < rows
             row = tl.minimum(block * ROWS + r, rows - 1).to(tl.int64)
             own_ptr = terms_ptr + row
-            neg_peak, pos_peak = tl.load(own_ptr + _NEG_PEAK * terms_stride), tl.load(own_ptr + _POS_PEAK * terms_stride)
+            neg_peak = tl.load(own_ptr + _NEG_PEAK * terms_stride)
+            pos_peak = tl.load(own_ptr + _POS_PEAK * terms_stride)
             neg_factor = tl.load(own_ptr + _NEG_MASS * terms_stride, mask=inside, other=0.0)
             pos_factor = tl.load(own_ptr + _POS_MASS * terms_stride, mask=inside, other=0.0)
             z = zs[r].to(tl.float32)
