@@ -74,7 +74,8 @@ def partitioned_logsumexp(
         key_label: ``[M]``, likewise; None: the queries' labels. A label that no query has (such as -1) marks keys that
             are negative for all; with a ``key_bias`` of -inf they count nowhere.
         scale: a number or 0-dim tensor: the inverse temperature.
-        key_bias: ``[M]``, added to the logits of each key; -inf masks a key.
+        key_bias: ``[M]``, added to the logits of each key; -inf takes a key out of ``neg`` and ``pos`` (out of
+            ``pos_sum`` and ``num_pos`` its label does).
         key_scale: ``[M]``, multiplies the similarities of each key in the logits (not in ``pos_sum``).
         exclude: ``[N]``, any integer dtype: the key that each query leaves out, -1 for none; ``"self"``: query i leaves
             out key i (M must be N or more).
@@ -83,7 +84,7 @@ def partitioned_logsumexp(
         normalized: a promise that rows of ``query`` and ``key`` have norm 1 at most, so that scores need no running
             maximum. Broken promises are found with checks on (``lt_kernels.set_checks(True)``); results are then wrong.
         separate_scale: with a ``scale`` tensor: return two results of the same values from the one sweep; gradients of
-            the first reach everything but the scale, those of the second the scale alone.
+            the first reach everything but the scale, those of the second the scale alone. Both belong to one graph.
         strategy: ``"materialize"`` (similarities are kept from forward to backward), ``"chunked"`` (computed again in
             backward, a block at a time), ``"tiled"`` (Triton: they never leave the chip; D up to 256) or ``"auto"``.
 
@@ -147,23 +148,17 @@ def partitioned_logsumexp(
     training = torch.is_grad_enabled() and learns
     chosen = plan.choose(n, m, dtype, training, reason is None, strategy, _settings.memory_budget)
     with_slopes = learned_scale is not None and learned_scale.requires_grad and torch.is_grad_enabled()
-    neg, pos, pos_sum, num_pos, _, slopes, _ = forward(
+    neg, pos, pos_sum, num_pos, _, _, _, of_scale = forward(
         *Arguments(
-            q, k, labels, of_keys, left_out, key_bias, key_scale,
-            learned_scale.detach() if separate_scale and learned_scale is not None else learned_scale,
-            fixed_scale, begin, end, normalized,
+            q, k, labels, of_keys, left_out, key_bias, key_scale, learned_scale, fixed_scale, begin, end, normalized
         ),
-        with_slopes, chosen, _settings.memory_budget, backend,
+        with_slopes, separate_scale, chosen, _settings.memory_budget, backend,
     )  # fmt: skip
     result = PartitionedLogSumExp(neg, pos, pos_sum, num_pos)
     if not separate_scale:
         return result
-    of_scale = [value.detach() for value in (neg, pos, pos_sum)]
-    if with_slopes:
-        assert learned_scale is not None
-        nothing = fixed_scale * (learned_scale - learned_scale.detach())
-        of_scale = [value + slope * nothing for value, slope in zip(of_scale, slopes.unbind(0), strict=True)]
-    return result, PartitionedLogSumExp(of_scale[0], of_scale[1], of_scale[2], num_pos)
+    neg, pos, pos_sum = of_scale.unbind(0)
+    return result, PartitionedLogSumExp(neg, pos, pos_sum, num_pos)
 
 
 def supervised_contrastive(
@@ -294,7 +289,8 @@ def _exclude(exclude: Any, n: int, m: int, query: Tensor) -> Tensor | None:
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise IndexError(f"exclude: got {int(value[row])} in row {row}, expected a key from 0 to {m - 1}, or -1")
-    return value.to(torch.int32).contiguous()
+    # one out of range, on a GPU, excludes nothing
+    return torch.where((value >= 0) & (value < m), value, -1).to(torch.int32).contiguous()
 
 
 def _rows(rows: tuple[int, int] | None, m: int) -> tuple[int, int]:

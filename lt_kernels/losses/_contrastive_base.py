@@ -203,7 +203,8 @@ def sample_pixels(
     if target.dim() != 3 or target.shape[0] != images:
         raise ValueError(f"target: got shape {tuple(target.shape)}, expected ({images}, {height}, {width})")
     _, is_class = check_classes("target", target, tuple(target.shape), num_classes, features, ignore_index)
-    label = target.to(torch.int64).masked_fill(~is_class | (target == ignore_index), num_classes)
+    label = target.to(torch.int64)
+    label = label.masked_fill(~is_class | (label == ignore_index), num_classes)
     if target.shape[1:] != (height, width) and target.numel() > 0:
         down = torch.arange(height, device=target.device) * target.shape[1] // height
         across = torch.arange(width, device=target.device) * target.shape[2] // width

@@ -84,12 +84,15 @@ class BalancedContrastiveLoss(nn.Module):
         index, is_class = check_classes("labels", labels, (samples,), self.num_classes, features, none=None)
         query = features.flatten(0, 1)
         label = index[:, None].expand(samples, views).flatten()
-        key_label = torch.cat([label, torch.arange(self.num_classes, device=label.device)])
         dtype = torch.promote_types(features.dtype, torch.float32)
+        # a class out of range, on a GPU, is no key of any class
+        of_views = torch.where(is_class, index, -1)[:, None].expand(samples, views).flatten()
+        key_label = torch.cat([of_views, torch.arange(self.num_classes, device=label.device)])
         counts = (views * count_classes(index, is_class, self.num_classes) + 1).to(dtype)
+        bias = torch.where(key_label >= 0, -counts.log()[key_label.clamp_min(0)], -math.inf)
         sums = LF.partitioned_logsumexp(
             query, torch.cat([query, centers]), label, key_label,
-            scale=1 / self.temperature, key_bias=-counts.log()[key_label], exclude="self",
+            scale=1 / self.temperature, key_bias=bias, exclude="self",
         )  # fmt: skip
         count = counts[label]
         others = (count - 1).clamp_min(1)

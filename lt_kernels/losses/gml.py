@@ -154,9 +154,9 @@ class GMLLoss(ContrastiveLossBase):
             key_label: [M]; keys of label -1, such as empty slots, count nowhere.
             logits: cosines [N, C], or [N, C, H, W].
             target: the classes of ``logits``; None: ``query_label``. For queries that are drawn beforehand.
-            query_id: like ``query_label``: which sample each query is, negative for none.
-            key_id: [M], likewise; the last key of the same id and label is a query's own.
-            own_key: like ``query_label``: the query's own key, -1 for none, in place of ids;
+            query_id: [N], or [N, H, W] of the embeddings' size: which sample each query is, negative for none.
+            key_id: [M], likewise; the last key of the same id is a query's own if it has its label.
+            own_key: like ``query_id``: the query's own key, -1 for none, in place of ids;
                 [`ClassQueue.enqueue`][lt_kernels.queues.ClassQueue.enqueue] returns it.
             teacher_logits: cosines like ``logits``; needed with alpha > 0, and refused otherwise.
             generator: draws the pixels; on the device of ``query``.
@@ -224,7 +224,7 @@ class GMLLoss(ContrastiveLossBase):
             floor = torch.finfo(sums.pos.dtype).min / 4
             similarity = (query.to(sums.pos.dtype) * key[at].to(sums.pos.dtype)).sum(1)
             term = scale.detach().to(sums.pos.dtype) * similarity + bias[at].to(sums.pos.dtype)
-            positive_sum = torch.logaddexp(torch.where(others, sums.pos, floor), torch.where(has, term, floor))
+            positive_sum = torch.logaddexp(sums.pos.clamp_min(floor), torch.where(has, term, floor).clamp_min(floor))
             matched = others | has
             count = counts[label]
             offset = (count.clamp_min(1) / (count - has.to(count.dtype)).clamp_min(1)).log().to(sums.pos.dtype)

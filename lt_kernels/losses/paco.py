@@ -127,6 +127,13 @@ class PaCoLoss(ContrastiveLossBase):
         rows, classes = len(query), logits.shape[1]
         if len(logits) != rows:
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [{rows}, C], a row for each query")
+        if self.class_bias is not None and len(self.class_bias) != classes:
+            raise ValueError(f"logits: got {classes} classes, expected {len(self.class_bias)} as class_counts")
+        most = (classes - 1) / classes
+        if self.label_smoothing > most:
+            raise ValueError(
+                f"label_smoothing: got {self.label_smoothing} with {classes} classes, expected at most {most:g}"
+            )
         label = check_integers("query_label", query_label, (rows,), query)
         _, is_class = check_classes("query_label", label, (rows,), classes, query, self.ignore_index)
         counted = label != self.ignore_index

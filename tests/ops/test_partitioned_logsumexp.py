@@ -268,7 +268,7 @@ def test_a_separate_scale_has_its_own_gradients(backend, device):
         assert torch.equal(a, c)
     loss = sum(f * v.sum() for f, v in zip((0.7, -1.3, 0.4), features[:3], strict=True))
     assert torch.autograd.grad(loss, scale, retain_graph=True, allow_unused=True) == (None,)
-    for a, b in zip(torch.autograd.grad(loss, (query, key)), expected[:2], strict=True):
+    for a, b in zip(torch.autograd.grad(loss, (query, key), retain_graph=True), expected[:2], strict=True):
         assert torch.equal(a, b)
     (grad,) = gradients(of_scale, scale)
     torch.testing.assert_close(grad, expected[2])
@@ -299,12 +299,26 @@ def test_same_bits_from_run_to_run(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_second_derivatives_are_refused(backend, device):
+@pytest.mark.parametrize("through", ["query", "scale", "separate scale"])
+def test_second_derivatives_are_refused(through, backend, device):
     query, key, ql, kl = vectors(4, 6, 3, device=device)
-    result = partitioned_logsumexp(query, key, ql, kl)
-    (grad,) = torch.autograd.grad(result.neg.sum(), query, create_graph=True)
+    scale = torch.tensor(2.0, device=device, requires_grad=True)
+    separate = through == "separate scale"
+    result = partitioned_logsumexp(query, key, ql, kl, scale=scale, separate_scale=separate)
+    neg = result[1].neg if separate else result.neg
+    (grad,) = torch.autograd.grad(neg.exp().sum(), query if through == "query" else scale, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
-        torch.autograd.grad(grad.sum(), key)
+        torch.autograd.grad(grad.sum(), scale if through != "query" else key)
+
+
+@pytest.mark.parametrize("form", ["out", "in"])
+def test_a_row_without_any_key_has_no_gradient(form, backend, device):
+    query, _, ql, _ = vectors(1, 1, 5, device=device)
+    temperature = torch.tensor(0.1, device=device, requires_grad=True)
+    loss = supervised_contrastive(query, query, ql, temperature=temperature, form=form, exclude="self")
+    assert loss == 0
+    for grad in torch.autograd.grad(loss, (query, temperature)):
+        assert bool((grad == 0).all())
 
 
 def test_transforms_are_refused(backend, device):
@@ -349,21 +363,34 @@ def arguments(device, **changes) -> Arguments:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("itself", [False, True])
-def test_opcheck(strategy, itself, backend, device):
+def test_opcheck(strategy, itself, separate, backend, device):
     a = arguments(device)
     if itself:
         a = a._replace(key=None, key_label=a.query_label, key_bias=None, key_scale=None, key_grad_end=6)
     settings_ = (strategy, 2**30, backend)
-    torch.library.opcheck(torch.ops.lt_kernels.partitioned_logsumexp_fwd.default, (*a, True, *settings_))
+    torch.library.opcheck(torch.ops.lt_kernels.partitioned_logsumexp_fwd.default, (*a, True, separate, *settings_))
     frozen = Arguments(*(t.detach() if isinstance(t, Tensor) else t for t in a))
-    *_, rest, _, products = torch.ops.lt_kernels.partitioned_logsumexp_fwd(*frozen, False, *settings_)
+    *_, rest, slopes, products, _ = torch.ops.lt_kernels.partitioned_logsumexp_fwd(*frozen, True, False, *settings_)
     upstream = torch.randn(3, 6, device=device).unbind(0)
     kept = products if strategy == "materialize" else None
-    needs = [True, not itself, not itself, not itself]
+    needs = [True, not itself, not itself, not itself, True]
+    of_scale = torch.randn(3, 6, device=device) if separate else None
     torch.library.opcheck(
         torch.ops.lt_kernels.partitioned_logsumexp_bwd.default,
-        (*(u.clone() for u in upstream), rest, kept, *frozen, *settings_[:2], needs, backend),
+        (
+            *(u.clone() for u in upstream),
+            of_scale,
+            rest,
+            slopes,
+            kept,
+            *frozen,
+            separate,
+            *settings_[:2],
+            needs,
+            backend,
+        ),
     )
 
 
@@ -411,14 +438,14 @@ def test_chunks_are_bounded(n, m, dtype_, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 512, 100_000, 3_000_000])
-@pytest.mark.parametrize("keys", [1, 60, 16_384, 1_000_003])
+@pytest.mark.parametrize("keys", [1, 10, 60, 16_384, 1_000_003])
 @pytest.mark.parametrize("budget", [1, 1000, 2**20, 2**31])
 def test_blocks_cover_everything_within_the_budget(rows, keys, budget):
     for dtype in (torch.float16, torch.float32, torch.float64):
         found = plan.blocks(rows, keys, dtype, "cpu", budget)
         assert 1 <= found.rows <= rows
         assert 1 <= found.keys <= keys
-        size = found.rows * found.keys * dtype.itemsize
+        size = found.rows * padded(found.keys, dtype) * dtype.itemsize
         assert size <= max(min(budget, plan._BLOCK_BYTES["cpu"]), plan._LINE)
 
 

@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
 
 
 #: Inputs that can receive a gradient, in the order of ``needs`` and of what the backward op returns.
-DIFFERENTIABLE = ("query", "key", "key_bias", "key_scale")
+DIFFERENTIABLE = ("query", "key", "key_bias", "key_scale", "learned_scale")
 
 #: The same list in the schema language of torch.library.
 SCHEMA = ", ".join(

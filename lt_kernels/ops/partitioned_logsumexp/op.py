@@ -16,7 +16,9 @@ for another, dS_ij = key_scale_j G_ij + [same label] gs_i:
 Where the scale learns, forward also takes ``slopes`` [3, N], the derivatives of (neg, pos, pos_sum) with respect to a:
 the means of key_scale_j <q_i, k_j> under the softmax of each side, and the sum of <q_i, k_j>. They cost a multiply-add
 per logit and no pass of their own. ``rest`` [4, N] is what backward needs: of each side the largest logit and the sum
-of exponentials relative to it (0, 0 where it has none), apart because their logarithm's sum loses digits.
+of exponentials relative to it (0, 0 where it has none), apart because their logarithm's sum loses digits. With
+``separate`` the results (neg, pos, pos_sum) come twice: gradients of the first reach everything but the scale, those of
+``of_scale`` [3, N] the scale alone.
 
 Strategies are those of ``plan.py``; "materialize" keeps the products <q_i, k_j> in ``products`` ([0] otherwise). No
 N x M mask exists anywhere.
@@ -66,7 +68,7 @@ def _room_for_products(a: Arguments, strategy: str, like: Any) -> Tensor:
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, with_slopes, strategy, memory_budget, backend = args
+    *inputs, with_slopes, separate, strategy, memory_budget, backend = args
     a = Arguments(*inputs)
     with torch.autocast(a.query.device.type, enabled=False):  # dtypes have been chosen
         kept = _room_for_products(a, strategy, chunked.products.buffer)
@@ -78,8 +80,10 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
                 a, kernels, _blocks(a, memory_budget), with_slopes, kept if strategy == "materialize" else None
             )
     if backend == "triton":
-        return (*load(OP, "triton_rows").results(s, a.learned_scale, a.scale), kept)
-    return (*_results(s, a), kept)
+        results = load(OP, "triton_rows").results(s, a.learned_scale, a.scale)
+    else:
+        results = _results(s, a)
+    return (*results, kept, torch.stack(results[:3]) if separate else s.new_empty((0,)))
 
 
 def _results(s: Tensor, a: Arguments) -> tuple[Tensor, ...]:
@@ -97,7 +101,7 @@ def _results(s: Tensor, a: Arguments) -> tuple[Tensor, ...]:
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, with_slopes, strategy, _, _ = args
+    *inputs, with_slopes, separate, strategy, _, _ = args
     a = Arguments(*inputs)
     n = a.query.shape[0]
     row = a.query.new_empty((n,), dtype=a.compute_dtype)
@@ -108,16 +112,24 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     return (
         row, *(torch.empty_like(row) for _ in range(3)), row.new_empty((4, n)),
         row.new_empty((3, n) if with_slopes else (0,)), _room_for_products(a, strategy, strided),
+        row.new_empty((3, n) if separate else (0,)),
     )  # fmt: skip
 
 
 def _backward(
-    grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, rest: Tensor, kept: Tensor | None,
-    *args: Any,
+    grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, grad_of_scale: Tensor | None,
+    rest: Tensor, slopes: Tensor, kept: Tensor | None, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
-    *inputs, strategy, memory_budget, needs, backend = args
+    *inputs, separate, strategy, memory_budget, all_needs, backend = args
+    *needs, need_scale = all_needs
     a = Arguments(*inputs)
     upstream = (grad_neg, grad_pos, grad_sum)
+    of_scale = rest.new_empty((0,))
+    if need_scale:
+        through = upstream if not separate else (None,) * 3 if grad_of_scale is None else grad_of_scale.unbind(0)
+        of_scale = a.scale * _of_scale(through, slopes, rest)
+    if not any(needs):
+        return [*(a.query.new_empty((0,)) for _ in needs), of_scale]
     terms = load(OP, "triton_rows").terms(*upstream, rest) if backend == "triton" else _terms(*upstream, rest)
     with torch.autocast(a.query.device.type, enabled=False):
         if strategy == "tiled":
@@ -127,7 +139,18 @@ def _backward(
             grads = chunked.backward(a, load(OP, backend), _blocks(a, memory_budget), terms, both, kept)
             if a.key is None and needs[0]:
                 grads[0], grads[1] = grads[0] + grads[1], a.query.new_empty((0,))
-    return grads
+    return [*grads, of_scale]
+
+
+def _of_scale(upstream: tuple[Tensor | None, ...], slopes: Tensor, rest: Tensor) -> Tensor:
+    """The gradient of a, 0-dim. Of a side without keys it is 0, whatever the upstream gradient (NaN where both are)."""
+    sides = (rest[NEG_MASS] != 0, rest[POS_MASS] != 0, None)
+    total = rest.new_zeros(())
+    for grad, slope, some in zip(upstream, slopes, sides, strict=True):
+        if grad is not None:
+            part = grad * slope
+            total = total + ordered_sum(part if some is None else torch.where(some, part, 0.0))
+    return total
 
 
 def _terms(grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, rest: Tensor) -> Tensor:
@@ -147,10 +170,10 @@ def _terms(grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | 
 
 
 def _backward_fake(
-    grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, rest: Tensor, kept: Tensor | None,
-    *args: Any,
+    grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, grad_of_scale: Tensor | None,
+    rest: Tensor, slopes: Tensor, kept: Tensor | None, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
-    *inputs, _, _, needs, _ = args
+    *inputs, _, _, _, needs, _ = args
     a = Arguments(*inputs)
     values = [getattr(a, name) for name in DIFFERENTIABLE]
     return [
@@ -162,51 +185,51 @@ def _backward_fake(
 
 
 FORWARD = define(
-    f"{OP}_fwd({SCHEMA}, bool with_slopes, str strategy, int memory_budget, str backend) -> (Tensor neg, Tensor pos,"
-    " Tensor pos_sum, Tensor num_pos, Tensor rest, Tensor slopes, Tensor products)",
+    f"{OP}_fwd({SCHEMA}, bool with_slopes, bool separate, str strategy, int memory_budget, str backend) -> (Tensor neg,"
+    " Tensor pos, Tensor pos_sum, Tensor num_pos, Tensor rest, Tensor slopes, Tensor products, Tensor of_scale)",
     _forward,
     _forward_fake,
 )
 BACKWARD = define(
-    f"{OP}_bwd(Tensor? grad_neg, Tensor? grad_pos, Tensor? grad_sum, Tensor rest, Tensor? products, {SCHEMA},"
-    " str strategy, int memory_budget, bool[] needs, str backend) -> Tensor[]",
+    f"{OP}_bwd(Tensor? grad_neg, Tensor? grad_pos, Tensor? grad_sum, Tensor? grad_of_scale, Tensor rest, Tensor slopes,"
+    f" Tensor? products, {SCHEMA}, bool separate, str strategy, int memory_budget, bool[] needs, str backend)"
+    " -> Tensor[]",
     _backward,
     _backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, _, strategy, memory_budget, backend = inputs
-    *_, num_pos, rest, slopes, kept = output
-    ctx.mark_non_differentiable(num_pos, rest, slopes, kept)
+    *arguments, _, separate, strategy, memory_budget, backend = inputs
+    *_, num_pos, rest, slopes, kept, of_scale = output
+    ctx.mark_non_differentiable(num_pos, rest, slopes, kept, *([] if separate else [of_scale]))
     ctx.set_materialize_grads(False)
     needed = dict(zip(Arguments._fields, ctx.needs_input_grad[1:], strict=False))
     ctx.needs = [needed[name] for name in DIFFERENTIABLE]
-    ctx.scalars, ctx.settings = arguments[N_TENSORS:], (strategy, memory_budget, backend)
-    ctx.kept = strategy == "materialize"
+    ctx.scalars, ctx.settings = arguments[N_TENSORS:], (separate, strategy, memory_budget)
+    ctx.kept, ctx.backend = strategy == "materialize", backend
     ctx.save_for_backward(*arguments[:N_TENSORS], rest, slopes, *([kept] if ctx.kept else []))
 
 
 def _autograd_backward(
-    ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, *_: Any
+    ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, *others: Any
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     tensors, rest, slopes = saved[:N_TENSORS], saved[N_TENSORS], saved[N_TENSORS + 1]
     kept = saved[N_TENSORS + 2] if ctx.kept else None
-    upstream = (grad_neg, grad_pos, grad_sum)
+    separate, of_scale = ctx.settings[0], others[-1]
+    of_features = any(grad is not None for grad in (grad_neg, grad_pos, grad_sum))
+    needs = [need and of_features for need in ctx.needs]
+    if separate:
+        needs[-1] = ctx.needs[-1] and of_scale is not None
     gradients: dict[str, Tensor] = {}
-    given = [(grad, slope) for grad, slope in zip(upstream, slopes, strict=False) if grad is not None]
-    a = Arguments(*tensors, *ctx.scalars)
-    if a.learned_scale is not None and ctx.needs_input_grad[1 + Arguments._fields.index("learned_scale")] and given:
-        total = torch.stack([ordered_sum(grad * slope) for grad, slope in given]).sum()
-        gradients["learned_scale"] = total * a.scale
-    if any(ctx.needs) and any(grad is not None for grad in upstream):
-        *settings, backend = ctx.settings
+    if any(needs):
         values = torch.ops.lt_kernels.partitioned_logsumexp_bwd(
-            *upstream, rest, kept, *tensors, *ctx.scalars, *settings, ctx.needs, backend
-        )
-        gradients |= {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
-    return (*(gradients.get(name) for name in Arguments._fields), *[None] * 4)
+            grad_neg, grad_pos, grad_sum, of_scale, rest, slopes, kept, *tensors, *ctx.scalars, *ctx.settings, needs,
+            ctx.backend,
+        )  # fmt: skip
+        gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, needs, strict=True) if need}
+    return (*(gradients.get(name) for name in Arguments._fields), *[None] * 5)
 
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)

@@ -38,11 +38,11 @@ class Blocks(NamedTuple):
 
 def blocks(rows: int, keys: int, dtype: torch.dtype, device: str, memory_budget: int) -> Blocks:
     """All rows and as many keys as fit; fewer rows where even ``_FEWEST_KEYS`` keys of all are too many."""
-    elements = max(1, min(_BLOCK_BYTES.get(device, 2**25), memory_budget) // dtype.itemsize)
-    most_rows = max(1, elements // min(max(keys, 1), _FEWEST_KEYS))
-    n = _even(rows, most_rows, 8)
     line = _LINE // dtype.itemsize
-    return Blocks(n, _even(keys, max(elements // max(n, 1), 1), line))
+    elements = max(1, min(_BLOCK_BYTES.get(device, 2**25), memory_budget) // dtype.itemsize)
+    fewest = -(-min(max(keys, 1), _FEWEST_KEYS) // line) * line  # rows of a buffer are that long
+    n = _even(rows, max(1, elements // fewest), 8)
+    return Blocks(n, _even(keys, max(elements // max(n, 1) // line * line, 1), line))
 
 
 def _even(size: int, most: int, step: int) -> int:

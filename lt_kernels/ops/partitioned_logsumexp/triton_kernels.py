@@ -57,6 +57,23 @@ def _added_product(a, b, sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _rounded(dz, scale, vectors):
+    """The gradient of products over the scale, in the vectors' dtype; in float16, where small numbers soon have few
+    digits, with the scale."""
+    if vectors.dtype == tl.float16:
+        dz = dz * scale
+    return dz.to(vectors.dtype)
+
+
+@triton.jit
+def _scaled(grad, scale, vectors):
+    """What products of ``_rounded`` add up to, times the scale."""
+    if vectors.dtype != tl.float16:
+        grad = scale * grad
+    return grad
+
+
+@triton.jit
 def _fma(x, y, z):
     """x y + z, rounded once."""
     if _INTERPRETED:  # which rounds twice
@@ -504,10 +521,12 @@ def _grad_query_kernel(
             if exclude_ptr is not None:
                 out = out | (column[None, :] == exclude[:, None])
             dz = tl.where(out, 0.0, dz)
-        grad = _added_product(dz.to(k.dtype), k, grad, PRECISION)
+        grad = _added_product(_rounded(dz, scale, k), k, grad, PRECISION)
     d = tl.arange(0, BLOCK_D)[None, :]
     offset = (split * tl.cast(rows, tl.int64) + row)[:, None] * width + d
-    tl.store(grad_ptr + offset, (scale * grad).to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (d < width))
+    tl.store(
+        grad_ptr + offset, _scaled(grad, scale, q).to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (d < width)
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "padded", "ranges", "first_column", "end_column", "blocks", "blocks_per_split"])
@@ -593,12 +612,12 @@ def _grad_key_kernel(
                 if partly:
                     exclude = tl.load(exclude_ptr + row, mask=row < rows, other=-1)
                     dz = tl.where(column[:, None] == exclude[None, :], 0.0, dz)
-            grad = _added_product(dz.to(q.dtype), q, grad, PRECISION)
+            grad = _added_product(_rounded(dz, scale, q), q, grad, PRECISION)
     columns = tl.cast(end_column - first_column, tl.int64)
     own = split * columns + (column - first_column)
     if grad_ptr is not None:
         d = tl.arange(0, BLOCK_D)[None, :]
-        grad = (scale * grad).to(grad_ptr.dtype.element_ty)
+        grad = _scaled(grad, scale, k).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + own[:, None] * width + d, grad, mask=real[:, None] & (d < width))
     if sums_ptr is not None:
         to_ptr = sums_ptr + split * (SUM_BIAS + SUM_SCALE) * columns + (column - first_column)
@@ -681,10 +700,12 @@ def _grad_both_kernel(
             dz = tl.where(out, 0.0, dz)
             other_dz = tl.where(other_out, 0.0, other_dz)
         dz += other_dz
-        grad = _added_product(dz.to(y.dtype), y, grad, PRECISION)
+        grad = _added_product(_rounded(dz, scale, y), y, grad, PRECISION)
     d = tl.arange(0, BLOCK_D)[None, :]
     offset = (split * tl.cast(rows, tl.int64) + row)[:, None] * width + d
-    tl.store(grad_ptr + offset, (scale * grad).to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (d < width))
+    tl.store(
+        grad_ptr + offset, _scaled(grad, scale, x).to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (d < width)
+    )
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
