@@ -609,7 +609,7 @@ class TestPaCo:
             ({"key": torch.zeros(5, D + 1)}, ValueError, "key: got 20 features (shape (5, 20)), expected 19 as query"),
             ({"key": torch.zeros(5, D).long()}, TypeError, "key: got dtype torch.int64"),
             ({"logits": torch.zeros(2, C)}, ValueError, "logits: got shape (2, 10), expected [3, C]"),
-            ({"logits": torch.zeros(3, C + 1)}, ValueError, "class_bias: got shape (10,), expected [11]"),
+            ({"logits": torch.zeros(3, C + 1)}, ValueError, "logits: got 11 classes, expected 10 as class_counts"),
             ({"query_label": torch.zeros(4).long()}, ValueError, "query_label: got shape (4,), expected (3,)"),
             ({"query_label": torch.tensor([0, 1, C])}, IndexError, "query_label: row 2 has class 10"),
             ({"key_label": torch.zeros(4).long()}, ValueError, "key_label: got shape (4,), expected (5,)"),
@@ -927,7 +927,7 @@ class TestGML:
             ({"key": torch.zeros(5, D + 1)}, ValueError, "key: got 20 features (shape (5, 20)), expected 19"),
             ({"key": None}, TypeError, "key: got NoneType, expected a Tensor [M, D]"),
             ({"logits": torch.zeros(2, C)}, ValueError, "target: got class indices of shape (3,), expected (2,)"),
-            ({"logits": torch.zeros(3, C + 1)}, ValueError, "class_bias: got shape (10,), expected [11]"),
+            ({"logits": torch.zeros(3, C + 1)}, ValueError, "logits: got 11 classes, expected 10 as class_counts"),
             ({"query_label": torch.tensor([0, 1, C])}, IndexError, "target: row 2 has class 10"),
             ({"key_label": torch.full((5,), C)}, IndexError, "key_label: row 0 has class 10, expected 0 <= class < 10"),
             ({"key_label": torch.zeros(4).long()}, ValueError, "key_label: got shape (4,), expected (5,)"),
@@ -1441,3 +1441,42 @@ def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"lt_kernels.losses.{name}"))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# ----------------------------------------------------------------------------------------------------- labels' corners
+
+
+def test_pixels_of_a_class_that_wraps_to_ignore_index_are_drawn():
+    target = torch.full((1, 2, 2), 156, dtype=torch.uint8)  # -100 as uint8
+    sample = sample_pixels(torch.randn(1, 3, 2, 2), target, per_class=3, num_classes=160)
+    assert int((sample.labels == 156).sum()) == 3
+
+
+def test_gml_of_a_masked_class_has_no_nan_gradient(backend):
+    loss = GMLLoss([10, 0, 5], zero_counts="mask", gamma=0.0)
+    query, key = (F.normalize(torch.randn(n, 4), dim=1).requires_grad_() for n in (2, 4))
+    value = loss(
+        query, torch.tensor([1, 0]), key, torch.tensor([1, 1, 0, 2]), torch.rand(2, 3), own_key=torch.tensor([0, -1])
+    )
+    for grad in torch.autograd.grad(value, (query, key)):
+        assert bool(grad.isfinite().all())
+
+
+def test_bcl_without_checks_leaves_a_class_out_of_range_to_its_own_rows():
+    loss = BalancedContrastiveLoss([5, 4, 3], reduction="none")
+    features = F.normalize(torch.randn(4, 2, 6), dim=-1)
+    centers = F.normalize(torch.randn(3, 6), dim=-1)
+    expected = loss(features[:3], torch.tensor([0, 1, 2]), centers)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)  # traced code reads no values
+    rows = compiled(features, torch.tensor([0, 1, 2, 7]), centers)
+    torch.testing.assert_close(rows[:3], expected)
+    assert bool(rows[3].isnan().all())
+
+
+def test_paco_refuses_logits_of_other_classes_and_too_much_smoothing():
+    query, key = F.normalize(torch.randn(2, 4), dim=1), F.normalize(torch.randn(3, 4), dim=1)
+    labels, of_keys = torch.tensor([0, 1]), torch.tensor([0, 1, 1])
+    with pytest.raises(ValueError, match=r"logits: got 2 classes, expected 3 as class_counts"):
+        PaCoLoss([5, 4, 3], alpha=0.1)(query, labels, key, of_keys, torch.randn(2, 2))
+    with pytest.raises(ValueError, match=r"label_smoothing: got 0.8 with 2 classes, expected at most 0.5"):
+        PaCoLoss([5, 4], alpha=0.1, label_smoothing=0.8)(query, labels, key, of_keys, torch.randn(2, 2))

@@ -394,6 +394,15 @@ def test_opcheck(strategy, itself, separate, backend, device):
     )
 
 
+def test_an_excluded_key_beyond_all_excludes_nothing_where_values_are_not_read(backend, device):
+    query, key, ql, kl = vectors(3, 6, 4, device=device)
+    compiled = torch.compile(partitioned_logsumexp, backend="aot_eager", fullgraph=True)
+    result = compiled(query, key, ql, kl, exclude=torch.tensor([2**32, 6, -7], device=device))
+    expected = partitioned_logsumexp(query, key, ql, kl)
+    for value, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(value, other)
+
+
 def test_compile_fullgraph(backend, device):
     query, key, ql, kl = vectors(9, 17, 5, device=device)
     scale = torch.tensor(3.0, device=device, requires_grad=True)
