@@ -927,7 +927,7 @@ class TestGML:
             ({"key": torch.zeros(5, D + 1)}, ValueError, "key: got 20 features (shape (5, 20)), expected 19"),
             ({"key": None}, TypeError, "key: got NoneType, expected a Tensor [M, D]"),
             ({"logits": torch.zeros(2, C)}, ValueError, "target: got class indices of shape (3,), expected (2,)"),
-            ({"logits": torch.zeros(3, C + 1)}, ValueError, "logits: got 11 classes, expected 10 as class_counts"),
+            ({"logits": torch.zeros(3, C + 1)}, ValueError, "class_bias: got shape (10,), expected [11]"),
             ({"query_label": torch.tensor([0, 1, C])}, IndexError, "target: row 2 has class 10"),
             ({"key_label": torch.full((5,), C)}, IndexError, "key_label: row 0 has class 10, expected 0 <= class < 10"),
             ({"key_label": torch.zeros(4).long()}, ValueError, "key_label: got shape (4,), expected (5,)"),
@@ -1464,8 +1464,8 @@ def test_gml_of_a_masked_class_has_no_nan_gradient(backend):
 
 def test_bcl_without_checks_leaves_a_class_out_of_range_to_its_own_rows():
     loss = BalancedContrastiveLoss([5, 4, 3], reduction="none")
-    features = F.normalize(torch.randn(4, 2, 6), dim=-1)
-    centers = F.normalize(torch.randn(3, 6), dim=-1)
+    features = F.normalize(torch.randn(4, 2, 6, dtype=torch.float64), dim=-1)
+    centers = F.normalize(torch.randn(3, 6, dtype=torch.float64), dim=-1)
     expected = loss(features[:3], torch.tensor([0, 1, 2]), centers)
     compiled = torch.compile(loss, backend="eager", fullgraph=True)  # traced code reads no values
     rows = compiled(features, torch.tensor([0, 1, 2, 7]), centers)

@@ -410,6 +410,7 @@ LAYOUTS = {
 def test_small_gradients_of_float16_keep_their_digits(itself, monkeypatch):
     """As many as a mean over many queries and keys leaves: what is rounded has the scale already."""
     tiles_of(monkeypatch, 32, 32)
+    torch.manual_seed(0)
     query, key = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1).half() for n in (16, 64))
     label, of_keys = torch.randint(0, 3, (16,), dtype=torch.int32), torch.randint(0, 3, (64,), dtype=torch.int32)
     m = 16 if itself else 64
@@ -427,14 +428,15 @@ def test_small_gradients_of_float16_keep_their_digits(itself, monkeypatch):
         m,
         True,
     )
-    terms = terms_of(backend.tiled_forward(a, False), torch.full((3, 16), 2e-5))
+    terms = terms_of(backend.tiled_forward(a, False), torch.full((3, 16), 2e-6))
     terms[4] = 0.0
     needs = [True, not itself, False, False]
     actual = backend.tiled_backward(a, terms, needs)
     plain, exact = (dense_backward(a, terms, dtype) for dtype in (torch.float16, torch.float64))
     for name, need, value, eager, truth in zip(("query", "key"), needs, actual, plain, exact, strict=False):
         if need:
-            assert_within_budget(value, eager, truth, f"gradient of {name}")
+            # in float32: whatever is subnormal in float16 would be allowed
+            assert_within_budget(value.float(), eager, truth, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
