@@ -7,7 +7,7 @@ import math
 import pytest
 import test_in_place
 import torch
-from cases import CASES, DTYPES, LAYOUTS, Case
+from _cases.rows import CASES, DTYPES, LAYOUTS, Case
 from torch import Tensor
 
 import lt_kernels

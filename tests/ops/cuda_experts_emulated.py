@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES
+from _cases.rows import DTYPES
 from torch import Tensor
 
 from lt_kernels.ops.expert_divergence import native as divergence

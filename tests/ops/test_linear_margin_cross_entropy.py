@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import CASES, OWN, Case
+from _cases.linear import CASES, OWN, Case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
