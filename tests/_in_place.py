@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
-from _arguments import field, made
 from _layouts import padded, surroundings_are_nan, window
 from torch import Tensor
 
+from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -81,13 +81,13 @@ def arguments(shape: tuple[int, int, int], option: str, dtype: torch.dtype, devi
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     drawn = _options(*shape, compute, device)
     x = (3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
-    return made(Arguments, input=x, **{**drawn[""], **drawn[option]})
+    return Arguments(x, RowOptions.plain(drawn[""]["target"])._replace(**drawn[option]))
 
 
 def needs_of(a: Arguments) -> list[bool]:
     """Return which gradients a call can have."""
     vectors = ("class_bias", "class_scale", "class_margin", "learned_scale")
-    return [True, field(a, "target").is_floating_point(), *(field(a, name) is not None for name in vectors)]
+    return [True, a.options.soft, *(getattr(a.options, name) is not None for name in vectors)]
 
 
 # --------------------------------------------------------------------------------------------------------------- check

@@ -48,9 +48,7 @@ def contrastive_tiles(monkeypatch: MonkeyPatch, block_n: int, block_c: int, per_
 
 def contrastive_splits(monkeypatch: MonkeyPatch, per_split: int | None) -> None:
     """Force how many tiles a split has; None: all of them."""
-    monkeypatch.setattr(
-        partitioned, "_per_split", lambda blocks, tiles, *others: min(tiles, per_split or tiles)
-    )
+    monkeypatch.setattr(partitioned, "_per_split", lambda blocks, tiles, *others: min(tiles, per_split or tiles))
 
 
 def fusion_parts(monkeypatch: MonkeyPatch) -> None:

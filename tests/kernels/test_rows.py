@@ -81,9 +81,7 @@ KINDS = of_backends(
 
 
 def check(sample: Sample, **keywords) -> None:
-    check_margin_cross_entropy(
-        margin_cross_entropy, sample, roundings=ENGINE.roundings(sample.input.dtype), **keywords
-    )
+    check_margin_cross_entropy(margin_cross_entropy, sample, roundings=ENGINE.roundings(sample.input.dtype), **keywords)
 
 
 def drawn(rows: int, classes: int, positions: tuple[int, ...] = (), dtype: str = "fp32", **keywords) -> Sample:
@@ -419,9 +417,7 @@ class TestInPlaceOfBlocks:
     def check(self, shape: tuple[int, int, int], option: str, dtype: str, *layouts: str) -> None:
         a = _in_place.arguments(shape, option, DTYPES[dtype], ENGINE.device)
         for layout in layouts:
-            _in_place.check_in_place(
-                load("margin_cross_entropy", "native"), a, layout, exact=ENGINE.device == "cpu"
-            )
+            _in_place.check_in_place(load("margin_cross_entropy", "native"), a, layout, exact=ENGINE.device == "cpu")
 
     @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
     @pytest.mark.parametrize("classes", [7, 130, 1025, 4100, 8199])

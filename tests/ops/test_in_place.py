@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _arguments import changed, field
+from _arguments import changed
 from _engines import DTYPES
 from _in_place import LAYOUTS, OPTIONS, arguments, check_in_place, needs_of, strided
 from _layouts import surroundings_are_nan
@@ -101,7 +101,7 @@ def test_no_rows_in_place(backend, device):
     module = load("margin_cross_entropy", backend)
     for shape in ((0, 5, 1), (0, 5, 3), (2, 5, 0)):
         a = arguments((2, 5, 1), "class_bias", torch.float32, device)
-        target = field(a, "target").new_zeros(shape[0], shape[2])
+        target = a.options.target.new_zeros(shape[0], shape[2])
         a = changed(a, input=a.input.new_empty(shape), target=target)
         result = module.forward(a, True, True, out=a.input)
         assert result[4] is a.input
