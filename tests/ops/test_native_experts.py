@@ -235,7 +235,7 @@ def test_values_of_cross_entropy(size, dtype, layout, mixed):
         for with_grad in (False, True):
             _, _, _, prediction, grad = assert_like_eager("expert_cross_entropy", names, (a,), with_ensemble, with_grad)
             if with_ensemble:
-                alone = fusion(a.logits)._replace(learned_scale=a.learned_scale, scale=a.scale)
+                alone = fusion(a.logits)._replace(learned_scale=a.options.learned_scale, scale=a.options.scale)
                 assert torch.equal(prediction, native("expert_fusion").forward(alone, 1, False)[1][:, 0])
             if with_grad:
                 assert grad.stride() == reference("expert_cross_entropy").forward(a, False, True)[4].stride()
