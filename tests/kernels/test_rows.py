@@ -91,7 +91,13 @@ def drawn(rows: int, classes: int, positions: tuple[int, ...] = (), dtype: str =
 @pytest.mark.parametrize(("option", "shape", "dtype"), KINDS)
 def test_value_and_gradients(option, shape, dtype, backend, chip):
     rows, classes, positions = SHAPES[shape]
-    check(drawn(rows, classes, positions, dtype, ignored=0.3 if rows > 3 else 0.0, seed=1, **OPTIONS[option]))
+    sample = drawn(rows, classes, positions, dtype, ignored=0.3 if rows > 3 else 0.0, seed=1, **OPTIONS[option])
+    if classes > 1:
+        check(sample)
+        return
+    # truly 0: the budget of eager, which may have no error at all, is nothing
+    for result in results_of(sample):
+        assert float(result.abs().max()) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------- rows wider than one tile
@@ -448,7 +454,10 @@ class TestInPlaceOfPrograms:
         self.check((2, 201, 1), option, "fp32", "contiguous", "window")
 
     def test_rows_split_in_backward(self, option, reversed_order, backend):
-        self.check((2, 8401, 1), option, "bf16", "contiguous")
+        self.check((1, 8401, 1), option, "bf16", "contiguous")
+
+    def test_rows_split_in_backward_in_ascending_order(self, option, backend):
+        self.check((1, 8401, 1), option, "bf16", "contiguous")
 
     def test_rows_wider_than_one_tile(self, option, reversed_order, several_tiles, backend):
         self.check((1, 700, 2), option, "bf16", "channels last")
@@ -456,7 +465,3 @@ class TestInPlaceOfPrograms:
     def test_tiles(self, option, reversed_order, backend):
         self.check((3, 7, 1), option, "fp32", "every other")
         self.check((2, 19, 6), option, "bf16", "contiguous")
-
-    def test_rows_split_in_backward_in_ascending_order(self, option, backend):
-        if option == "mixed, smoothing, vectors":
-            self.check((2, 8401, 1), option, "bf16", "contiguous")
