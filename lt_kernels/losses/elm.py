@@ -96,6 +96,9 @@ class ELMLoss(ContrastiveLossBase):
         tensor([0.1623, 0.2887, 0.5000])
     """
 
+    _CLASS_TENSORS = ("class_counts", "class_bias", "margin", "embedding_margin")
+
+    margin: Tensor | None
     embedding_margin: Tensor
 
     def __init__(
@@ -125,7 +128,6 @@ class ELMLoss(ContrastiveLossBase):
         self.embedding_weight = at_least_zero("embedding_weight", embedding_weight)
         self.temperature, self.normalize = positive("temperature", temperature), check_flag("normalize", normalize)
         self._rule = at_least_zero("embedding_margin", embedding_margin) if isinstance(embedding_margin, Real) else None
-        self.register_buffer("embedding_margin", None)
         self._set_counts(class_counts)
         if self._rule is None:
             fixed = as_class_vector("embedding_margin", embedding_margin)  # type: ignore[arg-type]
@@ -140,7 +142,7 @@ class ELMLoss(ContrastiveLossBase):
             return {**derived, "margin": prior.ldam_margins(self.max_margin)}
         return {**derived, "class_bias": prior.log_prior(self.tau)}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         logits: Tensor,
         embeddings: Tensor,
@@ -191,7 +193,7 @@ class ELMLoss(ContrastiveLossBase):
             of_keys, is_key = check_classes("key_label", key_label, (len(key),), classes, embeddings, -1)
             key = F.normalize(key, dim=1) if self.normalize else key
         rows = self._regularizer(query, torch.where(is_class, label, -2), label, key, of_keys, is_key, exclude)
-        embedding = self._reduced(torch.where(is_class, rows, 0.0), is_class)
+        embedding = self._reduce(torch.where(is_class, rows, 0.0), is_class)
         total = of_logits + self.embedding_weight * embedding
         return ELMTerms(total, of_logits, embedding) if return_terms else total
 

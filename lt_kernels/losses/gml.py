@@ -21,8 +21,8 @@ from ._contrastive_base import (
     count_classes,
     last_match,
     positive,
-    sample_pixels,
 )
+from .pixels import sample_pixels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -128,7 +128,7 @@ class GMLLoss(ContrastiveLossBase):
         """T, 0-dim."""
         return self.log_temperature.exp()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         query_label: Tensor,
@@ -233,7 +233,7 @@ class GMLLoss(ContrastiveLossBase):
         con_temperature = _softplus_where(others, of_scale.neg - (of_others if offset is None else of_others + offset))
         counted = given != -1
         nothing = torch.where(is_class | ~counted, 0.0, math.nan)  # a class out of range, on a GPU
-        return self._reduced(con + nothing, counted), self._reduced(con_temperature + nothing, counted)
+        return self._reduce(con + nothing, counted), self._reduce(con_temperature + nothing, counted)
 
     def _own_key(
         self, query: Tensor, key: Tensor, query_id: Tensor | None, key_id: Tensor | None, own_key: Tensor | None
@@ -270,7 +270,7 @@ class GMLLoss(ContrastiveLossBase):
         student, teacher = ((factor * z.to(dtype)).log_softmax(1) for z in (logits, teacher_logits.detach()))
         rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * DISTILLATION_TEMPERATURE**2
         counted = target.to(torch.int64) != self.ignore_index
-        return self._reduced(torch.where(counted, rows, 0.0), counted)
+        return self._reduce(torch.where(counted, rows, 0.0), counted)
 
     def _drawn(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional as LF
 from ..priors import ClassVector
 from ._base import MarginCrossEntropyBase
+from ._class_tensors import ClassTensorLoss
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,7 +80,7 @@ class LinearHead(nn.Linear):
     ) -> None:
         if loss is None:
             loss = MarginCrossEntropyBase()
-        if not isinstance(loss, MarginCrossEntropyBase):
+        if not isinstance(loss, ClassTensorLoss):
             raise TypeError(
                 f"loss: got {getattr(loss, '__name__', type(loss).__name__)}, expected None or a classifier loss of "
                 "lt_kernels.losses, such as LogitAdjustmentLoss(class_counts)"
@@ -87,12 +88,13 @@ class LinearHead(nn.Linear):
         for name, value in (("bias", bias), ("normalize", normalize)):
             if value is not None and not isinstance(value, bool):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a bool or None")
+        sizes = loss.class_sizes  # a loss of embeddings or of several experts refuses here
         normalize = loss.cosine if normalize is None else normalize
         if bias and normalize:
             raise ValueError("bias: got True with normalize=True, expected False (cosines have no bias)")
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, get_args(Strategy)))}")
-        for name, classes in loss.class_sizes.items():
+        for name, classes in sizes.items():
             if classes != out_features:
                 raise ValueError(
                     f"loss: got a {type(loss).__name__} with {classes} classes ({name}), expected {out_features}, "

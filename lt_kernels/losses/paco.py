@@ -95,7 +95,7 @@ class PaCoLoss(ContrastiveLossBase):
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
         return {"class_bias": prior.log_prior(eps=self.eps) / self.supt}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         query_label: Tensor,
@@ -157,7 +157,7 @@ class PaCoLoss(ContrastiveLossBase):
         loss = torch.logaddexp(of_classes.lse, of_keys) - pulled / torch.where(weights > 0, weights, 1.0)
         # a class out of range, on a GPU, makes the cross-entropy NaN
         loss = torch.where(counted & is_class, torch.where(weights > 0, loss, 0.0), 0.0 * of_classes.loss)
-        return self._reduced(loss, counted)
+        return self._reduce(loss, counted)
 
     def two_views(
         self,

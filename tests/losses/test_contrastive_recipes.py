@@ -1436,7 +1436,7 @@ def test_exported():
     assert lt_kernels.FeatureQueue is FeatureQueue
 
 
-@pytest.mark.parametrize("name", ["supcon", "balanced_contrastive", "paco", "gml", "elm", "_contrastive_base"])
+@pytest.mark.parametrize("name", ["supcon", "balanced_contrastive", "paco", "gml", "elm", "pixels"])
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"lt_kernels.losses.{name}"))
     assert result.attempted > 0
