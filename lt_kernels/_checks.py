@@ -209,7 +209,7 @@ def check_classes(
 
 
 def product_dtype(left: Tensor, right: Tensor, name: str, other: str) -> torch.dtype:
-    """Return the dtype of a matrix product of ``left``, the argument ``other``, and ``right``, the argument ``name``."""
+    """Return the dtype of the product of two matrices; ``right`` is the argument ``name``, ``left`` is ``other``."""
     kinds = {left.dtype, right.dtype}
     device = left.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in kinds:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from ..priors import ClassVector, ZeroCounts, as_number
+from .._checks import ClassVector, check_number
+from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
 
@@ -79,12 +80,12 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             dtype=dtype,
         )
         self.margin_type = margin_type
-        self.label_smoothing = as_number("label_smoothing", label_smoothing, 0.0, 1.0, expected="a number in [0, 1]")
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
         if weight is not None:
             self._set("weight", self._class_tensor("weight", weight))
         if margin is not None:
             if isinstance(margin, (float, Real)):
-                self._set("margin", as_number("margin", margin))
+                self._set("margin", check_number("margin", margin))
             else:
                 self._set("margin", self._class_tensor("margin", margin))
 

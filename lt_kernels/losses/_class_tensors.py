@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ..priors import ClassPrior, ClassVector, ZeroCounts, as_class_vector, as_number
+from .._checks import ClassVector, as_class_vector, check_choice, check_int, check_positive
+from ..priors import ClassPrior, ZeroCounts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,14 +38,9 @@ class ClassTensorLoss(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction: got {reduction!r}, expected 'none', 'mean' or 'sum'")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an int")
-        self.scale = as_number("scale", scale)
-        if self.scale <= 0:
-            raise ValueError(f"scale: got {scale}, expected a number > 0")
-        self.ignore_index = ignore_index
+        check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
+        self.scale = check_positive("scale", scale)
+        self.ignore_index = check_int("ignore_index", ignore_index)
         self.reduction: Literal["none", "mean", "sum"] = reduction
         self.zero_counts: ZeroCounts = zero_counts
         self._device = device

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from .. import _settings
-from ..priors import ZeroCounts, as_number
+from .._checks import check_classes, check_device, check_integers, check_shape, reads_values
+from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
 
@@ -71,66 +71,26 @@ class ContrastiveLossBase(ClassTensorLoss):
         return torch.where(count > 0, rows.sum() / count.clamp_min(1), math.nan)
 
 
-def positive(name: str, value: Any) -> float:
-    """``value`` as a number > 0."""
-    number = as_number(name, value, expected="a number > 0")
-    if number <= 0:
-        raise ValueError(f"{name}: got {value}, expected a number > 0")
-    return number
-
-
-def at_least_zero(name: str, value: Any) -> float:
-    """``value`` as a number >= 0."""
-    return as_number(name, value, 0.0, expected="a number >= 0")
-
-
-def check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
-    return value
-
-
-def check_embeddings(name: str, value: Any, shape: str) -> Tensor:
-    """``value`` if it is floating and has as many dimensions as ``shape``, such as "[N, D]"."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor {shape}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")
-    if value.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
-    return value
-
-
-def check_integers(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """``value`` as int64 if it holds integers in this shape on the device of ``like``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor of integers")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}")
-    if value.device != like.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {like.device}")
-    return value.to(torch.int64)
-
-
-def check_classes(
+def check_labels(
     name: str, value: Any, shape: tuple[int, ...], classes: int, like: Tensor, none: int | None, what: str = "class"
 ) -> tuple[Tensor, Tensor]:
-    """Labels as int64 that index classes safely, 0 where they are none, and which of them are classes (bool).
+    """Return labels as int64 that index classes safely, 0 where they are none, and which of them are classes (bool).
 
-    IndexError for one that is neither a class nor ``none``: on the CPU and with checks on.
+    IndexError for one that is neither a class nor ``none``, on the CPU and with checks on.
     """
-    label = check_integers(name, value, shape, like)
+    label = check_ids(name, value, shape, like)
+    if reads_values(label):
+        check_classes(name, label, classes, none, None if none is None else f", or {none} for none", what)
     is_class = (label >= 0) & (label < classes)
-    if (label.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling():
-        bad = (~is_class if none is None else ~is_class & (label != none)).flatten()
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            got = int(label.flatten()[row])
-            hint = "" if none is None else f", or {none} for none"
-            raise IndexError(f"{name}: row {row} has {what} {got}, expected 0 <= {what} < {classes}{hint}")
     return label.masked_fill(~is_class, 0), is_class
+
+
+def check_ids(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return ``value`` as int64: integers of this shape, on the device of ``like``."""
+    check_integers(name, value)
+    check_shape(name, value, shape)
+    check_device(name, value, like)
+    return value.to(torch.int64)
 
 
 def count_classes(label: Tensor, counted: Tensor, classes: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from ..priors import ClassVector
+from .._checks import ClassVector, check_choice, check_flag
 from ._base import MarginCrossEntropyBase
 from ._class_tensors import ClassTensorLoss
 
@@ -86,14 +86,13 @@ class LinearHead(nn.Linear):
                 "lt_kernels.losses, such as LogitAdjustmentLoss(class_counts)"
             )
         for name, value in (("bias", bias), ("normalize", normalize)):
-            if value is not None and not isinstance(value, bool):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected a bool or None")
+            if value is not None:
+                check_flag(name, value, "a bool or None")
         sizes = loss.class_sizes  # a loss of embeddings or of several experts refuses here
         normalize = loss.cosine if normalize is None else normalize
         if bias and normalize:
             raise ValueError("bias: got True with normalize=True, expected False (cosines have no bias)")
-        if strategy not in get_args(Strategy):
-            raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, get_args(Strategy)))}")
+        check_choice("strategy", strategy, get_args(Strategy))
         for name, classes in sizes.items():
             if classes != out_features:
                 raise ValueError(

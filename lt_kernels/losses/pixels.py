@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._contrastive_base import check_classes, check_embeddings, count_classes
+from .._checks import check_embeddings, check_int, check_tensor
+from ._contrastive_base import check_labels, count_classes
 
 
 class PixelSample(NamedTuple):
@@ -60,17 +61,13 @@ def sample_pixels(
         tensor([ 0,  0, -1, -1,  2, -1])
     """
     check_embeddings("features", features, "[N, D, H, W]")
-    for name, value in (("per_class", per_class), ("num_classes", num_classes)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected an int >= 1")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: got {type(target).__name__}, expected a Tensor of integers")
+    check_int("per_class", per_class, 1)
+    check_int("num_classes", num_classes, 1)
+    check_tensor("target", target, "a Tensor of integers")
     images, _, height, width = features.shape
     if target.dim() != 3 or target.shape[0] != images:
         raise ValueError(f"target: got shape {tuple(target.shape)}, expected ({images}, {height}, {width})")
-    _, is_class = check_classes("target", target, tuple(target.shape), num_classes, features, ignore_index)
+    _, is_class = check_labels("target", target, tuple(target.shape), num_classes, features, ignore_index)
     label = target.to(torch.int64)
     label = label.masked_fill(~is_class | (label == ignore_index), num_classes)
     if target.shape[1:] != (height, width) and target.numel() > 0:
