@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from .._checks import check_flag, check_floating, check_int, check_positive, check_tensor
+from .._checks import check_flag, check_floating, check_int, check_positive, check_tensor, product_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,14 +139,16 @@ class ExpertHead(nn.Module):
         return head
 
     def forward(self, features: ExpertLogits) -> Tensor:
-        """Logits [E, N, C] of ``features``: [E, N, D] or a list of E [N, D]; [N, D] if ``shared``.
+        """Return logits [E, N, C] of ``features``: [E, N, D] or a list of E [N, D]; [N, D] if ``shared``.
 
-        With shared features it is a view of [N, E, C]. Under autocast, logits have its dtype.
+        With shared features it is a view of [N, E, C]. Under autocast, logits have its dtype. Features and weight may
+        differ in dtype, as in mixed precision: the product, and the logits, are in the narrower one.
         """
         f = self._features(features)
+        dtype = product_dtype(f, self.weight, "weight", "features")
         # the scale multiplies the features: they are fewer than the logits
-        f = F.normalize(f, dim=-1) * self.scale
-        w = F.normalize(self.weight, dim=-1)
+        f = (F.normalize(f, dim=-1) * self.scale).to(dtype)
+        w = F.normalize(self.weight, dim=-1).to(dtype)
         if not self.shared:
             return torch.matmul(f, w.transpose(1, 2))
         return F.linear(f, w.flatten(0, 1)).unflatten(-1, w.shape[:2]).transpose(0, 1)

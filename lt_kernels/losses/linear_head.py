@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from .._checks import ClassVector, check_choice, check_flag
+from .._checks import ClassVector, check_choice, check_flag, product_dtype
 from ._base import MarginCrossEntropyBase
 from ._class_tensors import ClassTensorLoss
 
@@ -178,14 +178,19 @@ class LinearHead(nn.Linear):
         return loss
 
     def logits(self, features: Tensor) -> Tensor:
-        """What to classify by at test time, [..., C]: ``F.linear``, or cosines, times the loss's ``scale``.
+        """Return the logits to classify by at test time, [..., C], the loss's ``scale`` included.
 
         Class biases, class scales (of VS and CDT) and margins act in training alone, as in their papers: the model has
-        learned to be right without them. Differentiable; stores all logits, which ``predict`` does not.
+        learned to be right without them. Differentiable; stores all logits, which ``predict`` does not. Features and
+        weight may differ in dtype, as in the call: the product is in the narrower one.
         """
-        if not self.normalize:
-            return F.linear(features, self.weight, self.bias) * self.loss.scale
-        return F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1)) * self.loss.scale
+        dtype = product_dtype(features, self.weight, "weight", "features")
+        weight: Tensor = self.weight
+        bias = self.bias
+        if self.normalize:
+            features, weight = F.normalize(features, dim=-1), F.normalize(weight, dim=-1)
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(features.to(dtype), weight.to(dtype), bias) * self.loss.scale
 
     def predict(self, features: Tensor, topk: int = 1, class_shift: Tensor | None = None) -> LF.TopK:
         """The most likely classes of ``logits(features)``, computed block by block.

@@ -85,7 +85,7 @@ class NCLLoss(ExpertLossBase):
         classes = len(self.class_counts)
         if hard_classes is None:
             hard_classes = max(1, 3 * classes // 10)
-        kind, expected = "an int or None", f"1 to {classes}, the number of classes"
+        expected = f"1 to {classes}, the number of classes"
         self.hard_classes = check_int(
             "hard_classes", hard_classes, 1, classes, kind="an int or None", expected=expected
         )
