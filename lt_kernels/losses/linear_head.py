@@ -186,10 +186,9 @@ class LinearHead(nn.Linear):
         """
         dtype = product_dtype(features, self.weight, "weight", "features")
         weight: Tensor = self.weight
-        bias = self.bias
         if self.normalize:
             features, weight = F.normalize(features, dim=-1), F.normalize(weight, dim=-1)
-        bias = None if bias is None else bias.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(features.to(dtype), weight.to(dtype), bias) * self.loss.scale
 
     def predict(self, features: Tensor, topk: int = 1, class_shift: Tensor | None = None) -> LF.TopK:
