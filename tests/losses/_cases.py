@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -144,3 +147,17 @@ CONTRASTIVE = {
     ),
 }
 CASES = {**CLASSIFIERS, **EXPERTS, **CONTRASTIVE}
+
+
+def through_torch_save(loss: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(loss, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
+    "torch.save": through_torch_save,
+}

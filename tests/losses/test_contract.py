@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
-import io
 import math
-import pickle
 import pkgutil
 import re
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _cases import CASES, CLASSIFIERS, CONTRASTIVE, COUNTS, EXPERTS, OTHER, Batch, C, Case, N, make_batch
+from _cases import CASES, CLASSIFIERS, CONTRASTIVE, COPIES, COUNTS, EXPERTS, OTHER, Batch, C, Case, N, make_batch
 from torch import Tensor, nn
 
 import lt_kernels
@@ -39,20 +37,6 @@ def cases(**wanted: bool) -> pytest.MarkDecorator:
 
 #: Their divergences are over all rows, whatever the targets; test_experts.py has the values.
 DIVERGENT = (losses.RIDELoss, losses.NCLLoss)
-
-
-def through_torch_save(loss: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(loss, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
-    "torch.save": through_torch_save,
-}
 
 
 def same_state(loss: nn.Module, before: dict[str, Tensor]) -> bool:
