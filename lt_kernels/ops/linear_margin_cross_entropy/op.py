@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._checks import check_classes
 from .._backend import load
 from .._reduce import ordered_sum
 from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward, spends_in_place
-from .._rows.row_terms import check_classes
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
 from . import chunked

@@ -1,10 +1,7 @@
-"""Contrastive recipes: each against its published definition with dense masks, and what it owes torch.nn."""
+"""Contrastive losses: each against its published definition with dense masks, and what is its own."""
 
 from __future__ import annotations
 
-import copy
-import doctest
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_module import COPIES
+from _cases import COUNTS, OTHER, C, D, M, N
 from torch import Tensor, nn
 
 import lt_kernels
@@ -22,19 +19,14 @@ from lt_kernels.losses import (
     BalancedContrastiveLoss,
     ELMLoss,
     GMLLoss,
-    LinearHead,
     PaCoLoss,
     SupConLoss,
     elm,
     sample_pixels,
 )
-from lt_kernels.queues import ClassQueue, FeatureQueue
+from lt_kernels.queues import ClassQueue
 from lt_kernels.testing import assert_within_budget
 
-COUNTS = [500, 377, 120, 101, 100, 47, 20, 19, 7, 2]
-OTHER = [3, 30, 300, 30, 3, 44, 5, 6, 1000, 8]
-C = len(COUNTS)
-N, M, D = 37, 61, 19
 INAT = [1000.0 / (c + 1) + 2 for c in range(8142)]
 
 Leaves = dict[str, Tensor]
@@ -289,6 +281,17 @@ class TestSupCon:
         plain = SupConLoss(0.1)(F.normalize(z, dim=-1), y)
         torch.testing.assert_close(SupConLoss(0.1, 0.07, normalize=True)(z, y), plain * (0.1 / 0.07))
         torch.testing.assert_close(SupConLoss(0.07, 0.07)(z, y), SupConLoss(0.07)(z, y), rtol=0, atol=0)
+
+    def test_repr(self):
+        assert repr(SupConLoss(form="in", reduction="sum")) == "SupConLoss(temperature=0.07, form=in, reduction=sum)"
+
+    def test_checks_pass_normalized_bfloat16(self):
+        lt_kernels.set_checks(True)
+        try:
+            z = 3 * unit(N, 2, D, seed=105).bfloat16()
+            assert SupConLoss(normalize=True)(z, random_labels(N, C, 102)).isfinite()
+        finally:
+            lt_kernels.set_checks(False)
 
     def test_sum(self, backend):
         z, y = unit(N, 2, D, seed=12), random_labels(N, C, 13)
@@ -573,6 +576,11 @@ class TestPaCo:
         assert not gradients["query"][~kept].any()
         assert not gradients["logits"][~kept].any()
         assert not rows(leaves["query"], y, leaves["key"], l, leaves["logits"])[~kept].any()
+
+    def test_repr(self):
+        numbers = "alpha=0.05, beta=1.0, gamma=1.0, temperature=0.2"
+        assert repr(PaCoLoss(COUNTS, 0.05, reduction="sum")) == f"PaCoLoss(num_classes=10, reduction=sum, {numbers})"
+        assert repr(PaCoLoss(None, 0.05)) == f"PaCoLoss({numbers})"
 
     def test_key_grad_rows(self, backend):
         leaves, y, l = paco_inputs()  # noqa: E741
@@ -1282,165 +1290,6 @@ class TestELM:
         given = {"logits": torch.zeros(3, C), "embeddings": torch.ones(3, D), "target": torch.zeros(3).long()}
         with pytest.raises(error, match=re.escape(message)):
             ELMLoss(COUNTS)(**{**given, **change})
-
-
-# ------------------------------------------------------------------------------------------------------------- torch.nn
-
-Z, KEY = unit(N, D, seed=100).float(), unit(M, D, seed=101).float()
-Y, L = random_labels(N, C, 102), random_labels(M, C, 103)
-LOGITS = torch.rand(N, C, generator=torch.Generator().manual_seed(104))
-VIEWS, CENTERS = unit(N, 2, D, seed=105).float(), unit(C, D, seed=106).float()
-
-CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
-    "supcon": (lambda counts, **k: SupConLoss(**k), lambda loss: loss(VIEWS, Y)),
-    "bcl": (BalancedContrastiveLoss, lambda loss: loss(VIEWS, Y, CENTERS)),
-    "paco": (partial(PaCoLoss, alpha=0.05), lambda loss: loss(Z, Y, KEY, L, LOGITS, exclude="self")),
-    "gml": (GMLLoss, lambda loss: loss(Z, Y, KEY, L, LOGITS, query_id=Y, key_id=L)),
-    "elm-pairwise": (ELMLoss, lambda loss: loss(LOGITS, Z, Y)),
-    "elm-contrastive": (partial(ELMLoss, regularizer="contrastive"), lambda loss: loss(LOGITS, Z, Y)),
-}
-every_loss = pytest.mark.parametrize(("make", "call"), CALLS.values(), ids=CALLS.keys())
-WITH_COUNTS = {name: call for name, call in CALLS.items() if name not in ("supcon", "bcl")}
-every_loss_with_counts = pytest.mark.parametrize(("make", "call"), WITH_COUNTS.values(), ids=WITH_COUNTS.keys())
-
-
-@every_loss
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
-def test_copies_compute_the_same(make, call, duplicate):
-    loss = make(COUNTS)
-    before = call(loss)
-    twin = duplicate(loss)
-    assert torch.equal(call(twin), before)
-    for buffer in twin.buffers():
-        buffer.fill_(0.25)
-    assert torch.equal(call(loss), before)
-
-
-@every_loss_with_counts
-def test_state_dict_round_trip(make, call):
-    source, loss = make(COUNTS), make(OTHER)
-    assert not torch.equal(call(loss), call(source))
-    loss.load_state_dict(source.state_dict())
-    assert torch.equal(call(loss), call(source))
-
-
-@every_loss_with_counts
-def test_update_counts(make, call):
-    loss = make(COUNTS)
-    held = {name: buffer.data_ptr() for name, buffer in loss.named_buffers()}
-    loss.update_counts(torch.tensor(OTHER))
-    assert {name: buffer.data_ptr() for name, buffer in loss.named_buffers()} == held
-    assert torch.equal(call(loss), call(make(OTHER)))
-    before = copy.deepcopy(loss.state_dict())
-    with pytest.raises(ValueError, match="class_counts: got 3 classes, expected 10"):
-        loss.update_counts([1, 2, 3])
-    assert all(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
-
-
-@every_loss_with_counts
-def test_half_precision_modules_keep_float32_class_tensors(make, call):
-    loss = make(COUNTS)
-    before = call(loss)
-    nn.Sequential(loss).bfloat16()
-    assert {tensor.dtype for tensor in loss.state_dict().values()} == {torch.float32}
-    assert torch.equal(call(loss), before)
-
-
-@every_loss_with_counts
-def test_to_device(make, call):
-    loss = make(COUNTS).to("meta")
-    assert {tensor.device.type for tensor in loss.state_dict().values()} == {"meta"}
-
-
-@every_loss_with_counts
-def test_a_head_of_one_classifier_refuses_them(make, call):
-    loss = make(COUNTS)
-    with pytest.raises(TypeError, match=f"loss: got a {type(loss).__name__}, which takes embeddings beside the logits"):
-        LinearHead(4, C, loss)
-
-
-@every_loss
-def test_compiles_to_one_graph(make, call):
-    torch._dynamo.reset()
-    loss = make(COUNTS)
-    leaves = [Z, KEY, LOGITS, VIEWS, CENTERS]
-
-    def value_and_gradients(function: Callable[..., Tensor]) -> list[Tensor | None]:
-        for leaf in leaves:
-            leaf.requires_grad_()
-        try:
-            value = function(loss)
-            return [value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True)]
-        finally:
-            for leaf in leaves:
-                leaf.requires_grad_(False)
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(value_and_gradients(compiled), value_and_gradients(call), strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
-@every_loss
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16], ids=["uint8", "int16"])
-def test_labels_of_any_integer_dtype(make, call, dtype, monkeypatch):
-    loss = make(COUNTS)
-    expected = call(loss)
-    for name in ("Y", "L"):
-        monkeypatch.setitem(globals(), name, globals()[name].to(dtype))
-    assert torch.equal(call(loss), expected)
-
-
-def test_checks_find_nothing_wrong():
-    lt_kernels.set_checks(True)
-    try:
-        for make, call in CALLS.values():
-            assert call(make(COUNTS)).isfinite()
-        assert SupConLoss(normalize=True)(3 * VIEWS.bfloat16(), Y).isfinite()
-    finally:
-        lt_kernels.set_checks(False)
-
-
-@every_loss
-def test_results_repeat_to_the_bit(make, call):
-    loss = make(COUNTS)
-    assert torch.equal(call(loss), call(loss))
-
-
-@every_loss
-def test_autocast_and_float32_results(make, call):
-    loss = make(COUNTS)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = call(loss)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, call(loss), rtol=0.05, atol=0.05)
-
-
-def test_repr():
-    assert repr(SupConLoss(form="in", reduction="sum")) == "SupConLoss(temperature=0.07, form=in, reduction=sum)"
-    assert (
-        repr(PaCoLoss(COUNTS, 0.05, reduction="sum"))
-        == "PaCoLoss(num_classes=10, reduction=sum, alpha=0.05, beta=1.0, gamma=1.0, temperature=0.2)"
-    )
-    assert repr(PaCoLoss(None, 0.05)) == "PaCoLoss(alpha=0.05, beta=1.0, gamma=1.0, temperature=0.2)"
-    assert repr(GMLLoss(COUNTS)) == "GMLLoss(num_classes=10, scale=30.0, beta=1.0, gamma=1.0, alpha=0.0)"
-    assert (
-        repr(ELMLoss(COUNTS)) == "ELMLoss(num_classes=10, regularizer=pairwise, embedding_weight=0.1, temperature=0.1, "
-        "logit_margin=logit_adjustment)"
-    )
-
-
-def test_exported():
-    for name in ("SupConLoss", "BalancedContrastiveLoss", "PaCoLoss", "GMLLoss", "ELMLoss", "sample_pixels"):
-        assert getattr(lt_kernels, name) is getattr(lt_kernels.losses, name)
-    assert lt_kernels.ClassQueue is ClassQueue
-    assert lt_kernels.FeatureQueue is FeatureQueue
-
-
-@pytest.mark.parametrize("name", ["supcon", "balanced_contrastive", "paco", "gml", "elm", "_contrastive_base"])
-def test_examples_in_docstrings(name):
-    result = doctest.testmod(importlib.import_module(f"lt_kernels.losses.{name}"))
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 # ----------------------------------------------------------------------------------------------------- labels' corners

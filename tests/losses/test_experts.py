@@ -1,10 +1,7 @@
-"""Recipes for several experts: each against its formula in plain PyTorch, and what it owes torch.nn."""
+"""Losses of several experts: each against its formula in plain PyTorch, and what is its own."""
 
 from __future__ import annotations
 
-import copy
-import doctest
-import importlib
 import math
 import re
 import warnings
@@ -16,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_module import COPIES
+from _cases import COUNTS, OTHER, C
 from torch import Tensor, nn
 
 import lt_kernels
 from lt_kernels.losses import (
     BalPoELoss,
     LDAMLoss,
-    LinearHead,
     LogitAdjustmentLoss,
     NCLLoss,
     RIDELoss,
@@ -33,9 +29,7 @@ from lt_kernels.losses import (
 from lt_kernels.schedules import DeferredReweighting
 from lt_kernels.testing import assert_within_budget
 
-COUNTS = [500, 377, 120, 101, 100, 47, 20, 19, 7, 2]
-OTHER = [3, 30, 300, 30, 3, 44, 5, 6, 1000, 8]
-E, N, C = 3, 60, len(COUNTS)  # enough rows for the largest error of one to be typical
+E, N = 3, 60  # enough rows for the largest error of one to be typical
 
 
 def experts_and_target(dtype: torch.dtype = torch.float64, seed: int = 0, experts: int = E) -> tuple[Tensor, Tensor]:
@@ -387,6 +381,12 @@ class TestBalPoE:
         gradient = value_and_gradient(lambda x: masked(x, y.clamp_max(C - 2)), z)[1]
         assert not gradient[:, :, -1].any()
 
+    def test_repr_and_state_of_other_forms(self):
+        summed = BalPoELoss(COUNTS, reduction="sum")
+        assert repr(summed) == "BalPoELoss(num_classes=10, reduction=sum, taus=(0.0, 1.0, 2.0))"
+        assert repr(BalPoELoss(COUNTS, per_class_taus())) == "BalPoELoss(num_classes=10, taus=[3, 10])"
+        assert "class_bias" in BalPoELoss(COUNTS, zero_counts="mask").state_dict()
+
     def test_masks_follow_update_counts(self):
         z, y = experts_and_target()
         loss = BalPoELoss(COUNTS, zero_counts="mask", dtype=torch.float64)
@@ -601,143 +601,9 @@ class TestNCL:
             NCLLoss(COUNTS, **arguments)
 
 
-# ------------------------------------------------------------------------------------------------------------- torch.nn
+# ------------------------------------------------------------------------------------------------------------ bad calls
 
 X, Y = experts_and_target()
-
-
-@every_class
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
-def test_copies_compute_the_same_and_share_nothing(cls, duplicate):
-    loss = cls(COUNTS, weight=list(range(1, C + 1)), label_smoothing=0.1)
-    twin = duplicate(loss)
-    before = loss(X, Y)
-    assert torch.equal(twin(X, Y), before)
-    for buffer in twin.buffers():
-        buffer.fill_(0.25)
-    assert torch.equal(loss(X, Y), before)
-
-
-@every_class
-def test_state_dict_round_trip(cls):
-    source, loss = cls(COUNTS), cls(OTHER)
-    assert not torch.equal(loss(X, Y), source(X, Y))
-    loss.load_state_dict(source.state_dict())
-    assert torch.equal(loss(X, Y), source(X, Y))
-    assert loss.class_counts.tolist() == COUNTS
-
-
-def test_state_dict_names_the_class_tensors():
-    names = {name: set(cls(COUNTS).state_dict()) for name, cls in CLASSES.items()}
-    assert names == {
-        "balpoe": {"class_counts", "log_prior"},
-        "sade": {"class_counts", "class_bias"},
-        "ride": {"class_counts", "margin", "class_temperature"},
-        "ncl": {"class_counts", "class_bias"},
-    }
-    assert "class_bias" in BalPoELoss(COUNTS, zero_counts="mask").state_dict()
-
-
-@every_class
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_half_precision_modules_keep_float32_class_tensors(cls, dtype):
-    loss = cls(COUNTS, weight=[0.1] * C)
-    before = {name: value.clone() for name, value in loss.state_dict().items()}
-    nn.Sequential(loss).to(dtype)
-    for name, value in loss.state_dict().items():
-        assert torch.equal(value, before[name])
-        assert value.dtype == torch.float32
-
-
-@every_class
-def test_results_have_the_dtype_of_the_logits_not_of_the_buffers(cls):
-    weight = list(range(1, C + 1))
-    assert cls(COUNTS, weight=weight).double()(X.float(), Y).dtype == torch.float32
-    loss = cls(COUNTS, weight=weight).to(torch.float64)
-    assert loss(X, Y).dtype == torch.float64
-    exact = cls(COUNTS, weight=weight, dtype=torch.float64)
-    torch.testing.assert_close(loss(X, Y), exact(X, Y), rtol=1e-5, atol=1e-6)
-
-
-@every_class
-def test_to_device(cls):
-    loss = cls(COUNTS, weight=[0.1] * C).to("meta")
-    assert {buffer.device.type for buffer in loss.buffers()} == {"meta"}
-    assert {buffer.device.type for buffer in cls(COUNTS, device="meta").buffers()} == {"meta"}
-
-
-@every_class
-class TestUpdateCounts:
-    def test_equals_a_new_loss_and_keeps_its_tensors(self, cls):
-        loss = cls(COUNTS)
-        held = {name: buffer.data_ptr() for name, buffer in loss.named_buffers()}
-        loss.update_counts(torch.tensor(OTHER))
-        assert {name: buffer.data_ptr() for name, buffer in loss.named_buffers()} == held
-        assert torch.equal(loss(X, Y), cls(OTHER)(X, Y))
-        for name, value in cls(OTHER).state_dict().items():
-            assert torch.equal(loss.state_dict()[name], value)
-
-    @pytest.mark.parametrize(
-        ("counts", "message"),
-        [
-            ([1, 2, 3], "class_counts: got 3 classes, expected 10"),
-            ([0, *COUNTS[1:]], "class_counts: got 0 for 1 of 10"),
-        ],
-        ids=["length", "zero"],
-    )
-    def test_bad_counts_change_nothing(self, cls, counts, message):
-        loss = cls(COUNTS)
-        before = copy.deepcopy(loss.state_dict())
-        with pytest.raises(ValueError, match=message):
-            loss.update_counts(counts)
-        assert all(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
-
-    def test_compiled_losses_see_them_without_recompiling(self, cls):
-        torch._dynamo.reset()
-        loss = cls(COUNTS, weight=list(range(1, C + 1)))
-        graphs = []
-
-        def backend(graph, _):
-            graphs.append(graph)
-            return graph.forward
-
-        compiled = torch.compile(loss, fullgraph=True, backend=backend)
-        torch.testing.assert_close(compiled(X, Y), loss(X, Y))
-        loss.update_counts(OTHER)
-        torch.testing.assert_close(compiled(X, Y), cls(OTHER, weight=list(range(1, C + 1)))(X, Y))
-        assert len(graphs) == 1
-
-
-def test_repr():
-    assert (
-        repr(BalPoELoss(COUNTS, reduction="sum")) == "BalPoELoss(num_classes=10, reduction=sum, taus=(0.0, 1.0, 2.0))"
-    )
-    assert repr(BalPoELoss(COUNTS, per_class_taus())) == "BalPoELoss(num_classes=10, taus=[3, 10])"
-    assert repr(RIDELoss(COUNTS)) == "RIDELoss(num_classes=10, scale=30.0)"
-
-
-BAD_OPTIONS = {
-    "reduction": ({"reduction": "avg"}, ValueError, "reduction: got 'avg', expected 'none', 'mean' or 'sum'"),
-    "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing: got 1.5, expected a number in [0, 1]"),
-    "weight": ({"weight": [1, 2, 3]}, ValueError, "weight: got 3 classes, expected 10"),
-    "zero-counts": ({"zero_counts": "skip"}, ValueError, "zero_counts: got 'skip', expected 'error', 'mask' or"),
-    "dtype": ({"dtype": torch.int32}, TypeError, "dtype: got torch.int32, expected a floating"),
-    "unknown": ({"smoothing": 0.1}, TypeError, "smoothing"),
-}
-
-
-@every_class
-@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
-def test_bad_options(cls, options, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        cls(COUNTS, **options)
-
-
-@every_class
-@pytest.mark.parametrize("counts", [[1, -2, 3], [1, math.nan], [1, 0, 3], []], ids=["negative", "nan", "zero", "empty"])
-def test_bad_counts(cls, counts):
-    with pytest.raises(ValueError, match="class_counts: got"):
-        cls(counts)
 
 
 BAD_CALLS = {
@@ -760,12 +626,6 @@ BAD_CALLS = {
 def test_bad_calls(cls, logits, target, mix, error, message):
     with pytest.raises(error, match=re.escape(message)):
         cls(COUNTS)(logits, target, **mix)
-
-
-@every_class
-def test_a_head_of_one_classifier_refuses_them(cls):
-    with pytest.raises(TypeError, match=f"loss: got a {cls.__name__}, which takes the logits of several experts"):
-        LinearHead(4, C, cls(COUNTS))
 
 
 # -------------------------------------------------------------------------------------------- SADE's weights of experts
@@ -894,10 +754,3 @@ class TestFitExpertWeights:
         }
         with pytest.raises(error, match=re.escape(message)):
             fit_expert_weights(**arguments)
-
-
-@pytest.mark.parametrize("name", ["balpoe", "sade", "ride", "ncl"])
-def test_examples_in_docstrings(name):
-    result = doctest.testmod(importlib.import_module(f"lt_kernels.losses.{name}"))
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,13 +1,15 @@
-"""Each recipe against its paper's formula, written out in a few lines of float64 PyTorch."""
+"""Losses of one classifier: each against its paper's formula in float64 PyTorch, and what is its own."""
 
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from _cases import CLASSIFIERS, COUNTS, C
+from torch import Tensor, nn
 
 from lt_kernels.losses import (
     ArcFaceLoss,
@@ -15,13 +17,13 @@ from lt_kernels.losses import (
     CosFaceLoss,
     LDAMLoss,
     LogitAdjustmentLoss,
+    MarginCrossEntropyBase,
     VSLoss,
     post_hoc_logit_adjustment,
 )
 from lt_kernels.testing import assert_within_budget
 
-COUNTS = [500, 377, 120, 101, 100, 47, 20, 19, 7, 2]
-N, C = 12, len(COUNTS)
+N = 12
 
 
 def cosines_and_target(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -265,3 +267,84 @@ class TestPostHoc:
     def test_bad_logits(self, logits, error, message):
         with pytest.raises(error, match=message):
             post_hoc_logit_adjustment(logits, COUNTS)
+
+
+# -------------------------------------------------------------------------------------------------- what is their own
+
+X, Y = (x[:8] for x in cosines_and_target(torch.float64))
+
+
+def test_losses_with_different_numbers_compile_in_one_process():
+    torch._dynamo.reset()  # from the second value on, torch.compile takes a number as symbolic
+    for loss in (LogitAdjustmentLoss(COUNTS), CosFaceLoss(0.3, 20.0), CosFaceLoss(0.2, 9.0, label_smoothing=0.1)):
+        compiled = torch.compile(loss, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(X, Y), loss(X, Y))
+
+
+@pytest.mark.parametrize("cls", [CosFaceLoss, ArcFaceLoss], ids=["cosface", "arcface"])
+def test_a_margin_given_as_a_parameter_is_learned(cls):
+    margin = nn.Parameter(torch.full((C,), 0.2))
+    loss = cls(margin, scale=4.0)
+    assert [name for name, _ in loss.named_parameters()] == ["margin"]
+    loss(X.float(), Y).backward()
+    assert margin.grad is not None
+    assert (margin.grad[Y] > 0).all()  # a larger margin is a larger loss, for every class that is a target
+    assert torch.equal(cls(margin.tolist(), scale=4.0)(X.float(), Y), loss(X.float(), Y))
+
+
+def test_a_recipe_without_counts_to_derive_from_says_so():
+    with pytest.raises(NotImplementedError, match="MarginCrossEntropyBase derives nothing from class counts"):
+        MarginCrossEntropyBase()._set_counts(COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LogitAdjustmentLoss(COUNTS, tau=float("nan")), ValueError, "tau: got nan, expected a finite number"),
+        (lambda: LogitAdjustmentLoss(COUNTS, tau="1"), TypeError, "tau: got str, expected a number"),
+        (lambda: LogitAdjustmentLoss(COUNTS, eps=-1.0), ValueError, "eps: got -1.0, expected a number >= 0"),
+        (lambda: LDAMLoss(COUNTS, max_margin=-0.5), ValueError, "max_margin: got -0.5, expected a number >= 0"),
+        (lambda: LDAMLoss(COUNTS, scale=0.0), ValueError, "scale: got 0.0, expected a number > 0"),
+        (lambda: VSLoss(COUNTS, gamma=float("inf")), ValueError, "gamma: got inf, expected a finite number"),
+        (lambda: CosFaceLoss(margin=float("nan")), ValueError, "margin: got nan, expected a finite number"),
+        (lambda: CosFaceLoss(margin=[0.1, float("inf")]), ValueError, "margin: got inf at class 1, expected finite"),
+        (lambda: CosFaceLoss(margin="big"), TypeError, "margin: got str, expected a 1-D sequence"),
+        (
+            lambda: ArcFaceLoss.from_counts(COUNTS, (0.5, 0.1)),
+            ValueError,
+            "margin_bounds: got (0.5, 0.1), expected lower",
+        ),
+        (lambda: ArcFaceLoss.from_counts(COUNTS, 0.5), ValueError, "margin_bounds: got 0.5, expected (lower, upper)"),
+        (lambda: ArcFaceLoss.from_counts(COUNTS, power=0.0), ValueError, "power: got 0.0, expected a number > 0"),
+        (
+            lambda: VSLoss(COUNTS, zero_counts="skip"),
+            ValueError,
+            "zero_counts: got 'skip', expected 'error', 'mask' or",
+        ),
+        (
+            lambda: VSLoss(COUNTS, zero_counts=0),
+            ValueError,
+            "zero_counts: got 0, expected 'error', 'mask' or a positive",
+        ),
+    ],
+    ids=lambda value: value.split(", expected")[0].replace(": got ", "=") if isinstance(value, str) else "",
+)
+def test_bad_hyperparameters(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CLASSIFIERS.items() if case.from_counts])
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (X[:, :3], Y, ValueError, "expected [3], one value per class"),
+        (X, Y + C, IndexError, "target: row 0 has class"),
+        (X, Y[:3], ValueError, "target: got class indices of shape (3,), expected (8,)"),
+        (X.long(), Y, TypeError, "input: got dtype torch.int64"),
+    ],
+    ids=["other-number-of-classes", "class-out-of-range", "target-length", "integer-logits"],
+)
+def test_bad_calls(name, x, y, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        CLASSIFIERS[name].make(COUNTS)(x, y)
