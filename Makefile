@@ -80,11 +80,11 @@ docs: setup
 
 ## make aot      compile every Triton kernel ahead of time and compare with the committed table (no GPU needed)
 aot: setup
-	$(BIN)/python scripts/aot_gate.py --check
+	$(BIN)/python tools/aot_gate.py --check
 
 ## make cuda     compile the CUDA C++ kernels for every GPU architecture and compare (needs nvcc, no GPU)
 cuda: setup
-	$(BIN)/python scripts/cuda_gate.py --check
+	$(BIN)/python tools/cuda_gate.py --check
 
 ## make clean    remove what was built; keep .venv
 clean:

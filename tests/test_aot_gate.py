@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "scripts/aot_gate.py"), *arguments, "--jobs", "1"]
+    command = [sys.executable, str(ROOT / "tools/aot_gate.py"), *arguments, "--jobs", "1"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 

@@ -25,7 +25,7 @@ def load(path: str):
     return module
 
 
-gate = load("scripts/cuda_gate.py")
+gate = load("tools/cuda_gate.py")
 
 
 def record(**changes):
@@ -70,7 +70,7 @@ def test_widths_of_machine_code():
 def test_without_nvcc_the_gate_says_so(tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
     script = "import runpy, shutil, sys; shutil.which = lambda *a, **k: None; sys.argv = ['gate', '--check']; "
-    script += f"runpy.run_path({str(ROOT / 'scripts/cuda_gate.py')!r}, run_name='__main__')"
+    script += f"runpy.run_path({str(ROOT / 'tools/cuda_gate.py')!r}, run_name='__main__')"
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0
     assert result.stdout.startswith("SKIPPED: nvcc was not found")

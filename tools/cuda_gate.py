@@ -1,7 +1,7 @@
 """Compile the CUDA C++ backend for every shipped GPU architecture, without a GPU, and hold its machine code to rules.
 
-    python scripts/cuda_gate.py --check    compile, assert, and compare with the committed table
-    python scripts/cuda_gate.py --write    compile, assert, and rewrite the table (JSON; docs/cuda_kernels.md from it)
+    python tools/cuda_gate.py --check    compile, assert, and compare with the committed table
+    python tools/cuda_gate.py --write    compile, assert, and rewrite the table (JSON; docs/cuda_kernels.md from it)
 
 Asserted: every kernel compiles for sm_80, sm_90 and sm_100 without a stack frame and without spills (what ptxas says);
 on sm_90 the kernels of rows, experts and blocks of similarities read and write 16 bytes at a time, the wide panels 8;
@@ -177,7 +177,7 @@ def view(table: dict[str, Any]) -> str:
     lines = [
         "# Machine code of the CUDA C++ kernels",
         "",
-        f"Written by `python scripts/cuda_gate.py --write`, like `{TABLE.relative_to(ROOT)}`.",
+        f"Written by `python tools/cuda_gate.py --write`, like `{TABLE.relative_to(ROOT)}`.",
         f"Compiled with nvcc {table['nvcc']}, not run: no GPU is needed for it. Loads and stores: how many of global",
         "memory of each width in bits, on sm_90; class vectors are read by a branch for each alignment. No kernel uses",
         "a stack or spills. Template arguments: logits; of rows threads and groups of 16 bytes (0: in shared memory),",
@@ -226,7 +226,7 @@ def main() -> int:
         if json.loads(old)["nvcc"] == release[1]:
             found += list(difflib.unified_diff(old.splitlines(), new.splitlines(), str(TABLE), "now", n=0, lineterm=""))
         if VIEW.read_text() != view(json.loads(old)):
-            found.append(f"{VIEW} does not show {TABLE}: run scripts/cuda_gate.py --write")
+            found.append(f"{VIEW} does not show {TABLE}: run tools/cuda_gate.py --write")
     print("\n".join(found), file=sys.stderr)
     print(f"{len(records)} kernels compiled by nvcc {release[1]}, {len(found)} problems")
     return 1 if found else 0

@@ -1,8 +1,8 @@
 """Compile every Triton kernel at every shipped configuration, without a GPU, and hold the machine code to its budget.
 
-    python scripts/aot_gate.py --check    compile, assert, and compare with the committed tables
-    python scripts/aot_gate.py --write    compile, assert, and rewrite the tables (JSON, and docs/kernels.md from them)
-    python scripts/aot_gate.py --no-table compile and assert only: for another Triton than the tables were written with
+    python tools/aot_gate.py --check    compile, assert, and compare with the committed tables
+    python tools/aot_gate.py --write    compile, assert, and rewrite the tables (JSON, and docs/kernels.md from them)
+    python tools/aot_gate.py --no-table compile and assert only: for another Triton than the tables were written with
 
 What is compiled is what the launchers launch: they are called with tensors on the meta device while the kernels'
 launch is replaced by a recorder, and the recorded arguments are specialised by Triton's own rules (None and 1 become
@@ -1015,7 +1015,7 @@ def build(only: str = "", jobs: int = 1) -> tuple[dict[str, list[dict[str, Any]]
 _PATHS = """
 # Machine code of the Triton kernels
 
-Written by `python scripts/aot_gate.py --write`, like the tables in `benchmarks/results/aot`. Compiled ahead of time
+Written by `python tools/aot_gate.py --write`, like the tables in `benchmarks/results/aot`. Compiled ahead of time
 with Triton {triton}, not run: no GPU is needed for it. Nothing on this page has been measured on one.
 
 ## How wide rows are visited

@@ -1,6 +1,6 @@
 """Bytes, time, registers, occupancy and instructions of the main kernels, read from the hardware counters by ncu.
 
-    python3 scripts/gpu_counters.py --backend triton,native --json ncu.json
+    python3 tools/gpu_counters.py --backend triton,native --json ncu.json
 
 Runs itself under ncu with --launch, reads what ncu wrote, and sets the DRAM bytes of each case beside the floor: every
 logit read once, and every gradient written once. Writes still in the last-level cache when a kernel ends are not in its
