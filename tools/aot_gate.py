@@ -41,6 +41,7 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lt_kernels.ops._rows.options import RowOptions  # noqa: E402
 from lt_kernels.ops.expert_cross_entropy import triton as experts  # noqa: E402
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments as ExpertsArguments  # noqa: E402
 from lt_kernels.ops.expert_divergence import triton as divergence  # noqa: E402
@@ -193,8 +194,7 @@ class Configuration:
         if self.transposed:
             x = meta(c, n, dtype=self.dtype).T[:, :, None]
         soft = "soft" in self.options
-        a = Arguments(
-            input=x,
+        options = RowOptions(
             target=meta(n, c, k, dtype=self.dtype) if soft else meta(n, k, dtype=torch.int64),
             mixed_target=option("mixed", n, k, dtype=torch.int64),
             mix_lambda=option("mixed", n, k),
@@ -205,11 +205,10 @@ class Configuration:
             learned_scale=option("learned_scale"),
             coefficient=meta(2 if "mixed" in self.options else 1),
             scale=64.0 if "angular" in self.options else 1.0,
-            margin=0.0,
             angular="angular" in self.options,
-            ignore_index=-100,
             label_smoothing=0.1 if "smoothing" in self.options else 0.0,
         )
+        a = Arguments(x, options)
         out = x if self.in_place else None
         with recording() as launches:
             if self.needs:
@@ -247,20 +246,20 @@ class LinearConfiguration:
             linear_weight=meta(c, d, dtype=self.dtype),
             weight_copy=None,
             linear_bias=option("linear_bias", c, dtype=self.dtype),
-            target=meta(n, 1, dtype=torch.int64),
-            mixed_target=option("mixed", n, 1, dtype=torch.int64),
-            mix_lambda=option("mixed", n, 1),
-            weight=option("weight", c),
-            class_bias=option("class_bias", c),
-            class_scale=option("class_scale", c),
-            class_margin=option("class_margin", c),
-            learned_scale=option("learned_scale"),
-            coefficient=meta(2 if "mixed" in self.options else 1),
-            scale=30.0 if "norm" in self.options else 1.0,
-            margin=0.0,
-            angular="angular" in self.options,
-            ignore_index=-100,
-            label_smoothing=0.1 if "smoothing" in self.options else 0.0,
+            options=RowOptions(
+                target=meta(n, 1, dtype=torch.int64),
+                mixed_target=option("mixed", n, 1, dtype=torch.int64),
+                mix_lambda=option("mixed", n, 1),
+                weight=option("weight", c),
+                class_bias=option("class_bias", c),
+                class_scale=option("class_scale", c),
+                class_margin=option("class_margin", c),
+                learned_scale=option("learned_scale"),
+                coefficient=meta(2 if "mixed" in self.options else 1),
+                scale=30.0 if "norm" in self.options else 1.0,
+                angular="angular" in self.options,
+                label_smoothing=0.1 if "smoothing" in self.options else 0.0,
+            ),
             normalize="norm" in self.options,
         )
         needs = [name in self.needs for name in linear.DIFFERENTIABLE]
@@ -392,26 +391,20 @@ class ExpertsConfiguration:
             return torch.empty(shape, dtype=dtype, device="meta") if name in self.options else None
 
         coefficient = torch.empty(2 if "mixed" in self.options else 1, device="meta")
-        return ExpertsArguments(
-            logits=[x],
-            target=torch.empty(n, dtype=torch.int64, device="meta"),
-            mixed_target=option("mixed", n, dtype=torch.int64),
+        options = RowOptions(
+            target=torch.empty(n, 1, dtype=torch.int64, device="meta"),
+            mixed_target=option("mixed", n, 1, dtype=torch.int64),
             mix_lambda=option("mixed"),
             weight=option("weight", c),
             class_bias=option("expert_bias", e, c),
             class_scale=option("class_scale", c),
             class_margin=None,
             learned_scale=None,
-            log_prior=option("log_prior", c),
             coefficient=coefficient,
-            ensemble_coefficient=coefficient,
-            taus=[1.0 + each for each in range(e)],
             scale=30.0 if "scale" in self.options else 1.0,
-            margin=0.0,
-            angular=False,
-            ignore_index=-100,
             label_smoothing=0.1 if "smoothing" in self.options else 0.0,
         )
+        return ExpertsArguments([x], options, option("log_prior", c), coefficient, [1.0 + each for each in range(e)])
 
     @property
     def _kind(self) -> str:

@@ -11,7 +11,7 @@ from .. import functional as LF
 from ._base import MarginCrossEntropyBase
 
 if TYPE_CHECKING:
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 
 class ExpertLossBase(MarginCrossEntropyBase):

@@ -15,7 +15,7 @@ from ..priors import as_number
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 
 class ExpertHead(nn.Module):

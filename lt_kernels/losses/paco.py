@@ -144,6 +144,7 @@ class PaCoLoss(ContrastiveLossBase):
             logits, label, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
             reduction="none", label_smoothing=min(smoothing, 1.0), return_lse=True,
         )  # fmt: skip
+        assert of_classes.lse is not None
         bias = torch.full(key_label.shape, self.gamma, dtype=of_classes.loss.dtype, device=key.device).log()
         sums = LF.partitioned_logsumexp(
             query, key, label, key_label, scale=1 / self.temperature, exclude=exclude,

@@ -15,7 +15,7 @@ from ._experts_base import ExpertLossBase, stacked
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 
 class RIDELoss(ExpertLossBase):

@@ -14,6 +14,7 @@ from test_instruction_sets import ORDER, best, run
 from torch import Tensor
 
 from lt_kernels.ops._experts import compute_dtype
+from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
 from lt_kernels.ops.expert_fusion.arguments import Arguments as FusionArguments
 from lt_kernels.ops.expert_fusion.fused import fused
@@ -68,6 +69,8 @@ def drawn(size: tuple[int, int, int], dtype: torch.dtype, layout: str = "one", s
 def double(value):
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
+    if hasattr(value, "_fields"):
+        return type(value)(*(double(each) for each in value))
     return [double(each) for each in value] if isinstance(value, list) else value
 
 
@@ -75,9 +78,7 @@ def assert_like_eager(op: str, names: tuple[str, ...], arguments: tuple, *flags)
     """Holds the operator's floating outputs to the error budget; returns the outputs."""
     results = native(op).forward(*arguments, *flags)
     eager = reference(op).forward(*arguments, *flags)
-    exact = tuple(double(a) if isinstance(a, (Tensor, list)) else a for a in arguments)
-    if hasattr(arguments[0], "_fields"):
-        exact = (type(arguments[0])(*(double(a) for a in arguments[0])), *arguments[1:])
+    exact = tuple(double(a) for a in arguments)
     truth = reference(op).forward(*exact, *flags)
     for name, r, e, t in zip(names, results, eager, truth, strict=True):
         if name:
@@ -199,27 +200,29 @@ def test_divergence_of_values_that_are_not_finite(classes, kind):
 # -------------------------------------------------------------------------------------------------------- cross-entropy
 
 
-def cross_entropy(logits: list[Tensor], mixed: bool, **others) -> Arguments:
+def cross_entropy(logits: list[Tensor], mixed: bool) -> Arguments:
     experts, (rows, classes) = (logits[0].shape[0] if logits[0].dim() == 3 else len(logits)), logits[0].shape[-2:]
     dtype = compute_dtype(logits)
     first, second = torch.randint(classes, (2, rows))
     first[1::5] = -100
-    a = Arguments(
-        logits, first, None, None, None, None, None, None, None, torch.randn(classes, dtype=dtype).log_softmax(0), None,
-        None, [float(e) - 1 for e in range(experts)], 1.5, 0.0, False, -100, 0.0,
-    )  # fmt: skip
+    options = RowOptions.plain(first[:, None])._replace(scale=1.5)
+    prior = torch.randn(classes, dtype=dtype).log_softmax(0)
+    ensemble_coefficient = None
     if mixed:
-        a = a._replace(
-            mixed_target=second,
-            mix_lambda=torch.rand(rows, dtype=dtype),
+        options = options._replace(
+            mixed_target=second[:, None],
+            mix_lambda=torch.rand(rows, 1, dtype=dtype),
             weight=torch.rand(classes, dtype=dtype) + 0.5,
             class_bias=torch.randn(experts, classes, dtype=dtype),
             class_scale=torch.rand(classes, dtype=dtype) + 0.5,
             learned_scale=torch.tensor(0.8, dtype=dtype),
             coefficient=torch.tensor([0.3, 0.2], dtype=dtype),
-            ensemble_coefficient=torch.tensor([0.1, 0.2], dtype=dtype),
             label_smoothing=0.1,
         )
+        ensemble_coefficient = torch.tensor([0.1, 0.2], dtype=dtype)
+    a = Arguments(
+        logits, options._replace(**options_), prior, ensemble_coefficient, [float(e) - 1 for e in range(experts)]
+    )
     return a._replace(**others)
 
 
@@ -246,7 +249,8 @@ def test_cross_entropy_of_values_that_are_not_finite():
     x[:, 1, 20:] = -math.inf
     x[0, 2, 7] = math.nan
     x[1, 3] = -math.inf
-    a = cross_entropy([x], False)._replace(target=torch.arange(6))
+    a = cross_entropy([x], False)
+    a = a._replace(options=a.options._replace(target=torch.arange(6)[:, None]))
     ours = native("expert_cross_entropy").forward(a, True, True)
     theirs = reference("expert_cross_entropy").forward(a, True, True)
     for i in (0, 2, 3, 4):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lt_kernels.ops import _native
 from lt_kernels.ops._backend import load
+from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -106,10 +107,9 @@ def arguments(shape: tuple[int, int, int], option: str, dtype: torch.dtype, devi
     torch.manual_seed(sum(shape))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     drawn = _options(*shape, compute, device)
-    tensors = dict.fromkeys(Arguments._fields[1 : Arguments._fields.index("scale")])
-    numbers = {"scale": 1.0, "margin": 0.0, "angular": False, "ignore_index": -100, "label_smoothing": 0.0}
+    options = RowOptions.plain(drawn[""]["target"])._replace(**drawn[option])
     x = (3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
-    return Arguments(x, **{**tensors, **numbers, **drawn[""], **drawn[option]})
+    return Arguments(x, options)
 
 
 # --------------------------------------------------------------------------------------------------------------- check

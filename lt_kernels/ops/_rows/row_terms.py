@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Arguments
+from .options import RowOptions
 
 _SIN2_MIN = 1e-7  # keeps the angular derivative cot(theta) finite at theta = 0
 
@@ -62,33 +62,34 @@ class RowTerms:
     """Class vectors with their defaults filled in, and the targets of rows.
 
     Args:
-        a: of ``a.input`` only dtype and device matter.
+        o: the options of the loss.
         classes: C.
+        dtype: the compute dtype.
         raw: given a class per row [N, K], the rows' raw logits x of these classes, [N, K] in the compute dtype.
     """
 
-    def __init__(self, a: Arguments, classes: int, raw: Callable[[Tensor], Tensor]) -> None:
-        ones = torch.ones(classes, dtype=a.compute_dtype, device=a.input.device)
-        self.classes, self.angular, self.smoothing = classes, a.angular, a.label_smoothing
-        self.scale = ones.new_full((), a.scale) if a.learned_scale is None else a.scale * a.learned_scale
-        self.class_scale = ones if a.class_scale is None else a.class_scale
-        self.class_bias = torch.zeros_like(ones) if a.class_bias is None else a.class_bias
-        self.margin = torch.full_like(ones, a.margin) if a.class_margin is None else a.class_margin + a.margin
-        self.weight = ones if a.weight is None else a.weight
+    def __init__(self, o: RowOptions, classes: int, dtype: torch.dtype, raw: Callable[[Tensor], Tensor]) -> None:
+        ones = torch.ones(classes, dtype=dtype, device=o.target.device)
+        self.classes, self.angular, self.smoothing = classes, o.angular, o.label_smoothing
+        self.scale = ones.new_full((), o.scale) if o.learned_scale is None else o.scale * o.learned_scale
+        self.class_scale = ones if o.class_scale is None else o.class_scale
+        self.class_bias = torch.zeros_like(ones) if o.class_bias is None else o.class_bias
+        self.margin = torch.full_like(ones, o.margin) if o.class_margin is None else o.class_margin + o.margin
+        self.weight = ones if o.weight is None else o.weight
 
-        factor = ones.new_ones(2) if a.coefficient is None else a.coefficient
+        factor = ones.new_ones(2) if o.coefficient is None else o.coefficient
         self.factor = factor[0]
         self.slots: list[Slot] = []
-        if a.target.is_floating_point():
+        if o.target.is_floating_point():
             return
-        if a.mixed_target is None:
-            self.slots = [self._slot("target", a.target, factor[0].expand(a.target.shape), a.ignore_index, raw)]
+        if o.mixed_target is None:
+            self.slots = [self._slot("target", o.target, factor[0].expand(o.target.shape), o.ignore_index, raw)]
         else:
-            assert a.mix_lambda is not None
-            share = a.mix_lambda.to(a.compute_dtype).expand(a.target.shape)
+            assert o.mix_lambda is not None
+            share = o.mix_lambda.to(dtype).expand(o.target.shape)
             self.slots = [
-                self._slot("target", a.target, factor[0] * share, a.ignore_index, raw),
-                self._slot("mixed_target", a.mixed_target, factor[1] * (1 - share), a.ignore_index, raw),
+                self._slot("target", o.target, factor[0] * share, o.ignore_index, raw),
+                self._slot("mixed_target", o.mixed_target, factor[1] * (1 - share), o.ignore_index, raw),
             ]
 
     def _slot(

@@ -2,14 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 NAMESPACE = "lt_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+_Arguments = TypeVar("_Arguments", bound=tuple[Any, ...])
+_TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str"}
+
+
+def flatten(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the fields of a NamedTuple in order, the fields of a nested NamedTuple in its place."""
+    flat: list[Any] = []
+    for value in arguments:
+        if isinstance(value, tuple):
+            flat.extend(value)
+        else:
+            flat.append(value)
+    return tuple(flat)
+
+
+class Signature(Generic[_Arguments]):
+    """The flat list of arguments that the dispatcher takes for a NamedTuple, derived from its annotations.
+
+    Args:
+        kind: the NamedTuple; a field may be a NamedTuple itself.
+        differentiable: names of the flat arguments that can receive a gradient, in the order of backward's results.
+    """
+
+    def __init__(self, kind: type[_Arguments], differentiable: Sequence[str] = ()) -> None:
+        self.kind, self.differentiable = kind, tuple(differentiable)
+        self._spans: list[tuple[Any, slice]] = []  # each nested NamedTuple, None for another field, and its arguments
+        flat: list[tuple[str, Any]] = []
+        for name, annotation in get_type_hints(kind).items():
+            nested = annotation if hasattr(annotation, "_fields") else None
+            fields = [(name, annotation)] if nested is None else [*get_type_hints(nested).items()]
+            self._spans.append((nested, slice(len(flat), len(flat) + len(fields))))
+            flat += fields
+        self.names = tuple(name for name, _ in flat)
+        kinds = [_schema_type(annotation) for _, annotation in flat]
+        #: The arguments in the schema language of torch.library.
+        self.schema = ", ".join(f"{each} {name}" for each, name in zip(kinds, self.names, strict=True))
+        self._tensors = [place for place, each in enumerate(kinds) if each in ("Tensor", "Tensor?")]
+        self._others = [place for place, each in enumerate(kinds) if each not in ("Tensor", "Tensor?")]
+        self._differentiable = [self.names.index(name) for name in self.differentiable]
+
+    def rebuild(self, flat: Sequence[Any]) -> _Arguments:
+        """Return the NamedTuple of flat arguments."""
+        values = [flat[span.start] if nested is None else nested(*flat[span]) for nested, span in self._spans]
+        return self.kind(*values)
+
+    def split(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the tensors (and their Nones) of flat arguments, which autograd saves, and the others."""
+        return [flat[place] for place in self._tensors], [flat[place] for place in self._others]
+
+    def join(self, tensors: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        """Return the flat arguments that ``split`` took apart."""
+        flat: list[Any] = [None] * len(self.names)
+        for place, value in zip(self._tensors, tensors, strict=True):
+            flat[place] = value
+        for place, value in zip(self._others, others, strict=True):
+            flat[place] = value
+        return flat
+
+    @property
+    def n_tensors(self) -> int:
+        return len(self._tensors)
+
+    def needs(self, flat: Sequence[bool]) -> list[bool]:
+        """Return which differentiable arguments need a gradient, from the answer for each flat argument."""
+        return [flat[place] for place in self._differentiable]
+
+    def gradients(self, values: Mapping[str, Any]) -> list[Any]:
+        """Return gradients by name in the order of the flat arguments, None for the others."""
+        return [values.get(name) for name in self.names]
+
+
+def _schema_type(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, types.UnionType):
+        (inner,) = (each for each in get_args(annotation) if each is not type(None))
+        return f"{_TYPES[inner]}?"
+    if get_origin(annotation) is list:
+        return f"{_TYPES[get_args(annotation)[0]]}[]"
+    return _TYPES[annotation]
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:

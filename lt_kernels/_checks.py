@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _settings
-from .ops.margin_cross_entropy.row_terms import check_classes
+from .ops._rows.options import RowOptions
+from .ops._rows.row_terms import check_classes
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (
@@ -21,38 +22,9 @@ REDUCTIONS = ("none", "mean", "sum")
 MARGIN_TYPES = ("additive", "angular")
 
 
-class RowOptions(NamedTuple):
-    """Options of a cross-entropy, valid for its logits; tensors as the operators take them."""
-
-    target: Tensor  # [N, K] int64, or [N, C, K] probabilities
-    mixed_target: Tensor | None  # [N, K] int64
-    share: Tensor | None  # 0-dim or [N, K]
-    weight: Tensor | None  # [C] in the compute dtype, like all that follow
-    class_bias: Tensor | None
-    class_scale: Tensor | None
-    class_margin: Tensor | None
-    learned_scale: Tensor | None  # 0-dim
-    scale: float
-    margin: float
-    angular: bool
-    ignore_index: int
-    label_smoothing: float
-    classes: int
-    dtype: torch.dtype  # of the arithmetic and the results
-
-    @property
-    def soft(self) -> bool:
-        return self.target.is_floating_point()
-
-    def arguments(self, coefficient: Tensor | None) -> tuple[Any, ...]:
-        """What follows the logits among the rows kernel's arguments."""
-        return (*self[:8], coefficient, *self[8:13])
-
-    @property
-    def learns(self) -> bool:
-        """Whether a class vector, the scale or the probabilities receive a gradient."""
-        vectors = (self.class_bias, self.class_scale, self.class_margin, self.learned_scale, self.target)
-        return any(t is not None and t.requires_grad for t in vectors)
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic and of the results."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def logits_layout(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], tuple[int, ...]]:
@@ -80,7 +52,8 @@ def row_options(
     mixed_target: Tensor | None,
     mix_lambda: float | Tensor | None,
 ) -> RowOptions:
-    """Validate all but the logits, of shape ``shape``: on the device of ``input``, for arithmetic in ``dtype``."""
+    """Validate the options of the loss of logits of shape ``shape``, on the device of ``input``, and return them as the
+    operators take them: class vectors in ``dtype``, no coefficient yet."""
     flat, index_shape = logits_layout(shape)
     classes = flat[1]
     soft = _check_target("target", target, shape, index_shape, input)
@@ -141,9 +114,21 @@ def row_options(
         if share is not None and share.dim() > 0:
             share = share.reshape(rows)
     return RowOptions(
-        target, mixed_target, share, weight, class_bias, class_scale, class_margin, learned_scale, fixed_scale,
-        fixed_margin, margin_type == "angular", ignore_index, label_smoothing, classes, dtype,
-    )  # fmt: skip
+        target=target,
+        mixed_target=mixed_target,
+        mix_lambda=share,
+        weight=weight,
+        class_bias=class_bias,
+        class_scale=class_scale,
+        class_margin=class_margin,
+        learned_scale=learned_scale,
+        coefficient=None,
+        scale=fixed_scale,
+        margin=fixed_margin,
+        angular=margin_type == "angular",
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
 
 
 def _check_target(

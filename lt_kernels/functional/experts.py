@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import _settings
-from ._validation import FLOATING, REDUCTIONS, check_choice, class_vector, number, row_options, scalar_tensor
-from .ops._backend import resolve
-from .ops._experts import compute_dtype, shape_of
-from .ops.expert_cross_entropy.arguments import Arguments
-from .ops.expert_cross_entropy.op import OP as CROSS_ENTROPY
-from .ops.expert_cross_entropy.op import forward as cross_entropy_forward
-from .ops.expert_divergence.op import KINDS
-from .ops.expert_divergence.op import OP as DIVERGENCE
-from .ops.expert_divergence.op import forward as divergence_forward
-from .ops.expert_fusion.arguments import Arguments as FusionArguments
-from .ops.expert_fusion.op import OP as FUSION
-from .ops.expert_fusion.op import forward as fusion_forward
-from .ops.margin_cross_entropy.op import mean_coefficient
+from .. import _settings
+from .._checks import FLOATING, REDUCTIONS, check_choice, class_vector, number, row_options, scalar_tensor
+from ..ops._backend import resolve
+from ..ops._experts import compute_dtype, shape_of
+from ..ops._registry import flatten
+from ..ops.expert_cross_entropy.arguments import Arguments
+from ..ops.expert_cross_entropy.op import OP as CROSS_ENTROPY
+from ..ops.expert_cross_entropy.op import forward as cross_entropy_forward
+from ..ops.expert_divergence.op import KINDS
+from ..ops.expert_divergence.op import OP as DIVERGENCE
+from ..ops.expert_divergence.op import forward as divergence_forward
+from ..ops.expert_fusion.arguments import Arguments as FusionArguments
+from ..ops.expert_fusion.op import OP as FUSION
+from ..ops.expert_fusion.op import forward as fusion_forward
+from .linear import linear_topk
+from .rows import RowKeywords, with_coefficient
 
 #: Logits of E experts: one tensor [E, N, C], or E tensors [N, C].
 ExpertLogits: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -47,6 +50,43 @@ class ExpertFusion(NamedTuple):
     log_probs: Tensor | None  #: [N, C], if asked for
 
 
+class ExpertKeywords(RowKeywords, total=False):
+    """The options of ``expert_cross_entropy``, for type checkers."""
+
+    log_prior: Tensor | None
+    taus: Sequence[float] | Tensor | None
+    class_bias: Tensor | None
+    ignore_index: int
+    expert_reduction: Literal["none", "mean", "sum"]
+
+
+@overload
+def expert_cross_entropy(
+    logits: ExpertLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_ensemble: Literal[False] = False,
+    **options: Unpack[ExpertKeywords],
+) -> Tensor: ...
+@overload
+def expert_cross_entropy(
+    logits: ExpertLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_ensemble: Literal[True],
+    **options: Unpack[ExpertKeywords],
+) -> ExpertCrossEntropyOutput: ...
+@overload
+def expert_cross_entropy(
+    logits: ExpertLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_ensemble: bool,
+    **options: Unpack[ExpertKeywords],
+) -> Tensor | ExpertCrossEntropyOutput: ...
 def expert_cross_entropy(
     logits: ExpertLogits,
     target: Tensor,
@@ -66,7 +106,7 @@ def expert_cross_entropy(
     mixed_target: Tensor | None = None,
     mix_lambda: float | Tensor | None = None,
     return_ensemble: bool = False,
-) -> Any:
+) -> Tensor | ExpertCrossEntropyOutput:
     """Cross-entropy of E experts, each with its own share of the log prior, in one call and one pass over their logits.
 
     Expert e's loss is [`margin_cross_entropy`][lt_kernels.functional.margin_cross_entropy] of its logits with the class
@@ -147,45 +187,24 @@ def expert_cross_entropy(
     prior, numbers, bias = _prior(log_prior, taus, bias, count, classes, first, dtype)
     backend = resolve(CROSS_ENTROPY, first)
 
-    o = options
+    options = options._replace(class_bias=bias)
     experts_mean = 1.0 / count if expert_reduction == "mean" else 1.0
-    coefficient = ensemble_coefficient = None
-    if reduction == "mean":
-        coefficient = mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, classes, dtype, backend)
-        if return_ensemble:
-            ensemble_coefficient = coefficient
-            if o.weight is not None:
-                ensemble_coefficient = mean_coefficient(
-                    o.target, o.mixed_target, None, o.ignore_index, classes, dtype, backend
-                )
+    learns = options.learns or (prior is not None and prior.requires_grad)
+    options = with_coefficient(options, classes, reduction, dtype, backend)
+    ensemble_coefficient = options.coefficient if return_ensemble else None
+    if ensemble_coefficient is not None and options.weight is not None:
+        ensemble_coefficient = with_coefficient(
+            options._replace(weight=None), classes, reduction, dtype, backend
+        ).coefficient
     if experts_mean != 1.0:
-        if coefficient is None:
-            terms = 1 if o.mixed_target is None else 2
+        if options.coefficient is None:
+            terms = 1 if mixed_target is None else 2
             coefficient = torch.full((terms,), experts_mean, dtype=dtype, device=first.device)
         else:
-            coefficient = coefficient * experts_mean
+            coefficient = options.coefficient * experts_mean
+        options = options._replace(coefficient=coefficient)
     reduce = "none" if reduction == "none" else "rows" if expert_reduction == "none" else "all"
-    arguments = Arguments(
-        given,
-        o.target[:, 0],
-        None if o.mixed_target is None else o.mixed_target[:, 0],
-        o.share[:, 0] if o.share is not None and o.share.dim() == 2 else o.share,
-        o.weight,
-        bias,
-        o.class_scale,
-        o.class_margin,
-        o.learned_scale,
-        prior,
-        coefficient,
-        ensemble_coefficient,
-        numbers,
-        o.scale,
-        o.margin,
-        o.angular,
-        o.ignore_index,
-        o.label_smoothing,
-    )
-    learns = o._replace(class_bias=bias).learns
+    arguments = Arguments(given, options, prior, ensemble_coefficient, numbers)
     one_pass = (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in given)
@@ -196,7 +215,7 @@ def expert_cross_entropy(
         and (first.dtype != torch.float16 or _settings.gradient_policy == "one_pass")
     )
     loss, _, ensemble_loss, prediction, _ = cross_entropy_forward(
-        *arguments, reduce, return_ensemble, one_pass, backend
+        *flatten(arguments), reduce, return_ensemble, one_pass, backend
     )
     if reduction == "none" and expert_reduction != "none":
         loss = loss.sum(0)
@@ -264,7 +283,7 @@ def expert_fusion(
     fixed, learned = _scale(scale, temperature, first, dtype)
     with torch.no_grad():
         u, found, mass, log_probs = fusion_forward(
-            *FusionArguments(given, tensor, shift, learned, weights, fixed),
+            *flatten(FusionArguments(given, tensor, shift, learned, weights, fixed)),
             topk,
             return_log_probs,
             resolve(FUSION, first),
@@ -305,8 +324,6 @@ def linear_expert_fusion(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
         BackendUnavailableError: a backend asked for by name cannot run the call.
     """
-    from .functional import linear_topk  # which exports this module's functions
-
     if not isinstance(linear_weight, Tensor):
         raise TypeError(f"linear_weight: got {type(linear_weight).__name__}, expected a Tensor [E, C, D]")
     if linear_weight.dim() != 3 or 0 in linear_weight.shape[:2]:

@@ -1,27 +1,17 @@
-"""Stateless losses in the manner of ``torch.nn.functional``: validate, run one registered op, reduce."""
+"""The cross-entropy and the predictions of linear heads, whose logits need not be stored."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import _settings
-from ._functional_contrastive import PartitionedLogSumExp, partitioned_logsumexp, supervised_contrastive
-from ._functional_experts import (
-    ExpertCrossEntropyOutput,
-    ExpertFusion,
-    expert_cross_entropy,
-    expert_divergence,
-    expert_fusion,
-    linear_expert_fusion,
-)
-from ._validation import (
+from .. import _settings
+from .._checks import (
     FLOATING,
-    RowOptions,
     check_choice,
     check_floating,
     class_vector,
@@ -31,158 +21,70 @@ from ._validation import (
     row_options,
     scalar_tensor,
 )
-from .ops._backend import BackendUnavailableError, resolve
-from .ops.linear_margin_cross_entropy import plan as plans
-from .ops.linear_margin_cross_entropy.arguments import Arguments as LinearArguments
-from .ops.linear_margin_cross_entropy.op import OP as LINEAR
-from .ops.linear_margin_cross_entropy.op import forward as linear_forward
-from .ops.linear_margin_cross_entropy.op import sizes as linear_sizes
-from .ops.linear_margin_cross_entropy.plan import LinearPlan
-from .ops.linear_margin_cross_entropy.topk import BUFFER as TOPK_BUFFER
-from .ops.linear_margin_cross_entropy.topk import linear_topk as topk_forward
-from .ops.margin_cross_entropy.arguments import Arguments
-from .ops.margin_cross_entropy.op import OP, forward, mean_coefficient
-
-__all__ = [
-    "ExpertCrossEntropyOutput",
-    "ExpertFusion",
-    "LinearPlan",
-    "MarginCrossEntropyOutput",
-    "PartitionedLogSumExp",
-    "TopK",
-    "expert_cross_entropy",
-    "expert_divergence",
-    "expert_fusion",
-    "linear_expert_fusion",
-    "linear_margin_cross_entropy",
-    "linear_topk",
-    "margin_cross_entropy",
-    "partitioned_logsumexp",
-    "plan_linear",
-    "supervised_contrastive",
-]
+from ..ops._backend import BackendUnavailableError, resolve
+from ..ops._registry import flatten
+from ..ops.linear_margin_cross_entropy import plan as plans
+from ..ops.linear_margin_cross_entropy.arguments import Arguments
+from ..ops.linear_margin_cross_entropy.op import OP, forward
+from ..ops.linear_margin_cross_entropy.op import sizes as sizes_of
+from ..ops.linear_margin_cross_entropy.plan import LinearPlan
+from ..ops.linear_margin_cross_entropy.topk import BUFFER as TOPK_BUFFER
+from ..ops.linear_margin_cross_entropy.topk import linear_topk as topk_forward
+from ..ops.margin_cross_entropy.op import OP as ROWS
+from .rows import MarginCrossEntropyOutput, RowKeywords, knows_gradient, row_output, with_coefficient
 
 
-class MarginCrossEntropyOutput(NamedTuple):
-    """What a loss returns when more than it is asked for; fields not asked for are None."""
+class LinearKeywords(RowKeywords, total=False):
+    """The options of ``linear_margin_cross_entropy``, for type checkers."""
 
-    loss: Tensor
-    lse: Tensor | None = None
-    prediction: Tensor | None = None
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    class_bias: Tensor | None
+    normalize: bool
+    ignore_index: int | None
+    strategy: Literal["auto", "materialize", "chunked", "tiled"]
 
 
-def margin_cross_entropy(
+@overload
+def linear_margin_cross_entropy(
     input: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
-    class_bias: Tensor | None = None,
-    class_scale: Tensor | None = None,
-    margin: float | Tensor | None = None,
-    scale: float | Tensor = 1.0,
-    margin_type: Literal["additive", "angular"] = "additive",
-    ignore_index: int = -100,
-    reduction: Literal["none", "mean", "sum"] = "mean",
-    label_smoothing: float = 0.0,
-    mixed_target: Tensor | None = None,
-    mix_lambda: float | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    return_prediction: Literal[False] = False,
+    **options: Unpack[LinearKeywords],
+) -> Tensor: ...
+@overload
+def linear_margin_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_prediction: bool = False,
+    **options: Unpack[LinearKeywords],
+) -> MarginCrossEntropyOutput: ...
+@overload
+def linear_margin_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: bool = False,
+    return_prediction: Literal[True],
+    **options: Unpack[LinearKeywords],
+) -> MarginCrossEntropyOutput: ...
+@overload
+def linear_margin_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
     return_lse: bool = False,
     return_prediction: bool = False,
-) -> Any:
-    """Softmax cross-entropy of shifted, scaled logits with a margin on the target, in one pass over the logits.
-
-    With every option at its default this equals ``torch.nn.functional.cross_entropy`` for each input that one takes. In
-    general, for a row of logits x with target y,
-
-        u_j  = scale * class_scale_j * x_j + class_bias_j                        every class j
-        v_y  = scale * phi(class_scale_y * x_y, margin_y) + class_bias_y         the target
-        loss = log[ exp(v_y) + sum over j != y of exp(u_j) ] - v_y
-
-    with phi(c, m) = c - m (additive) or cos(arccos(c) + m) (angular; c - m sin(m) once arccos(c) > pi - m; Deng et al.
-    2019). ``weight`` and ``label_smoothing`` act on these shifted logits as they do in ``F.cross_entropy``.
-
-    Args:
-        input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]``; float16, bfloat16, float32 or float64; any
-            strides. They are read in their own dtype; arithmetic and results are float32 (float64 for float64).
-        target: class indices ``[]``, ``[N]`` or ``[N, d1, ..., dk]`` of any integer dtype, or class probabilities
-            shaped like ``input`` in any floating dtype.
-        weight: ``[C]``, class weights as in ``F.cross_entropy``; not differentiable.
-        class_bias: ``[C]``, added to the logits of each class, e.g. a log prior (natural logarithm).
-        class_scale: ``[C]``, multiplies the logits of each class.
-        margin: a number or ``[C]`` (or 0-dim) tensor: the target class's margin, in the units of
-            ``class_scale * input`` (additive) or in radians within [0, pi] (angular; values of a tensor are checked
-            only with checks on). Needs class-index targets.
-        scale: a number or 0-dim tensor: multiplies all logits (the inverse temperature of a cosine head).
-        margin_type: ``"additive"`` (CosFace, LDAM) or ``"angular"`` (ArcFace; ``class_scale * input`` are cosines).
-        ignore_index: rows with this target contribute nothing. Class-index targets only.
-        reduction: ``"none"``, ``"mean"`` (class indices: over the total weight of the targets that are not ignored;
-            probabilities: over rows) or ``"sum"``.
-        label_smoothing: in [0, 1].
-        mixed_target: a second target like ``target`` (class indices): mixup or CutMix pairs in the same pass. The loss
-            is ``mix_lambda * loss(target) + (1 - mix_lambda) * loss(mixed_target)``, each with its own mean.
-        mix_lambda: a number in [0, 1], or a 0-dim tensor, or a tensor shaped like ``target`` (whose values are checked
-            only with checks on): the share of ``target``.
-        return_lse: also return the log-sum-exp of each row's shifted logits (those of ``target`` where there are two;
-            of the plain shifted logits where the row is ignored), float32, shaped like a class-index target.
-            Differentiable.
-        return_prediction: also return the argmax of the raw ``input`` per row, int64, from the same read.
-
-    Returns:
-        The loss (0-dim, or shaped like a class-index target for ``reduction="none"``), or a
-        ``MarginCrossEntropyOutput`` if ``return_lse`` or ``return_prediction``.
-
-    Gradients flow to ``input``, ``class_bias``, ``class_scale``, ``margin``, ``scale`` and probability targets. The
-    derivative of the angular margin is the exact one, with sin(theta) kept above 3e-4.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
-        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``, naming the row in the flattened
-            target; on a GPU without checks that row's loss and gradient are NaN.
-        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
-        BackendUnavailableError: a backend asked for by name cannot run the call.
-
-    Example:
-        >>> logits = torch.randn(4, 8142, requires_grad=True)
-        >>> target = torch.tensor([3, 14, 15, 92])
-        >>> log_prior = torch.full((8142,), 1 / 8142).log()
-        >>> margin_cross_entropy(logits, target, class_bias=log_prior).backward()
-    """
-    _check_logits(input)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    options = row_options(
-        tuple(input.shape),
-        input,
-        dtype,
-        target,
-        weight,
-        class_bias=class_bias,
-        class_scale=class_scale,
-        margin=margin,
-        scale=scale,
-        margin_type=margin_type,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        mixed_target=mixed_target,
-        mix_lambda=mix_lambda,
-    )
-    backend = resolve(OP, input)
-    flat, row_shape = logits_layout(tuple(input.shape))
-    one_pass = (
-        input.requires_grad
-        and not torch.compiler.is_compiling()
-        and _one_pass(options, reduction, return_lse, input.dtype)
-    )
-    loss, lse, prediction, _, _ = forward(
-        *Arguments(input.reshape(flat), *_row_arguments(options, reduction, backend)),
-        reduction != "none",
-        return_prediction,
-        one_pass,
-        backend,
-    )
-    return _output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
-
-
+    **options: Unpack[LinearKeywords],
+) -> Tensor | MarginCrossEntropyOutput: ...
 def linear_margin_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -204,7 +106,7 @@ def linear_margin_cross_entropy(
     return_lse: bool = False,
     return_prediction: bool = False,
     strategy: Literal["auto", "materialize", "chunked", "tiled"] = "auto",
-) -> Any:
+) -> Tensor | MarginCrossEntropyOutput:
     """``margin_cross_entropy`` of the logits of a linear layer, which are never handed out and need not be stored.
 
     With every option at its default this equals ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) for each
@@ -262,11 +164,11 @@ def linear_margin_cross_entropy(
     check_choice("strategy", strategy, plans.STRATEGIES)
     if isinstance(target, Tensor) and target.is_floating_point() and ignore_index is not None:
         raise ValueError(f"ignore_index: got {ignore_index} with class-probability targets, expected None")
-    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     options = row_options(
         shape,
         input,
-        compute_dtype,
+        arithmetic,
         target,
         weight,
         class_bias=class_bias,
@@ -283,25 +185,25 @@ def linear_margin_cross_entropy(
     flat, row_shape = logits_layout(shape)
     features = input.reshape(flat[0], input.shape[-1])
     if normalize:
-        features = F.normalize(features.to(compute_dtype), dim=1)
+        features = F.normalize(features.to(arithmetic), dim=1)
     features = features.to(dtype)
     matrix = linear_weight.reshape(flat[1] * flat[2], linear_weight.shape[-1]).contiguous()
     copy = None if matrix.dtype == dtype else matrix.detach().to(dtype)
     bias = None if linear_bias is None else linear_bias.reshape(-1).contiguous()
 
-    backend = resolve(LINEAR, features)
+    backend = resolve(OP, features)
     needs = [t is not None and t.requires_grad for t in (features, matrix, bias)]
     training = torch.is_grad_enabled() and (any(needs) or options.learns)
-    rows = _row_arguments(options, reduction, backend)
-    a = LinearArguments._make((features, matrix, copy, bias, *rows, normalize))
-    one_pass = any(needs) and _one_pass(options, reduction, return_lse, dtype)
-    sizes = linear_sizes(a, training, one_pass, options.learns)
+    one_pass = any(needs) and knows_gradient(options, reduction, return_lse, dtype)
+    options = with_coefficient(options, flat[1], reduction, arithmetic, backend)
+    a = Arguments(features, matrix, copy, bias, options, normalize)
+    sizes = sizes_of(a, training, one_pass, options.learns)
     tiled_reason = _tiled_reason(a, backend) if strategy in ("auto", "tiled") else None
     if strategy == "tiled" and tiled_reason is not None:
-        raise BackendUnavailableError(f"strategy 'tiled' cannot run {LINEAR}: {tiled_reason}")
+        raise BackendUnavailableError(f"strategy 'tiled' cannot run {OP}: {tiled_reason}")
     chosen = plans.choose(sizes, strategy, tiled_reason is None, _settings.memory_budget)
-    loss, lse, prediction, *_ = linear_forward(
-        *a,
+    loss, lse, prediction, *_ = forward(
+        *flatten(a),
         chosen,
         _settings.memory_budget,
         reduction != "none",
@@ -310,7 +212,7 @@ def linear_margin_cross_entropy(
         needs if one_pass else [False] * 3,
         backend,
     )
-    return _output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
+    return row_output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
 
 
 def plan_linear(
@@ -447,17 +349,17 @@ def linear_topk(
         raise TypeError(f"k: got {type(k).__name__}, expected an int")
     if not 1 <= k <= classes:
         raise ValueError(f"k: got {k}, expected 1 to {classes}, the number of classes")
-    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    shift = class_vector("class_shift", class_shift, classes, input, compute_dtype)
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    shift = class_vector("class_shift", class_shift, classes, input, arithmetic)
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
-        learned_scale = scalar_tensor("scale", scale, input).to(compute_dtype)
+        learned_scale = scalar_tensor("scale", scale, input).to(arithmetic)
     else:
         fixed_scale = number("scale", scale)
     with torch.no_grad():
         features = input.reshape(-1, input.shape[-1])
         if normalize:
-            features = F.normalize(features.to(compute_dtype), dim=1)
+            features = F.normalize(features.to(arithmetic), dim=1)
         features = features.to(dtype)
         result = TopK(
             *topk_forward(
@@ -470,63 +372,10 @@ def linear_topk(
                 normalize,
                 k,
                 min(_settings.memory_budget, TOPK_BUFFER),
-                resolve(OP, features),
+                resolve(ROWS, features),
             )
         )
     return TopK(*(value[0] for value in result)) if len(shape) == 1 else result
-
-
-def _one_pass(options: RowOptions, reduction: str, return_lse: bool, dtype: torch.dtype) -> bool:
-    """Whether forward knows the gradient of its loss up to a factor."""
-    return (
-        torch.is_grad_enabled()
-        and reduction != "none"
-        and not options.learns
-        and not return_lse
-        and _settings.gradient_policy != "recompute"
-        and (dtype != torch.float16 or _settings.gradient_policy == "one_pass")
-    )
-
-
-def _row_arguments(o: RowOptions, reduction: str, backend: str) -> tuple[Any, ...]:
-    """What follows the logits among the rows kernel's arguments, with the factor that makes sums means."""
-    coefficient = None
-    if reduction == "mean" and o.soft:
-        rows = o.target.shape[0] * o.target.shape[2]
-        coefficient = torch.full((1,), 1 / max(1, rows), dtype=o.dtype, device=o.target.device)
-    elif reduction == "mean":
-        coefficient = mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, o.classes, o.dtype, backend)
-    return o.arguments(coefficient)
-
-
-def _output(
-    loss: Tensor,
-    lse: Tensor,
-    prediction: Tensor,
-    reduction: str,
-    row_shape: tuple[int, ...],
-    return_lse: bool,
-    return_prediction: bool,
-) -> Any:
-    if reduction == "none":
-        loss = loss.reshape(row_shape)
-    elif reduction == "mean" and math.prod(row_shape) == 0:
-        loss = loss * math.nan  # the mean of no rows, as torch has it
-    if not (return_lse or return_prediction):
-        return loss
-    return MarginCrossEntropyOutput(
-        loss,
-        lse.reshape(row_shape) if return_lse else None,
-        prediction.reshape(row_shape) if return_prediction else None,
-    )
-
-
-def _check_logits(input: Tensor) -> None:
-    check_floating("input", input)
-    if input.dim() == 0:
-        raise ValueError("input: got a 0-dim tensor, expected [C], [N, C] or [N, C, d1, ..., dk]")
-    if (input.shape[0] if input.dim() == 1 else input.shape[1]) == 0:
-        raise ValueError(f"input: got shape {tuple(input.shape)}, expected at least one class")
 
 
 def _check_linear(
@@ -567,8 +416,8 @@ def _check_linear(
     return (*input.shape[:-1], *linear_weight.shape[:-1]), product_dtype(input, linear_weight, "linear_weight", "input")
 
 
-def _tiled_reason(a: LinearArguments, backend: str) -> str | None:
+def _tiled_reason(a: Arguments, backend: str) -> str | None:
     """Why the strategy "tiled" cannot run the call; None where it can."""
     if backend != "triton":
         return f"it needs the backend 'triton', not {backend!r}"
-    return plans.tiled_reason(a.input.shape[1], a.positions, a.input.dtype, a.target.is_floating_point())
+    return plans.tiled_reason(a.input.shape[1], a.positions, a.input.dtype, a.options.soft)

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _settings
-from ._validation import (
+from .. import _settings
+from .._checks import (
     INDEX_DTYPES,
     REDUCTIONS,
     check_choice,
@@ -19,10 +19,10 @@ from ._validation import (
     product_dtype,
     scalar_tensor,
 )
-from .ops._backend import BackendUnavailableError, resolve
-from .ops.partitioned_logsumexp import plan
-from .ops.partitioned_logsumexp.arguments import Arguments
-from .ops.partitioned_logsumexp.op import OP, forward
+from ..ops._backend import BackendUnavailableError, resolve
+from ..ops.partitioned_logsumexp import plan
+from ..ops.partitioned_logsumexp.arguments import Arguments
+from ..ops.partitioned_logsumexp.op import OP, forward
 
 #: Labels are compared as int32.
 _LABELS = torch.iinfo(torch.int32)
