@@ -114,7 +114,9 @@ _TILES = (
     Config("segmentation, class_bias", 150, options=_BIAS, needs=("input", "class_bias"), **_PIXELS),
     Config("segmentation, class vectors", 150, _HALF, _MANY, _CLASS_VECTORS, **_PIXELS),
     Config("transposed", 8142, options=_BIAS, transposed=True, wide=True),
-    Config("transposed, probabilities", 8142, _SINGLE, ("soft",), transposed=True, wide=True, shares_memory=True),
+    Config(
+        "transposed, few rows, probabilities", 8142, options=("soft",), rows=64, transposed=True, shares_memory=True
+    ),
     Config("few classes", 10),
     Config("channels last", 19, rows=512 * 512),
     Config("few classes", 100, _SINGLE, _BIAS),
