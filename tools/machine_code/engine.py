@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from . import calls, ledger, reading
-from .recording import Launch, compile_launch, file_hash, record
+from .recording import Launch, compile_launch, record
 
 VIEW = ledger.ROOT / "docs/kernels.md"
 TARGETS = {
@@ -92,9 +92,8 @@ class Task:
     @functools.cached_property
     def inputs(self) -> str:
         """Everything that the row's numbers depend on."""
-        reader = file_hash(reading.__file__)
         launches = [launch.inputs(TARGETS[target]) for target, launch in self.launches.items()]
-        return repr((triton.__version__, reader, self.key, self.work, launches))
+        return repr((triton.__version__, _reader(), self.key, self.work, launches))
 
     def seal(self, row: Row) -> str:
         return ledger.seal(self.inputs, {key: row[key] for key in row if key not in ("seal", "budget")})
@@ -126,7 +125,7 @@ class Task:
             for target, code in codes.items()
             for pointer in code.get("unguarded", ())
         ]
-        return self.finished(row), problems
+        return self.finished(row) | ({"seal": ""} if problems else {}), problems
 
     def finished(self, row: Row) -> Row:
         """Return the row with its limit and its seal."""
@@ -184,6 +183,12 @@ class Task:
             return ("loads",) if self.key.kernel.endswith("_forward_kernel") else ("loads", "stores")
         writes = any(self.arguments.get(name) is not None for name in _LONG_OUTPUTS)
         return ("loads", "stores") if writes else ("loads",)
+
+
+@functools.cache
+def _reader() -> str:
+    """Return a hash of the code that reads numbers from machine code."""
+    return ledger.source_hash(Path(reading.__file__).read_text())
 
 
 def _picked(facts: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ compiles one twentieth of the other rows, a different one at each commit.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import subprocess
@@ -27,6 +28,21 @@ NEW, CHANGED, ROTATION, EVERY, TABLE = "new", "changed", "rotation", "asked for"
 def seal(inputs: str, numbers: Any) -> str:
     """Return the hash of a row's inputs and recorded numbers."""
     return hashlib.sha256(f"{inputs}\n{json.dumps(numbers, sort_keys=True)}".encode()).hexdigest()[:16]
+
+
+def code_text(tree: ast.AST) -> str:
+    """Return Python code without comments and docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def source_hash(source: str) -> str:
+    """Return a hash of Python code; comments and docstrings do not count."""
+    return hashlib.sha256(code_text(ast.parse(source)).encode()).hexdigest()
 
 
 def current_turn(root: Path = ROOT) -> int:

@@ -16,11 +16,14 @@ from types import ModuleType
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITCallable, JITFunction, create_function_from_signature
 
 import lt_kernels.ops
+
+from .ledger import code_text, source_hash
 
 #: What the arguments of every target are specialised by: pointers and integers that are multiples of 16 are marked.
 _SPECIALIZER = make_backend(GPUTarget("cuda", 90, 32))
@@ -79,14 +82,14 @@ def _described(value: Any) -> str:
 def code_hash(function: JITCallable) -> str:
     """Return a hash of a kernel and everything it calls; comments, docstrings and line numbers do not count."""
     tree = function.parse()
-    parts = [_text(tree), str(getattr(function, "noinline", False))]
+    parts = [code_text(tree), str(getattr(function, "noinline", False))]
     for name, value in sorted(_globals(tree, function.fn.__globals__).items()):
         if isinstance(value, JITCallable):
             parts.append(f"{name}: {code_hash(value)}")
         elif inspect.isclass(value) and value.__module__.startswith("lt_kernels"):
-            parts.append(f"{name}: {_text(ast.parse(textwrap.dedent(inspect.getsource(value))))}")
-        elif not isinstance(value, ModuleType):
-            parts.append(f"{name} = {value!r}" if not callable(value) else name)
+            parts.append(f"{name}: {source_hash(textwrap.dedent(inspect.getsource(value)))}")
+        elif isinstance(value, tl.constexpr) or not (callable(value) or isinstance(value, ModuleType)):
+            parts.append(f"{name} = {value!r}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -101,22 +104,6 @@ def _globals(tree: ast.AST, namespace: dict[str, Any]) -> dict[str, Any]:
             if isinstance(module, ModuleType) and module.__name__.startswith("lt_kernels"):
                 found[f"{node.value.id}.{node.attr}"] = getattr(module, node.attr)
     return found
-
-
-def _text(tree: ast.AST) -> str:
-    """Return Python code without comments and docstrings."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        documented = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
-        if documented and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            node.body = body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def file_hash(path: str) -> str:
-    """Return a hash of a Python file's code."""
-    with open(path) as file:
-        return hashlib.sha256(_text(ast.parse(file.read())).encode()).hexdigest()
 
 
 @functools.cache

@@ -46,3 +46,5 @@ CONFIGS: tuple[Config, ...] = (
         for c in (21841, 100_000)
     ),
 )
+#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
+COUNTED: tuple[Config, ...] = tuple(Config("log_prior", 8142, d, _PRIOR, rows=2731) for d in ("bfloat16", "float32"))

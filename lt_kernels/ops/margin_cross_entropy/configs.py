@@ -136,6 +136,23 @@ _IN_PLACE = (
 )
 CONFIGS: tuple[Config, ...] = (*_ONE_PASS, *_FORWARD_ONLY, *_LOOPED, *_PARTS, *_BACKWARD, *_TILES, *_IN_PLACE)
 
+#: What the GPU counters measure: real batches, the most telling first.
+COUNTED: tuple[Config, ...] = (
+    Config("class_bias", 8142, options=_BIAS, rows=8192),
+    Config("class_bias", 8142, _SINGLE, _BIAS, rows=8192),
+    Config("class_bias", 65_536, options=_BIAS, rows=4096),
+    Config("class_bias", 100_003, options=_BIAS, rows=4096),
+    Config("class_bias", 8142, options=_BIAS, needs=("input",), rows=8192),
+    Config("class_bias", 8142, options=_BIAS, with_grad=False, rows=8192),
+    Config("class_bias", 65_536, _SINGLE, _BIAS, rows=4096),
+    Config("class_bias", 100_003, _SINGLE, _BIAS, rows=4096),
+    Config("class_bias", 1_000_000, options=_BIAS, rows=256),
+    Config("class_bias", 8192, options=_BIAS, rows=8192),
+    Config("class_bias", 8142, _SINGLE, _BIAS, needs=("input",), rows=8192),
+    Config("class_bias", 65_536, options=_BIAS, needs=("input",), rows=4096),
+    Config("class_bias", 150, options=_BIAS, rows=16, positions=512 * 512),
+)
+
 
 class SmallConfig(NamedTuple):
     """A call of a kernel beside the loss: the gradient times a factor, or the coefficient of a mean."""
