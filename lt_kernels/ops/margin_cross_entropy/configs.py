@@ -41,7 +41,6 @@ _BIAS = ("class_bias",)
 _MANY = ("class_bias", "class_scale", "class_margin", "weight", "mixed", "smoothing", "learned_scale", "prediction")
 _CLASS_VECTORS = ("input", "class_bias", "class_scale", "class_margin", "learned_scale")
 _HALF, _SINGLE = "float16", "float32"
-_PIXELS = {"rows": 4, "positions": 512 * 512}
 
 _ONE_PASS = (
     *(
@@ -103,16 +102,19 @@ _BACKWARD = (
     Config("class vectors", 8142, options=_MANY, needs=_CLASS_VECTORS),
     Config("probabilities", 8142, _SINGLE, ("soft", "weight"), ("input", "target")),
 )
+_SEGMENTATION = (
+    Config("segmentation", 150, wide=True, budget=MEMORY_BUDGET),
+    Config("segmentation", 19, wide=True),
+    Config("segmentation, class_bias, prediction", 150, options=(*_BIAS, "prediction")),
+    Config("segmentation", 150, _SINGLE, wide=True),
+    Config("segmentation, all", 150, _SINGLE, _MANY, shares_memory=True),
+    Config("segmentation, probabilities", 150, options=("soft",), wide=True, shares_memory=True),
+    Config("segmentation", 19, needs=("input",), wide=True, budget=MEMORY_BUDGET),
+    Config("segmentation, class_bias", 150, options=_BIAS, needs=("input", "class_bias")),
+    Config("segmentation, class vectors", 150, _HALF, _MANY, _CLASS_VECTORS),
+)
 _TILES = (
-    Config("segmentation", 150, **_PIXELS, wide=True, budget=MEMORY_BUDGET),
-    Config("segmentation", 19, **_PIXELS, wide=True),
-    Config("segmentation, class_bias, prediction", 150, options=(*_BIAS, "prediction"), **_PIXELS),
-    Config("segmentation", 150, _SINGLE, **_PIXELS, wide=True),
-    Config("segmentation, all", 150, _SINGLE, _MANY, **_PIXELS, shares_memory=True),
-    Config("segmentation, probabilities", 150, options=("soft",), **_PIXELS, wide=True, shares_memory=True),
-    Config("segmentation", 19, needs=("input",), **_PIXELS, wide=True, budget=MEMORY_BUDGET),
-    Config("segmentation, class_bias", 150, options=_BIAS, needs=("input", "class_bias"), **_PIXELS),
-    Config("segmentation, class vectors", 150, _HALF, _MANY, _CLASS_VECTORS, **_PIXELS),
+    *(config._replace(rows=4, positions=512 * 512) for config in _SEGMENTATION),
     Config("transposed", 8142, options=_BIAS, transposed=True, wide=True),
     Config(
         "transposed, few rows, probabilities", 8142, options=("soft",), rows=64, transposed=True, shares_memory=True
