@@ -281,8 +281,10 @@ def differences(now: dict[Key, Row], committed: dict[Key, Row], only: str) -> li
     for key in dict.fromkeys([*committed, *now]):
         if only not in key.case:
             continue
-        before, after = ([json.dumps({**row, "seal": ""})] if row else [] for row in (committed.get(key), now.get(key)))
-        found += list(difflib.unified_diff(before, after, f"committed {key.op}", "now", n=0, lineterm=""))
+        before, after = ({**row, "seal": ""} if row else None for row in (committed.get(key), now.get(key)))
+        if before != after:
+            lines = ([json.dumps(row)] if row else [] for row in (before, after))
+            found += list(difflib.unified_diff(*lines, f"committed {key.op}", "now", n=0, lineterm=""))
     return found
 
 
