@@ -220,10 +220,7 @@ def cross_entropy(logits: list[Tensor], mixed: bool) -> Arguments:
             label_smoothing=0.1,
         )
         ensemble_coefficient = torch.tensor([0.1, 0.2], dtype=dtype)
-    a = Arguments(
-        logits, options._replace(**options_), prior, ensemble_coefficient, [float(e) - 1 for e in range(experts)]
-    )
-    return a._replace(**others)
+    return Arguments(logits, options, prior, ensemble_coefficient, [float(e) - 1 for e in range(experts)])
 
 
 # of one class there is nothing to compare with every option
@@ -238,7 +235,7 @@ def test_values_of_cross_entropy(size, dtype, layout, mixed):
         for with_grad in (False, True):
             _, _, _, prediction, grad = assert_like_eager("expert_cross_entropy", names, (a,), with_ensemble, with_grad)
             if with_ensemble:
-                alone = fusion(a.logits)._replace(learned_scale=a.learned_scale, scale=a.scale)
+                alone = fusion(a.logits)._replace(learned_scale=a.options.learned_scale, scale=a.options.scale)
                 assert torch.equal(prediction, native("expert_fusion").forward(alone, 1, False)[1][:, 0])
             if with_grad:
                 assert grad.stride() == reference("expert_cross_entropy").forward(a, False, True)[4].stride()
@@ -261,7 +258,7 @@ def test_cross_entropy_of_values_that_are_not_finite():
 @pytest.mark.parametrize("value", [40, -1, 2**40])
 def test_bad_targets(name, value):
     a = cross_entropy(drawn((3, 9, 40), torch.float32), True)
-    getattr(a, name)[4] = value
+    getattr(a.options, name)[4] = value
     with pytest.raises(IndexError, match=f"^{name}: row 4 has class {value}, expected 0 <= class < 40"):
         native("expert_cross_entropy").forward(a, True, True)
 

@@ -135,8 +135,8 @@ def _every_call(
     rest = module.forward(a, False, False)[3]
     torch.manual_seed(1)
     per_row, per_lse = (torch.randn(rest.shape[1:], dtype=rest.dtype).to(rest.device) for _ in range(2))
-    possible = [True, a.target.is_floating_point()] + [
-        getattr(a, name) is not None for name in ("class_bias", "class_scale", "class_margin", "learned_scale")
+    possible = [True, a.options.soft] + [
+        getattr(a.options, name) is not None for name in ("class_bias", "class_scale", "class_margin", "learned_scale")
     ]
     only = [True] + [False] * 5
     for name, needs, upstream in (
@@ -245,7 +245,7 @@ def test_expanded_logits_into_a_tensor_of_any_strides(option, layout, dtype, bac
             assert actual[4] is out
             assert surroundings_are_nan(out)
             torch.testing.assert_close(actual, expected)
-            needs = [True, a.target.is_floating_point(), *(v is not None for v in a[5:9])]
+            needs = [True, a.options.soft, *(v is not None for v in a.options[4:8])]
             upstream = torch.tensor(0.7, dtype=expected[0].dtype, device=device)
             wanted = module.backward(upstream, None, expected[3], b, needs)
             out.zero_()
@@ -259,8 +259,8 @@ def test_no_rows_in_place(backend, device):
     module = load("margin_cross_entropy", backend)
     for shape in ((0, 5, 1), (0, 5, 3), (2, 5, 0)):
         a = arguments((2, 5, 1), "class_bias", torch.float32, device)
-        target = a.target.new_zeros(shape[0], shape[2])
-        a = a._replace(input=a.input.new_empty(shape), target=target)
+        target = a.options.target.new_zeros(shape[0], shape[2])
+        a = Arguments(a.input.new_empty(shape), a.options._replace(target=target))
         result = module.forward(a, True, True, out=a.input)
         assert result[4] is a.input
         needs = [True, False, True, False, False, False]

@@ -14,8 +14,10 @@ import torch
 from poison import nan_allocations
 from torch import Tensor
 
+from lt_kernels.ops._registry import flatten
+from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.linear_margin_cross_entropy import triton as backend
-from lt_kernels.ops.linear_margin_cross_entropy.arguments import DIFFERENTIABLE, Arguments
+from lt_kernels.ops.linear_margin_cross_entropy.arguments import DIFFERENTIABLE, SIGNATURE, Arguments
 from lt_kernels.ops.margin_cross_entropy import reference
 from lt_kernels.testing import assert_within_budget
 
@@ -110,11 +112,8 @@ def sample(
         x = torch.nn.functional.normalize(x, dim=1) * 0.95
     x, w = window(x.to(dtype)), window(w.to(dtype))
     mixed = "mixed" in options or "mixed rows" in options
-    a = Arguments(
-        input=x,
-        linear_weight=w,
-        weight_copy=None,
-        linear_bias=option("linear_bias", padded(torch.randn(classes, generator=generator).to(dtype))),
+    bias = option("linear_bias", padded(torch.randn(classes, generator=generator).to(dtype)))
+    row_options = RowOptions(
         target=labels(),
         mixed_target=labels() if mixed else None,
         mix_lambda=uniform(rows, 1) if "mixed rows" in options else uniform() if mixed else None,
@@ -127,15 +126,16 @@ def sample(
         scale=16.0 if "scale" in options else 1.0,
         margin=0.3 if "margin" in options else 0.0,
         angular=angular,
-        ignore_index=-100,
         label_smoothing=0.2 if "smoothing" in options else 0.0,
-        normalize=norm,
     )
+    a = Arguments(x, w, None, bias, row_options, norm)
     return a, padded(1 / w.float().norm(dim=1)) if norm else None
 
 
 def converted(a: Arguments, dtype: torch.dtype) -> Arguments:
-    return Arguments(*(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in a))
+    return SIGNATURE.rebuild(
+        [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in flatten(a)]
+    )
 
 
 def dense(
@@ -174,11 +174,12 @@ def check(
         assert_within_budget(actual, plain, expected, name, roundings=16.0)
         assert actual.dtype == torch.float32
     assert torch.equal(prediction, truth["prediction"])
-    needs = [need and getattr(a, name) is not None for need, name in zip(needs or NEEDS, DIFFERENTIABLE, strict=True)]
+    given = dict(zip(SIGNATURE.names, flatten(a), strict=True))
+    needs = [need and given[name] is not None for need, name in zip(needs or NEEDS, DIFFERENTIABLE, strict=True)]
     grads = backend.backward(grad_loss, grad_lse, rest, a, norm, needs)
     for name, need, grad in zip(DIFFERENTIABLE, needs, grads, strict=True):
         if need:
-            assert grad.dtype == getattr(a, name).dtype
+            assert grad.dtype == given[name].dtype
             assert_within_budget(grad, eager[name], truth[name], f"gradient of {name}", roundings=roundings)
         else:
             assert grad.shape == (0,)
@@ -211,24 +212,24 @@ class TestSmallTiles:
         for masked in (slice(0, 40), slice(1, 70)):
             for option in ("mixed", "cosine, vectors"):
                 a, norm = sample(6, 16, 70, (*OPTIONS[option], "class_bias"), seed=5)
-                a.class_bias[masked] = -math.inf
-                allowed = a.class_bias.isfinite().nonzero()[:, 0]
-                for target in (a.target, a.mixed_target):
+                a.options.class_bias[masked] = -math.inf
+                allowed = a.options.class_bias.isfinite().nonzero()[:, 0]
+                for target in (a.options.target, a.options.mixed_target):
                     if target is not None:
                         target[:, 0] = allowed[torch.arange(6) % len(allowed)]
                 check(a, norm)
 
     def test_a_masked_target(self):
         a, _ = sample(3, 16, 40, ("class_bias",), seed=5)
-        a.class_bias[a.target[1, 0]] = -math.inf
+        a.options.class_bias[a.options.target[1, 0]] = -math.inf
         loss = backend.forward(a, None, False)[0]
-        assert torch.equal(loss[:, 0].isinf(), a.target[:, 0] == a.target[1, 0])
+        assert torch.equal(loss[:, 0].isinf(), a.options.target[:, 0] == a.options.target[1, 0])
 
     @pytest.mark.parametrize("option", ["plain", "mixed", "smoothing", "cosine"])
     @pytest.mark.parametrize("target", [-1, 40, 2**40])
     def test_a_bad_target_makes_its_row_nan_and_no_other(self, target, option):
         a, norm = sample(20, 16, 40, OPTIONS[option], seed=6)
-        a.target[1] = target
+        a.options.target[1] = target
         loss, _, _, rest = backend.forward(a, norm, False)
         grad_input, *_ = backend.backward(torch.ones(()), None, rest, a, norm, [True, *[False] * 7])
         expected = torch.arange(20) == 1
@@ -244,13 +245,15 @@ class TestSmallTiles:
     def test_no_weight_at_all(self):
         """A mean over no weight: NaN, as in torch."""
         a, _ = sample(3, 16, 40, seed=7, ignored=1.0)
-        loss = backend.forward(a._replace(coefficient=torch.tensor([math.inf])), None, False)[0]
+        loss = backend.forward(
+            a._replace(options=a.options._replace(coefficient=torch.tensor([math.inf]))), None, False
+        )[0]
         assert bool(loss.isnan().all())
 
     def test_huge_logits(self):
         for option in ("cosine", "angular"):
             a, norm = sample(20, 33, 60, OPTIONS[option], seed=8)
-            check(a._replace(scale=64.0), norm)
+            check(a._replace(options=a.options._replace(scale=64.0)), norm)
         check(*sample(20, 33, 60, ("linear_bias",), seed=8, spread=60.0))
 
     def test_prediction_of_ties(self):
