@@ -1,7 +1,7 @@
 """Which backends and device the generic tests run on.
 
 LT_KERNELS_TEST_BACKENDS (default "reference,native": both must be there, or the tests fail) and LT_KERNELS_TEST_DEVICE
-(default "cpu") choose; scripts/gpu_check.sh sets "triton" or "triton,native", and "cuda". Tests with the marker ``gpu``
+(default "cpu") choose; tools/gpu_check.sh sets "triton" or "triton,native", and "cuda". Tests with the marker ``gpu``
 are skipped where there is no CUDA device.
 """
 

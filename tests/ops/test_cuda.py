@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: compiled for the CPU with emulated threads (tests/emulator), each in a process.
 
-What this cannot show -- the real machine's timing, memory model and conversions -- is for scripts/gpu_check.sh.
+What this cannot show -- the real machine's timing, memory model and conversions -- is for tools/gpu_check.sh.
 """
 
 from __future__ import annotations
