@@ -1,4 +1,4 @@
-"""The cases every backend is held to: small and odd shapes, every option, every layout. Ids are what a person reads."""
+"""Cases of ``margin_cross_entropy``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from _layouts import every_other, padded, window
 
 from lt_kernels.testing import Sample, sample_inputs
 
 ALL_VECTORS = ("class_bias", "class_scale", "margin", "scale")
-
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -47,26 +45,12 @@ class Case:
         return sample
 
 
-def _sliced(x: Tensor) -> Tensor:
-    """The same values as a window into a larger tensor: rows start at odd addresses, neighbours are NaN."""
-    room = x.new_full((x.shape[0] + 2, x.shape[1] + 5, *x.shape[2:]), float("nan"))
-    window = room[1:-1, 3:-2]
-    window.copy_(x)
-    return window
-
-
-def _padded_rows(x: Tensor) -> Tensor:
-    room = x.new_full((x.shape[0], x.shape[1] + 7, *x.shape[2:]), float("nan"))
-    room[:, : x.shape[1]] = x
-    return room[:, : x.shape[1]]
-
-
 LAYOUTS = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "sliced": _sliced,
-    "padded": _padded_rows,
-    "every other column": lambda x: torch.stack([x, x * float("nan")], 2).flatten(1, 2)[:, ::2] if x.dim() == 2 else x,
+    "sliced": window,
+    "padded": padded,
+    "every other column": lambda x: every_other(x, 1) if x.dim() == 2 else x,
     "expanded rows": lambda x: x[:1].expand(x.shape),
     "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
 }
@@ -150,3 +134,4 @@ CASES = [
     Case("nearly right", options=("margin",), keywords={"scale": 200.0}),
     Case("other ignore_index", rows=9, ignored=0.4, keywords={"ignore_index": 3}),
 ]
+BY_ID = {case.id: case for case in CASES}

@@ -1,4 +1,4 @@
-"""The cases of the expert operators: small and odd shapes, every option, every layout."""
+"""Cases of the expert operators."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import ALL_VECTORS, SMOOTHED
-from torch import Tensor
+from _layouts import window
 
+from _cases.rows import ALL_VECTORS, SMOOTHED
 from lt_kernels.testing import Sample, expert_sample_inputs
 
 
@@ -42,19 +42,11 @@ class Case:
         return sample
 
 
-def _window(x: Tensor) -> Tensor:
-    """The same values inside a larger tensor of NaN: rows start at odd addresses."""
-    room = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2] + 5), float("nan"))
-    window = room[:, 1:, 3:-2]
-    window.copy_(x)
-    return window
-
-
 LAYOUTS = {
     "stacked": lambda x: x,
     "samples first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),  # [N, E, C] in memory
     "classes first": lambda x: x.permute(0, 2, 1).contiguous().permute(0, 2, 1),
-    "window": _window,
+    "window": lambda x: window(x, dim=2),
     "one for all": lambda x: x[:1].expand(x.shape),
 }
 
@@ -66,7 +58,7 @@ VECTORS = {
 MIXED_VECTORS = {**VECTORS, "options": ("weight", "mixed_target", *VECTORS["options"])}
 SHARED = {"options": (*ALL_VECTORS, "log_prior"), "requires_grad": ("input", *ALL_VECTORS)}
 
-# As in cases.py: where bias rounds the logits themselves, a case has enough rows for eager's error to mean something.
+# As in rows.py: where bias rounds the logits themselves, a case has enough rows for eager's error to mean something.
 CASES = [
     Case("plain", options=()),
     Case("balpoe"),
@@ -113,3 +105,4 @@ CASES = [
     Case("huge logits", spread=1e3),
     Case("other ignore_index", rows=16, ignored=0.4, keywords={"ignore_index": 3}),
 ]
+BY_ID = {case.id: case for case in CASES}

@@ -1,20 +1,17 @@
-"""The experts' Triton kernel in Triton's interpreter, on CPU tensors. Run by ``test_triton_expert_cross_entropy.py``.
-
-Under interpretation a float32 result is truncated to bfloat16, not rounded: such gradients get two roundings.
-"""
+"""The Triton kernel of expert_cross_entropy: all experts' rows in one launch."""
 
 from __future__ import annotations
 
 import math
 
+import _forced_launches as forced
 import pytest
 import torch
-from poison import nan_allocations
+from _engines import DTYPES, ENGINE
+from _layouts import every_other, window
 from torch import Tensor
 
-import lt_kernels
 from lt_kernels.functional import expert_cross_entropy
-from lt_kernels.ops.expert_cross_entropy import triton as backend
 from lt_kernels.testing import (
     Sample,
     assert_within_budget,
@@ -23,7 +20,9 @@ from lt_kernels.testing import (
     expert_sample_inputs,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+pytestmark = [pytest.mark.backends("triton"), pytest.mark.usefixtures("backend")]
+
+HALF_AND_SINGLE = ("fp32", "bf16")
 VECTORS = ("class_scale", "margin", "scale")
 OPTIONS = {
     "plain": {},
@@ -53,55 +52,26 @@ SIZES = {
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    with nan_allocations() as guards:
-        yield guards
-    assert guards, "no launcher allocated anything"
-
-
-@pytest.fixture(autouse=True)
 def launches(monkeypatch):
-    """The experts of every launch."""
-    seen: list[int] = []
-    kernel = backend._experts_forward_kernel
-
-    class Counting:
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                seen.append(arguments["EXPERTS"])
-                kernel[grid](**arguments)
-
-            return launch
-
-    monkeypatch.setattr(backend, "_experts_forward_kernel", Counting())
-    return seen
+    """The number of experts of every launch."""
+    return forced.record_expert_launches(monkeypatch)
 
 
-def on_triton(logits, *args, **keywords):
-    with lt_kernels.use_backend("triton"):
-        return expert_cross_entropy(logits, *args, **keywords)
+def drawn(*sizes: int, **keywords) -> Sample:
+    return expert_sample_inputs(*sizes, device=ENGINE.device, **keywords)
 
 
 def as_list(logits, *args, **keywords):
-    return on_triton([x.clone() for x in logits], *args, **keywords)
+    return expert_cross_entropy([x.clone() for x in logits], *args, **keywords)
 
 
-def check(sample: Sample, function=on_triton, **keywords) -> None:
-    roundings = 2.0 if sample.input.dtype == torch.bfloat16 else None
-    check_expert_cross_entropy(function, sample, roundings=roundings, **keywords)
-
-
-def window(x: Tensor, before: int, after: int) -> Tensor:
-    """The same values inside a larger allocation of NaN, rows ``before + after`` elements apart."""
-    room = torch.full((*x.shape[:-2], x.shape[-2] + 2, x.shape[-1] + before + after), math.nan, dtype=x.dtype)
-    inside = room[..., 1:-1, before : before + x.shape[-1]]
-    inside.copy_(x.detach())
-    return inside.requires_grad_()
+def check(sample: Sample, function=expert_cross_entropy, **keywords) -> None:
+    check_expert_cross_entropy(function, sample, roundings=ENGINE.roundings(sample.input.dtype), **keywords)
 
 
 def sample_of(size: tuple[int, int, int, torch.dtype], option: str) -> Sample:
     *sizes, dtype = size
-    return expert_sample_inputs(*sizes, dtype=dtype, ignored=0.3 if sizes[1] > 2 else 0.0, seed=1, **OPTIONS[option])
+    return drawn(*sizes, dtype=dtype, ignored=0.3 if sizes[1] > 2 else 0.0, seed=1, **OPTIONS[option])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -111,17 +81,17 @@ def test_value_and_gradients(option, size, launches):
     assert launches
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("option", ["plain", "bias, prior", "own bias", "vectors", "smoothing", "mixed"])
 def test_inat18_rows(option, dtype, launches):
-    check(expert_sample_inputs(3, 2, 8142, dtype=DTYPES[dtype], seed=2, **OPTIONS[option]))
+    check(drawn(3, 2, 8142, dtype=DTYPES[dtype], seed=2, **OPTIONS[option]))
     assert launches == [3]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("expert_reduction", ["mean", "sum", "none"])
 def test_reductions(expert_reduction, reduction):
-    sample = expert_sample_inputs(
+    sample = drawn(
         2, 3, 40, options=("log_prior", "weight"), seed=3, reduction=reduction, expert_reduction=expert_reduction
     )
     check(sample)
@@ -130,12 +100,12 @@ def test_reductions(expert_reduction, reduction):
 
 @pytest.mark.parametrize("experts", [7, 9])
 def test_more_experts_than_a_launch_takes(experts, launches):
-    sample = expert_sample_inputs(experts, 2, 50, options=("log_prior", "expert_bias"), seed=4)
+    sample = drawn(experts, 2, 50, options=("log_prior", "expert_bias"), seed=4)
     check(sample)
     assert launches == [experts - experts // 2, experts // 2]
     check_ensemble(sample)
     launches.clear()
-    check(expert_sample_inputs(experts, 2, 52, options=("log_prior",), seed=4))  # loaded ahead
+    check(drawn(experts, 2, 52, options=("log_prior",), seed=4))  # loaded ahead
     assert launches == ([3, 3, 1] if experts == 7 else [3, 3, 3])
 
 
@@ -145,15 +115,15 @@ LAYOUTS = {
     "samples first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "experts side by side": lambda x: torch.cat(list(x), 1).unflatten(1, (x.shape[0], -1)).transpose(0, 1),
     "one for all": lambda x: x[:1].expand(x.shape),
-    "every other row": lambda x: torch.stack([x, x * math.nan], 2).flatten(1, 2)[:, ::2],
+    "every other row": lambda x: every_other(x, 1),
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("classes", [7, 130, 140])
 def test_layouts(classes, layout, dtype, launches):
-    sample = expert_sample_inputs(2, 3, classes, dtype=DTYPES[dtype], seed=6, **OPTIONS["own bias, prior, weight"])
+    sample = drawn(2, 3, classes, dtype=DTYPES[dtype], seed=6, **OPTIONS["own bias, prior, weight"])
     sample.input = LAYOUTS[layout](sample.input.detach()).requires_grad_()
     check(sample)
     check(sample, as_list)
@@ -161,39 +131,39 @@ def test_layouts(classes, layout, dtype, launches):
 
 
 def test_classes_that_are_not_contiguous(launches):
-    sample = expert_sample_inputs(3, 5, 40, seed=6, **OPTIONS["prior"])
+    sample = drawn(3, 5, 40, seed=6, **OPTIONS["prior"])
     sample.input = sample.input.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     check(sample)
     assert not launches
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize(("before", "classes"), [(0, 130), (1, 201), (3, 5), (8, 201)])
 def test_neighbouring_memory_is_not_read(before, classes, dtype, launches):
-    sample = expert_sample_inputs(2, 3, classes, dtype=DTYPES[dtype], seed=5, **OPTIONS["own bias, prior, weight"])
-    sample.input = window(sample.input, before, 5)
+    sample = drawn(2, 3, classes, dtype=DTYPES[dtype], seed=5, **OPTIONS["own bias, prior, weight"])
+    sample.input = window(sample.input, before, 5, dim=2)
     check(sample)
     check_ensemble(sample)
-    logits = [window(x, before, 5) for x in sample.input]
-    one = on_triton(sample.input, sample.target, **sample.options)
-    torch.testing.assert_close(on_triton(logits, sample.target, **sample.options), one, rtol=1e-6, atol=0)
+    logits = [window(x.detach(), before, 5).requires_grad_() for x in sample.input]
+    one = expert_cross_entropy(sample.input, sample.target, **sample.options)
+    torch.testing.assert_close(expert_cross_entropy(logits, sample.target, **sample.options), one, rtol=1e-6, atol=0)
     assert set(launches) == {2}
 
 
 def test_rows_of_different_lengths_apart():
-    sample = expert_sample_inputs(2, 4, 30, seed=5, **OPTIONS["prior"])
-    logits = [window(x, 0, after) for after, x in zip((5, 6), sample.input, strict=True)]
-    one = on_triton(sample.input, sample.target, **sample.options)
-    torch.testing.assert_close(on_triton(logits, sample.target, **sample.options), one, rtol=1e-6, atol=0)
+    sample = drawn(2, 4, 30, seed=5, **OPTIONS["prior"])
+    logits = [window(x.detach(), 0, after).requires_grad_() for after, x in zip((5, 6), sample.input, strict=True)]
+    one = expert_cross_entropy(sample.input, sample.target, **sample.options)
+    torch.testing.assert_close(expert_cross_entropy(logits, sample.target, **sample.options), one, rtol=1e-6, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ ensemble
 
 
 def check_ensemble(sample: Sample) -> None:
-    """Loss and prediction of the mean of the experts."""
+    """Check the loss and the prediction of the mean of the experts."""
     with torch.no_grad():
-        output = on_triton(sample.input, sample.target, return_ensemble=True, **sample.options)
+        output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
     names = ("mixed_target", "mix_lambda", "reduction", "ignore_index")
     options = {name: sample.options[name] for name in names if name in sample.options}
 
@@ -223,15 +193,15 @@ def test_ensemble(option, size, reduction, launches):
 
 @pytest.mark.parametrize("option", ["prior", "mixed"])
 def test_ensemble_of_inat18_rows(option):
-    check_ensemble(expert_sample_inputs(3, 2, 8142, dtype=torch.bfloat16, seed=2, **OPTIONS[option]))
+    check_ensemble(drawn(3, 2, 8142, dtype=torch.bfloat16, seed=2, **OPTIONS[option]))
 
 
 @pytest.mark.parametrize("option", ["own bias, prior, weight", "mixed"])
 def test_the_ensemble_changes_nothing_else(option):
-    sample = expert_sample_inputs(3, 3, 150, seed=2, **OPTIONS[option])
+    sample = drawn(3, 3, 150, seed=2, **OPTIONS[option])
 
     def run(**keywords) -> tuple[Tensor, Tensor]:
-        loss = on_triton(sample.input, sample.target, **keywords, **sample.options)
+        loss = expert_cross_entropy(sample.input, sample.target, **keywords, **sample.options)
         loss = loss.loss if keywords else loss
         return loss, torch.autograd.grad(loss, sample.input)[0]
 
@@ -240,8 +210,8 @@ def test_the_ensemble_changes_nothing_else(option):
 
 
 @pytest.mark.parametrize("classes", [200, 1403])
-def test_prediction_of_ties_and_nan(classes):
-    """The first column of the maximum, and of a NaN, wherever it is and however often."""
+def test_prediction_of_ties_and_nan(classes, device):
+    """The first column of the maximum, or of a NaN."""
     torch.manual_seed(4)
     last = classes - 1
     x = torch.randn(3, 10, classes).to(torch.bfloat16)
@@ -255,18 +225,18 @@ def test_prediction_of_ties_and_nan(classes):
     x[1, 8, [60, 61]] = math.inf
     x[:, 9, :9] = 9.0
     target = torch.tensor([0, 3, 100, 127, 0, last, 1, last, 0, 1])
-    output = on_triton(x, target, reduction="none", return_ensemble=True)
-    assert torch.equal(output.ensemble_prediction, (x[0].float() + x[1].float() + x[2].float()).argmax(1))
+    output = expert_cross_entropy(x.to(device), target.to(device), reduction="none", return_ensemble=True)
+    assert torch.equal(output.ensemble_prediction.cpu(), (x[0].float() + x[1].float() + x[2].float()).argmax(1))
     expected = torch.nn.functional.cross_entropy(x.float().mean(0), target, reduction="none")
-    torch.testing.assert_close(output.ensemble_loss, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(output.ensemble_loss.cpu(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 # ------------------------------------------------------------------------------------------------ values of all kinds
 
 
 def test_masked_classes():
-    """-inf logits of single experts, and classes that a bias masks for all or for one."""
-    sample = expert_sample_inputs(3, 5, 333, options=("log_prior", "class_bias"), seed=11)
+    """-inf logits of single experts, and classes that a bias masks for all experts or for one."""
+    sample = drawn(3, 5, 333, options=("log_prior", "class_bias"), seed=11)
     with torch.no_grad():
         sample.input[0, 0, :100] = -math.inf
         sample.input[1, 1, 200:] = -math.inf
@@ -282,10 +252,10 @@ def test_masked_classes():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("target", [-1, 200, 2**40])
 def test_a_bad_target_makes_its_row_nan_and_no_other(target, reduction):
-    sample = expert_sample_inputs(3, 3, 200, options=("log_prior",), seed=8)
+    sample = drawn(3, 3, 200, options=("log_prior",), seed=8)
     sample.target[1] = target
     options = {**sample.options, "reduction": reduction}
-    output = on_triton(sample.input, sample.target, return_ensemble=True, **options)
+    output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **options)
     (grad,) = torch.autograd.grad(output.loss.sum(), sample.input)
     for loss in (output.loss, output.ensemble_loss):
         assert loss.isnan().tolist() == ([False, True, False] if reduction == "none" else True)
@@ -294,12 +264,12 @@ def test_a_bad_target_makes_its_row_nan_and_no_other(target, reduction):
 
 
 def test_a_row_of_nan_stays_alone():
-    sample = expert_sample_inputs(3, 4, 150, options=("log_prior",), seed=9, reduction="none", expert_reduction="none")
+    sample = drawn(3, 4, 150, options=("log_prior",), seed=9, reduction="none", expert_reduction="none")
     with torch.no_grad():
         sample.input[1, 2, 40] = math.nan
-    output = on_triton(sample.input, sample.target, return_ensemble=True, **sample.options)
+    output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
     (grad,) = torch.autograd.grad(output.loss.nan_to_num().sum(), sample.input)
-    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected = torch.zeros(3, 4, dtype=torch.bool, device=ENGINE.device)
     expected[1, 2] = True
     assert torch.equal(output.loss.isnan(), expected)
     assert torch.equal(grad.isnan().any(2), expected)
@@ -307,19 +277,22 @@ def test_a_row_of_nan_stays_alone():
 
 
 def test_all_ignored():
-    sample = expert_sample_inputs(2, 4, 60, options=("log_prior",), seed=9)
+    sample = drawn(2, 4, 60, options=("log_prior",), seed=9)
     sample.target[:] = -100
     for reduction, expected in (("sum", 0.0), ("mean", math.nan)):
-        output = on_triton(sample.input, sample.target, return_ensemble=True, reduction=reduction, **sample.options)
+        output = expert_cross_entropy(
+            sample.input, sample.target, return_ensemble=True, reduction=reduction, **sample.options
+        )
         (grad,) = torch.autograd.grad(output.loss, sample.input)
         for loss in (output.loss, output.ensemble_loss):
-            torch.testing.assert_close(loss.detach(), torch.tensor(expected), equal_nan=True)
+            torch.testing.assert_close(loss.detach().cpu(), torch.tensor(expected), equal_nan=True)
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_no_rows():
-    logits = torch.randn(3, 0, 9, requires_grad=True)
-    output = on_triton(logits, torch.zeros(0, dtype=torch.int64), reduction="none", return_ensemble=True)
+def test_no_rows(device):
+    logits = torch.randn(3, 0, 9, device=device, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.int64, device=device)
+    output = expert_cross_entropy(logits, target, reduction="none", return_ensemble=True)
     assert [tuple(x.shape) for x in output] == [(0,), (0,), (0,)]
     (grad,) = torch.autograd.grad(output.loss.sum(), logits)
     assert grad.shape == logits.shape
@@ -328,8 +301,8 @@ def test_no_rows():
 @pytest.mark.parametrize("option", ["own bias, prior, weight", "mixed", "vectors"])
 def test_the_same_bits_every_time(option):
     def run() -> list[Tensor]:
-        sample = expert_sample_inputs(3, 3, 300, seed=9, **OPTIONS[option])
-        output = on_triton(sample.input, sample.target, return_ensemble=True, **sample.options)
+        sample = drawn(3, 3, 300, seed=9, **OPTIONS[option])
+        output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
         return [*output, *torch.autograd.grad(output.loss, list(sample.differentiable.values()))]
 
     for first, second in zip(run(), run(), strict=True):
@@ -337,5 +310,5 @@ def test_the_same_bits_every_time(option):
 
 
 def test_wide_rows_are_the_rows_kernels(launches):
-    check(expert_sample_inputs(2, 2, 40_001, options=("log_prior",), seed=12))
+    check(drawn(2, 2, 40_001, options=("log_prior",), seed=12))
     assert not launches

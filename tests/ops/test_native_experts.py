@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from test_instruction_sets import ORDER, best, run
+from _arguments import converted
 from torch import Tensor
 
 from lt_kernels.ops._experts import compute_dtype
@@ -66,19 +66,11 @@ def drawn(size: tuple[int, int, int], dtype: torch.dtype, layout: str = "one", s
     return made
 
 
-def double(value):
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if hasattr(value, "_fields"):
-        return type(value)(*(double(each) for each in value))
-    return [double(each) for each in value] if isinstance(value, list) else value
-
-
 def assert_like_eager(op: str, names: tuple[str, ...], arguments: tuple, *flags) -> tuple[Tensor, ...]:
     """Holds the operator's floating outputs to the error budget; returns the outputs."""
     results = native(op).forward(*arguments, *flags)
     eager = reference(op).forward(*arguments, *flags)
-    exact = tuple(double(a) for a in arguments)
+    exact = tuple(converted(a, torch.float64) for a in arguments)
     truth = reference(op).forward(*exact, *flags)
     for name, r, e, t in zip(names, results, eager, truth, strict=True):
         if name:
@@ -147,7 +139,7 @@ def divergence(kind: str, detach: bool, logits: list[Tensor], temperature: Tenso
     value, saved = native("expert_divergence").forward(logits, temperature, kind)
     eager = reference("expert_divergence").forward(logits, temperature, kind)
     truth = reference("expert_divergence").forward(
-        double(logits), None if temperature is None else temperature.double(), kind
+        converted(logits, torch.float64), None if temperature is None else temperature.double(), kind
     )
     defined = 3 * experts if kind == "pairwise" else 3 * experts + 2
     for name, r, e, t in zip(names, (value, saved[:defined]), (eager[0], eager[1][:defined]), truth, strict=True):
@@ -159,7 +151,12 @@ def divergence(kind: str, detach: bool, logits: list[Tensor], temperature: Tenso
         ours = native("expert_divergence").backward(g, saved, logits, temperature, kind, detach)
         theirs = reference("expert_divergence").backward(g, eager[1], logits, temperature, kind, detach)
         exact = reference("expert_divergence").backward(
-            g.double(), truth[1], double(logits), None if temperature is None else temperature.double(), kind, detach
+            g.double(),
+            truth[1],
+            converted(logits, torch.float64),
+            None if temperature is None else temperature.double(),
+            kind,
+            detach,
         )
         assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
         if rows:
@@ -286,11 +283,3 @@ def test_same_bits_for_any_number_of_threads(size, dtype):
     torch.set_num_threads(2)
     together = everything(size, dtype)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
-@pytest.mark.parametrize("capability", ORDER[:2])
-def test_instruction_sets(capability):
-    if ORDER.index(capability) > ORDER.index(best()):
-        pytest.skip(f"this processor does not run {capability!r}")
-    result = run(f"-m pytest -q -p no:cacheprovider {__file__} -k values", capability)
-    assert result.returncode == 0, result.stdout

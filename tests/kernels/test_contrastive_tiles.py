@@ -1,4 +1,4 @@
-"""The partitioned log-sum-exp's kernels in Triton's interpreter, on CPU tensors. Run by ``test_triton_contrastive.py``.
+"""The Triton kernels of the partitioned log-sum-exp: blocks of similarities, and tiles of queries and keys.
 
 The truth is the reference in float64, on similarities in memory; eager is the same in the queries' dtype.
 """
@@ -6,18 +6,22 @@ The truth is the reference in float64, on similarities in memory; eager is the s
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import _forced_launches as forced
 import pytest
 import torch
-from poison import nan_allocations
+from _arguments import converted
+from _engines import ENGINE
+from _layouts import MATRICES, guarded, surroundings_are_nan, window
 from torch import Tensor
 
 from lt_kernels.ops.partitioned_logsumexp import arguments as contract
-from lt_kernels.ops.partitioned_logsumexp import reference, triton_kernels
+from lt_kernels.ops.partitioned_logsumexp import reference
 from lt_kernels.ops.partitioned_logsumexp import triton as backend
 from lt_kernels.ops.partitioned_logsumexp.arguments import Arguments, Block
 from lt_kernels.testing import assert_within_budget
+
+pytestmark = pytest.mark.backends("triton")
 
 STATISTICS = ("neg_peak", "neg_mass", "pos_peak", "pos_mass", "pos_sum", "num_pos", "neg_slope", "pos_slope")
 OPTIONS = {
@@ -37,25 +41,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    with nan_allocations() as guards:
-        yield guards
-
-
-def padded(x: Tensor) -> Tensor:
-    """The same values inside a larger allocation of NaN (-7 for integers)."""
-    room = torch.full((x.numel() + 16,), math.nan if x.is_floating_point() else -7, dtype=x.dtype)
-    room[8:-8] = x.flatten()
-    return room[8:-8].view(x.shape)
-
-
-def window(x: Tensor, room: int = 3) -> Tensor:
-    """The same values inside a larger matrix of NaN."""
-    outer = torch.full((x.shape[0] + 2, x.shape[1] + 2 + room), math.nan, dtype=x.dtype)
-    inside = outer[1:-1, 2 : 2 + x.shape[1]]
-    inside.copy_(x)
-    return inside
+def placed(x: Tensor) -> Tensor:
+    return guarded(x.to(ENGINE.device))
 
 
 class Sample:
@@ -67,42 +54,38 @@ class Sample:
         self.generator = torch.Generator().manual_seed(seed)
         self.n, self.m, self.options, self.scale = n, m, options, scale
         top = max(classes, 1)
-        self.query_label = padded(self.integers(0, top, n))
-        self.key_label = padded(self.integers(0, top, m) if classes else torch.full((m,), top, dtype=torch.int32))
+        self.query_label = placed(self.integers(0, top, n))
+        self.key_label = placed(self.integers(0, top, m) if classes else torch.full((m,), top, dtype=torch.int32))
         self.exclude = None
         if "self" in options:
-            self.exclude = padded(first + torch.arange(n, dtype=torch.int32))
+            self.exclude = placed(first + torch.arange(n, dtype=torch.int32))
         elif "nothing" in options:
-            self.exclude = padded(torch.full((n,), -1, dtype=torch.int32))
+            self.exclude = placed(torch.full((n,), -1, dtype=torch.int32))
         elif "random" in options:
-            self.exclude = padded(self.integers(-1, first + m + 3, n))
+            self.exclude = placed(self.integers(-1, first + m + 3, n))
         self.key_bias = self.key_scale = self.learned_scale = None
         if "key_bias" in options or "masked" in options:
-            self.key_bias = padded(self.uniform(m).log())
+            self.key_bias = placed(self.uniform(m).log())
         if "masked" in options:
             self.key_bias[: m // 2] = -math.inf
             self.key_bias[self.key_label == 1] = -math.inf
         if "key_scale" in options:
-            self.key_scale = padded(self.uniform(m) * 2 - 0.5)
+            self.key_scale = placed(self.uniform(m) * 2 - 0.5)
         if "learned_scale" in options:
-            self.learned_scale = torch.tensor(0.8)
+            self.learned_scale = torch.tensor(0.8, device=ENGINE.device)
 
     def integers(self, low: int, high: int, size: int) -> Tensor:
         return torch.randint(low, high, (size,), generator=self.generator, dtype=torch.int32)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator)
+        return torch.rand(shape, generator=self.generator).to(ENGINE.device)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
-
-
-def converted(tensors: Any, dtype: torch.dtype) -> Any:
-    return type(tensors)(*(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in tensors))
+        return torch.randn(shape, generator=self.generator).to(ENGINE.device)
 
 
 def terms_of(statistics: Tensor, upstream: Tensor) -> Tensor:
-    """backward's terms from forward's statistics and gradients [3, n] of (neg, pos, pos_sum)."""
+    """Return backward's terms for forward's statistics and gradients [3, n] of (neg, pos, pos_sum)."""
     s, g = statistics[:5].clone(), upstream.to(statistics.dtype)
     for row, grad in ((contract.NEG_MASS, g[0]), (contract.POS_MASS, g[1])):
         s[row] = torch.where(s[row] == 0, 0.0, grad / s[row])
@@ -111,13 +94,13 @@ def terms_of(statistics: Tensor, upstream: Tensor) -> Tensor:
 
 
 def logs(statistics: Tensor) -> Tensor:
-    """neg and pos."""
+    """Return neg and pos."""
     masses, peaks = statistics[[1, 3]], statistics[[0, 2]]
     return torch.where(masses == 0, -math.inf, peaks + masses.log())
 
 
 def check_statistics(actual: Tensor, eager: Tensor, truth: Tensor, roundings: float | None = None) -> None:
-    """Whatever the peaks are: their logarithms, means, and what follows from no peak."""
+    """Compare logarithms and means, which do not depend on the peaks."""
     assert actual.dtype == torch.float32
     assert actual.shape == truth.shape
     assert_within_budget(logs(actual), logs(eager), logs(truth), "log-sum-exp", roundings=roundings)
@@ -149,22 +132,19 @@ def check_block(
     truth = reference.forward(wide, with_slopes)
     check_statistics(backend.forward(block, with_slopes), reference.forward(block, with_slopes), truth)
     terms = terms_of(truth, sample.normal(3, n))
-    outs = [torch.empty(n, m, dtype=dtype) for dtype in (torch.float64, z.dtype)]
-    out = window(torch.full((n, m), math.nan, dtype=z.dtype)) if out is None else out
+    outs = [torch.empty(n, m, dtype=dtype, device=z.device) for dtype in (torch.float64, z.dtype)]
+    out = window(torch.full_like(z, math.nan)) if out is None else out
     results = [
         module.backward(each, t, list(needs), o if needs[0] else None)
         for module, each, t, o in (
             (reference, wide, terms, outs[0]),
             (reference, block, terms.float(), outs[1]),
-            (backend, block, padded(terms.float()), out),
+            (backend, block, placed(terms.float()), out),
         )
     ]
     if needs[0]:
         assert_within_budget(out, outs[1], outs[0], "dz", roundings=roundings)
-        if out.storage_offset() > 0:
-            surroundings = out._base.clone()
-            surroundings.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(math.nan)
-            assert bool(surroundings.isnan().all()), "wrote outside of dz"
+        assert surroundings_are_nan(out), "wrote outside of dz"
     for need, name, exact, eager, actual in zip(needs[1:], ("sums", "sums of z"), *results, strict=True):
         if need:
             assert actual.dtype == torch.float32
@@ -175,10 +155,7 @@ def check_block(
 
 @pytest.fixture(params=["one split", "splits"])
 def splits(request, monkeypatch):
-    if request.param == "splits":
-        monkeypatch.setattr(backend, "_per_split", lambda blocks, tiles, *others: min(tiles, 2))
-    else:
-        monkeypatch.setattr(backend, "_per_split", lambda blocks, tiles, *others: tiles)
+    forced.contrastive_splits(monkeypatch, 2 if request.param == "splits" else None)
 
 
 @pytest.mark.usefixtures("splits")
@@ -196,7 +173,6 @@ class TestBlocks:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_sixteen_bits(self, dtype):
-        """Under interpretation a float32 is truncated to bfloat16, not rounded."""
         sample = Sample(9, 530, OPTIONS["all"], 3, 1.5)
         check_block(window(sample.normal(9, 530).to(dtype)), sample, roundings=4.0)
 
@@ -207,10 +183,10 @@ class TestBlocks:
 
 
 def test_an_aligned_block_in_a_larger_buffer():
-    """As the chunked strategy has them, the gradient in a buffer of its own."""
+    """The chunked strategy has such blocks, and their gradient in a buffer of its own."""
     for m in (96, 88, 90):
         sample = Sample(6, m, OPTIONS["all"], 3, 1.5, first=32)
-        room, out = (torch.full((8, 128), math.nan)[1:7, 32 : 32 + m] for _ in range(2))
+        room, out = (torch.full((8, 128), math.nan, device=ENGINE.device)[1:7, 32 : 32 + m] for _ in range(2))
         room.copy_(sample.normal(6, m))
         check_block(room, sample, first=32, out=out)
 
@@ -263,7 +239,7 @@ def block_of(a: Arguments, dtype: torch.dtype) -> Block:
 
 
 def dense_backward(a: Arguments, terms: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients by way of similarities in memory."""
+    """Compute gradients from similarities in memory."""
     block = block_of(a, dtype)
     dz = torch.empty_like(block.z)
     sums = reference.backward(block, terms.to(dtype), [True] * 3, dz)
@@ -281,13 +257,13 @@ def check(
     truth, eager = (reference.forward(block_of(a, dtype), with_slopes) for dtype in (torch.float64, torch.float32))
     statistics = backend.tiled_forward(a, with_slopes)
     check_statistics(statistics, eager, truth, roundings)
-    upstream = torch.randn(3, a.query.shape[0], generator=torch.Generator().manual_seed(5))
+    upstream = torch.randn(3, a.query.shape[0], generator=torch.Generator().manual_seed(5)).to(ENGINE.device)
     exact, plain = (
         dense_backward(a, terms_of(s, upstream), dtype) for s, dtype in ((truth, torch.float64), (eager, torch.float32))
     )
     if needs is None:
         needs = (True, a.key is not None, a.key_bias is not None, a.key_scale is not None)
-    grads = backend.tiled_backward(a, padded(terms_of(statistics, upstream)), list(needs))
+    grads = backend.tiled_backward(a, placed(terms_of(statistics, upstream)), list(needs))
     for name, need, actual, e, t in zip(contract.DIFFERENTIABLE[:-1], needs, grads, plain, exact, strict=True):
         if need:
             assert actual.dtype == (a.query.dtype if name in ("query", "key") else torch.float32)
@@ -296,17 +272,9 @@ def check(
             assert actual.shape == (0,)
 
 
-def tiles_of(monkeypatch, block_n: int, block_c: int, per_split: int | None = None) -> None:
-    """Tiles of that size whatever the launch table says, and so many of them in a split."""
-    launch = backend._Launch(block_n, block_c, 4, 2)
-    monkeypatch.setattr(backend, "_launches", lambda *sizes: backend._Launches(*[launch] * 5))
-    if per_split is not None:
-        monkeypatch.setattr(backend, "_per_split", lambda blocks, tiles, *others: min(tiles, per_split))
-
-
 @pytest.fixture(params=["one split", "splits"])
 def small_tiles(request, monkeypatch):
-    tiles_of(monkeypatch, 16, 16, 2 if request.param == "splits" else 1000)
+    forced.contrastive_tiles(monkeypatch, 16, 16, 2 if request.param == "splits" else 1000)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -361,7 +329,6 @@ class TestSmallTiles:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_sixteen_bits(self, dtype):
-        """Under interpretation a float32 is truncated to bfloat16, not rounded: that of dz, and of the result."""
         for normalized, alone in ((False, False), (True, False), (True, True)):
             sample = Sample(20, 20, OPTIONS["self"], 4, 4.0)
             a = arguments(sample, 17, dtype, normalized=normalized, alone=alone)
@@ -382,12 +349,14 @@ class TestSmallTiles:
             a = arguments(Sample(20, 35, OPTIONS["self"], 3, 2.0), 17, normalized=normalized)
             a.query[3, 5] = math.nan
             statistics = backend.tiled_forward(a, True)
-            assert torch.equal(logs(statistics).isnan().all(0), torch.arange(20) == 3)
-            assert torch.equal(logs(statistics).isnan().any(0), torch.arange(20) == 3)
-            grads = backend.tiled_backward(a, terms_of(statistics, torch.ones(3, 20)), [True, True, False, False])
-            assert torch.equal(grads[0].isnan().all(1), torch.arange(20) == 3)
-            assert torch.equal(grads[0].isnan().any(1), torch.arange(20) == 3)
-            assert torch.equal(grads[1].isnan().all(1), torch.arange(35) != 3)  # which row 3 leaves out
+            bad, keys = (torch.arange(count, device=ENGINE.device) == 3 for count in (20, 35))
+            assert torch.equal(logs(statistics).isnan().all(0), bad)
+            assert torch.equal(logs(statistics).isnan().any(0), bad)
+            upstream = torch.ones(3, 20, device=ENGINE.device)
+            grads = backend.tiled_backward(a, terms_of(statistics, upstream), [True, True, False, False])
+            assert torch.equal(grads[0].isnan().all(1), bad)
+            assert torch.equal(grads[0].isnan().any(1), bad)
+            assert torch.equal(grads[1].isnan().all(1), ~keys)  # row 3 excludes key 3
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -398,52 +367,28 @@ def test_shipped_tiles(shape, normalized):
     check(arguments(Sample(n, n, OPTIONS["self"], 9, 14.0), d, normalized=normalized, alone=True))
 
 
-LAYOUTS = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "expanded": lambda x: x[:1].expand(x.shape),
-    "every other row": lambda x: torch.stack([x, x * math.nan], 1).flatten(0, 1)[::2],
-    "every other column": lambda x: torch.stack([x, x * math.nan], 2).flatten(1)[:, ::2],
-}
-
-
 @pytest.mark.parametrize("itself", [False, True])
 def test_small_gradients_of_float16_keep_their_digits(itself, monkeypatch):
-    """As many as a mean over many queries and keys leaves: what is rounded has the scale already."""
-    tiles_of(monkeypatch, 32, 32)
-    torch.manual_seed(0)
-    query, key = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1).half() for n in (16, 64))
-    label, of_keys = torch.randint(0, 3, (16,), dtype=torch.int32), torch.randint(0, 3, (64,), dtype=torch.int32)
-    m = 16 if itself else 64
-    a = Arguments(
-        query,
-        None if itself else key,
-        label,
-        label if itself else of_keys,
-        None,
-        None,
-        None,
-        None,
-        1 / 0.07,
-        0,
-        m,
-        True,
-    )
-    terms = terms_of(backend.tiled_forward(a, False), torch.full((3, 16), 2e-6))
+    """A mean over many queries and keys has gradients this small; the scale must be applied before rounding."""
+    forced.contrastive_tiles(monkeypatch, 32, 32)
+    sample = Sample(16, 16 if itself else 64, (), 3, 1 / 0.07)
+    a = arguments(sample, 16, torch.float16, normalized=True, alone=itself)
+    terms = terms_of(backend.tiled_forward(a, False), torch.full((3, 16), 2e-6, device=ENGINE.device))
     terms[4] = 0.0
     needs = [True, not itself, False, False]
     actual = backend.tiled_backward(a, terms, needs)
     plain, exact = (dense_backward(a, terms, dtype) for dtype in (torch.float16, torch.float64))
     for name, need, value, eager, truth in zip(("query", "key"), needs, actual, plain, exact, strict=False):
         if need:
-            # in float32: whatever is subnormal in float16 would be allowed
+            # in float32: the budget of float16 would allow everything subnormal
             assert_within_budget(value.float(), eager, truth, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MATRICES)
 def test_layouts(layout, monkeypatch):
-    tiles_of(monkeypatch, 16, 16)
+    forced.contrastive_tiles(monkeypatch, 16, 16)
     a = arguments(Sample(17, 20, OPTIONS["self"], 4, 1.5), 16)
-    check(a._replace(query=LAYOUTS[layout](a.query), key=LAYOUTS[layout](a.key)))
+    check(a._replace(query=MATRICES[layout](a.query), key=MATRICES[layout](a.key)))
 
 
 @pytest.mark.parametrize("shape", [(0, 20), (20, 0), (0, 0)])
@@ -452,13 +397,8 @@ def test_nothing(shape):
         n, m = (min(shape), min(shape)) if alone else shape
         a = arguments(Sample(n, m, OPTIONS["self"], 4, 1.5), 16, alone=alone)
         statistics = backend.tiled_forward(a, True)
-        assert torch.equal(statistics, torch.zeros(8, n))
+        assert torch.equal(statistics, statistics.new_zeros(8, n))
         grads = backend.tiled_backward(a, statistics[:5], [True] * 4)
         shapes = [(n, 16), (0,) if alone else (m, 16), (m,), (m,)]
         for grad, expected in zip(grads, shapes, strict=True):
-            assert torch.equal(grad, torch.zeros(expected))
-
-
-def test_the_kernels_number_statistics_as_the_contract_does():
-    for name in STATISTICS:
-        assert getattr(triton_kernels, f"_{name.upper()}").value == getattr(contract, name.upper())
+            assert torch.equal(grad, grad.new_zeros(expected))

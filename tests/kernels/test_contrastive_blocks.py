@@ -1,6 +1,4 @@
-"""What only the CUDA kernels of a block of similarities do: run by ``test_cuda_contrastive.py`` with the plugin
-``emulated_cuda``.
-"""
+"""The CUDA kernels of a block of similarities; sizes that the CPU's kernels have in common are in tests/ops."""
 
 from __future__ import annotations
 
@@ -8,19 +6,16 @@ import math
 
 import pytest
 import torch
-from test_contrastive_native import DTYPES, NEEDS, check, drawn, gradients, upstream
+from _blocks import DTYPES, NEEDS, check, drawn, gradients, upstream
 from torch import Tensor
 
 from lt_kernels.ops.partitioned_logsumexp import native, reference
 
-#: (rows, columns): blocks of 32, 128 and 256 threads; a few columns beside whole groups; rows split over blocks, of
-#: which the last is short; chunks of 32 rows.
+pytestmark = pytest.mark.backends("native")
+
+#: (rows, columns): blocks of 32, 128 and 256 threads; a few columns besides whole groups; rows split over blocks, the
+#: last one short; chunks of 32 rows.
 SIZES = [(2, 511), (3, 1029), (1, 8192), (2, 8203), (3, 20_001), (32, 40), (33, 70), (100, 9)]
-
-
-@pytest.fixture(autouse=True)
-def emulated():
-    assert native.forward.__module__ == native.backward.__module__ == "emulated_cuda"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +33,7 @@ def test_rows_and_keys_at_any_address(dtype, before):
         block = drawn((5, columns), DTYPES[dtype], "dense", "some", 0, "bsl")
 
         def moved(x: Tensor, by: int = before) -> Tensor:
-            room = torch.full((x.numel() + 16,), 0 if x.dtype == torch.int32 else math.nan, dtype=x.dtype)
+            room = x.new_full((x.numel() + 16,), 0 if x.dtype == torch.int32 else math.nan)
             return room[by : by + x.numel()].view(x.shape).copy_(x)
 
         keys = {name: moved(getattr(block, name)) for name in ("key_label", "key_bias", "key_scale")}
@@ -50,7 +45,7 @@ def test_rows_and_keys_at_any_address(dtype, before):
 def test_terms_of_some_rows():
     block = drawn((40, 300), torch.float32, "dense", "self", 0, "b")
     terms = upstream(reference.forward(block, False))
-    wide = torch.full((5, 100), math.nan)
+    wide = terms.new_full((5, 100), math.nan)
     wide[:, 30:70] = terms
     for given in (wide[:, 30:70], terms.t().contiguous().t()):
         for needs in NEEDS:

@@ -1,4 +1,4 @@
-"""The cases that linear heads are held to: small and odd shapes, every option. Ids are what a person reads."""
+"""Cases of ``linear_margin_cross_entropy``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import ALL_VECTORS
 
+from _cases.rows import ALL_VECTORS
 from lt_kernels.testing import Sample, linear_sample_inputs
 
 OWN = ("input", "linear_weight", "linear_bias")
@@ -105,3 +105,4 @@ CASES = [
     Case("huge logits", rows=64, spread=1e3),
     Case("other ignore_index", ignored=0.4, keywords={"ignore_index": 3}),
 ]
+BY_ID = {case.id: case for case in CASES}

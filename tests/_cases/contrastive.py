@@ -1,4 +1,4 @@
-"""The cases of the partitioned log-sum-exp: small and odd shapes, every option. Ids are what a person reads."""
+"""Cases of ``partitioned_logsumexp``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from _layouts import window
 
 from lt_kernels.testing import CONTRASTIVE_OPTIONS, ContrastiveSample, contrastive_sample_inputs
 
@@ -44,16 +44,8 @@ class Case:
         return sample
 
 
-def _window(x: Tensor) -> Tensor:
-    """The same values inside a larger tensor of NaN: rows start at odd addresses."""
-    room = x.new_full((x.shape[0] + 1, x.shape[1] + 5), float("nan"))
-    window = room[1:, 3:-2]
-    window.copy_(x)
-    return window
-
-
 LAYOUTS = {
-    "window": _window,
+    "window": window,
     "transposed": lambda x: x.t().contiguous().t(),
     "one for all": lambda x: x[:1].expand(x.shape),
 }
