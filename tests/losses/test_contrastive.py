@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import COUNTS, OTHER, C, D, M, N
+from _loss_cases import COUNTS, OTHER, C, D, M, N
 from torch import Tensor, nn
 
 import lt_kernels
