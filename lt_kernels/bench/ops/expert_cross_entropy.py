@@ -15,39 +15,27 @@ Bytes and operations per logit of any expert, for the least work that the result
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional
-from . import cases, experts
-from .cases import ExpertCase, ExpertInputs
-from .experts import CPU_CASE, GPU_CASE, make_copy, make_inputs, memory
-from .providers import Provider, Step, compiled, eager, kernels_unavailable, named, ours
-from .records import COPY, Cost, Target
+from ... import functional
+from .. import experts
+from ..cases import by_name
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, ExpertInputs
+from ..op import COPY, Cost, Op, Target
+from ..providers import Provider, Step, backends, compiled, eager, headlines_on_cpu, kernels_unavailable
 
-__all__ = ["make_copy", "make_inputs", "memory"]
-
-OP = "expert_cross_entropy"
+NAME = "expert_cross_entropy"
 PLAIN = "plain"
 CASES = (
-    cases.EXPERTS
-    | cases.SMALL_EXPERTS
-    | cases.variants(PLAIN, [CPU_CASE, GPU_CASE, "odd-3x7x123"], "one target for each sample: no mixup")
+    experts.EXPERTS
+    | experts.SMALL_EXPERTS
+    | experts.variants(PLAIN, [CPU_CASE, GPU_CASE, "odd-3x7x123"], "one target for each sample: no mixup")
 )
-DIRECTIONS = ("fwd", "bwd", "fwd_bwd")  # the last is that of targets, summaries and plots
-DTYPES = experts.DTYPES
-#: What ``lt-kernels bench compare`` measures, and what it divides our time by.
-COMPARE_CASES = (CPU_CASE,)
-REFERENCES = ("published", "compile")
-
-FLOOR = COPY
-PLOTS = ("floor", "memory")
-SHAPE = "E x N x C"
-MEMORY = "Peak memory"
 
 TARGETS = (
     Target("cpu", CPU_CASE, "float32", "published", 4.0),
@@ -60,20 +48,12 @@ TARGETS = (
 
 
 def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
-    """Counted as in the module's docstring."""
+    """Count the work as the module's docstring says."""
     passes, operations = {"fwd": (1, 4), "bwd": (2, 4), "fwd_bwd": (2, 8)}[direction]
     return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits)
 
 
-def make_step(provider: str, inputs: ExpertInputs) -> Step:
-    """A call without arguments that computes the loss of ``inputs``."""
-    return PROVIDERS[provider].make(inputs)
-
-
 class Agreement(experts.Agreement):
-    def __init__(self, inputs: ExpertInputs) -> None:
-        super().__init__(OP, inputs, make_step("eager", inputs))
-
     def _losses(self, logits: Tensor, samples: Tensor) -> Tensor:
         inputs = self._inputs
         shifts = torch.outer(logits.new_tensor(inputs.case.taus), inputs.log_prior.double())
@@ -84,11 +64,6 @@ class Agreement(experts.Agreement):
             labels = target[samples, None].expand(-1, len(logits))
             total += share * F.cross_entropy(shifted, labels, reduction="none")
         return total.mean(1)
-
-
-def check_agreement(provider: str, inputs: ExpertInputs) -> None:
-    """AssertionError unless ``provider`` agrees with float64 on ``inputs``; see ``Agreement``."""
-    Agreement(inputs).check(provider, make_step(provider, inputs))
 
 
 # Providers
@@ -166,12 +141,25 @@ def _our_loop(inputs: ExpertInputs) -> Step:
     return step
 
 
-PROVIDERS = named(
+PROVIDERS = by_name(
     eager("published", published_loss, _published_arguments),
     eager("eager", eager_loss, _arguments),
-    replace(compiled("compile", eager_loss, _arguments), left_out=experts.headlines_on_cpu),
-    ours(OP, "reference", _our_loss),
-    ours(OP, "native", _our_loss),
-    ours(OP, "triton", _our_loss),
-    Provider("lt-loop", _our_loop, lambda device: kernels_unavailable(OP, device)),
+    compiled("compile", eager_loss, _arguments, left_out=headlines_on_cpu),
+    *backends(NAME, lambda inputs: partial(_our_loss, inputs)),
+    Provider("lt-loop", _our_loop, lambda device: kernels_unavailable(NAME, device)),
+)
+
+
+OP = Op(
+    NAME,
+    cases=CASES,
+    providers=PROVIDERS,
+    cost=cost,
+    agreement=Agreement,
+    floor=COPY,
+    shape="E x N x C",
+    compare_cases=(CPU_CASE,),
+    references=("published", "compile"),
+    targets=TARGETS,
+    plots=("floor", "memory"),
 )

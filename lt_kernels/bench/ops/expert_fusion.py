@@ -8,37 +8,25 @@ each of the N C means takes an exponential and 2 operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import functional
-from . import agreement, cases, experts
-from .cases import ExpertCase, ExpertInputs
-from .experts import CPU_CASE, GPU_CASE, make_copy, make_inputs
-from .providers import Step, compiled, eager, named, ours
-from .records import COPY, Cost, Record, Target
+from ... import functional
+from .. import agreement, experts
+from ..cases import by_name
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, ExpertInputs
+from ..op import COPY, Cost, Op, Target
+from ..providers import Step, backends, compiled, eager, headlines_on_cpu
 
-__all__ = ["make_copy", "make_inputs"]
-
-OP = "expert_fusion"
+NAME = "expert_fusion"
 TOP5 = "top5"
 CASES = (
-    cases.EXPERTS
-    | cases.SMALL_EXPERTS
-    | cases.variants(TOP5, [CPU_CASE, GPU_CASE, "odd-3x7x123"], "the five most likely classes")
+    experts.EXPERTS
+    | experts.SMALL_EXPERTS
+    | experts.variants(TOP5, [CPU_CASE, GPU_CASE, "odd-3x7x123"], "the five most likely classes")
 )
-DIRECTIONS = ("fwd",)
-DTYPES = experts.DTYPES
-#: What ``lt-kernels bench compare`` measures, and what it divides our time by.
-COMPARE_CASES = (CPU_CASE,)
-REFERENCES = ("eager", "compile")
-
-FLOOR = COPY
-PLOTS = ("floor", "memory")
-SHAPE = "E x N x C"
-MEMORY = "Peak memory"
 
 TARGETS = (
     Target("cpu", CPU_CASE, "float32", "eager", 3.0),
@@ -50,31 +38,22 @@ Found = tuple[Tensor, Tensor]  # probabilities and classes, [N] or [N, k]
 
 
 def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
-    """Counted as in the module's docstring."""
+    """Count the work as the module's docstring says."""
     means = case.logits // case.experts
     return Cost(case.logits * dtype.itemsize, 2 * case.logits + 2 * means, means)
 
 
-def memory(record: Record) -> float | None:
-    """Peak memory in multiples of the logits' bytes."""
-    return None if record.peak_bytes is None else record.peak_bytes / record.bytes_moved
-
-
-def make_step(provider: str, inputs: ExpertInputs) -> Step:
-    """A call without arguments that returns probabilities and classes."""
-    return PROVIDERS[provider].make(inputs)
-
-
 class Agreement(agreement.Agreement[ExpertInputs]):
-    """Compares the probabilities of all samples, and the mean logits of the classes found with the largest mean logits:
-    of classes as likely as one another within rounding, any will do.
+    """Compares the probabilities of all samples, and the mean logits of the classes found with the largest mean logits.
+
+    Classes that are equally likely within rounding are interchangeable.
     """
 
-    def __init__(self, inputs: ExpertInputs) -> None:
-        self._means = torch.zeros_like(inputs.stacked[0], dtype=torch.float64)
-        for logits in inputs.stacked.detach():
-            self._means += logits.double() / len(inputs.stacked)
-        super().__init__(OP, inputs, make_step("eager", inputs))
+    def _choose_parts(self) -> None:
+        stacked = self._inputs.stacked.detach()
+        self._means = torch.zeros_like(stacked[0], dtype=torch.float64)
+        for logits in stacked:
+            self._means += logits.double() / len(stacked)
 
     def _run(self, step: Step) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -84,11 +63,6 @@ class Agreement(agreement.Agreement[ExpertInputs]):
     def _true_values(self) -> dict[str, Tensor]:
         logits = self._means.topk(_k(self._inputs), dim=1).values
         return {"probabilities": (logits - self._means.logsumexp(1, keepdim=True)).exp(), "logits": logits}
-
-
-def check_agreement(provider: str, inputs: ExpertInputs) -> None:
-    """AssertionError unless ``provider`` agrees with float64 on ``inputs``; see ``Agreement``."""
-    Agreement(inputs).check(provider, make_step(provider, inputs))
 
 
 # Providers
@@ -105,12 +79,12 @@ def _most_likely(means: Tensor, k: int) -> Found:
 
 
 def eager_fusion(logits: Sequence[Tensor], k: int) -> Found:
-    """What a network with several heads does at inference."""
+    """The step of a network with several heads at inference."""
     return _most_likely(torch.stack(logits).mean(0), k)  # type: ignore[arg-type]
 
 
 def eager_fusion_of_one(logits: Tensor, k: int) -> Found:
-    """The same of logits that are in one tensor already."""
+    """The same for logits that are in one tensor already."""
     return _most_likely(logits.mean(0), k)
 
 
@@ -123,11 +97,25 @@ def _ours(inputs: ExpertInputs) -> Found:
     return found.topk_values, found.topk_indices
 
 
-PROVIDERS = named(
+PROVIDERS = by_name(
     eager("eager", eager_fusion, _arguments),
     eager("eager-one-tensor", eager_fusion_of_one, lambda inputs: (inputs.stacked, _k(inputs))),
-    replace(compiled("compile", eager_fusion, _arguments), left_out=experts.headlines_on_cpu),
-    ours(OP, "reference", _ours),
-    ours(OP, "native", _ours),
-    ours(OP, "triton", _ours),
+    compiled("compile", eager_fusion, _arguments, left_out=headlines_on_cpu),
+    *backends(NAME, lambda inputs: partial(_ours, inputs)),
+)
+
+
+OP = Op(
+    NAME,
+    cases=CASES,
+    providers=PROVIDERS,
+    cost=cost,
+    agreement=Agreement,
+    floor=COPY,
+    shape="E x N x C",
+    compare_cases=(CPU_CASE,),
+    references=("eager", "compile"),
+    targets=TARGETS,
+    plots=("floor", "memory"),
+    directions=("fwd",),
 )

@@ -7,43 +7,111 @@ The least work that the result needs, whatever a provider does:
     bwd      2 products, 4 N D C operations   reads them, writes their gradients once
     fwd_bwd  3 products, 6 N D C operations   reads them once, writes their gradients once
 
-and one exponential per logit. Logits are no part of the bytes: they need not exist in memory. What can be reached is
-the time of the products alone, by the library that PyTorch calls for them: the provider ``gemms``, measured in turns
-with the others, makes logits, gradient of features and gradient of weight by ``torch.mm`` into outputs that exist
-already. It computes no loss.
+and one exponential per logit. Logits are no part of the bytes: they need not exist in memory. The
+provider ``gemms`` is measured in turns with the others. It computes no loss: it makes logits, gradient of features and
+gradient of weight by ``torch.mm``, into outputs that exist already. Its time is what can be reached.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional, plan_linear
-from ..ops.linear_margin_cross_entropy.plan import LARGEST_TILED_WIDTH
-from . import agreement, cases
-from .cases import Case, LinearCase, LinearInputs
-from .providers import Provider, Step, backend_unavailable, compiled, eager, kernels_unavailable, named, ours, peer
-from .records import GEMMS, Cost, Record, Target
+from ... import functional, plan_linear
+from ...ops.linear_margin_cross_entropy.plan import LARGEST_TILED_WIDTH
+from ..agreement import LossAgreement
+from ..cases import CPU, GPU, Case, Inputs, by_name, spread
+from ..op import GEMMS, Cost, Op, Target
+from ..providers import Products, Provider, Step, backends, compiled, eager, headlines_on_cpu, peer, strategy
 
-OP = "linear_margin_cross_entropy"
-CASES = cases.HEADS | cases.SMALL_HEADS
-DIRECTIONS = ("fwd", "bwd", "fwd_bwd")  # the last is that of targets, summaries and plots
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-#: What ``lt-kernels bench compare`` measures, and what it divides our time by.
-COMPARE_CASES = ("inat18-n512-d2048", "c100k-n256-d128")
-REFERENCES = ("eager", "gemms")
+NAME = "linear_margin_cross_entropy"
 
-FLOOR = GEMMS
-PLOTS = ("floor", "memory", "rows")
-SHAPE = "N x D x C"
-MEMORY = "Peak memory beside the gradients of features and weight"
+
+@dataclass(frozen=True)
+class LinearCase(Case):
+    """Features [rows, width] and a weight [classes, width], whose product are the logits."""
+
+    width: int = 2048
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"N": self.rows, "D": self.width, "C": self.classes}
+
+    @property
+    def uncounted(self) -> int:
+        """The gradients of features and weight."""
+        return (self.rows + self.classes) * self.width
+
+    def inputs(self, dtype: torch.dtype, device: str) -> LinearInputs:
+        """Make features with standard deviation 1 and a weight that makes logits with standard deviation 3."""
+        generator = torch.Generator(device).manual_seed(0)
+        features = torch.randn(self.rows, self.width, generator=generator, device=device).to(dtype)
+        weight = torch.randn(self.classes, self.width, generator=generator, device=device)
+        weight = weight.mul_(3 / math.sqrt(self.width)).to(dtype)
+        labels = self._draw_labels(generator, self.rows)
+        return LinearInputs(*labels, features.requires_grad_(), weight.requires_grad_())
+
+
+@dataclass
+class LinearInputs(Inputs):
+    """Features and the weight of a linear head, in one dtype."""
+
+    features: Tensor  # [N, D], requires grad
+    weight: Tensor  # [C, D], requires grad
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"features": self.features, "weight": self.weight}
+
+
+def _head(name: str, rows: int, classes: int, width: int, counts: str | None = None, **options: Any) -> LinearCase:
+    return LinearCase(name, rows, classes, counts, width=width, **options)
+
+
+#: Linear heads, [N, D] features and [C, D] weights.
+CASES = by_name(
+    _head("inat18-n512-d2048", 512, 8142, 2048, "inat18_like", headline=CPU, sweep=CPU, note="iNaturalist 2018"),
+    _head(
+        "inat18-n8192-d2048",
+        8192,
+        8142,
+        2048,
+        "inat18_like",
+        devices=GPU,
+        headline=GPU,
+        sweep=GPU,
+        note="iNaturalist 2018, a large batch",
+    ),
+    _head("c100k-n512-d512", 512, 100_000, 512, devices=CPU, headline=CPU, sweep=CPU, note="very many classes"),
+    _head("c100k-n4096-d512", 4096, 100_000, 512, devices=GPU, headline=GPU, sweep=GPU, note="very many classes"),
+    _head("c100k-n256-d128", 256, 100_000, 128, devices=CPU, sweep=CPU, note="a narrow head"),
+    _head("c100k-n8192-d128", 8192, 100_000, 128, devices=GPU, headline=GPU, sweep=GPU, note="a narrow head"),
+    _head("c1m-n64-d256", 64, 1_000_000, 256, devices=CPU, sweep=CPU, note="few rows, a million classes"),
+    _head("c1m-n1024-d256", 1024, 1_000_000, 256, devices=GPU, sweep=GPU, note="many rows, a million classes"),
+    _head("inat21-n512-d2048", 512, 10_000, 2048, sweep=CPU, note="iNaturalist 2021"),
+    _head("inat21-n8192-d2048", 8192, 10_000, 2048, devices=GPU, sweep=GPU, note="iNaturalist 2021"),
+    _head("inat18-n256-d2048", 256, 8142, 2048, "inat18_like", note="iNaturalist 2018, a small batch"),
+    _head(
+        "inat18-n1024-d2048", 1024, 8142, 2048, "inat18_like", devices=GPU, note="iNaturalist 2018, a middling batch"
+    ),
+)
+
+#: Small heads for tests and for trying the command.
+SMALL = by_name(
+    _head("tiny-3x4x5", 3, 5, 4, devices=()),
+    _head("odd-7x19x123", 7, 123, 19, devices=()),
+    _head("odd-33x45x507", 33, 507, 45, devices=()),
+    _head("even-16x64x1024", 16, 1024, 64, devices=()),
+)
 
 _CPU_HEAD, _CPU_WIDE, _GPU_HEAD = "inat18-n512-d2048", "c100k-n512-d512", "inat18-n8192-d2048"
 TARGETS = (
@@ -61,51 +129,29 @@ TARGETS = (
 
 #: Float64 logits are made in blocks of classes of about this many.
 BLOCK_LOGITS = 2**22
-#: So many rows have their features' gradient compared.
+#: The number of rows whose features' gradient is compared.
 CHECKED_ROWS = 16
 
 
 def cost(case: LinearCase, dtype: torch.dtype, direction: str) -> Cost:
-    """Counted as in the module's docstring."""
+    """Count the work as the module's docstring says."""
     products, passes = {"fwd": (1, 1), "bwd": (2, 2), "fwd_bwd": (3, 2)}[direction]
     operands = (case.rows + case.classes) * case.width * dtype.itemsize
     return Cost(passes * operands, 2 * products * case.logits * case.width, case.logits)
 
 
-def memory(record: Record) -> float | None:
-    """Peak memory of forward and backward, less the gradients' bytes, in multiples of the logits' bytes."""
-    if record.peak_bytes is None:
-        return None
-    n, d, c = (record.sizes[name] for name in "NDC")
-    itemsize = getattr(torch, record.dtype).itemsize
-    return (record.peak_bytes - (n + c) * d * itemsize) / (n * c * itemsize)
+class Agreement(LossAgreement[LinearInputs]):
+    """Compares the loss, and parts of both gradients, which are exact: their sums run over everything.
 
-
-def make_inputs(case: LinearCase, dtype: torch.dtype, device: str) -> LinearInputs:
-    return case.inputs(dtype, device)
-
-
-def make_step(provider: str, inputs: LinearInputs) -> Step:
-    """A call without arguments that computes the loss of ``inputs``."""
-    return PROVIDERS[provider].make(inputs)
-
-
-class Agreement(agreement.LossAgreement[LinearInputs]):
-    """Compares the loss, the gradients of ``CHECKED_ROWS`` rows of the features, spread evenly, and those of the
-    weights of up to twice as many classes: some spread evenly, the others targets of the checked rows. Each of them is
-    exact: sums run over everything.
+    The parts are ``CHECKED_ROWS`` rows of the features' gradient, spread evenly, and up to twice as many classes of the
+    weight's: some spread evenly, the others the targets of those rows.
     """
 
-    def __init__(self, inputs: LinearInputs) -> None:
-        (rows, classes), device = (len(inputs.features), len(inputs.weight)), inputs.target.device
-
-        def spread(size: int) -> Tensor:
-            checked = min(size, CHECKED_ROWS)
-            return torch.linspace(0, size - 1, checked, dtype=torch.float64, device=device).long()
-
-        self._rows = spread(rows)
-        self._classes = torch.cat([spread(classes), inputs.target[self._rows]]).unique()
-        super().__init__(OP, inputs, make_step("eager", inputs))
+    def _choose_parts(self) -> None:
+        inputs, device = self._inputs, self._inputs.target.device
+        self._rows = spread(len(inputs.features), CHECKED_ROWS, device)
+        classes = spread(len(inputs.weight), CHECKED_ROWS, device)
+        self._classes = torch.cat([classes, inputs.target[self._rows]]).unique()
 
     def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -140,38 +186,16 @@ class Agreement(agreement.LossAgreement[LinearInputs]):
         }
 
 
-def check_agreement(provider: str, inputs: LinearInputs) -> None:
-    """AssertionError unless ``provider`` agrees with float64 on ``inputs``; see ``Agreement``."""
-    Agreement(inputs).check(provider, make_step(provider, inputs))
-
-
 # Providers
 
 
 def eager_loss(features: Tensor, weight: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
-    """What the library replaces; everything in one dtype."""
+    """The code that the library replaces; everything in one dtype."""
     return F.cross_entropy(F.linear(features, weight) + log_prior, target)
 
 
 def _arguments(inputs: LinearInputs) -> tuple[Tensor, ...]:
     return inputs.features, inputs.weight, inputs.target, inputs.log_prior.to(inputs.features.dtype)
-
-
-class _Products:
-    """The three matrix products, in the form of a loss: called for the first, ``backward`` for the other two."""
-
-    def __init__(self, inputs: LinearInputs) -> None:
-        self._features, self._weight = inputs.features.detach(), inputs.weight.detach()
-        self._logits = self._features.new_empty(len(self._features), len(self._weight))
-        self._gradients = torch.empty_like(self._features), torch.empty_like(self._weight)
-
-    def __call__(self) -> _Products:
-        torch.mm(self._features, self._weight.T, out=self._logits)
-        return self
-
-    def backward(self) -> None:
-        torch.mm(self._logits, self._weight, out=self._gradients[0])
-        torch.mm(self._logits.T, self._features, out=self._gradients[1])
 
 
 def _torch_linear(options: Callable[[], dict[str, Any]]) -> Callable[[LinearInputs], Step]:
@@ -190,12 +214,6 @@ def _before_torch_2_13(device: str) -> str | None:
     return None if found else f"torch {torch.__version__} has no linear_cross_entropy with options (2.13 has)"
 
 
-def _headlines_on_cpu(case: Case, dtype: str, device: str) -> str | None:
-    if device == "cpu" and device not in case.headline:
-        return "on a CPU it is measured in headline cases only; its products are those of eager"
-    return None
-
-
 def _slow_on_cpu(case: Case, dtype: str, device: str) -> str | None:
     if device == "cpu" and case.classes >= 100_000 and (case.name, dtype) != (_CPU_WIDE, "float32"):
         return f"with {case.classes:,} classes on a CPU a step takes many seconds"
@@ -209,9 +227,7 @@ def _our_loss(inputs: LinearInputs, **options: Any) -> Tensor:
     return loss
 
 
-def _strategy(name: str, unavailable: Callable[[str], str | None]) -> Provider:
-    """One strategy by name, on the backend that the library chooses."""
-
+def _strategy(name: str) -> Provider:
     def left_out(case: Case, dtype: str, device: str) -> str | None:
         assert isinstance(case, LinearCase)
         if name == "tiled" and case.width > LARGEST_TILED_WIDTH:
@@ -222,20 +238,7 @@ def _strategy(name: str, unavailable: Callable[[str], str | None]) -> Provider:
         plan = plan_linear(*sizes, one_pass=dtype != "float16", strategy=name)  # type: ignore[arg-type]
         return "one chunk holds all rows" if plan.by == "rows" and plan.chunk >= case.rows else None
 
-    return Provider(
-        f"lt-{name}",
-        lambda inputs: lambda: _our_loss(inputs, strategy=name),
-        unavailable,
-        left_out=left_out,
-    )
-
-
-def _ours_unavailable(device: str) -> str | None:
-    return kernels_unavailable(OP, device)
-
-
-def _tiled_unavailable(device: str) -> str | None:
-    return "it needs CUDA tensors" if device == "cpu" else backend_unavailable(OP, "triton", device)
+    return strategy(NAME, name, _our_loss, left_out)
 
 
 def _liger(module: Any, inputs: LinearInputs) -> Step:
@@ -271,25 +274,36 @@ def _quack(module: Any, inputs: LinearInputs) -> Step:
     return lambda: function(features, weight, log_prior, target, **options)
 
 
-PROVIDERS = named(
-    Provider("gemms", _Products, is_loss=False),
+PROVIDERS = by_name(
+    Provider("gemms", lambda inputs: Products(inputs.features, inputs.weight), is_loss=False),
     eager("eager", eager_loss, _arguments),
-    replace(compiled("compile", eager_loss, _arguments), left_out=_headlines_on_cpu),
-    Provider("torch-linear-ce", _torch_linear(dict), _before_torch_2_13, left_out=_headlines_on_cpu),
+    compiled("compile", eager_loss, _arguments, left_out=headlines_on_cpu),
+    Provider("torch-linear-ce", _torch_linear(dict), _before_torch_2_13, left_out=headlines_on_cpu),
     Provider(
         "torch-linear-ce-chunked",
         _torch_linear(lambda: {"options": torch.nn.LinearCrossEntropyOptions()}),
         _before_torch_2_13,
         left_out=_slow_on_cpu,
     ),
-    ours(OP, "reference", _our_loss),
-    ours(OP, "native", _our_loss),
-    ours(OP, "triton", _our_loss),
-    _strategy("materialize", _ours_unavailable),
-    _strategy("chunked", _ours_unavailable),
-    _strategy("tiled", _tiled_unavailable),
+    *backends(NAME, lambda inputs: partial(_our_loss, inputs)),
+    *map(_strategy, ("materialize", "chunked", "tiled")),
     peer("liger", "liger_kernel.transformers", _liger),
     _cut("cut-cross-entropy"),
     _cut("cut-cross-entropy-exact", impl="cce_exact"),
     peer("quack", "quack.linear_cross_entropy", _quack),
+)
+
+
+OP = Op(
+    NAME,
+    cases=CASES | SMALL,
+    providers=PROVIDERS,
+    cost=cost,
+    agreement=Agreement,
+    floor=GEMMS,
+    shape="N x D x C",
+    compare_cases=("inat18-n512-d2048", "c100k-n256-d128"),
+    references=("eager", "gemms"),
+    targets=TARGETS,
+    plots=("floor", "memory", "rows"),
 )

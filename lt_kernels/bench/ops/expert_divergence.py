@@ -13,59 +13,37 @@ and in each of them one exponential; against the mean N C more for the mean's. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional
-from . import cases, experts
-from .cases import ExpertCase, ExpertInputs
-from .experts import CPU_CASE, GPU_CASE, make_copy, make_inputs, memory
-from .providers import Step, compiled, eager, named, ours
-from .records import COPY, Cost, Target
+from ... import functional
+from .. import experts
+from ..cases import by_name
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, ExpertInputs
+from ..op import COPY, Cost, Op
+from ..providers import backends, compiled, eager, headlines_on_cpu
 
-__all__ = ["make_copy", "make_inputs", "memory"]
-
-OP = "expert_divergence"
+NAME = "expert_divergence"
 PAIRWISE = "pairwise"
 _SHAPES = (CPU_CASE, "inat18-e6-n512", GPU_CASE)
 CASES = (
-    {name: cases.EXPERTS[name] for name in _SHAPES}
-    | cases.SMALL_EXPERTS
-    | cases.variants(PAIRWISE, [*_SHAPES, "odd-3x7x123"], "all pairs of experts")
+    {name: experts.EXPERTS[name] for name in _SHAPES}
+    | experts.SMALL_EXPERTS
+    | experts.variants(PAIRWISE, [*_SHAPES, "odd-3x7x123"], "all pairs of experts")
 )
-DIRECTIONS = ("fwd", "bwd", "fwd_bwd")  # the last is that of targets, summaries and plots
-DTYPES = experts.DTYPES
-#: What ``lt-kernels bench compare`` measures, and what it divides our time by.
-COMPARE_CASES = (CPU_CASE,)
-REFERENCES = ("published", "compile")
-
-FLOOR = COPY
-PLOTS = ()  # one number of classes on each device
-SHAPE = "E x N x C"
-MEMORY = "Peak memory"
-
-TARGETS: tuple[Target, ...] = ()
 
 
 def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
-    """Counted as in the module's docstring."""
+    """Count the work as the module's docstring says."""
     passes, operations = {"fwd": (1, 6), "bwd": (2, 4), "fwd_bwd": (2, 10)}[direction]
     means = 0 if case.variant == PAIRWISE else case.logits // case.experts
     return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits + means)
 
 
-def make_step(provider: str, inputs: ExpertInputs) -> Step:
-    """A call without arguments that computes the divergence of ``inputs``."""
-    return PROVIDERS[provider].make(inputs)
-
-
 class Agreement(experts.Agreement):
-    def __init__(self, inputs: ExpertInputs) -> None:
-        super().__init__(OP, inputs, make_step("published", inputs))
-
     def _losses(self, logits: Tensor, samples: Tensor) -> Tensor:
         own = logits.log_softmax(-1)
         if self._inputs.case.variant == PAIRWISE:
@@ -74,11 +52,6 @@ class Agreement(experts.Agreement):
             return divergences.sum((0, 1, 3))
         mean = logits.mean(0).log_softmax(-1).detach()
         return F.kl_div(own, mean.expand_as(own), reduction="none", log_target=True).sum((0, 2))
-
-
-def check_agreement(provider: str, inputs: ExpertInputs) -> None:
-    """AssertionError unless ``provider`` agrees with float64 on ``inputs``; see ``Agreement``."""
-    Agreement(inputs).check(provider, make_step(provider, inputs))
 
 
 # Providers
@@ -107,10 +80,22 @@ def _ours(inputs: ExpertInputs) -> Tensor:
     return functional.expert_divergence(inputs.experts, "pairwise" if inputs.case.variant == PAIRWISE else "to_mean")
 
 
-PROVIDERS = named(
+PROVIDERS = by_name(
     eager("published", published_divergence, _arguments),
-    replace(compiled("compile", published_divergence, _arguments), left_out=experts.headlines_on_cpu),
-    ours(OP, "reference", _ours),
-    ours(OP, "native", _ours),
-    ours(OP, "triton", _ours),
+    compiled("compile", published_divergence, _arguments, left_out=headlines_on_cpu),
+    *backends(NAME, lambda inputs: partial(_ours, inputs)),
+)
+
+
+OP = Op(
+    NAME,
+    cases=CASES,
+    providers=PROVIDERS,
+    cost=cost,
+    agreement=Agreement,
+    floor=COPY,
+    shape="E x N x C",
+    compare_cases=(CPU_CASE,),
+    references=("published", "compile"),
+    eager="published",
 )

@@ -18,31 +18,104 @@ segmentation maps are transposed for them, also within their time.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional
-from . import agreement, cases
-from .cases import Case, RowInputs
-from .providers import Provider, Step, compiled, eager, named, ours, peer
-from .records import COPY, Cost, Record, Target
+from ... import functional
+from ..agreement import LossAgreement
+from ..cases import CPU, GPU, Case, Inputs, by_name, spread
+from ..op import COPY, DTYPES, Cost, Op, Target
+from ..providers import Provider, Step, backends, compiled, eager, peer
 
-OP = "margin_cross_entropy"
-CASES = cases.ROWS | cases.SMALL
-DIRECTIONS = ("fwd", "bwd", "fwd_bwd")  # the last is that of targets, summaries and plots
-DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "cuda": ("float32", "bfloat16", "float16")}
-#: What ``lt-kernels bench compare`` measures: narrow, middling and wide rows; and what it divides our time by.
-COMPARE_CASES = ("lvis-n512", "inat18-n512", "c65536-n256")
-REFERENCES = ("eager", "compile")
+NAME = "margin_cross_entropy"
 
-FLOOR = COPY
-PLOTS = ("throughput", "floor", "memory", "rows")
-SHAPE = "logits"  # what the sizes of a case are
-MEMORY = "Peak memory"  # what ``memory`` is
+
+@dataclass(frozen=True)
+class RowCase(Case):
+    """Logits [rows, classes, *positions]."""
+
+    positions: tuple[int, ...] = ()  # e.g. height and width of a segmentation map
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        names = ("H", "W") if len(self.positions) == 2 else tuple(f"d{i + 1}" for i in range(len(self.positions)))
+        return {"N": self.rows, "C": self.classes, **dict(zip(names, self.positions, strict=True))}
+
+    @property
+    def logits(self) -> int:
+        return self.rows * self.classes * math.prod(self.positions)
+
+    def inputs(self, dtype: torch.dtype, device: str) -> RowInputs:
+        """Make logits with standard deviation 3, and targets, the same ones every time."""
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (self.rows, self.classes, *self.positions)
+        logits = torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
+        labels = self._draw_labels(generator, self.rows, *self.positions)
+        return RowInputs(*labels, logits.requires_grad_())
+
+
+@dataclass
+class RowInputs(Inputs):
+    """Logits in memory."""
+
+    logits: Tensor  # [N, C] or [N, C, d1, ..., dk], requires grad
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"logits": self.logits}
+
+    @property
+    def in_memory(self) -> Tensor:
+        return self.logits
+
+    def per_class(self, vector: Tensor) -> Tensor:
+        """Reshape ``vector`` [C] so that it broadcasts against the logits."""
+        return vector.reshape(-1, *[1] * (self.logits.dim() - 2))
+
+
+#: Logits in memory, [N, C] or [N, C, H, W]. A CPU measures few rows, a GPU many: each point of a plot over C holds
+#: about as many bytes as the device needs to reach its bandwidth.
+CASES = by_name(
+    RowCase("inat18-n512", 512, 8142, "inat18_like", headline=CPU, sweep=CPU, note="iNaturalist 2018"),
+    RowCase("inat18-n8192", 8192, 8142, "inat18_like", headline=GPU, sweep=GPU, note="iNaturalist 2018, a large batch"),
+    RowCase("c65536-n256", 256, 65_536, headline=CPU, sweep=CPU, note="few rows, many classes"),
+    RowCase("c65536-n4096", 4096, 65_536, devices=GPU, headline=GPU, sweep=GPU, note="many rows, many classes"),
+    RowCase("c100k-n4096", 4096, 100_000, devices=GPU, headline=GPU, sweep=GPU, note="many rows, very many classes"),
+    RowCase("c100k-n256", 256, 100_000, sweep=CPU, note="few rows, very many classes"),
+    RowCase("seg-n16", 16, 150, positions=(512, 512), note="segmentation maps with the classes of ADE20K"),
+    RowCase("c1m-n512", 512, 1_000_000, devices=GPU, sweep=GPU, note="many rows, a million classes"),
+    RowCase("c1m-n64", 64, 1_000_000, sweep=CPU, note="few rows, a million classes"),
+    RowCase("imagenet21k-n8192", 8192, 21_841, devices=GPU, sweep=GPU, note="ImageNet-21k"),
+    RowCase("imagenet21k-n512", 512, 21_841, sweep=CPU, note="ImageNet-21k"),
+    RowCase("inat21-n8192", 8192, 10_000, devices=GPU, sweep=GPU, note="iNaturalist 2021"),
+    RowCase("inat21-n512", 512, 10_000, sweep=CPU, note="iNaturalist 2021"),
+    RowCase("aligned-n8192", 8192, 8192, devices=GPU, sweep=GPU, note="a power of two, to compare with inat18-n8192"),
+    RowCase("aligned-n512", 512, 8192, sweep=CPU, note="a power of two, to compare with inat18-n512"),
+    RowCase("imagenet-lt-n8192", 8192, 1000, "imagenet_lt", devices=GPU, sweep=GPU, note="ImageNet-LT"),
+    RowCase("imagenet-lt-n512", 512, 1000, "imagenet_lt", sweep=CPU, note="ImageNet-LT"),
+    RowCase("lvis-n8192", 8192, 1203, "lvis_v1_images", devices=GPU, sweep=GPU, note="LVIS v1"),
+    RowCase("lvis-n512", 512, 1203, "lvis_v1_images", sweep=CPU, note="LVIS v1"),
+    RowCase("inat18-n64", 64, 8142, "inat18_like", note="iNaturalist 2018, a small batch"),
+    RowCase("inat18-n256", 256, 8142, "inat18_like", note="iNaturalist 2018, a small batch"),
+    RowCase("inat18-n2048", 2048, 8142, "inat18_like", note="iNaturalist 2018, a middling batch"),
+)
+
+#: Small shapes for tests and for trying the command: every alignment of a row, and both ends of the size range.
+SMALL = by_name(
+    RowCase("tiny-3x5", 3, 5, devices=()),
+    RowCase("odd-7x123", 7, 123, devices=()),
+    RowCase("odd-5x507", 5, 507, devices=()),
+    RowCase("places-lt-16x365", 16, 365, "places_lt", devices=()),
+    RowCase("even-16x1024", 16, 1024, devices=()),
+    RowCase("map-2x19x6x7", 2, 19, positions=(6, 7), devices=()),
+)
 
 TARGETS = (
     Target("cpu", "inat18-n512", "float32", "eager", 4.0),
@@ -59,49 +132,26 @@ TARGETS = (
     Target("cuda", "c100k-n4096", "bfloat16", "copy", 0.80),
 )
 
-#: At most this many logits have their gradients compared with float64 (at least one row does); and the float64 loss is
+#: At most this many logits have their gradients compared with float64 (at least one row does). The float64 loss is
 #: computed in pieces of about this size.
 CHECKED_LOGITS = 2**22
 
 
 def cost(case: Case, dtype: torch.dtype, direction: str) -> Cost:
-    """Counted as in the module's docstring."""
+    """Count the work as the module's docstring says."""
     passes, operations = {"fwd": (1, 4), "bwd": (2, 4), "fwd_bwd": (2, 8)}[direction]
     return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits)
 
 
-def memory(record: Record) -> float | None:
-    """Peak memory of forward and backward in multiples of the logits' bytes."""
-    # the bytes of forward and backward are those of the logits and their gradient
-    return None if record.peak_bytes is None else 2 * record.peak_bytes / record.bytes_moved
+class Agreement(LossAgreement[RowInputs]):
+    """Compares the loss, and the gradient of rows spread evenly from the first to the last.
 
-
-def make_inputs(case: Case, dtype: torch.dtype, device: str) -> RowInputs:
-    return case.inputs(dtype, device)
-
-
-def make_step(provider: str, inputs: RowInputs) -> Step:
-    """A call without arguments that computes the loss of ``inputs``."""
-    return PROVIDERS[provider].make(inputs)
-
-
-def make_copy(inputs: RowInputs) -> tuple[Callable[[], object], int]:
-    """A copy of the logits into an existing buffer, and the bytes it reads and writes."""
-    source = inputs.logits.detach()
-    destination = torch.empty_like(source)
-    return lambda: destination.copy_(source), 2 * source.numel() * source.element_size()
-
-
-class Agreement(agreement.LossAgreement[RowInputs]):
-    """Compares the loss, and the gradient of rows spread evenly from the first to the last: all of them as long as that
-    is at most ``CHECKED_LOGITS`` logits. (A row is the C logits of one sample, or of one pixel.)
+    A row is the C logits of one sample or pixel. The compared rows have at most ``CHECKED_LOGITS`` logits together.
     """
 
-    def __init__(self, inputs: RowInputs) -> None:
-        rows = inputs.target.numel()
-        checked = max(1, min(rows, CHECKED_LOGITS // inputs.logits.shape[1]))
-        self._rows = torch.linspace(0, rows - 1, checked, dtype=torch.float64, device=inputs.target.device).long()
-        super().__init__(OP, inputs, make_step("eager", inputs))
+    def _choose_parts(self) -> None:
+        rows, classes = self._inputs.target.numel(), self._inputs.logits.shape[1]
+        self._rows = spread(rows, CHECKED_LOGITS // classes, self._inputs.target.device)
 
     def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"gradient": self._checked_rows(gradients["logits"])}
@@ -133,16 +183,11 @@ class Agreement(agreement.LossAgreement[RowInputs]):
         return gradient / inputs.target.numel()
 
 
-def check_agreement(provider: str, inputs: RowInputs) -> None:
-    """AssertionError unless ``provider`` agrees with float64 on ``inputs``; see ``Agreement``."""
-    Agreement(inputs).check(provider, make_step(provider, inputs))
-
-
 # Providers
 
 
 def eager_loss(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
-    """What the library replaces; ``log_prior`` broadcasts against ``logits``."""
+    """The code that the library replaces; ``log_prior`` broadcasts against ``logits``."""
     return F.cross_entropy(logits + log_prior.to(logits.dtype), target)
 
 
@@ -162,9 +207,8 @@ def _loop_loss(logits: Tensor, target: Tensor, counts: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(logits + counts.expand(logits.shape).log(), dim=1), target)
 
 
-def _our_loss(inputs: RowInputs) -> Tensor:
-    loss: Tensor = functional.margin_cross_entropy(inputs.logits, inputs.target, class_bias=inputs.log_prior)
-    return loss
+def _ours(inputs: RowInputs) -> Step:
+    return partial(functional.margin_cross_entropy, inputs.logits, inputs.target, class_bias=inputs.log_prior)
 
 
 def _peer(name: str, module: str, make_loss: Callable[[Any], Callable[[Tensor, Tensor], Tensor]]) -> Provider:
@@ -204,14 +248,12 @@ def _no_such_op(inputs: RowInputs) -> Step:
     raise NotImplementedError("cut-cross-entropy takes embeddings and a classifier")
 
 
-PROVIDERS = named(
+PROVIDERS = by_name(
     eager("eager", eager_loss, _arguments),
     eager("loop", _loop_loss, lambda inputs: (inputs.logits, inputs.target, inputs.per_class(inputs.counts))),
     compiled("compile", eager_loss, _arguments),
     compiled("compile-max-autotune", eager_loss, _arguments, "max-autotune-no-cudagraphs", _autotune_unasked),
-    ours(OP, "reference", _our_loss),
-    ours(OP, "native", _our_loss),
-    ours(OP, "triton", _our_loss),
+    *backends(NAME, _ours),
     _peer("liger", "liger_kernel.transformers", _liger),
     _peer("flash-attn", "flash_attn.losses.cross_entropy", _flash_attn),
     _peer("quack", "quack.cross_entropy", _quack),
@@ -220,4 +262,20 @@ PROVIDERS = named(
         _no_such_op,
         lambda device: "it computes logits from embeddings and a classifier; this op is given logits in memory",
     ),
+)
+
+
+OP = Op(
+    NAME,
+    cases=CASES | SMALL,
+    providers=PROVIDERS,
+    cost=cost,
+    agreement=Agreement,
+    floor=COPY,
+    shape="logits",
+    compare_cases=("lvis-n512", "inat18-n512", "c65536-n256"),  # narrow, middling and wide rows
+    references=("eager", "compile"),
+    targets=TARGETS,
+    plots=("throughput", "floor", "memory", "rows"),
+    dtypes={"cpu": DTYPES, "cuda": DTYPES},
 )

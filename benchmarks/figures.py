@@ -1,20 +1,22 @@
-"""Plots of records: what they show is computed first, as plain data, and drawn by matplotlib afterwards.
+"""Plots of records: their content is computed first, as plain data, and drawn by matplotlib afterwards.
 
-A figure file carries the SHA-256 of that data and of this module, so that a stale one is noticed without drawing it
-again, whatever matplotlib renders.
+A figure file carries the SHA-256 of that data and of the code that draws it. A stale figure is therefore noticed
+without drawing it again, whatever matplotlib renders.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .records import COPY, Record, by_direction, is_ours
-from .runner import DTYPES, OPS
+from lt_kernels.bench.op import COPY, DTYPES
+from lt_kernels.bench.ops import OPS
+from lt_kernels.bench.records import Record, by_direction, is_ours
 
 _KEY = "Shown-SHA256"
 _COLORS = {
@@ -65,8 +67,8 @@ class Figure:
 
     @property
     def digest(self) -> str:
-        shown = json.dumps(asdict(self), sort_keys=True).encode()
-        return hashlib.sha256(shown + Path(__file__).read_bytes()).hexdigest()
+        shown = json.dumps(asdict(self), sort_keys=True) + json.dumps(_COLORS) + inspect.getsource(draw)
+        return hashlib.sha256(shown.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class _Plot:
 
 
 def _memory(record: Record) -> float | None:
-    value: float | None = OPS[record.op].memory(record)
-    return value
+    return OPS[record.op].memory(record)
 
 
 def _share_of_copy(record: Record) -> float | None:
@@ -135,23 +136,23 @@ _AXES = {"E": "experts E", "N": "rows N", "D": "width D"}
 
 
 def figures(records: Sequence[Record]) -> list[Figure]:
-    """For each device and op its ``PLOTS``: how fast it is and its peak memory over C, how fast over N."""
+    """Compute for each device and op its ``plots``: speed and peak memory over C, speed over N."""
     made = []
     for slug, op in dict.fromkeys((record.device_slug, record.op) for record in records):
-        module = OPS[op]
+        spec = OPS[op]
         flat = [
             record
             for record in records
-            if (record.device_slug, record.op, record.direction) == (slug, op, module.DIRECTIONS[-1])
+            if (record.device_slug, record.op, record.direction) == (slug, op, spec.directions[-1])
             and record.provider != "lt[reference]"
             and record.sizes.keys() <= set("ENDC")
         ]
-        cases = module.CASES
+        cases = spec.cases
         swept = [record for record in flat if record.case in cases and record.kind in cases[record.case].sweep]
         inat18 = [record for record in flat if record.sizes["C"] == 8142]
-        what = "forward" if module.DIRECTIONS[-1] == "fwd" else "forward + backward"
-        plots = {plot.name: plot for plot in (_ROWS if module.FLOOR is COPY else _HEADS)}
-        for plot in map(plots.__getitem__, module.PLOTS):
+        what = "forward" if spec.directions[-1] == "fwd" else "forward + backward"
+        plots = {plot.name: plot for plot in (_ROWS if spec.floor is COPY else _HEADS)}
+        for plot in map(plots.__getitem__, spec.plots):
             shown = inat18 if plot.over_rows else swept
             if shown:
                 sizes = shown[0].sizes
@@ -244,7 +245,7 @@ def draw(figure: Figure, path: Path) -> None:
 
 
 def stored_digest(path: Path) -> str | None:
-    """The digest in a file that ``draw`` wrote (an uncompressed text chunk); None for any other file, or none."""
+    """Return the digest in a file that ``draw`` wrote (an uncompressed text chunk); None for any other file."""
     if not path.exists():
         return None
     found = re.search(_KEY.encode() + rb"\0([0-9a-f]{64})", path.read_bytes())
