@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command and under nine minutes: build, test, sanitise, count bytes, measure.
 
-    scripts/gpu_check.sh OUT                  every step
-    scripts/gpu_check.sh OUT --only tests     one step again (may be given several times); the others' results stay
-    scripts/gpu_check.sh OUT --limit bench=90 another limit for a step, in seconds (likewise)
+    tools/gpu_check.sh OUT                  every step
+    tools/gpu_check.sh OUT --only tests     one step again (may be given several times); the others' results stay
+    tools/gpu_check.sh OUT --limit bench=90 another limit for a step, in seconds (likewise)
 
 Needs a Python that has torch >= 2.11 with CUDA and Triton >= 3.6; uses no network and installs nothing. What is missing
 (nvcc, pytest, compute-sanitizer, ncu) costs its step only. Every step has a time limit, a log OUT/STEP.log, and its
@@ -133,7 +133,7 @@ def build(machine: Machine, limit: float) -> dict[str, Command] | str:
 
 
 def tests(machine: Machine, limit: float) -> dict[str, Command] | str:
-    arguments = [machine.python, "scripts/run_device_checks.py", "--device", "cuda", "--backend", "triton,native"]
+    arguments = [machine.python, "tools/run_device_checks.py", "--device", "cuda", "--backend", "triton,native"]
     arguments += ["--jobs", str(min(os.cpu_count() or 1, 16)), "--seconds", str(limit - 20)]
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of each process
     return {"": Command([*arguments, "--json", machine.file("tests.json")], environment)}
@@ -161,7 +161,7 @@ def sanitizer(machine: Machine, limit: float) -> dict[str, Command] | str:
     commands = {}
     for kind, backend, names in runs:
         arguments = [tool, "--tool", kind, "--error-exitcode", "1", "--target-processes", "application-only"]
-        arguments += [machine.python, "scripts/run_device_checks.py", "--device", "cuda", "--jobs", "0"]
+        arguments += [machine.python, "tools/run_device_checks.py", "--device", "cuda", "--jobs", "0"]
         arguments += ["--backend", backend, "--match", ",".join(names), "--seconds", str(limit - 25)]
         arguments += ["--json", machine.file(f"sanitizer-{kind}-{backend}.json")]
         # without the caching allocator every tensor is an allocation of its own, whose ends are known
@@ -173,7 +173,7 @@ def ncu(machine: Machine, limit: float) -> dict[str, Command] | str:
     tool = find_tool("ncu")
     if tool is None:
         return "ncu was not found"
-    arguments = [machine.python, "scripts/gpu_counters.py", "--ncu", tool, "--backend", machine.backends]
+    arguments = [machine.python, "tools/gpu_counters.py", "--ncu", tool, "--backend", machine.backends]
     counters = machine.file(f"{machine.facts['slug']}/counters.json")
     return {"": Command([*arguments, "--seconds", str(limit - 25), "--json", counters])}
 

@@ -1,6 +1,6 @@
 """Bytes, time, registers, occupancy and instructions of the main kernels, read from the hardware counters by ncu.
 
-    python3 scripts/gpu_counters.py --backend triton,native --json ncu.json
+    python3 tools/gpu_counters.py --backend triton,native --json ncu.json
 
 Runs itself under ncu with --launch, reads what ncu wrote, and sets the DRAM bytes of each case beside the floor: every
 logit read once, and every gradient written once. Writes still in the last-level cache when a kernel ends are not in its
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -59,27 +61,26 @@ class Case:
         return elements * {"bfloat16": 2, "float32": 4}[self.dtype] * (1 if self.direction == "fwd" else 2)
 
 
-CASES = (
-    Case("fwd+grad", (8192, 8142), "bfloat16"),
-    Case("fwd+grad", (8192, 8142), "float32"),
-    Case("fwd+grad", (4096, 65_536), "bfloat16"),
-    Case("fwd+grad", (4096, 100_003), "bfloat16"),
-    Case("bwd", (8192, 8142), "bfloat16"),
-    Case("fwd", (8192, 8142), "bfloat16"),
-    # E, N, C: as many logits as the first case has
-    Case("fwd+grad", (3, 2731, 8142), "bfloat16", "expert_cross_entropy"),
-    Case("fwd", (3, 2731, 8142), "bfloat16", "expert_fusion"),
-    Case("fwd", (3, 2731, 8142), "bfloat16", "expert_divergence"),
-    Case("bwd", (3, 2731, 8142), "bfloat16", "expert_divergence"),
-    Case("fwd+grad", (3, 2731, 8142), "float32", "expert_cross_entropy"),
-    Case("fwd+grad", (4096, 65_536), "float32"),
-    Case("fwd+grad", (4096, 100_003), "float32"),
-    Case("fwd+grad", (256, 1_000_000), "bfloat16"),
-    Case("fwd+grad", (8192, 8192), "bfloat16"),
-    Case("bwd", (8192, 8142), "float32"),
-    Case("bwd", (4096, 65_536), "bfloat16"),
-    Case("fwd+grad", (16, 150, 512, 512), "bfloat16"),
-)
+def _case(op: str, config: Any) -> Case:
+    """Return a configuration of an operator as a case."""
+    positions = (math.isqrt(config.positions),) * 2 if getattr(config, "positions", 1) > 1 else ()
+    shape = (*((config.experts,) if op.startswith("expert") else ()), config.rows, config.classes, *positions)
+    backward = getattr(config, "needs", ()) or getattr(config, "backward", False)
+    with_grad = getattr(config, "with_grad", op == "expert_cross_entropy")
+    return Case("bwd" if backward else "fwd+grad" if with_grad else "fwd", shape, config.dtype, op)
+
+
+def _cases() -> tuple[Case, ...]:
+    """Return what the operators' configurations ask for; the most telling ones of the classifiers first."""
+    by_op = {}
+    for op in ("margin_cross_entropy", "expert_cross_entropy", "expert_fusion", "expert_divergence"):
+        configs = importlib.import_module(f"lt_kernels.ops.{op}.configs").COUNTED
+        by_op[op] = [_case(op, config) for config in configs]
+    rows = by_op.pop("margin_cross_entropy")
+    return (*rows[:6], *(case for cases in by_op.values() for case in cases), *rows[6:])
+
+
+CASES = _cases()
 
 
 def call(case: Case, device: str = "cuda") -> tuple[torch.Tensor, Callable[[], Any]]:

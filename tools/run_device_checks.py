@@ -5,8 +5,8 @@ each, and so on in an order that depends on names alone: a limit leaves a sample
 for is "not run". A check that brings its process down, or that takes too long, fails alone: the process is replaced.
 Writes JSON; exit status 1 if a check failed or none passed, 75 if none failed and some were not run.
 
-    python3 scripts/run_device_checks.py --device cuda --backend triton,native --jobs 16 --json checks.json
-    python3 scripts/run_device_checks.py --device cpu --backend native --match bad_targets
+    python3 tools/run_device_checks.py --device cuda --backend triton,native --jobs 16 --json checks.json
+    python3 tools/run_device_checks.py --device cpu --backend native --match bad_targets
 """
 
 from __future__ import annotations
