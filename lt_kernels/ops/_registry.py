@@ -93,6 +93,30 @@ def _schema_type(annotation: Any) -> str:
     return _TYPES[annotation]
 
 
+class ReadyGradient:
+    """The gradient that forward computed beside the loss, for an upstream gradient of 1.
+
+    The first backward pass scales it in place, in a buffer that only its node of the graph holds. A second pass over a
+    retained graph, ``create_graph`` and compiled code, which can trace neither, compute the gradient again.
+    """
+
+    def __init__(self, ready: bool) -> None:
+        self.ready = ready
+
+    def take(self, buffers: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
+        """Return the buffers to be scaled, once and if ``upstream`` can be written into them; else none."""
+        if not self.ready or upstream is None or not spends_in_place(upstream):
+            return []
+        self.ready = False
+        return [buffer.data for buffer in buffers]  # scaling it is no change of a saved tensor
+
+
+def spends_in_place(upstream: Tensor) -> bool:
+    """Return whether a backward pass with this upstream gradient may overwrite what its node keeps."""
+    eager = not torch.compiler.is_compiling() and type(upstream) is Tensor
+    return eager and not torch.is_grad_enabled()  # create_graph: the registered operator says what is not possible
+
+
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:
     """Define one operator for every device (its backends choose the kernels) and return its qualified name."""
     name = schema[: schema.index("(")]

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import CLASSIFIERS, COUNTS, C
+from _loss_cases import CLASSIFIERS, COUNTS, C
 from torch import Tensor, nn
 
 from lt_kernels.losses import (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _cases import CASES, CLASSIFIERS, CONTRASTIVE, COPIES, COUNTS, EXPERTS, OTHER, Batch, C, Case, N, make_batch
+from _loss_cases import CASES, CLASSIFIERS, CONTRASTIVE, COPIES, COUNTS, EXPERTS, OTHER, Batch, C, Case, N, make_batch
 from torch import Tensor, nn
 
 import lt_kernels

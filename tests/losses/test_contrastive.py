@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import COUNTS, C, D, M, N
-from _dense import INAT, Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
+from _loss_cases import COUNTS, C, D, M, N
+from _loss_dense import INAT, Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
 from torch import Tensor
 
 import lt_kernels

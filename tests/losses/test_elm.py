@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import COUNTS, OTHER, C, D, M, N
-from _dense import Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
+from _loss_cases import COUNTS, OTHER, C, D, M, N
+from _loss_dense import Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
 from torch import Tensor
 
 from lt_kernels.losses import ELMLoss, elm

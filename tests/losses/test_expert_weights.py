@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _cases import C
+from _loss_cases import C
 from torch import Tensor
 
 import lt_kernels

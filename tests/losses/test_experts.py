@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import COUNTS, OTHER, C
+from _loss_cases import COUNTS, OTHER, C
 from torch import Tensor, nn
 
 from lt_kernels.losses import (

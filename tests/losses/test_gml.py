@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases import COUNTS, OTHER, C, D, M, N
-from _dense import INAT, Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
+from _loss_cases import COUNTS, OTHER, C, D, M, N
+from _loss_dense import INAT, Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
 from torch import Tensor, nn
 
 from lt_kernels.losses import GMLLoss, sample_pixels
