@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -44,15 +45,19 @@ sys.path.insert(0, str(ROOT))
 from lt_kernels.ops._rows.options import RowOptions  # noqa: E402
 from lt_kernels.ops.expert_cross_entropy import triton as experts  # noqa: E402
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments as ExpertsArguments  # noqa: E402
+from lt_kernels.ops.expert_cross_entropy.triton import launch as experts_launch  # noqa: E402
 from lt_kernels.ops.expert_divergence import triton as divergence  # noqa: E402
 from lt_kernels.ops.expert_fusion import triton as fusion  # noqa: E402
 from lt_kernels.ops.expert_fusion.arguments import Arguments as FusionArguments  # noqa: E402
 from lt_kernels.ops.linear_margin_cross_entropy import arguments as linear  # noqa: E402
 from lt_kernels.ops.linear_margin_cross_entropy import triton as tiled  # noqa: E402
+from lt_kernels.ops.linear_margin_cross_entropy.triton import tiles  # noqa: E402
 from lt_kernels.ops.margin_cross_entropy import triton as kernels  # noqa: E402
-from lt_kernels.ops.margin_cross_entropy.arguments import Arguments  # noqa: E402
+from lt_kernels.ops.margin_cross_entropy.arguments import DIFFERENTIABLE, Arguments  # noqa: E402
+from lt_kernels.ops.margin_cross_entropy.triton import launch as rows_launch  # noqa: E402
 from lt_kernels.ops.partitioned_logsumexp import arguments as keys  # noqa: E402
 from lt_kernels.ops.partitioned_logsumexp import triton as contrastive  # noqa: E402
+from lt_kernels.ops.partitioned_logsumexp.triton import launch as key_launch  # noqa: E402
 
 TABLES = ROOT / "benchmarks/results/aot"
 OPS = (
@@ -113,20 +118,29 @@ class Launch:
     def source(self) -> ASTSource:
         """What Triton's just-in-time compiler would build for these arguments."""
         signature: dict[str, Any] = {}
-        constants, attributes = {}, {}
+        constants: dict[Any, Any] = {}
+        attributes: dict[Any, Any] = {}
+
+        def specialize(value: Any, path: tuple[int, ...], exact: bool) -> Any:
+            """The type of an argument, of each element of a tuple; constants and attributes noted."""
+            if isinstance(value, tuple):
+                types = [specialize(each, (*path, place), exact) for place, each in enumerate(value)]
+                return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+            if value is None or isinstance(value, tl.constexpr) or (type(value) is int and value == 1 and exact):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, Tensor) or (type(value) is int and exact and value % 16 == 0):
+                attributes[path] = [["tt.divisibility", 16]]
+            return _type_of(value)
+
         exempt = set(self.kernel.do_not_specialize or ())
         for position, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, self.arguments[parameter.name]
-            exact = name not in exempt and position not in exempt
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and exact):
-                signature[name], constants[name] = "constexpr", value
-                continue
-            several = isinstance(value, tuple)
-            types = [_type_of(each) for each in (value if several else (value,))]
-            signature[name] = tuple(types) if several else types[0]
-            for place, each in enumerate(value if several else (value,)):
-                if isinstance(each, Tensor) or (type(each) is int and exact and each % 16 == 0):
-                    attributes[(position, place) if several else (position,)] = [["tt.divisibility", 16]]
+            if parameter.is_constexpr:
+                signature[name], constants[(position,)] = "constexpr", value
+            else:
+                exact = name not in exempt and position not in exempt
+                signature[name] = specialize(value, (position,), exact)
         return ASTSource(self.kernel, signature, constants, attributes)
 
 
@@ -149,9 +163,9 @@ def recording() -> Iterator[list[Launch]]:
 
     originals = [
         (module, name, kernel)
-        for module in (kernels, tiled, experts, fusion, divergence, contrastive)
+        for module in [m for n, m in sys.modules.items() if re.match(r"lt_kernels\.ops\.\w+\.triton\.", n)]
         for name, kernel in vars(module).items()
-        if name.endswith("_kernel")
+        if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
     ]
     try:
         for module, name, kernel in originals:
@@ -212,7 +226,7 @@ class Configuration:
         out = x if self.in_place else None
         with recording() as launches:
             if self.needs:
-                needs = [name in self.needs for name in kernels.DIFFERENTIABLE]
+                needs = [name in self.needs for name in DIFFERENTIABLE]
                 kernels.backward(meta(), meta(n, k) if self.with_lse else None, meta(2, n, k), a, needs, out=out)
             else:
                 kernels.forward(a, "prediction" in self.options, self.with_grad, out=out)
@@ -263,14 +277,14 @@ class LinearConfiguration:
             normalize="norm" in self.options,
         )
         needs = [name in self.needs for name in linear.DIFFERENTIABLE]
-        gpu, architecture_of = TARGETS[target], tiled._architecture
-        tiled._architecture = lambda device: 0 if gpu.backend == "hip" else gpu.arch
+        gpu, architecture_of = TARGETS[target], tiles.architecture_of
+        tiles.architecture_of = lambda device: 0 if gpu.backend == "hip" else gpu.arch
         try:
             with recording() as launches:
                 tiled.forward(a, option("norm", c), "prediction" in self.options)
                 tiled.backward(meta(), None, meta(2, n, 1), a, option("norm", c), needs)
         finally:
-            tiled._architecture = architecture_of
+            tiles.architecture_of = architecture_of
         return [launch for launch in launches if self.scalars or "PRECISION" in launch.arguments]
 
 
@@ -308,9 +322,9 @@ class ContrastiveConfiguration:
         vectors = option("key_bias", m), option("key_scale", m), option("learned_scale")
         slopes, sums = "slopes" in self.options, [f"key_{name}" in self.options for name in ("bias", "scale")]
         gpu = TARGETS[target]
-        originals = contrastive._architecture, contrastive._precision
-        contrastive._architecture = lambda device: 0 if gpu.backend == "hip" else gpu.arch
-        contrastive._precision = lambda dtype: self.precision
+        originals = key_launch.architecture_of, key_launch.product_precision
+        key_launch.architecture_of = lambda device: 0 if gpu.backend == "hip" else gpu.arch
+        key_launch.product_precision = lambda dtype: self.precision
         try:
             with recording() as launches:
                 if self.width == 0:  # in a buffer whose rows start at multiples of 64 bytes
@@ -326,7 +340,7 @@ class ContrastiveConfiguration:
                     contrastive.tiled_forward(a, slopes)
                     contrastive.tiled_backward(a, meta(keys.N_TERMS, n), [True, not alone, *sums])
         finally:
-            contrastive._architecture, contrastive._precision = originals
+            key_launch.architecture_of, key_launch.product_precision = originals
         return [launch for launch in launches if not self.kernels or launch.kernel.__name__ in self.kernels]
 
 
@@ -620,14 +634,14 @@ def _experts_configurations() -> list[ExpertsConfiguration]:
 #: where logits have a bound and 17 with running maxima. The limits are about a tenth above what the loops come to, with
 #: Triton 3.6 where that is more: its copies of a tile's vectors to shared memory are narrow.
 _BOUNDED = {
-    "_tiled_forward_kernel": 16.0, "_grad_query_kernel": 16.0, "_grad_key_kernel": 19.5, "_grad_both_kernel": 27.0
+    "partitioned_logsumexp_tiled_forward_kernel": 16.0, "partitioned_logsumexp_grad_query_kernel": 16.0, "partitioned_logsumexp_grad_key_kernel": 19.5, "partitioned_logsumexp_grad_both_kernel": 27.0
 }  # fmt: skip
 _UNBOUNDED = {
-    "_tiled_forward_kernel": 30.0, "_grad_query_kernel": 27.0, "_grad_key_kernel": 24.0, "_grad_both_kernel": 41.0
+    "partitioned_logsumexp_tiled_forward_kernel": 30.0, "partitioned_logsumexp_grad_query_kernel": 27.0, "partitioned_logsumexp_grad_key_kernel": 24.0, "partitioned_logsumexp_grad_both_kernel": 41.0
 }  # fmt: skip
 #: Of blocks: at the D > 256 that they are for, the products of an element (6 D operations) take tensor cores as long as
 #: 65 instructions or more; and backward's traffic takes memory as long as 31.
-_BLOCK = {"_block_forward_kernel": 40.0, "_block_backward_kernel": MEMORY_BUDGET}
+_BLOCK = {"partitioned_logsumexp_block_forward_kernel": 40.0, "partitioned_logsumexp_block_backward_kernel": MEMORY_BUDGET}
 
 
 def _contrastive_configurations() -> list[ContrastiveConfiguration]:
@@ -640,7 +654,7 @@ def _contrastive_configurations() -> list[ContrastiveConfiguration]:
 
     cases = [
         case(
-            "bounded", 128, ("bounded",), rows=512, kernels=("_tiled_forward_kernel", "_merge_kernel"), budgets=_BOUNDED
+            "bounded", 128, ("bounded",), rows=512, kernels=("partitioned_logsumexp_tiled_forward_kernel", "partitioned_logsumexp_merge_kernel"), budgets=_BOUNDED
         ),
         case("key_bias", 128, ("key_bias",), torch.float16, budgets=_UNBOUNDED),
         case("self left out", 0, ("exclude",), columns=4096, budgets=_BLOCK),
@@ -649,7 +663,7 @@ def _contrastive_configurations() -> list[ContrastiveConfiguration]:
         case("all, few rows", 0, every, torch.float32, "tf32", rows=100, columns=4090),
     ]
     for d in (64, 128, 256):
-        alone = {"columns": 8192, "kernels": ("_grad_both_kernel",)}
+        alone = {"columns": 8192, "kernels": ("partitioned_logsumexp_grad_both_kernel",)}
         cases += [
             case("bounded, self left out", d, bounded, columns=16390, budgets=limits(d, _BOUNDED)),
             case("all", d, every, columns=16390),
@@ -755,25 +769,25 @@ def _loop_instructions(sass: str) -> int:
 def _work(launch: Launch) -> tuple[int, int]:
     """How often a program of the launch runs its loop, and how many logits it is then through with; 0 for no count."""
     a, kernel = launch.arguments, launch.kernel.__name__
-    if kernel.startswith("_rows") and a.get("BODY") != "parts":
+    if kernel.startswith("margin_cross_entropy_rows") and a.get("BODY") != "parts":
         block = a["GROUP"] * a["LANES"] * a["REPEAT"]
-        if kernel == "_rows_forward_kernel":
+        if kernel == "margin_cross_entropy_rows_forward_kernel":
             return triton.cdiv(a["classes"], block), a["classes"]
-        columns = a["part_groups"] * a["GROUP"] if kernel == "_rows_statistics_kernel" else block
+        columns = a["part_groups"] * a["GROUP"] if kernel == "margin_cross_entropy_rows_statistics_kernel" else block
         return triton.cdiv(columns, block), columns
-    if kernel == "_tiles_forward_kernel":
+    if kernel == "margin_cross_entropy_tiles_forward_kernel":
         return triton.cdiv(a["classes"], a["REPEAT"] * a["LANES"]), a["classes"] * a["BLOCK_K"]
-    if kernel == "_soft_mass_kernel":
+    if kernel == "margin_cross_entropy_soft_mass_kernel":
         return triton.cdiv(a["classes"], a["BLOCK_C"]), a["classes"] * a["BLOCK_K"]
-    if kernel == "_tiles_backward_kernel":
+    if kernel == "margin_cross_entropy_tiles_backward_kernel":
         return a["blocks_per_program"], a["blocks_per_program"] * a["BLOCK_C"] * a["BLOCK_K"]
-    if kernel == "_experts_forward_kernel":
+    if kernel == "expert_cross_entropy_forward_kernel":
         return triton.cdiv(a["classes"], a["GROUP"] * a["LANES"] * a["SWEEP"]), a["EXPERTS"] * a["classes"]
-    if kernel in ("_fusion_kernel", "_log_probs_kernel"):
+    if kernel in ("expert_fusion_forward_kernel", "expert_fusion_log_probs_kernel"):
         return 1, len(a["x_ptrs"]) * min(a["classes"], a["part_groups"] * a["GROUP"])
-    if kernel.startswith("_divergence"):
+    if kernel.startswith("expert_divergence"):
         block = a["GROUP"] * a["LANES"] * a["REPEAT"]
-        if kernel == "_divergence_forward_kernel":
+        if kernel == "expert_divergence_forward_kernel":
             return triton.cdiv(a["classes"], block), len(a["x_ptrs"]) * a["classes"]
         return 1, len(a["x_ptrs"]) * min(a["classes"], block)
     return 1, 0
@@ -841,8 +855,8 @@ def _problems(record: dict[str, Any], configuration: Configuration | None) -> li
         if record[target]["shared"] > SHARED_BYTES[target]:
             found.append(f"{target}: {record[target]['shared']} bytes of shared memory")
     wide = configuration is not None and configuration.wide and record.get("BODY") != "parts"
-    if wide and record["kernel"].startswith(("_rows", "_tiles")):
-        for kind in ("loads",) if record["kernel"] == "_rows_statistics_kernel" else ("loads", "stores"):
+    if wide and record["kernel"].startswith(("margin_cross_entropy_rows", "margin_cross_entropy_tiles")):
+        for kind in ("loads",) if record["kernel"] == "margin_cross_entropy_rows_statistics_kernel" else ("loads", "stores"):
             if "128" not in sm90[kind]:
                 found.append(f"no 16-byte {kind}: {sm90[kind]}")
     if "budget" in record and not record["per_logit"] <= record["budget"]:
@@ -874,8 +888,8 @@ def _compile_experts(name: str, launch: Launch, configuration: ExpertsConfigurat
     """Table row of one launch, and its problems."""
     _, record, problems = _compile(name, launch, None, directory)
     kernel = record["kernel"]
-    if configuration.wide and kernel != "_merge_kernel":
-        writes = kernel in ("_log_probs_kernel", "_divergence_backward_kernel") or any(
+    if configuration.wide and kernel != "expert_fusion_merge_kernel":
+        writes = kernel in ("expert_fusion_log_probs_kernel", "expert_divergence_backward_kernel") or any(
             launch.arguments.get(out) is not None for out in ("u_ptr", "log_probs_ptr", "grad_ptr")
         )
         for kind in ("loads", "stores") if writes else ("loads",):
@@ -1109,7 +1123,7 @@ def _view(tables: dict[str, dict[str, Any]]) -> str:
         "",
         *_code_lines(table["rows"]),
         "",
-        *_LOSSES.format(most=experts._MOST_EXPERTS, ahead=experts._MOST_AHEAD).strip().splitlines(),
+        *_LOSSES.format(most=experts_launch.MOST_EXPERTS, ahead=experts_launch.MOST_AHEAD).strip().splitlines(),
         "",
         *_with_prediction(_code_lines(tables["expert_cross_entropy"]["rows"]), tables["expert_cross_entropy"]["rows"]),
         "",
@@ -1179,11 +1193,11 @@ def _paths() -> list[str]:
     """How the launch table visits rows, with the estimate that it goes by."""
 
     def cell(rows: int, classes: int, itemsize: int) -> str:
-        launch, row_bytes = kernels._rows_launch(rows, classes, itemsize, True), classes * itemsize
+        launch, row_bytes = rows_launch.rows_launch(rows, classes, itemsize, True), classes * itemsize
         if launch.body == "tile":
             return f"one tile, {launch.num_warps} warps, 2.0"
         together = rows if launch.body == "parts" else 132
-        return f"{launch.body}, {launch.num_warps} warps, {kernels._traffic(together * row_bytes, True):.1f}"
+        return f"{launch.body}, {launch.num_warps} warps, {rows_launch.traffic(together * row_bytes, True):.1f}"
 
     sizes = [(n, c) for c in (8142, 32768, 65536, 100_000, 1_000_000) for n in (64, 256, 4096)]
     return [f"| {n} x {c:,} | {cell(n, c, 2)} | {cell(n, c, 4)} |" for n, c in sizes]

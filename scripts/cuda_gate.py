@@ -42,7 +42,7 @@ WIDTHS = (
     (r"scale_kernel", "128", "128"),
     (r"panels_kernel<(BFloat16|Half), 4, .*", "64", "64"),
     (r"panels_kernel<Float, 2, .*", "64", "64"),
-    (r"expert_fusion_kernel|divergence_forward_kernel", "128", None),
+    (r"expert_fusion_forward_kernel|divergence_forward_kernel", "128", None),
     (r"divergence_backward_kernel", "128", "128"),
     (r"partitioned_forward_kernel<\w+, true>", "128", None),
     (r"partitioned_backward_kernel<\w+, true, .*", "128", "128"),
