@@ -37,19 +37,19 @@ class Config(NamedTuple):
 #: maxima. The limits are about a tenth above the loops' counts, with Triton 3.6 where that is more: its copies of a
 #: tile's vectors to shared memory are narrow.
 _BOUNDED = (
-    ("_tiled_forward_kernel", 16.0), ("_grad_query_kernel", 16.0), ("_grad_key_kernel", 19.5),
-    ("_grad_both_kernel", 27.0),
+    ("partitioned_logsumexp_tiled_forward_kernel", 16.0), ("partitioned_logsumexp_grad_query_kernel", 16.0), ("partitioned_logsumexp_grad_key_kernel", 19.5),
+    ("partitioned_logsumexp_grad_both_kernel", 27.0),
 )  # fmt: skip
 _UNBOUNDED = (
-    ("_tiled_forward_kernel", 30.0), ("_grad_query_kernel", 27.0), ("_grad_key_kernel", 24.0),
-    ("_grad_both_kernel", 41.0),
+    ("partitioned_logsumexp_tiled_forward_kernel", 30.0), ("partitioned_logsumexp_grad_query_kernel", 27.0), ("partitioned_logsumexp_grad_key_kernel", 24.0),
+    ("partitioned_logsumexp_grad_both_kernel", 41.0),
 )  # fmt: skip
 #: Limits of blocks. At the D > 256 that they are for, the products of an element (6 D operations) take tensor cores as
 #: long as 65 instructions or more; backward's traffic takes memory as long as 31.
-_BLOCK = (("_block_forward_kernel", 40.0), ("_block_backward_kernel", MEMORY_BUDGET))
+_BLOCK = (("partitioned_logsumexp_block_forward_kernel", 40.0), ("partitioned_logsumexp_block_backward_kernel", MEMORY_BUDGET))
 _EVERY = ("exclude", "key_bias", "key_scale", "learned_scale", "slopes")
-_TILED_FORWARD = ("_tiled_forward_kernel", "_merge_kernel")
-_GRAD_BOTH = ("_grad_both_kernel",)
+_TILED_FORWARD = ("partitioned_logsumexp_tiled_forward_kernel", "partitioned_logsumexp_merge_kernel")
+_GRAD_BOTH = ("partitioned_logsumexp_grad_both_kernel",)
 
 
 def _at_width(d: int) -> list[Config]:
