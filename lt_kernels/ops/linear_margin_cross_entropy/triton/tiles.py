@@ -114,7 +114,7 @@ def load_targets(
 
 @triton.jit
 def linear_margin_cross_entropy_fold_kernel(
-    options,  # KernelOptions
+    o,  # KernelOptions
     inverse_norm_ptr,  # [C]
     linear_bias_ptr,  # [C], any floating dtype
     slope_ptr,  # [C]
@@ -125,13 +125,13 @@ def linear_margin_cross_entropy_fold_kernel(
     """Compute slope and offset, each where its pointer is given."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = column < classes
-    slope = tl.zeros([BLOCK], tl.float32) + load_scale(options.scale, options.learned_scale_ptr)
-    if options.class_scale_ptr is not None:
-        slope = slope * tl.load(options.class_scale_ptr + column, mask=real, other=0.0)
+    slope = tl.zeros([BLOCK], tl.float32) + load_scale(o.scale, o.learned_scale_ptr)
+    if o.class_scale_ptr is not None:
+        slope = slope * tl.load(o.class_scale_ptr + column, mask=real, other=0.0)
     if offset_ptr is not None:
         offset = slope * tl.load(linear_bias_ptr + column, mask=real, other=0.0).to(tl.float32)
-        if options.class_bias_ptr is not None:
-            offset += tl.load(options.class_bias_ptr + column, mask=real, other=0.0)
+        if o.class_bias_ptr is not None:
+            offset += tl.load(o.class_bias_ptr + column, mask=real, other=0.0)
         tl.store(offset_ptr + column, offset, mask=real)
     if slope_ptr is not None:
         if inverse_norm_ptr is not None:
@@ -157,7 +157,7 @@ def common_arguments(a: Arguments, inverse_norm: Tensor | None) -> dict[str, Any
             options, norm, bias, slope, None if bias is None else offset, classes, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return {
-        "options": options,
+        "o": options,
         "input_ptr": x,
         "factor_ptr": factor,
         "inverse_norm_ptr": norm,
