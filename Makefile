@@ -78,13 +78,13 @@ report: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-## make aot      compile every Triton kernel ahead of time and compare with the committed table (no GPU needed)
+## make aot      compile changed Triton kernels, and a part of the others; compare with the tables (no GPU needed)
 aot: setup
-	$(BIN)/python scripts/aot_gate.py --check
+	$(BIN)/python -m tools.machine_code --check
 
-## make cuda     compile the CUDA C++ kernels for every GPU architecture and compare (needs nvcc, no GPU)
+## make cuda     the same for the CUDA C++ kernels, for every GPU architecture (needs nvcc, no GPU)
 cuda: setup
-	$(BIN)/python scripts/cuda_gate.py --check
+	$(BIN)/python -m tools.machine_code.cuda --check
 
 ## make clean    remove what was built; keep .venv
 clean:

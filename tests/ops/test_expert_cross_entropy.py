@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_cases import CASES, LAYOUTS, Case
+from _cases.experts import CASES, LAYOUTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
+from lt_kernels.ops._registry import flatten
+from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
 from lt_kernels.testing import assert_within_budget, check_expert_cross_entropy
 
@@ -340,11 +342,14 @@ def op_arguments(name: str, device: str, listed: bool = False) -> tuple:
     vector = torch.linspace(0.5, 1.5, c, device=device)
     mixed = o.get("mixed_target")
     coefficient = torch.full((1 if mixed is None else 2,), 1 / (e * n), device=device)
-    return Arguments(
-        logits, sample.target, mixed, None if mixed is None else torch.full((), 0.3, device=device), None,
-        o.get("class_bias"), vector.clone() if mixed is not None else None, None, None, o.get("log_prior"), coefficient,
-        coefficient * e, [float(i) for i in range(e)], 1.0, 0.0, False, -100, 0.0,
-    )  # fmt: skip
+    options = RowOptions.plain(sample.target[:, None])._replace(
+        mixed_target=None if mixed is None else mixed[:, None],
+        mix_lambda=None if mixed is None else torch.full((), 0.3, device=device),
+        class_bias=o.get("class_bias"),
+        class_scale=None if mixed is None else vector.clone(),
+        coefficient=coefficient,
+    )
+    return Arguments(logits, options, o.get("log_prior"), coefficient * e, [float(i) for i in range(e)])
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
@@ -354,7 +359,7 @@ def test_opcheck_forward(name, listed, backend, device):
     for reduce, with_ensemble, with_grad in (("all", True, False), ("rows", False, True), ("none", True, False)):
         torch.library.opcheck(
             torch.ops.lt_kernels.expert_cross_entropy_fwd.default,
-            (*arguments, reduce, with_ensemble, with_grad, backend),
+            (*flatten(arguments), reduce, with_ensemble, with_grad, backend),
         )
 
 
@@ -364,12 +369,12 @@ def test_opcheck_backward(name, listed, backend, device):
     arguments = op_arguments(name, device, listed)
     forward = torch.ops.lt_kernels.expert_cross_entropy_fwd.default
     with torch.no_grad():
-        _, rest, *_ = forward(*arguments, "all", False, False, backend)
+        _, rest, *_ = forward(*flatten(arguments), "all", False, False, backend)
     detached = arguments._replace(logits=[x.detach() for x in arguments.logits])
-    needs = [True, arguments.class_bias is not None, False, False, False]
+    needs = [True, arguments.options.class_bias is not None, False, False, False]
     torch.library.opcheck(
         torch.ops.lt_kernels.expert_cross_entropy_bwd.default,
-        (torch.ones((), device=device), rest, *detached, needs, backend),
+        (torch.ones((), device=device), rest, *flatten(detached), needs, backend),
     )
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from _cases.linear import CASES, OWN, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import CASES, OWN, Case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lt_kernels
 from lt_kernels import _settings, functional
 from lt_kernels.functional import linear_margin_cross_entropy, margin_cross_entropy
+from lt_kernels.ops._registry import flatten
+from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.linear_margin_cross_entropy import op, plan
 from lt_kernels.ops.linear_margin_cross_entropy.arguments import DIFFERENTIABLE, Arguments
 from lt_kernels.testing import (
@@ -618,13 +620,10 @@ def test_compile_with_inductor(strategy, device):
 def op_arguments(name: str, device: str) -> list:
     sample = by_id(name).sample(torch.float32, device)
     o = sample.options
-    given = {k: o.get(k) for k in ("weight", "class_bias", "class_scale", "linear_bias")}
-    a = Arguments(
-        sample.input, o["linear_weight"], None, given["linear_bias"], sample.target[..., None], None, None,
-        given["weight"], given["class_bias"], given["class_scale"], None, None, None, 1.0, 0.0, False, -100, 0.0,
-        o["normalize"],
-    )  # fmt: skip
-    return [*a]
+    given = {k: o.get(k) for k in ("weight", "class_bias", "class_scale")}
+    options = RowOptions.plain(sample.target[..., None])._replace(**given)
+    a = Arguments(sample.input, o["linear_weight"], None, o.get("linear_bias"), options, o["normalize"])
+    return [*flatten(a)]
 
 
 @pytest.mark.parametrize("name", ["logit adjustment", "probabilities", "cosine"])

@@ -9,14 +9,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, LAYOUTS, Case
+from _cases.rows import CASES, LAYOUTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import lt_kernels
-from lt_kernels import _settings, _validation
+from lt_kernels import _checks, _settings
 from lt_kernels.functional import margin_cross_entropy
+from lt_kernels.ops._registry import flatten
+from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
 from lt_kernels.testing import assert_within_budget, check_margin_cross_entropy, dense_margin_cross_entropy
 
@@ -91,7 +93,7 @@ def test_is_a_superset_of_torch(shape, weighted, soft, smoothing, reduction, bac
     assert_within_budget(ours[1], eager[1], truth[1], "gradient")
 
 
-@pytest.mark.parametrize("index_dtype", _validation.INDEX_DTYPES, ids=str)
+@pytest.mark.parametrize("index_dtype", _checks.INDEX_DTYPES, ids=str)
 def test_any_integer_dtype(index_dtype, backend, device):
     sample = by_id("logit adjustment").sample(torch.float32, device)
     expected = margin_cross_entropy(sample.input, sample.target, **sample.options)
@@ -604,22 +606,8 @@ class TestProperties:
 def op_arguments(name: str, device: str) -> list:
     sample = by_id(name).sample(torch.float32, device)
     vector = {k: sample.options.get(k) for k in ("weight", "class_bias", "class_scale")}
-    tensors = {
-        "input": sample.input[:, :, None],
-        "target": sample.target[..., None],
-        "mixed_target": None,
-        "mix_lambda": None,
-        **vector,
-        "class_margin": None,
-        "learned_scale": None,
-        "coefficient": None,
-        "scale": 1.0,
-        "margin": 0.0,
-        "angular": False,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-    }
-    return [*Arguments(**tensors)]
+    options = RowOptions.plain(sample.target[..., None])._replace(**vector)
+    return [*flatten(Arguments(sample.input[:, :, None], options))]
 
 
 @pytest.mark.parametrize("name", ["logit adjustment", "probabilities", "learnable vectors"])

@@ -14,9 +14,17 @@ _native.load()
 
 def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``op.py``. On CUDA one launch for each expert, and a second read for the ensemble."""
-    if a.target.device.type != "cpu":
+    if a.options.target.device.type != "cpu":
         return _looped(a, with_ensemble, with_grad, "native")
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.lt_kernels_native.expert_cross_entropy_fwd(
-        *a, with_ensemble, with_grad
+        a.logits,
+        *a.options[:8],
+        a.log_prior,
+        a.options.coefficient,
+        a.ensemble_coefficient,
+        a.taus,
+        *a.options[9:],
+        with_ensemble,
+        with_grad,
     )
     return result

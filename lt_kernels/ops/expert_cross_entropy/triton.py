@@ -78,10 +78,11 @@ class _Part(NamedTuple):
 
 def _options(a: Arguments) -> int:
     """How many options need registers: what is read for every column beside one prior or bias; two others are one."""
-    smooth, mixed = a.label_smoothing > 0, a.mixed_target is not None
-    two_biases = a.class_bias is not None and a.log_prior is not None
+    o = a.options
+    smooth, mixed = o.label_smoothing > 0, o.mixed_target is not None
+    two_biases = o.class_bias is not None and a.log_prior is not None
     return (
-        (a.class_scale is not None) + (smooth and a.weight is not None) + two_biases + (a.angular + smooth + mixed) // 2
+        (o.class_scale is not None) + (smooth and o.weight is not None) + two_biases + (o.angular + smooth + mixed) // 2
     )
 
 
@@ -121,18 +122,18 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
     ensemble_loss = loss.new_empty((n if with_ensemble else 0,))
     prediction = loss.new_empty((n if with_ensemble else 0,), dtype=torch.int64)
     ensemble = with_ensemble and len(parts) == 1
-    log_prior, class_bias, taus = a.log_prior, a.class_bias, a.taus
+    log_prior, class_bias, taus = a.log_prior, a.options.class_bias, a.taus
     if log_prior is None and class_bias is not None and class_bias.dim() == 1:
         log_prior, class_bias, taus = class_bias, None, [1.0] * experts  # a bias of all is a prior with taus of 1
     own_biases = class_bias if class_bias is not None and class_bias.dim() == 2 else None
-    shared = _shared(a._replace(log_prior=None, class_bias=None).rows()[0])
+    shared = _shared(a._replace(log_prior=None, options=a.options._replace(class_bias=None)).rows()[0])
     del shared["SOFT"]
     with torch.cuda.device_of(first):
         for which, layout, (launch, keep, ahead) in parts:
             grad = outputs[0][which] if with_grad else None
             arguments: dict[str, Any] = shared | {
                 "logits_ptrs": layout.tensors,
-                "target_ptr": a.target.contiguous(),
+                "target_ptr": a.options.target.contiguous(),
                 "log_prior_ptr": log_prior,
                 "class_bias_ptr": class_bias if own_biases is None else own_biases[which],
                 "ensemble_coefficient_ptr": a.ensemble_coefficient if ensemble else None,

@@ -214,21 +214,22 @@ def _common(a: Arguments, inverse_norm: Tensor | None) -> dict[str, Any]:
     shared = _shared(a.of_rows(x[:, :, None]))  # which reads no logits
     norm = None if inverse_norm is None else inverse_norm.contiguous()
     bias = None if a.linear_bias is None else a.linear_bias.contiguous()
-    slope, offset = None, a.class_bias
-    if norm is not None or a.class_scale is not None:
+    o = a.options
+    slope, offset = None, o.class_bias
+    if norm is not None or o.class_scale is not None:
         slope = x.new_empty((classes,), dtype=torch.float32)
     if bias is not None:
         offset = x.new_empty((classes,), dtype=torch.float32)
     if slope is not None or bias is not None:
         _fold_kernel[(triton.cdiv(classes, 1024),)](
-            norm, bias, a.class_bias, a.class_scale, a.learned_scale, slope, None if bias is None else offset, classes,
-            a.scale, BLOCK=1024, num_warps=4,
+            norm, bias, o.class_bias, o.class_scale, o.learned_scale, slope, None if bias is None else offset, classes,
+            o.scale, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return {
         **shared,
         "input_ptr": x,
         "factor_ptr": factor,
-        "target_ptr": a.target.contiguous(),
+        "target_ptr": a.options.target.contiguous(),
         "inverse_norm_ptr": norm,
         "linear_bias_ptr": bias,
         "slope_ptr": slope,
@@ -239,7 +240,7 @@ def _common(a: Arguments, inverse_norm: Tensor | None) -> dict[str, Any]:
         "input_stride": x.stride(0),
         "factor_stride": factor.stride(0),
         "HAS_SLOPE": shared["HAS_SCALE"] or slope is not None,
-        "MIXED": a.mixed_target is not None,
+        "MIXED": a.options.mixed_target is not None,
         "PRECISION": _precision(x.dtype),
         "FULL": width == _block_d(width),
         "BLOCK_D": _block_d(width),
@@ -306,7 +307,7 @@ def backward(
     """Gradients of ``DIFFERENTIABLE``; [0] where not needed. linear_weight's is that through the products alone: of
     what ``inverse_norm`` owes to it the caller takes care. Upstream: 0-dim or [N, 1]."""
     n, classes = a.input.shape[0], a.classes
-    sources = [getattr(a, name) for name in DIFFERENTIABLE]
+    sources = [a.input, a.linear_weight, a.linear_bias, *(getattr(a.options, name) for name in DIFFERENTIABLE[3:])]
     needs = [need and name != "target" for need, name in zip(needs, DIFFERENTIABLE, strict=True)]
     if n == 0:
         return [torch.zeros_like(t) if need else rest.new_empty((0,)) for t, need in zip(sources, needs, strict=True)]
@@ -319,7 +320,7 @@ def backward(
         arguments = _common(a, inverse_norm)
         width, padded = arguments["width"], triton.cdiv(n, _PADDING) * _PADDING
         launches = _launches_of(a, arguments)
-        mixed = a.mixed_target is not None
+        mixed = a.options.mixed_target is not None
         arguments |= {
             "rest_ptr": rest,
             "grad_loss_ptr": per_loss,
@@ -353,7 +354,7 @@ def _class_gradients(
     _, need_weight, need_linear, _, need_bias, need_scale, need_margin, need_learned = needs
     product = need_scale or need_learned
     through = need_linear or need_bias or (product and a.linear_bias is not None)
-    extra = need_bias and a.angular
+    extra = need_bias and a.options.angular
     arguments |= {
         "grad_ptr": None,
         "sums_ptr": None,
@@ -390,7 +391,7 @@ def _class_gradients(
         outputs = {"linear_bias": 2, "class_bias": 4, "class_scale": 5, "class_margin": 6}
         for name, position in outputs.items():
             if needs[position]:
-                like = getattr(a, name)
+                like: Any = a.linear_bias if name == "linear_bias" else getattr(a.options, name)
                 grads[position] = like.new_empty((classes,))
             arguments[f"grad_{name}_ptr"] = grads[position] if needs[position] else None
         to_scale = rest.new_empty((classes,)) if need_learned else None
@@ -399,7 +400,7 @@ def _class_gradients(
             num_warps=4,
         )  # fmt: skip
         if to_scale is not None:
-            grads[7] = a.scale * (to_scale.sum() + arguments["terms_ptr"][_ROW_TO_SCALE].sum())
+            grads[7] = a.options.scale * (to_scale.sum() + arguments["terms_ptr"][_ROW_TO_SCALE].sum())
 
 
 def _most_splits(elements: int) -> int:

@@ -285,33 +285,34 @@ def _layout(named: dict[str, Tensor], rows: bool = True) -> _Layout:
 
 def _shared(a: Arguments) -> dict[str, Any]:
     """Arguments that every kernel takes, beside input and target."""
-    margin = a.class_margin
+    o = a.options
+    margin = o.class_margin
     if margin is not None:
-        margin = margin + a.margin
-        if a.angular:
+        margin = margin + o.margin
+        if o.angular:
             margin = torch.stack([margin, margin.cos(), margin.sin()])
-    soft, smooth = a.target.is_floating_point(), a.label_smoothing > 0
-    mixed, share = a.mixed_target, a.mix_lambda
+    soft, smooth = o.target.is_floating_point(), o.label_smoothing > 0
+    mixed, share = o.mixed_target, o.mix_lambda
     return {
         "mixed_target_ptr": None if mixed is None else mixed.contiguous(),
         "mix_lambda_ptr": None if share is None else share.contiguous(),
-        "weight_ptr": a.weight,
-        "weight_total_ptr": a.weight.sum() if smooth and a.weight is not None and not soft else None,
-        "class_bias_ptr": a.class_bias,
-        "class_scale_ptr": a.class_scale,
+        "weight_ptr": o.weight,
+        "weight_total_ptr": o.weight.sum() if smooth and o.weight is not None and not soft else None,
+        "class_bias_ptr": o.class_bias,
+        "class_scale_ptr": o.class_scale,
         "margin_ptr": margin,
-        "learned_scale_ptr": a.learned_scale,
-        "coefficient_ptr": a.coefficient,
+        "learned_scale_ptr": o.learned_scale,
+        "coefficient_ptr": o.coefficient,
         "classes": a.input.shape[1],
         "mix_lambda_stride": 0 if share is None or share.dim() == 0 else 1,
-        "scale": a.scale,
-        "margin": a.margin,
-        "cos_margin": math.cos(a.margin),
-        "sin_margin": math.sin(a.margin),
-        "ignore_index": a.ignore_index,
-        "label_smoothing": a.label_smoothing,
-        "HAS_SCALE": a.learned_scale is not None or a.scale != 1.0,
-        "ANGULAR": a.angular,
+        "scale": o.scale,
+        "margin": o.margin,
+        "cos_margin": math.cos(o.margin),
+        "sin_margin": math.sin(o.margin),
+        "ignore_index": o.ignore_index,
+        "label_smoothing": o.label_smoothing,
+        "HAS_SCALE": o.learned_scale is not None or o.scale != 1.0,
+        "ANGULAR": o.angular,
         "SMOOTH": smooth,
         "SOFT": soft,
     }
@@ -322,7 +323,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``op.py``. ``out``: where grad_input is written; it may be ``a.input`` itself."""
     n, classes, k = a.input.shape
-    soft = a.target.is_floating_point()
+    soft = a.options.target.is_floating_point()
     loss, lse = (a.input.new_empty((n, k), dtype=torch.float32) for _ in range(2))
     rest = loss.new_empty((2, n, k))
     prediction = loss.new_empty((n, k) if with_prediction else (0,), dtype=torch.int64)
@@ -332,7 +333,7 @@ def forward(
     if n * k == 0:
         return loss, lse, prediction, rest, grad
     x = _readable(a.input)
-    target = a.target if soft else a.target.contiguous()
+    target = a.options.target if soft else a.options.target.contiguous()
     named = {"input": x, **({"target": target} if soft else {}), **({"grad": grad} if with_grad else {})}
     layout = _layout(named)
     arguments = {
@@ -369,9 +370,9 @@ def _in_place(x: Tensor, out: Tensor | None) -> bool:
 def _rows_forward(a: Arguments, layout: _Layout, arguments: dict[str, Any], rows: int, in_place: bool) -> None:
     """Launch the rows kernels of a forward pass."""
     soft, predict = arguments["SOFT"], arguments["prediction_ptr"] is not None
-    hungry = [a.class_scale is not None, a.weight is not None and a.label_smoothing > 0, soft]
-    mixed = a.mixed_target is not None
-    options = sum([*hungry, predict, a.angular, mixed, a.label_smoothing > 0])
+    hungry = [a.options.class_scale is not None, a.options.weight is not None and a.options.label_smoothing > 0, soft]
+    mixed = a.options.mixed_target is not None
+    options = sum([*hungry, predict, a.options.angular, mixed, a.options.label_smoothing > 0])
     launch = _rows_launch(
         rows, a.input.shape[1], a.input.element_size(), layout.aligned,
         max(sum(hungry), int(predict or mixed or options > 1)), options, arguments["grad_ptr"] is not None, 1 + soft,
@@ -447,20 +448,20 @@ def backward(
     ``out``: as in ``forward``.
     """
     n, classes, k = a.input.shape
-    soft, summed = a.target.is_floating_point(), needs[2:]
-    sources = [getattr(a, name) for name in DIFFERENTIABLE]
+    soft, summed = a.options.target.is_floating_point(), needs[2:]
+    sources = [a.input, *(getattr(a.options, name) for name in DIFFERENTIABLE[1:])]
     if n * k == 0:
         grads = [torch.zeros_like(t) if need else rest.new_empty((0,)) for t, need in zip(sources, needs, strict=True)]
         return grads if out is None or not needs[0] else [out, *grads[1:]]
     grads = [rest.new_empty((0,)) for _ in needs]
     rest = rest.contiguous()
     x = _readable(a.input)
-    target = a.target if soft else a.target.contiguous()
+    target = a.options.target if soft else a.options.target.contiguous()
     named = {"input": x, **({"target": target} if soft else {})}
     if needs[0]:
         named["grad"] = grads[0] = torch.empty_like(a.input) if out is None else out
     if needs[1]:
-        named["grad_target"] = grads[1] = torch.empty_like(a.target)
+        named["grad_target"] = grads[1] = torch.empty_like(a.options.target)
     layout = _layout(named, rows=not any(needs[1:]))
     per_loss, grad_loss_stride = _per_row(grad_loss, rest.shape[1:])
     per_lse, grad_lse_stride = _per_row(grad_lse, rest.shape[1:])
@@ -505,10 +506,10 @@ def backward(
         _tiles_backward_kernel[(programs, class_tiles)](
             x,
             target,
-            a.weight,
-            a.class_bias,
-            a.class_scale,
-            a.learned_scale,
+            a.options.weight,
+            a.options.class_bias,
+            a.options.class_scale,
+            a.options.learned_scale,
             rest,
             terms,
             columns,
@@ -521,12 +522,12 @@ def backward(
             blocks,
             per_program,
             **strides,
-            scale=a.scale,
-            label_smoothing=a.label_smoothing,
+            scale=a.options.scale,
+            label_smoothing=a.options.label_smoothing,
             HAS_SCALE=shared["HAS_SCALE"],
             SMOOTH=shared["SMOOTH"],
             SOFT=soft,
-            MIXED=a.mixed_target is not None,
+            MIXED=a.options.mixed_target is not None,
             ALIGN=align,
             NEED_BIAS=needs[2],
             NEED_SCALE=needs[3],
@@ -542,7 +543,7 @@ def backward(
             # each a tensor of its own: compiled code counts on what the fake says, outputs that begin on 16 bytes
             grads[position] = partial[:, kind].sum(0)
         if needs[5]:
-            grads[5] = a.scale * grads[5].sum()
+            grads[5] = a.options.scale * grads[5].sum()
     return grads
 
 
@@ -550,21 +551,21 @@ def _soft_mass(a: Arguments) -> Tensor:
     """Sum of the soft weights of every row, [N, K]."""
     n, classes, k = a.input.shape
     mass = a.input.new_empty((n, k), dtype=torch.float32)
-    layout = _layout({"input": a.target}, rows=False)
+    layout = _layout({"input": a.options.target}, rows=False)
     tiles = _sums_launch(classes, layout.positions, layout.classes_contiguous)
-    align = layout.common_alignment(classes, a.target.element_size())
+    align = layout.common_alignment(classes, a.options.target.element_size())
     strides = layout.strides_in(align)
     _soft_mass_kernel[(layout.samples * triton.cdiv(layout.positions, tiles.block_k),)](
-        a.target,
-        a.weight,
+        a.options.target,
+        a.options.weight,
         mass,
         classes,
         layout.positions,
         strides["input_stride_n"],
         strides["input_stride_c"],
         strides["input_stride_k"],
-        a.label_smoothing,
-        SMOOTH=a.label_smoothing > 0,
+        a.options.label_smoothing,
+        SMOOTH=a.options.label_smoothing > 0,
         ALIGN=align,
         BLOCK_C=tiles.block_c,
         BLOCK_K=tiles.block_k,
