@@ -208,9 +208,10 @@ class Origins:
         kernels = Kernels.of(record)
         if kernels is None:
             return ""
-        then, now = facts.kernels.get(str(kernels)), self._now(kernels)
+        then = facts.kernels.get(str(kernels))
         if not then:
             return "kernels not compared"
+        now = self._now(kernels)
         if all(now.get(part) == digest for part, digest in then.items()):
             return ""
         return "kernels changed since" if kernels.backend == "triton" else "csrc changed since"

@@ -1,14 +1,18 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 """Small kernels around the large ones: the coefficient of a mean, and a gradient times the upstream one."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+#: Targets that one program of a mean's coefficient counts, at most.
+_COUNTED = 8192
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
-def _mean_coefficient_kernel(
+def margin_cross_entropy_mean_coefficient_kernel(
     target_ptr,  # [rows] integers
     mixed_target_ptr,  # [rows] integers
     weight_ptr,  # [C]
@@ -40,7 +44,7 @@ def _mean_coefficient_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _reciprocal_sum_kernel(
+def margin_cross_entropy_reciprocal_sum_kernel(
     partial_ptr,  # [1 or 2, parts]
     coefficient_ptr,  # [1 or 2]
     parts,
@@ -57,7 +61,7 @@ def _reciprocal_sum_kernel(
 
 
 @triton.jit
-def _scale_kernel(
+def margin_cross_entropy_scale_kernel(
     grad_ptr,  # [elements]
     factor_ptr,  # 0-dim
     elements,
@@ -70,3 +74,45 @@ def _scale_kernel(
             pointers, mask = grad_ptr + offsets, offsets < elements
             values = tl.load(pointers, mask=mask).to(tl.float32)
             tl.store(pointers, (values * factor).to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def scale_gradient_(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor (0-dim, on the device), reading and writing nothing where it is 1. Any dense ``grad``."""
+    elements, block = grad.numel(), 4096
+    with torch.cuda.device_of(grad):
+        if elements > 0:
+            programs = min(triton.cdiv(elements, block), 1024)
+            margin_cross_entropy_scale_kernel[(programs,)](grad, factor, elements, BLOCK=block, num_warps=8)
+
+
+def mean_coefficient(
+    target: Tensor,
+    mixed_target: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """1 / total weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf where there is none.
+
+    One launch up to 8192 targets, else two. Targets out of range count as the nearest class.
+    """
+    targets = [target.contiguous()] + ([] if mixed_target is None else [mixed_target.contiguous()])
+    rows = target.numel()
+    coefficient = target.new_empty((len(targets),), dtype=dtype)
+    block = min(max(triton.next_power_of_2(rows), 128), _COUNTED)
+    parts = max(triton.cdiv(rows, block), 1)
+    partial = None
+    if parts > 1:
+        partial = target.new_empty((len(targets), parts), dtype=torch.int32 if weight is None else torch.float32)
+    with torch.cuda.device_of(target):
+        margin_cross_entropy_mean_coefficient_kernel[(parts, len(targets))](
+            targets[0], None if mixed_target is None else targets[1], weight, partial, coefficient, rows, classes,
+            ignore_index, BLOCK=block, num_warps=max(block // 256, 1),
+        )  # fmt: skip
+        if partial is not None:
+            block = min(triton.next_power_of_2(parts), 1024)
+            margin_cross_entropy_reciprocal_sum_kernel[(len(targets),)](
+                partial, coefficient, parts, WEIGHTED=weight is not None, BLOCK=block, num_warps=max(block // 256, 1)
+            )
+    return coefficient
