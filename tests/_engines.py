@@ -89,7 +89,7 @@ GENERIC: dict[str, dict[str, str]] = {
         "test_partitioned_logsumexp": r"(?!.*chunks_are_bounded)" + _NOT_KERNELS,
         "test_native_contrastive": r"(?!.*(threads|instruction_sets))",
     },
-    "gpu": {"": r"(?!.*(gradcheck|number_of_threads|follows|dense_oracle|by_name|cpu_only))"},
+    "gpu": {"": r"(?!.*(gradcheck|number_of_threads|follows|dense_oracle|by_name_is|cpu_only))"},
 }
 
 ENGINE = ENGINES["cpu"]
