@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients, tiles_per_split
+from ..._gemm import launch as gemm
+from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import (
     INF,
@@ -402,7 +403,7 @@ def backward(
         if needs[0]:
             launch = launches.grad_input
             blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-            per_split = tiles_per_split(blocks, tiles, launch.together, most_splits(n * width))
+            per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(n * width))
             grad = partial_gradients(triton.cdiv(tiles, per_split), a.input, a.input.dtype)
             arguments |= {"grad_ptr": grad, "tiles_per_split": per_split}
             launch_kernel(
@@ -436,7 +437,7 @@ def _class_gradients(
     }
     if need_weight or through or product:
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-        per_split = tiles_per_split(tiles, blocks, launch.together, most_splits(classes * a.input.shape[1]))
+        per_split = gemm.tiles_per_split(tiles, blocks, launch.together, most_splits(classes * a.input.shape[1]))
         splits = triton.cdiv(blocks, per_split)
         grad = partial_gradients(splits, a.factor, a.linear_weight.dtype) if need_weight else None
         sums = rest.new_empty((splits, through + product, classes)) if through or product else None
@@ -448,7 +449,7 @@ def _class_gradients(
     if extra or need_margin:
         block_n, block_c = _TARGET_SUMS
         blocks, tiles = triton.cdiv(n, block_n), triton.cdiv(classes, block_c)
-        per_split = tiles_per_split(tiles, blocks, 8)
+        per_split = gemm.tiles_per_split(tiles, blocks, 8)
         splits = triton.cdiv(blocks, per_split)
         target_sums = rest.new_empty((splits, extra + need_margin, classes))
         own = {"sums_ptr": target_sums, "blocks": blocks, "blocks_per_split": per_split}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import tiles_per_split
+from ..._gemm import launch as gemm
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import (
     INF,
@@ -207,7 +207,7 @@ def forward(a: Arguments, inverse_norm: Tensor | None, with_prediction: bool) ->
         width = arguments["width"]
         launch = launches_for(a, arguments, with_prediction).forward
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-        per_split = tiles_per_split(blocks, tiles, launch.together)
+        per_split = gemm.tiles_per_split(blocks, tiles, launch.together)
         splits = triton.cdiv(tiles, per_split)
         kinds = (4 if a.options.label_smoothing > 0 else 2) + with_prediction
         arguments |= {

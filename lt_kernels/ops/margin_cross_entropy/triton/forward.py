@@ -66,8 +66,9 @@ from ..._rows.triton_math import (
 from ..._rows.triton_options import kernel_options
 from ..._triton import launch_kernel
 from ..arguments import Arguments
+from . import launch as table
 from .backward import launch_rows_backward
-from .launch import Layout, in_place, layout_of, readable, rows_launch, tiles_launch
+from .launch import Layout, in_place, layout_of, readable
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -582,7 +583,7 @@ def forward(
         if layout.rows:
             _forward_rows(a, layout, arguments, n * k, in_place(x, out))
         else:
-            tiles = tiles_launch(classes, layout.positions, layout.classes_contiguous, x.element_size())
+            tiles = table.tiles_launch(classes, layout.positions, layout.classes_contiguous, x.element_size())
             blocks = layout.samples * triton.cdiv(layout.positions, tiles.block_k)
             constants = tiles.constants
             if with_prediction and torch.version.hip is None:
@@ -597,7 +598,7 @@ def _forward_rows(a: Arguments, layout: Layout, arguments: dict[str, Any], rows:
     smooth, mixed = o.label_smoothing > 0, o.mixed_target is not None
     hungry = [o.class_scale is not None, o.weight is not None and smooth, soft]
     number = sum([*hungry, predict, o.angular, mixed, smooth])
-    launch = rows_launch(
+    launch = table.rows_launch(
         rows, a.input.shape[1], a.input.element_size(), layout.aligned,
         max(sum(hungry), int(predict or mixed or number > 1)), number, arguments["grad_ptr"] is not None, 1 + soft,
     )  # fmt: skip

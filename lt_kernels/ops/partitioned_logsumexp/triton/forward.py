@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import tiles_per_split
+from ..._gemm import launch as gemm
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import INF, INTERPRETED, finite_reference, load_scale
 from ..._triton import launch_kernel
@@ -371,7 +371,7 @@ def forward(block: Block, with_slopes: bool) -> Tensor:
     with torch.cuda.device_of(block.z):
         constants = block_launch(m)
         tiles = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
-        per_split = tiles_per_split(n, tiles, BLOCK_TOGETHER, MOST_SPLITS)
+        per_split = gemm.tiles_per_split(n, tiles, BLOCK_TOGETHER, MOST_SPLITS)
         splits = triton.cdiv(tiles, per_split)
         partial = block.z.new_empty((kinds, splits, n), dtype=torch.float32)
         arguments = block_arguments(block) | {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
@@ -401,7 +401,7 @@ def tiled_forward(a: Arguments, with_slopes: bool) -> Tensor:
         arguments, launches = tile_arguments(a)
         launch = launches.forward_bounded if arguments["CONSTANT"] else launches.forward
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(m, launch.block_c)
-        per_split = tiles_per_split(blocks, tiles, launch.together, MOST_SPLITS)
+        per_split = gemm.tiles_per_split(blocks, tiles, launch.together, MOST_SPLITS)
         partial = a.query.new_empty((kinds, triton.cdiv(tiles, per_split), n), dtype=torch.float32)
         arguments |= {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
         arguments["RAGGED"] = m % launch.block_c != 0
