@@ -1,207 +1,215 @@
-"""Checks of the functional interface: each error names the argument, what was given and what was expected."""
+"""Every check of an argument. An error names the argument, what was given and what was expected.
+
+The checks return the value, converted where their docstring says so. ``expected`` and ``note`` replace or extend the
+text of a message.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import _settings
-from .ops._rows.options import RowOptions
-from .ops._rows.row_terms import check_classes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Anything one-dimensional and numeric: list, tuple, numpy array, tensor.
+ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any]"
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 )
-REDUCTIONS = ("none", "mean", "sum")
-MARGIN_TYPES = ("additive", "angular")
 
 
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic and of the results."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def check_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, expected: str | None = None
+) -> float:
+    """Return ``value`` as a float: a finite real number, least <= value <= most."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    number = float(value)
+    # math.isfinite does not trace where the number is symbolic; NaN fails these comparisons too
+    if not (-math.inf < number < math.inf and least <= number <= most):
+        if expected is None:
+            below = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
+            expected = "a finite number" if least == -math.inf else below
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+    return number
 
 
-def logits_layout(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], tuple[int, ...]]:
-    """[N, C, K] of logits [C], [N, C] or [N, C, d1, ..., dk], and the shape of what there is one of per row."""
-    if len(shape) == 1:
-        return (1, shape[0], 1), ()
-    return (shape[0], shape[1], math.prod(shape[2:])), (shape[0], *shape[2:])
+def check_positive(name: str, value: Any, expected: str = "a number > 0") -> float:
+    """Return ``value`` as a float: a finite real number > 0."""
+    number = check_number(name, value, 0.0, expected=expected)
+    if number <= 0:
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+    return number
 
 
-def row_options(
-    shape: tuple[int, ...],
-    input: Tensor,
-    dtype: torch.dtype,
-    target: Tensor,
-    weight: Tensor | None,
+def check_int(
+    name: str,
+    value: Any,
+    least: int | None = None,
+    most: int | None = None,
     *,
-    class_bias: Tensor | None,
-    class_scale: Tensor | None,
-    margin: float | Tensor | None,
-    scale: float | Tensor,
-    margin_type: str,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    mixed_target: Tensor | None,
-    mix_lambda: float | Tensor | None,
-) -> RowOptions:
-    """Validate the options of the loss of logits of shape ``shape``, on the device of ``input``, and return them as the
-    operators take them: class vectors in ``dtype``, no coefficient yet."""
-    flat, index_shape = logits_layout(shape)
-    classes = flat[1]
-    soft = _check_target("target", target, shape, index_shape, input)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("margin_type", margin_type, MARGIN_TYPES)
-    label_smoothing = number("label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1]")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an int")
-    weight = class_vector("weight", weight, classes, input, dtype)
-    if weight is not None and weight.requires_grad:
-        raise ValueError("weight: got a tensor that requires grad, expected one that does not (not differentiable)")
-    class_bias = class_vector("class_bias", class_bias, classes, input, dtype)
-    class_scale = class_vector("class_scale", class_scale, classes, input, dtype)
-    fixed_margin, class_margin = 0.0, None
-    if isinstance(margin, Tensor):
-        class_margin = class_vector(
-            "margin", margin.expand(classes) if margin.dim() == 0 else margin, classes, input, dtype
-        )
-    elif margin is not None:
-        fixed_margin = number("margin", margin)
-        if margin_type == "angular" and not 0.0 <= fixed_margin <= math.pi:
-            raise ValueError(f"margin: got {fixed_margin}, expected an angle in [0, pi]")
-    fixed_scale, learned_scale = 1.0, None
-    if isinstance(scale, Tensor):
-        learned_scale = scalar_tensor("scale", scale, input).to(dtype)
-    else:
-        fixed_scale = number("scale", scale)
-    if soft and margin is not None:
-        raise ValueError(
-            "margin: got a margin with class-probability targets, expected class indices (a margin acts on one class)"
-        )
-    if soft and ignore_index >= 0:
-        raise ValueError(f"ignore_index: got {ignore_index} with class-probability targets, expected class indices")
-    if soft and mixed_target is not None:
-        raise ValueError(
-            "mixed_target: got class-probability targets, expected class indices (mix the probabilities instead)"
-        )
-    share = _check_mixture(mixed_target, mix_lambda, target, shape, index_shape, input, dtype)
-    checks = _settings.checks and not torch.compiler.is_compiling()  # they read values: traced code does without
-    if checks and margin_type == "angular" and class_margin is not None:
-        if not bool(((class_margin >= 0) & (class_margin <= math.pi)).all()):
-            raise ValueError("margin: got values outside [0, pi], expected angles")
-    if checks and isinstance(mix_lambda, Tensor) and not bool(((mix_lambda >= 0) & (mix_lambda <= 1)).all()):
-        raise ValueError("mix_lambda: got values outside [0, 1], expected a share")
-    if checks and not soft:
-        check_classes("target", target, classes, ignore_index)
-        if mixed_target is not None:
-            check_classes("mixed_target", mixed_target, classes, ignore_index)
-    rows = (flat[0], flat[2])
-    if soft:
-        target = target.reshape(flat)
-    else:
-        target = target.to(torch.int64).reshape(rows)
-        if mixed_target is not None:
-            mixed_target = mixed_target.to(torch.int64).reshape(rows)
-        if share is not None and share.dim() > 0:
-            share = share.reshape(rows)
-    return RowOptions(
-        target=target,
-        mixed_target=mixed_target,
-        mix_lambda=share,
-        weight=weight,
-        class_bias=class_bias,
-        class_scale=class_scale,
-        class_margin=class_margin,
-        learned_scale=learned_scale,
-        coefficient=None,
-        scale=fixed_scale,
-        margin=fixed_margin,
-        angular=margin_type == "angular",
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
+    kind: str = "an int",
+    expected: str | None = None,
+) -> int:
+    """Return ``value``: an int, least <= value <= most; ``kind`` says what the type should be."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise ValueError(f"{name}: got {value}, expected {expected or f'an int >= {least}'}")
+    return value
 
 
-def _check_target(
-    name: str, target: Tensor, shape: tuple[int, ...], index_shape: tuple[int, ...], input: Tensor
-) -> bool:
-    """Whether the target holds class probabilities."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name}: got {type(target).__name__}, expected a Tensor")
-    if target.device != input.device:
-        raise ValueError(f"{name}: got device {target.device}, expected {input.device} as input")
-    if target.dtype in FLOATING:
-        if tuple(target.shape) != shape:
-            raise ValueError(
-                f"{name}: got class probabilities (dtype {target.dtype}) of shape {tuple(target.shape)}, "
-                f"expected {shape} as the logits, or class indices of shape {index_shape}"
-            )
-        return True
-    if target.dtype not in INDEX_DTYPES:
-        raise TypeError(
-            f"{name}: got dtype {target.dtype}, expected an integer dtype, or a floating one for probabilities"
-        )
-    if tuple(target.shape) != index_shape:
-        raise ValueError(
-            f"{name}: got class indices of shape {tuple(target.shape)}, expected {index_shape} "
-            f"for logits of shape {shape}"
-        )
-    return False
+def check_flag(name: str, value: Any, kind: str = "a bool") -> bool:
+    """Return ``value``: a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
+    return value
 
 
-def _check_mixture(
-    mixed_target: Tensor | None,
-    mix_lambda: float | Tensor | None,
-    target: Tensor,
-    shape: tuple[int, ...],
-    index_shape: tuple[int, ...],
-    input: Tensor,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """The share of ``target``, 0-dim or shaped like it; None without ``mixed_target``."""
-    if (mixed_target is None) != (mix_lambda is None):
-        given, missing = ("mix_lambda", "mixed_target") if mixed_target is None else ("mixed_target", "mix_lambda")
-        raise ValueError(f"{missing}: got None with {given}, expected both or neither")
-    if mixed_target is None or mix_lambda is None:
-        return None
-    if _check_target("mixed_target", mixed_target, shape, index_shape, input):
-        raise TypeError(f"mixed_target: got dtype {mixed_target.dtype}, expected class indices of an integer dtype")
-    if not isinstance(mix_lambda, Tensor):
-        share = number("mix_lambda", mix_lambda)
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"mix_lambda: got {share}, expected a number in [0, 1]")
-        return torch.full((), share, dtype=dtype, device=input.device)
-    if mix_lambda.device != input.device:
-        raise ValueError(f"mix_lambda: got device {mix_lambda.device}, expected {input.device} as input")
-    if not mix_lambda.is_floating_point():
-        raise TypeError(f"mix_lambda: got dtype {mix_lambda.dtype}, expected a floating dtype")
-    if mix_lambda.dim() > 0 and mix_lambda.shape != target.shape:
-        raise ValueError(
-            f"mix_lambda: got shape {tuple(mix_lambda.shape)}, expected 0-dim or {tuple(target.shape)} as target"
-        )
-    if mix_lambda.requires_grad:
-        raise ValueError("mix_lambda: got a tensor that requires grad, expected one that does not (not differentiable)")
-    return mix_lambda.to(dtype)
+def check_choice(name: str, value: Any, choices: Sequence[str], expected: str | None = None) -> None:
+    """Refuse a ``value`` that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected {expected or f'one of {quoted(choices)}'}")
 
 
-def check_floating(name: str, value: Any) -> None:
+def quoted(choices: Sequence[str]) -> str:
+    return ", ".join(map(repr, choices))
+
+
+def check_tensor(name: str, value: Any, expected: str = "a Tensor") -> Tensor:
+    """Return ``value``: a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {FLOATING}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    return value
+
+
+def check_floating(
+    name: str, value: Any, expected: str = "a Tensor", kind: str | tuple[torch.dtype, ...] = FLOATING
+) -> Tensor:
+    """Return ``value``: a tensor of one of the dtypes of ``kind``, or, where that is a text, of any floating dtype."""
+    check_tensor(name, value, expected)
+    fits = value.is_floating_point() if isinstance(kind, str) else value.dtype in kind
+    if not fits:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected {kind if isinstance(kind, str) else f'one of {kind}'}"
+        )
+    return value
+
+
+def check_embeddings(name: str, value: Any, shape: str) -> Tensor:
+    """Return ``value``: floating, with as many dimensions as ``shape``, such as "[N, D]"."""
+    check_floating(name, value, f"a Tensor {shape}", "a floating-point dtype")
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
+    return value
+
+
+def check_integers(
+    name: str, value: Any, expected: str = "a Tensor of integers", kind: str = "an integer dtype"
+) -> Tensor:
+    """Return ``value``: a tensor of any integer dtype."""
+    check_tensor(name, value, expected)
+    if value.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {kind}")
+    return value
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int], note: str = "", *, expected: str | None = None) -> None:
+    """Refuse a tensor of another shape."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected or tuple(shape)}{note}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor, note: str = "") -> None:
+    """Refuse a tensor on another device than that of ``like``."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {like.device}{note}")
+
+
+def check_scalar(name: str, value: Tensor, input: Tensor) -> Tensor:
+    """Return ``value``: floating, 0-dim, on the device of ``input``."""
+    if value.dim() != 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-dim tensor")
+    check_floating(name, value, kind="a floating dtype")
+    check_device(name, value, input, " as input")
+    return value
+
+
+def check_class_vector(
+    name: str, value: Any, classes: int, input: Tensor, dtype: torch.dtype, of: str = "class"
+) -> Tensor | None:
+    """Return ``value`` [classes] in ``dtype``, or None; ``of`` names what has one value each."""
+    if value is None:
+        return None
+    check_floating(name, value, f"a Tensor of shape [{classes}]", "a floating dtype")
+    check_shape(name, value, (classes,), f", one value per {of}", expected=f"[{classes}]")
+    check_device(name, value, input, " as input")
+    return value.to(dtype).contiguous()
+
+
+def as_class_vector(name: str, value: ClassVector) -> Tensor:
+    """Return a copy of ``value``, any finite vector, in float64 on the CPU."""
+    if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") or isinstance(value, Tensor)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a 1-D sequence, array or tensor of numbers")
+    try:
+        raw = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        numeric = not (raw.is_complex() or raw.dtype == torch.bool)
+        vector = raw.to("cpu", torch.float64, copy=True) if numeric else raw
+        if numeric and not isinstance(value, Tensor):
+            vector = torch.tensor(value, dtype=torch.float64)  # Python floats would have been rounded to float32
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {type(value).__name__} ({error}), expected numbers [C]") from error
+    if not numeric:
+        raise TypeError(f"{name}: got dtype {raw.dtype}, expected integers or real floating-point numbers")
+    if vector.ndim != 1:
+        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected a 1-D vector [C]")
+    if len(vector) == 0:
+        raise ValueError(f"{name}: got no elements, expected one per class")
+    check_each_class(name, vector, vector.isfinite(), "finite numbers")
+    return vector
+
+
+def check_each_class(name: str, vector: Tensor, holds: Tensor, expected: str) -> None:
+    """Refuse a vector with an entry for which ``holds`` is False, naming the first."""
+    bad = (~holds).nonzero().flatten().tolist()
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked: on the CPU, where nothing has to be waited for, and everywhere with checks on."""
+    return (tensor.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling()
+
+
+def check_classes(
+    name: str, label: Tensor, classes: int, none: int | None = None, hint: str | None = None, what: str = "class"
+) -> None:
+    """Raise IndexError for the first label that is neither a class nor ``none``. Reads values: a GPU is waited for."""
+    label = label.to(torch.int64)
+    bad = (label < 0) | (label >= classes)
+    if none is not None:
+        bad &= label != none
+        hint = f" or ignore_index={none}" if hint is None else hint
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        got = int(label.flatten()[row])
+        raise IndexError(f"{name}: row {row} has {what} {got}, expected 0 <= {what} < {classes}{hint or ''}")
 
 
 def product_dtype(left: Tensor, right: Tensor, name: str, other: str) -> torch.dtype:
-    """What matrix products of both run in; ``right`` is the argument ``name``, ``left`` the argument ``other``."""
+    """Return the dtype of the product of two matrices; ``right`` is the argument ``name``, ``left`` is ``other``."""
     kinds = {left.dtype, right.dtype}
     device = left.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in kinds:
@@ -211,43 +219,3 @@ def product_dtype(left: Tensor, right: Tensor, name: str, other: str) -> torch.d
             f"{name}: got dtype {right.dtype}, expected {left.dtype} as {other}, or float32 beside float16 or bfloat16"
         )
     return min(kinds, key=lambda kind: kind.itemsize)
-
-
-def class_vector(
-    name: str, value: Tensor | None, classes: int, input: Tensor, dtype: torch.dtype, of: str = "class"
-) -> Tensor | None:
-    """``value`` [classes] in ``dtype``, or [keys] where it is a vector ``of`` another kind."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor of shape [{classes}]")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
-    if value.shape != (classes,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{classes}], one value per {of}")
-    if value.device != input.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {input.device} as input")
-    return value.to(dtype).contiguous()
-
-
-def scalar_tensor(name: str, value: Tensor, input: Tensor) -> Tensor:
-    if value.dim() != 0:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-dim tensor")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
-    if value.device != input.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {input.device} as input")
-    return value
-
-
-def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not -math.inf < float(value) < math.inf:  # NaN too; math.isfinite does not trace where the number is symbolic
-        raise ValueError(f"{name}: got {value}, expected a finite number")
-    return float(value)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -488,11 +488,11 @@ def draw_embeddings(embeddings: dict[str, Tensor], labels: Tensor, counts: Tenso
 
 def measure_throughput(path: Path) -> None:
     """Fused loss, eager and torch.compile on the iNat18-like head, on the CPU: a table and a bar plot."""
-    from .bench import margin_cross_entropy as op
     from .bench import runner
+    from .bench.ops.margin_cross_entropy import OP as op
 
-    case = op.CASES["inat18-n512"]
-    ours = "lt[native]" if runner.unavailable_reason(op.OP, "lt[native]", "cpu") is None else "lt[reference]"
+    case = op.cases["inat18-n512"]
+    ours = "lt[native]" if runner.unavailable_reason(op.name, "lt[native]", "cpu") is None else "lt[reference]"
     print(f"\nThroughput on an iNat18-like head, logits [{case.rows}, {case.classes}], forward + backward ...")
     if ours == "lt[reference]":
         print("The compiled extension is not available: this is the reference backend, which is not meant to be fast.")
@@ -512,11 +512,11 @@ def measure_throughput(path: Path) -> None:
 
 
 def _measure(providers: list[str]) -> list[Any]:
-    from .bench import margin_cross_entropy as op
     from .bench import runner
+    from .bench.ops.margin_cross_entropy import OP as op
 
     return runner.run(
-        op.OP,
+        op.name,
         cases=["inat18-n512"],
         providers=providers,
         dtypes=["float32", "bfloat16"],

@@ -58,6 +58,19 @@ def test_info_names_every_backend_and_reason(capsys):
                 assert reason is None or reason in out
 
 
+def test_info_without_a_cuda_device_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("lt_kernels.ops._native.unavailable_reason", lambda device: None)  # built for CUDA
+    for op, devices in lt_kernels.info()["backends"].items():
+        assert devices["cuda"]["reference"] == devices["cuda"]["native"] == "no CUDA device here", op
+        assert devices["cuda"]["triton"] is not None, op
+        assert devices["cpu"]["reference"] is None, op
+    _, out, _ = run(capsys, "info")
+    assert "cuda   native     not available: no CUDA device here" in out
+    assert "cuda   native     available" not in out
+
+
 def test_module_runs_as_the_command():
     result = subprocess.run(
         [sys.executable, "-m", "lt_kernels", "--version"], capture_output=True, text=True, check=True

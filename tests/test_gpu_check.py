@@ -17,14 +17,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests/gpu")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests/gpu")]
 gpu_check, gpu_counters, run_device_checks, device_checks = map(
     importlib.import_module, ("gpu_check", "gpu_counters", "run_device_checks", "device_checks")
 )
 
 
 def run_checks(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/run_device_checks.py"), "--device", "cpu", *arguments]
+    command = [sys.executable, str(ROOT / "tools/run_device_checks.py"), "--device", "cpu", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, check=False
     )
@@ -220,7 +220,7 @@ def test_commands_of_the_steps(machine, monkeypatch):
 
 def test_without_a_gpu_every_step_fails_with_the_reason(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(ROOT / "scripts/gpu_check.sh"), str(tmp_path / "out"), "--python", sys.executable]
+    command = ["bash", str(ROOT / "tools/gpu_check.sh"), str(tmp_path / "out"), "--python", sys.executable]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -305,7 +305,7 @@ echo '{message}' > "$2"
 exit 1
 """)
     ncu.chmod(0o755)
-    command = [sys.executable, str(ROOT / "scripts/gpu_counters.py"), "--ncu", str(ncu)]
+    command = [sys.executable, str(ROOT / "tools/gpu_counters.py"), "--ncu", str(ncu)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == status
     if status == 77:

@@ -10,19 +10,23 @@ from torch import Tensor
 
 from .. import _settings
 from .._checks import (
-    INDEX_DTYPES,
-    REDUCTIONS,
     check_choice,
+    check_class_vector,
+    check_device,
     check_floating,
-    class_vector,
-    number,
+    check_integers,
+    check_number,
+    check_positive,
+    check_scalar,
+    check_shape,
     product_dtype,
-    scalar_tensor,
+    reads_values,
 )
 from ..ops._backend import BackendUnavailableError, resolve
 from ..ops.partitioned_logsumexp import plan
 from ..ops.partitioned_logsumexp.arguments import Arguments
 from ..ops.partitioned_logsumexp.op import OP, forward
+from ._row_options import REDUCTIONS
 
 #: Labels are compared as int32.
 _LABELS = torch.iinfo(torch.int32)
@@ -119,11 +123,11 @@ def partitioned_logsumexp(
     of_keys = labels if key_label is query_label else _labels("key_label", key_label, m, query)
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
-        learned_scale = scalar_tensor("scale", scale, query).to(compute_dtype)
+        learned_scale = check_scalar("scale", scale, query).to(compute_dtype)
     else:
-        fixed_scale = number("scale", scale)
-    key_bias = class_vector("key_bias", key_bias, m, query, compute_dtype, of="key")
-    key_scale = class_vector("key_scale", key_scale, m, query, compute_dtype, of="key")
+        fixed_scale = check_number("scale", scale)
+    key_bias = check_class_vector("key_bias", key_bias, m, query, compute_dtype, of="key")
+    key_scale = check_class_vector("key_scale", key_scale, m, query, compute_dtype, of="key")
     left_out = _exclude(exclude, n, m, query)
     begin, end = _rows(key_grad_rows, m)
     for name, value in (("normalized", normalized), ("separate_scale", separate_scale)):
@@ -206,9 +210,7 @@ def supervised_contrastive(
     check_choice("form", form, ("out", "in"))
     check_choice("reduction", reduction, REDUCTIONS)
     if not isinstance(temperature, Tensor):
-        temperature = number("temperature", temperature)
-        if temperature <= 0:
-            raise ValueError(f"temperature: got {temperature}, expected a number > 0")
+        temperature = check_positive("temperature", temperature)
     sums = partitioned_logsumexp(
         query, key, query_label, key_label, scale=1 / temperature, key_bias=key_bias, exclude=exclude,
         key_grad_rows=key_grad_rows, normalized=normalized,
@@ -243,31 +245,20 @@ def _check_vectors(query: Tensor, key: Tensor) -> torch.dtype:
         )
     if query.shape[1] == 0:
         raise ValueError(f"query: got shape {tuple(query.shape)}, expected at least one feature")
-    if key.device != query.device:
-        raise ValueError(f"key: got device {key.device}, expected {query.device} as query")
+    check_device("key", key, query, " as query")
     return product_dtype(query, key, "key", "query")
 
 
-def _reads_values(tensor: Tensor) -> bool:
-    """Whether values are checked: on the CPU, where that waits for nothing, and with checks on."""
-    return (tensor.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling()
-
-
 def _index_vector(name: str, value: Any, size: int, query: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor [{size}] of integers")
-    if value.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
-    if tuple(value.shape) != (size,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{size}]")
-    if value.device != query.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {query.device} as query")
+    check_integers(name, value, f"a Tensor [{size}] of integers")
+    check_shape(name, value, (size,), expected=f"[{size}]")
+    check_device(name, value, query, " as query")
     return value
 
 
 def _labels(name: str, value: Any, size: int, query: Tensor) -> Tensor:
     value = _index_vector(name, value, size, query)
-    if value.dtype.itemsize >= 4 and value.dtype != torch.int32 and size > 0 and _reads_values(value):
+    if value.dtype.itemsize >= 4 and value.dtype != torch.int32 and size > 0 and reads_values(value):
         low, high = (int(bound) for bound in value.to(torch.int64).aminmax())
         if not _LABELS.min <= low <= high <= _LABELS.max:
             bad = low if low < _LABELS.min else high
@@ -284,7 +275,7 @@ def _exclude(exclude: Any, n: int, m: int, query: Tensor) -> Tensor | None:
             raise ValueError(f"exclude: got 'self' with {m} keys for {n} queries, expected a key for each query")
         return torch.arange(n, dtype=torch.int32, device=query.device)
     value = _index_vector("exclude", exclude, n, query).to(torch.int64)
-    if n > 0 and _reads_values(value):
+    if n > 0 and reads_values(value):
         bad = (value < -1) | (value >= m)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])

@@ -12,7 +12,17 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import _settings
-from .._checks import FLOATING, REDUCTIONS, check_choice, class_vector, number, row_options, scalar_tensor
+from .._checks import (
+    check_choice,
+    check_class_vector,
+    check_device,
+    check_flag,
+    check_floating,
+    check_int,
+    check_number,
+    check_positive,
+    check_scalar,
+)
 from ..ops._backend import resolve
 from ..ops._experts import compute_dtype, shape_of
 from ..ops._registry import flatten
@@ -25,6 +35,7 @@ from ..ops.expert_divergence.op import forward as divergence_forward
 from ..ops.expert_fusion.arguments import Arguments as FusionArguments
 from ..ops.expert_fusion.op import OP as FUSION
 from ..ops.expert_fusion.op import forward as fusion_forward
+from ._row_options import REDUCTIONS, row_options
 from .linear import linear_topk
 from .rows import RowKeywords, with_coefficient
 
@@ -276,10 +287,9 @@ def expert_fusion(
     classes = first.shape[1]
     dtype = compute_dtype(given)
     weights, tensor = _expert_weights(expert_weight, len(experts), first, dtype)
-    _check_topk(topk, classes)
-    if not isinstance(return_log_probs, bool):
-        raise TypeError(f"return_log_probs: got {type(return_log_probs).__name__}, expected a bool")
-    shift = class_vector("log_prior_shift", log_prior_shift, classes, first, dtype)
+    check_int("topk", topk, 1, classes, expected=f"1 to {classes}, the number of classes")
+    check_flag("return_log_probs", return_log_probs)
+    shift = check_class_vector("log_prior_shift", log_prior_shift, classes, first, dtype)
     fixed, learned = _scale(scale, temperature, first, dtype)
     with torch.no_grad():
         u, found, mass, log_probs = fusion_forward(
@@ -328,8 +338,7 @@ def linear_expert_fusion(
         raise TypeError(f"linear_weight: got {type(linear_weight).__name__}, expected a Tensor [E, C, D]")
     if linear_weight.dim() != 3 or 0 in linear_weight.shape[:2]:
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [E, C, D]")
-    if linear_weight.dtype not in FLOATING:
-        raise TypeError(f"linear_weight: got dtype {linear_weight.dtype}, expected one of {FLOATING}")
+    check_floating("linear_weight", linear_weight)
     count, classes, width = linear_weight.shape
     features = _check_features(input, count, width, linear_weight)
     if linear_bias is not None:
@@ -340,9 +349,9 @@ def linear_expert_fusion(
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
     dtype = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
-    _check_topk(topk, classes)
+    check_int("topk", topk, 1, classes, expected=f"1 to {classes}, the number of classes")
     weights, tensor = _expert_weights(expert_weight, count, linear_weight, dtype)
-    shift = class_vector("log_prior_shift", log_prior_shift, classes, linear_weight, dtype)
+    shift = check_class_vector("log_prior_shift", log_prior_shift, classes, linear_weight, dtype)
     fixed, learned = _scale(scale, temperature, linear_weight, dtype)
     with torch.no_grad():
         heads = list(linear_weight.unbind(0))
@@ -425,8 +434,7 @@ def expert_divergence(
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("expert_reduction", expert_reduction, ("none", "sum"))
-    if not isinstance(detach_mean, bool):
-        raise TypeError(f"detach_mean: got {type(detach_mean).__name__}, expected a bool")
+    check_flag("detach_mean", detach_mean)
     dtype = compute_dtype(given)
     vector = None
     if isinstance(temperature, Tensor):
@@ -434,11 +442,11 @@ def expert_divergence(
             raise ValueError("temperature: got a tensor that requires grad, expected one that does not")
         if temperature.dim() == 0:
             temperature = temperature.expand(first.shape[1])
-        vector = class_vector("temperature", temperature, first.shape[1], first, dtype)
+        vector = check_class_vector("temperature", temperature, first.shape[1], first, dtype)
         assert vector is not None
         if _settings.checks and not torch.compiler.is_compiling() and not bool((vector > 0).all()):
             raise ValueError("temperature: got values that are not positive, expected numbers > 0")
-    elif _positive("temperature", temperature) != 1.0:
+    elif check_positive("temperature", temperature) != 1.0:
         vector = torch.full((first.shape[1],), temperature, dtype=dtype, device=first.device)
     value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
@@ -454,8 +462,7 @@ def expert_divergence(
 def _check_experts(logits: ExpertLogits) -> tuple[list[Tensor], list[Tensor]]:
     """The operators' argument, and each expert's [N, C]."""
     if isinstance(logits, Tensor):
-        if logits.dtype not in FLOATING:
-            raise TypeError(f"logits: got dtype {logits.dtype}, expected one of {FLOATING}")
+        check_floating("logits", logits)
         if logits.dim() != 3 or logits.shape[0] == 0 or logits.shape[2] == 0:
             raise ValueError(
                 f"logits: got shape {tuple(logits.shape)}, expected [E, N, C] with at least one expert and one class, "
@@ -468,10 +475,7 @@ def _check_experts(logits: ExpertLogits) -> tuple[list[Tensor], list[Tensor]]:
         raise ValueError("logits: got no tensors, expected one [N, C] for each expert")
     for e, each in enumerate(logits):
         name = f"logits[{e}]"
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{name}: got {type(each).__name__}, expected a Tensor [N, C]")
-        if each.dtype not in FLOATING:
-            raise TypeError(f"{name}: got dtype {each.dtype}, expected one of {FLOATING}")
+        check_floating(name, each, "a Tensor [N, C]")
         if each.dim() != 2 or each.shape[1] == 0:
             raise ValueError(f"{name}: got shape {tuple(each.shape)}, expected [N, C] with at least one class")
         for what in ("shape", "dtype", "device"):
@@ -487,12 +491,10 @@ def _shown(value: Any) -> Any:
 
 def _expert_matrix(name: str, value: Tensor, experts: int, classes: int, input: Tensor, dtype: torch.dtype) -> Tensor:
     """[E, C] in ``dtype``."""
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
+    check_floating(name, value, kind="a floating dtype")
     if value.shape != (experts, classes):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{classes}] or [{experts}, {classes}]")
-    if value.device != input.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {input.device} as logits")
+    check_device(name, value, input, " as logits")
     return value.to(dtype).contiguous()
 
 
@@ -511,17 +513,15 @@ def _prior(
         raise ValueError(f"{missing}: got None with {given}, expected both or neither")
     if log_prior is None or taus is None:
         return None, [0.0] * experts, bias
-    prior = class_vector("log_prior", log_prior, classes, input, dtype)
+    prior = check_class_vector("log_prior", log_prior, classes, input, dtype)
     assert prior is not None
     if _settings.checks and not torch.compiler.is_compiling() and not bool(prior.isfinite().all()):
         raise ValueError("log_prior: got values that are not finite, expected finite ones (mask with class_bias=-inf)")
     if isinstance(taus, Tensor):
-        if not taus.is_floating_point():
-            raise TypeError(f"taus: got dtype {taus.dtype}, expected a floating dtype")
+        check_floating("taus", taus, kind="a floating dtype")
         if taus.shape not in ((experts,), (experts, classes)):
             raise ValueError(f"taus: got shape {tuple(taus.shape)}, expected [{experts}] or [{experts}, {classes}]")
-        if taus.device != input.device:
-            raise ValueError(f"taus: got device {taus.device}, expected {input.device} as logits")
+        check_device("taus", taus, input, " as logits")
         exponents = taus.to(dtype)
         own = (exponents[:, None] if taus.dim() == 1 else exponents) * prior
     else:
@@ -529,7 +529,7 @@ def _prior(
             raise TypeError(f"taus: got {type(taus).__name__}, expected a sequence of {experts} numbers or a Tensor")
         if len(taus) != experts:
             raise ValueError(f"taus: got {len(taus)} values, expected {experts}, one for each expert")
-        numbers = [number(f"taus[{e}]", tau) for e, tau in enumerate(taus)]
+        numbers = [check_number(f"taus[{e}]", tau) for e, tau in enumerate(taus)]
         if not prior.requires_grad:
             # the kernels' gradients of a class_bias that learns go to what they are given: [C] or [E, C]
             return prior, numbers, bias
@@ -544,40 +544,24 @@ def _expert_weights(
     if expert_weight is None:
         return [1.0 / experts] * experts, None
     if isinstance(expert_weight, Tensor):
-        if not expert_weight.is_floating_point():
-            raise TypeError(f"expert_weight: got dtype {expert_weight.dtype}, expected a floating dtype")
+        check_floating("expert_weight", expert_weight, kind="a floating dtype")
         if expert_weight.shape != (experts,):
             raise ValueError(f"expert_weight: got shape {tuple(expert_weight.shape)}, expected [{experts}]")
-        if expert_weight.device != input.device:
-            raise ValueError(f"expert_weight: got device {expert_weight.device}, expected {input.device} as logits")
+        check_device("expert_weight", expert_weight, input, " as logits")
         return [1.0] * experts, expert_weight.detach().to(dtype).contiguous()
     if not isinstance(expert_weight, (list, tuple)):
         raise TypeError(f"expert_weight: got {type(expert_weight).__name__}, expected {experts} numbers or a Tensor")
     if len(expert_weight) != experts:
         raise ValueError(f"expert_weight: got {len(expert_weight)} values, expected {experts}, one for each expert")
-    return [number(f"expert_weight[{e}]", value) for e, value in enumerate(expert_weight)], None
-
-
-def _positive(name: str, value: Any) -> float:
-    value = number(name, value)
-    if value <= 0:
-        raise ValueError(f"{name}: got {value}, expected a number > 0")
-    return value
+    return [check_number(f"expert_weight[{e}]", value) for e, value in enumerate(expert_weight)], None
 
 
 def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     """scale / temperature as a number and a tensor that multiplies it."""
-    inverse = 1.0 / _positive("temperature", temperature)
+    inverse = 1.0 / check_positive("temperature", temperature)
     if isinstance(scale, Tensor):
-        return inverse, scalar_tensor("scale", scale, input).detach().to(dtype)
-    return number("scale", scale) * inverse, None
-
-
-def _check_topk(topk: Any, classes: int) -> None:
-    if isinstance(topk, bool) or not isinstance(topk, int):
-        raise TypeError(f"topk: got {type(topk).__name__}, expected an int")
-    if not 1 <= topk <= classes:
-        raise ValueError(f"topk: got {topk}, expected 1 to {classes}, the number of classes")
+        return inverse, check_scalar("scale", scale, input).detach().to(dtype)
+    return check_number("scale", scale) * inverse, None
 
 
 def _check_features(input: ExpertLogits, experts: int, width: int, linear_weight: Tensor) -> list[Tensor]:
@@ -595,16 +579,12 @@ def _check_features(input: ExpertLogits, experts: int, width: int, linear_weight
         raise ValueError(f"input: got {len(features)} experts, expected {experts} as linear_weight")
     for e, each in enumerate(features):
         name = "input" if isinstance(input, Tensor) else f"input[{e}]"
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{name}: got {type(each).__name__}, expected a Tensor [N, D]")
-        if each.dtype not in FLOATING:
-            raise TypeError(f"{name}: got dtype {each.dtype}, expected one of {FLOATING}")
+        check_floating(name, each, "a Tensor [N, D]")
         if each.dtype != features[0].dtype:
             raise TypeError(f"{name}: got dtype {each.dtype}, expected {features[0].dtype} as input[0]")
         if each.dim() != 2 or each.shape != features[0].shape:
             raise ValueError(f"{name}: got shape {tuple(each.shape)}, expected [N, D], the same for every expert")
         if each.shape[1] != width:
             raise ValueError(f"{name}: got {each.shape[1]} features, expected {width} as linear_weight")
-        if each.device != linear_weight.device:
-            raise ValueError(f"{name}: got device {each.device}, expected {linear_weight.device} as linear_weight")
+        check_device(name, each, linear_weight, " as linear_weight")
     return features

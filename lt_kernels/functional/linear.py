@@ -13,13 +13,14 @@ from .. import _settings
 from .._checks import (
     FLOATING,
     check_choice,
+    check_class_vector,
+    check_device,
+    check_flag,
     check_floating,
-    class_vector,
-    logits_layout,
-    number,
+    check_int,
+    check_number,
+    check_scalar,
     product_dtype,
-    row_options,
-    scalar_tensor,
 )
 from ..ops._backend import BackendUnavailableError, resolve
 from ..ops._registry import flatten
@@ -31,6 +32,7 @@ from ..ops.linear_margin_cross_entropy.plan import LinearPlan
 from ..ops.linear_margin_cross_entropy.topk import BUFFER as TOPK_BUFFER
 from ..ops.linear_margin_cross_entropy.topk import linear_topk as topk_forward
 from ..ops.margin_cross_entropy.op import OP as ROWS
+from ._row_options import logits_layout, row_options
 from .rows import MarginCrossEntropyOutput, RowKeywords, knows_gradient, row_output, with_coefficient
 
 
@@ -345,17 +347,14 @@ def linear_topk(
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [C, D]")
     shape, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
     classes = linear_weight.shape[0]
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: got {type(k).__name__}, expected an int")
-    if not 1 <= k <= classes:
-        raise ValueError(f"k: got {k}, expected 1 to {classes}, the number of classes")
+    check_int("k", k, 1, classes, expected=f"1 to {classes}, the number of classes")
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    shift = class_vector("class_shift", class_shift, classes, input, arithmetic)
+    shift = check_class_vector("class_shift", class_shift, classes, input, arithmetic)
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
-        learned_scale = scalar_tensor("scale", scale, input).to(arithmetic)
+        learned_scale = check_scalar("scale", scale, input).to(arithmetic)
     else:
-        fixed_scale = number("scale", scale)
+        fixed_scale = check_number("scale", scale)
     with torch.no_grad():
         features = input.reshape(-1, input.shape[-1])
         if normalize:
@@ -384,8 +383,7 @@ def _check_linear(
     """The logits' shape, and the dtype of the matrix products."""
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize: got {type(normalize).__name__}, expected a bool")
+    check_flag("normalize", normalize)
     if input.dim() not in (1, 2):
         raise ValueError(f"input: got shape {tuple(input.shape)}, expected features [D] or [N, D]")
     if linear_weight.dim() < 2:
@@ -401,16 +399,14 @@ def _check_linear(
             f"linear_weight: got {linear_weight.shape[-1]} features (shape {tuple(linear_weight.shape)}), "
             f"expected {input.shape[-1]} as input of shape {tuple(input.shape)}"
         )
-    if linear_weight.device != input.device:
-        raise ValueError(f"linear_weight: got device {linear_weight.device}, expected {input.device} as input")
+    check_device("linear_weight", linear_weight, input, " as input")
     if linear_bias is not None:
         check_floating("linear_bias", linear_bias)
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(
                 f"linear_bias: got shape {tuple(linear_bias.shape)}, expected {tuple(linear_weight.shape[:-1])}"
             )
-        if linear_bias.device != input.device:
-            raise ValueError(f"linear_bias: got device {linear_bias.device}, expected {input.device} as input")
+        check_device("linear_bias", linear_bias, input, " as input")
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
     return (*input.shape[:-1], *linear_weight.shape[:-1]), product_dtype(input, linear_weight, "linear_weight", "input")

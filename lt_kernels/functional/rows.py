@@ -10,12 +10,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import _settings
-from .._checks import check_floating, compute_dtype, logits_layout, row_options
+from .._checks import check_floating
 from ..ops._backend import resolve
 from ..ops._registry import flatten
 from ..ops._rows.options import RowOptions
 from ..ops.margin_cross_entropy.arguments import Arguments
 from ..ops.margin_cross_entropy.op import OP, forward, mean_coefficient
+from ._row_options import compute_dtype, logits_layout, row_options
 
 
 class MarginCrossEntropyOutput(NamedTuple):

@@ -1,7 +1,7 @@
 """What must hold on a device, as plain functions: they need torch and this package, no test framework.
 
 ``CHECKS`` maps a readable name to a ``Check``. ``test_device.py`` hands them to pytest; where there is none,
-``scripts/run_device_checks.py`` runs them, in several processes. A check passes by returning, fails by raising, and is
+``tools/run_device_checks.py`` runs them, in several processes. A check passes by returning, fails by raising, and is
 skipped by raising ``unittest.SkipTest``; it runs with the backend under test selected.
 """
 

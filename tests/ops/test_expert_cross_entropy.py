@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_cases import CASES, LAYOUTS, Case
+from _cases.experts import CASES, LAYOUTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from expert_cases import LAYOUTS
+from _cases.experts import LAYOUTS
 from torch import Tensor
 
 import lt_kernels

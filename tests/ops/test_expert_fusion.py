@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_cases import LAYOUTS
+from _cases.experts import LAYOUTS
 from torch import Tensor
 
 import lt_kernels

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from _cases.linear import CASES, OWN, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import CASES, OWN, Case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, LAYOUTS, Case
+from _cases.rows import CASES, LAYOUTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_cases import CASES, Case
+from _cases.contrastive import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._checks import check_classes
 from .options import RowOptions, Slot
 
 _SIN2_MIN = 1e-7  # keeps the angular derivative cot(theta) finite at theta = 0
@@ -21,18 +22,6 @@ _SIN2_MIN = 1e-7  # keeps the angular derivative cot(theta) finite at theta = 0
 
 def _softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, torch.zeros_like(z))
-
-
-def check_classes(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """IndexError for the first class index out of range. Reads values: a GPU is waited for."""
-    target = target.to(torch.int64)
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"{name}: row {row} has class {int(target.flatten()[row])}, "
-            f"expected 0 <= class < {classes} or ignore_index={ignore_index}"
-        )
 
 
 class Slopes(NamedTuple):

@@ -24,7 +24,7 @@ from torch import Tensor
 from .._backend import load
 from .._experts import empty_gradient, per_argument, shape_of
 from .._reduce import ordered_sum
-from .._registry import define, register_autograd, register_no_double_backward
+from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
 from .arguments import DIFFERENTIABLE, SIGNATURE
@@ -116,9 +116,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.backend, ctx.logits_are_one = backend, logits[0].dim() == 3
     ctx.logits_need = ctx.needs_input_grad[2 : 2 + len(logits)]
     ctx.needs = SIGNATURE.needs((any(ctx.logits_need), *ctx.needs_input_grad[2 + len(logits) :]))
-    # The gradient computed in forward serves the first backward pass; a second one over a retained graph recomputes.
-    ctx.gradient_ready = with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1)
-    ctx.save_for_backward(*logits, *tensors, rest, grad if ctx.gradient_ready else None)
+    ctx.gradient = ReadyGradient(with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1))
+    ctx.save_for_backward(*logits, *tensors, rest, grad if ctx.gradient.ready else None)
 
 
 def _scale(gradient: Tensor, factor: Tensor, backend: str) -> None:
@@ -136,14 +135,11 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any
     *tensors, rest, grad = ctx.saved_tensors
     logits, tensors = list(tensors[: ctx.list_length]), tensors[ctx.list_length :]
     gradients: dict[str, Any] = {}
-    # create_graph: the recomputing operator says what is not possible
-    usable = grad_loss is not None and grad_loss.dim() < 2 and not torch.is_grad_enabled()
-    if ctx.gradient_ready and usable and not torch.compiler.is_compiling() and type(grad_loss) is Tensor:
-        # As in margin_cross_entropy: in place, in a buffer private to this node, which compiled code cannot trace.
-        ctx.gradient_ready = False
-        gradients["logits"] = grad.data
-        _scale(gradients["logits"], grad_loss, ctx.backend)
-    elif grad_loss is not None:
+    for ready in ctx.gradient.take([grad], grad_loss if grad_loss is not None and grad_loss.dim() < 2 else None):
+        assert grad_loss is not None
+        _scale(ready, grad_loss, ctx.backend)
+        gradients["logits"] = ready
+    if not gradients and grad_loss is not None:
         values = torch.ops.lt_kernels.expert_cross_entropy_bwd(
             grad_loss, rest, logits, *SIGNATURE.join(tensors, ctx.others)[1:], ctx.needs, ctx.backend
         )

@@ -13,15 +13,16 @@ each [0] otherwise. Backward computes from ``rest``, and from ``logits`` if they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._checks import check_classes
 from .._backend import load
 from .._reduce import ordered_sum
-from .._registry import define, register_autograd, register_no_double_backward
-from .._rows.row_terms import check_classes
+from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward, spends_in_place
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
 from . import chunked
@@ -118,8 +119,12 @@ def _backward(*args: Any) -> list[Tensor]:
     return _gradients(False, *args)
 
 
+def _backward_in_place(*args: Any) -> list[Tensor]:
+    return _gradients(True, *args)
+
+
 def _gradients(overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
-    """overwrite: whether kept logits may be turned into their gradient in place."""
+    """Return the gradients. overwrite: whether kept logits may be turned into their gradient in place."""
     logits, is_gradient, *inputs, strategy, memory_budget, with_prediction, needs, backend = args
     a = SIGNATURE.rebuild(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
@@ -167,10 +172,19 @@ FORWARD = define(
     _forward,
     _forward_fake,
 )
+_AFTER_LOGITS = (
+    f"bool is_gradient, {SIGNATURE.schema}, str strategy, int memory_budget, bool with_prediction, bool[] needs,"
+    " str backend) -> Tensor[]"
+)
 BACKWARD = define(
-    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor? logits, bool is_gradient, {SIGNATURE.schema},"
-    " str strategy, int memory_budget, bool with_prediction, bool[] needs, str backend) -> Tensor[]",
+    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor? logits, {_AFTER_LOGITS}",
     _backward,
+    _backward_fake,
+)
+# The same, which turns the logits that forward kept into their gradient. Only called where no graph is recorded.
+define(
+    f"{OP}_bwd_(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor(a!) logits, {_AFTER_LOGITS}",
+    _backward_in_place,
     _backward_fake,
 )
 
@@ -184,54 +198,52 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.settings = (strategy, memory_budget, with_prediction)
     ctx.backend = backend
     ctx.needs = SIGNATURE.needs(ctx.needs_input_grad[1:])
-    # What forward kept for the first backward pass. It is spent there, in place, where nothing else can see it; a
-    # second pass over a retained graph computes the logits again.
     _, rest, logits, *grads = others
-    ctx.kept, kept = "nothing", []
-    if strategy == "materialize":
-        ctx.kept, kept = "gradient of logits" if with_grad else "logits", [logits]
-    elif with_grad and ctx.needs[: len(_OWN)] == list(needs) and not any(ctx.needs[len(_OWN) :]):
-        ctx.kept, kept = "gradients", grads
-    ctx.spent = False
-    ctx.save_for_backward(*tensors, rest, *kept)
+    same_needs = ctx.needs[: len(_OWN)] == list(needs) and not any(ctx.needs[len(_OWN) :])
+    ctx.gradients = ReadyGradient(strategy == "chunked" and with_grad and same_needs)
+    ctx.logits = _KeptLogits(strategy == "materialize", with_grad)
+    ctx.save_for_backward(*tensors, rest, *([logits] if ctx.logits.kept else grads if ctx.gradients.ready else []))
+
+
+class _KeptLogits:
+    """The logits that "materialize" keeps, or their gradient. The first backward pass may overwrite the logits."""
+
+    def __init__(self, kept: bool, are_gradient: bool) -> None:
+        self.kept, self.are_gradient, self.spent = kept, are_gradient, False
+
+    def usable(self, scalar: bool) -> bool:
+        """Return whether backward can start from them, given whether the upstream gradient is one factor."""
+        return self.kept and (scalar if self.are_gradient else not self.spent)
 
 
 def _autograd_backward(
     ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    count = SIGNATURE.n_tensors
+    saved, count = ctx.saved_tensors, SIGNATURE.n_tensors
     tensors, rest, kept = saved[:count], saved[count], saved[count + 1 :]
     gradients: dict[str, Tensor] = {}
-    scalar = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0
-    compiling = torch.compiler.is_compiling() or type(grad_loss) is not Tensor
-    once = not torch.is_grad_enabled()  # create_graph: the registered operator says what is not possible
-    in_place = once and not compiling
     if grad_loss is None and grad_lse is None:
-        pass
-    elif ctx.kept == "gradients" and scalar and once and not ctx.spent:
-        assert grad_loss is not None
-        gradients = {name: value for name, value, need in zip(_OWN, kept, ctx.needs, strict=False) if need}
-        if in_place:
-            ctx.spent = True
-            gradients = {name: value.data for name, value in gradients.items()}  # scaling is no change of a saved one
-            for value in gradients.values():
-                scale_(value, grad_loss, ctx.backend)
-        else:
-            gradients = {name: (value * grad_loss).to(value.dtype) for name, value in gradients.items()}
+        return (*SIGNATURE.gradients(gradients), *[None] * 7)
+    factor = grad_loss if grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 else None
+    if ctx.gradients.ready and factor is not None and not torch.is_grad_enabled():
+        ready = ctx.gradients.take(kept, factor)
+        for value in ready:
+            scale_(value, factor, ctx.backend)
+        values: Sequence[Tensor] = ready or [(value * factor).to(value.dtype) for value in kept]
     else:
-        if grad_loss is None:
-            grad_loss = rest.new_zeros(())
-        is_gradient = ctx.kept == "gradient of logits" and scalar
-        logits = kept[0] if is_gradient or (ctx.kept == "logits" and not ctx.spent) else None
-        arguments = (*SIGNATURE.join(tensors, ctx.others), *ctx.settings, ctx.needs, ctx.backend)
-        if ctx.kept == "logits" and in_place and logits is not None:
-            ctx.spent = True
-            values = _gradients(True, grad_loss, grad_lse, rest, logits.data, False, *arguments)
-        else:
-            operator = torch.ops.lt_kernels.linear_margin_cross_entropy_bwd
-            values = operator(grad_loss, grad_lse, rest, logits, is_gradient, *arguments)
-        gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
+        grad_loss = rest.new_zeros(()) if grad_loss is None else grad_loss
+        logits, operator = None, torch.ops.lt_kernels.linear_margin_cross_entropy_bwd
+        if ctx.logits.usable(factor is not None):
+            (logits,) = kept
+            if not ctx.logits.are_gradient and spends_in_place(grad_loss):
+                ctx.logits.spent, operator = True, torch.ops.lt_kernels.linear_margin_cross_entropy_bwd_
+                logits = logits.data
+        values = operator(
+            grad_loss, grad_lse, rest, logits, logits is not None and ctx.logits.are_gradient,
+            *SIGNATURE.join(tensors, ctx.others), *ctx.settings, ctx.needs, ctx.backend,
+        )  # fmt: skip
+    # values of the linear layer's own arguments alone where forward computed them
+    gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=False) if need}
     return (*SIGNATURE.gradients(gradients), *[None] * 7)
 
 

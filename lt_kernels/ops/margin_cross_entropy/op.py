@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._backend import load
 from .._reduce import ordered_sum
-from .._registry import define, register_autograd, register_no_double_backward
+from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward
 from .arguments import DIFFERENTIABLE, SIGNATURE
 
 OP = "margin_cross_entropy"
@@ -135,9 +135,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     tensors, ctx.others = SIGNATURE.split(arguments)
     ctx.backend = backend
     ctx.needs = SIGNATURE.needs(ctx.needs_input_grad[1:])
-    # The gradient computed in forward serves the first backward pass; a second one over a retained graph recomputes.
-    ctx.gradient_ready = with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1)
-    ctx.save_for_backward(*tensors, rest, grad_input if ctx.gradient_ready else None)
+    ctx.gradient = ReadyGradient(with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1))
+    ctx.save_for_backward(*tensors, rest, grad_input if ctx.gradient.ready else None)
 
 
 def _autograd_backward(
@@ -145,15 +144,12 @@ def _autograd_backward(
 ) -> tuple[Tensor | None, ...]:
     *tensors, rest, grad_input = ctx.saved_tensors
     gradients: dict[str, Tensor] = {}
-    usable = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0
-    usable = usable and not torch.is_grad_enabled()  # create_graph: the recomputing operator says what is not possible
-    if ctx.gradient_ready and usable and not torch.compiler.is_compiling() and type(grad_loss) is Tensor:
-        # In place, and marked on ctx: neither can be traced, so compiled code recomputes. The buffer is private to this
-        # node (.data): scaling it must not count as changing a saved tensor.
-        ctx.gradient_ready = False
-        gradients["input"] = grad_input.data
-        scale_(gradients["input"], grad_loss, ctx.backend)
-    elif grad_loss is not None or grad_lse is not None:
+    factor = grad_loss if grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 else None
+    for ready in ctx.gradient.take([grad_input], factor):
+        assert factor is not None
+        scale_(ready, factor, ctx.backend)
+        gradients["input"] = ready
+    if not gradients and not (grad_loss is None and grad_lse is None):
         if grad_loss is None:
             grad_loss = rest.new_zeros(())
         values = torch.ops.lt_kernels.margin_cross_entropy_bwd(

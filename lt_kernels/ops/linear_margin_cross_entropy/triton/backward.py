@@ -465,8 +465,8 @@ def _class_gradients(
             arguments[f"grad_{name}_ptr"] = grads[position] if needs[position] else None
         to_scale = rest.new_empty((classes,)) if need_learned else None
         launch_kernel(
-            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),), arguments | {"to_scale_ptr": to_scale}, BLOCK=256,
-            num_warps=4,
+            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),),
+            arguments | {"to_scale_ptr": to_scale}, BLOCK=256, num_warps=4,
         )  # fmt: skip
         if to_scale is not None:
             grads[7] = a.options.scale * (to_scale.sum() + arguments["terms_ptr"][TO_SCALE.value].sum())

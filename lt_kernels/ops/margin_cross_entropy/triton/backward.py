@@ -313,10 +313,10 @@ def margin_cross_entropy_tiles_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute all gradients; one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows, in order.
+    """Compute all gradients, one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows.
 
-    The strides of samples and rows are in units of ALIGN elements, and the classes are a multiple of ALIGN: the compiler
-    sees the alignment. IN_PLACE: grad_ptr is input_ptr.
+    The strides of samples and rows are in units of ALIGN elements, and the classes are a multiple of ALIGN, so that
+    the compiler knows the alignment. IN_PLACE: grad_ptr is input_ptr.
     """
     MIXED: tl.constexpr = options.mixed_target_ptr is not None
     NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED

@@ -300,7 +300,7 @@ def partitioned_logsumexp_grad_both_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute the gradient of a block of queries that are the keys too: through their rows and through their columns."""
+    """Compute the gradient of a block of queries that are the keys too, through their rows and their columns."""
     own_begin = tl.program_id(0) * BLOCK_N
     row = own_begin + tl.arange(0, BLOCK_N)
     inside = row < rows

@@ -192,7 +192,7 @@ def partitioned_logsumexp_merge_kernel(
 
 @triton.jit
 def find_special_tiles(first, end, columns, low, high, BLOCK_C: tl.constexpr):
-    """Return where the full ones of the tiles ``first`` to ``end`` end, and between which tiles columns are left out."""
+    """Return where the full tiles of ``first`` to ``end`` end, and between which tiles columns are left out."""
     last = tl.minimum(end, columns // BLOCK_C)
     skip = tl.minimum(tl.maximum(low // BLOCK_C, first), last)
     return last, skip, tl.maximum(tl.minimum(high // BLOCK_C + 1, last), skip)
@@ -201,8 +201,8 @@ def find_special_tiles(first, end, columns, low, high, BLOCK_C: tl.constexpr):
 @triton.jit
 def join_keys(
     s, begin, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width, key_stride, scale,
-    bound, zero, MASKED: tl.constexpr, CONSTANT: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    bound, zero, MASKED: tl.constexpr, CONSTANT: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return the statistics s of the queries q with the keys from ``begin`` on added."""
     column = begin + tl.arange(0, BLOCK_C)
@@ -343,11 +343,13 @@ def partitioned_logsumexp_block_forward_kernel(
         )
         if (begin + LANES * GROUP > columns) | ((exclude < begin + LANES * GROUP) & (exclude >= begin)):
             s = join_tile(
-                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, True, False, SLOPES,
+                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, True, False,
+                SLOPES,
             )  # fmt: skip
         else:
             s = join_tile(
-                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, False, False, SLOPES,
+                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, False, False,
+                SLOPES,
             )  # fmt: skip
     neg_peak, neg_mass, neg_slope = merge_lanes(s.neg_peak, s.neg_mass, s.neg_slope)
     pos_peak, pos_mass, pos_slope = merge_lanes(s.pos_peak, s.pos_mass, s.pos_slope)
