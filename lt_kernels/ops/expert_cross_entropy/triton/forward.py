@@ -134,7 +134,7 @@ def load_prior(biases, first, offsets, mask, WIDE: tl.constexpr):
 
 @triton.jit
 def shift_by_biases(
-    prior, x, biases, expert: tl.constexpr, first, offsets, mask, options, classes, scale, WIDE: tl.constexpr
+    prior, x, biases, expert: tl.constexpr, first, offsets, mask, o, classes, scale, WIDE: tl.constexpr
 ):
     """Return u = scale * class_scale * x + class_bias + tau * prior; -inf outside the mask, where x is -inf."""
     bias = None
@@ -145,14 +145,14 @@ def shift_by_biases(
         bias_ptr, before = locate_bias(biases, expert, classes)
         own = load_class_values(bias_ptr, first + before, offsets, mask, 0.0, WIDE, False)
         bias = own if bias is None else bias + own
-    return shift_logits_by(x, bias, first, offsets, mask, options, scale, WIDE)
+    return shift_logits_by(x, bias, first, offsets, mask, o, scale, WIDE)
 
 
 @triton.jit
-def load_edge(row_ptr, prior, biases, expert: tl.constexpr, edge, edge_mask, rest_mask, options, classes, scale):
+def load_edge(row_ptr, prior, biases, expert: tl.constexpr, edge, edge_mask, rest_mask, o, classes, scale):
     """Load a row's edge: the logits, and u where no target is, else -inf."""
     x = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-    u = shift_by_biases(prior, x, biases, expert, 0, edge, edge_mask, options, classes, scale, False)
+    u = shift_by_biases(prior, x, biases, expert, 0, edge, edge_mask, o, classes, scale, False)
     return x, tl.where(rest_mask, u, -INF)
 
 
@@ -160,15 +160,15 @@ def load_edge(row_ptr, prior, biases, expert: tl.constexpr, edge, edge_mask, res
 
 
 @triton.jit
-def sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, options, WIDE: tl.constexpr):
+def sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, o, WIDE: tl.constexpr):
     """Return the sums over all columns that are no target: maximum (but never -inf), sum of exp(u - maximum), sum of
     w_j (u_j - maximum); and exp(u - maximum) of edge and body."""
     peak = finite_reference(tl.maximum(tl.max(u_edge, 0), tl.max(tl.max(tl.max(u, 2), 0), 0)))
     exp, exp_edge = fast_exp(u - peak), fast_exp(u_edge - peak)
     weighted = 0.0
-    if options.smooth:
-        weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, options, WIDE)), 0)
-        weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, options, False), 0)
+    if o.smooth:
+        weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, o, WIDE)), 0)
+        weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, o, False), 0)
     return peak, tl.sum(lane_sum(exp), 0) + tl.sum(exp_edge, 0), weighted, exp_edge, exp
 
 
@@ -176,28 +176,28 @@ def sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, options, WIDE: tl.
 
 
 @triton.jit
-def load_slot_of_sum(row_ptrs, label, share, options, classes, scale, SLOT: tl.constexpr, EXPERTS: tl.constexpr):
+def load_slot_of_sum(row_ptrs, label, share, o, classes, scale, SLOT: tl.constexpr, EXPERTS: tl.constexpr):
     """Return a target of the plain cross-entropy of ``scale`` times the sum of the experts."""
     index = label.index
     total = tl.load(row_ptrs[0] + index).to(tl.float32)
     for e in tl.static_range(1, EXPERTS):
         total += tl.load(row_ptrs[e] + index).to(tl.float32)
     total = tl.where(scale * total == INF, float("nan"), total)  # as in log_softmax
-    return make_slot(total, label, share, options, scale, classes, SLOT)
+    return make_slot(total, label, share, o, scale, classes, SLOT)
 
 
 @triton.jit
-def load_slots_of_sum(row_ptrs, row, options, classes, scale, ignore_index, EXPERTS: tl.constexpr):
+def load_slots_of_sum(row_ptrs, row, o, classes, scale, ignore_index, EXPERTS: tl.constexpr):
     """Return both targets of the plain cross-entropy of ``scale`` times the sum of the experts."""
     share = 1.0
-    if options.mixed_target_ptr is not None:
-        share = tl.load(options.mix_lambda_ptr + row * options.mix_lambda_stride)
-    label = load_label(options.target_ptr + row, classes, ignore_index)
-    a = load_slot_of_sum(row_ptrs, label, share, options, classes, scale, 0, EXPERTS)
+    if o.mixed_target_ptr is not None:
+        share = tl.load(o.mix_lambda_ptr + row * o.mix_lambda_stride)
+    label = load_label(o.target_ptr + row, classes, ignore_index)
+    a = load_slot_of_sum(row_ptrs, label, share, o, classes, scale, 0, EXPERTS)
     b = a
-    if options.mixed_target_ptr is not None:
-        label = load_label(options.mixed_target_ptr + row, classes, ignore_index)
-        b = load_slot_of_sum(row_ptrs, label, 1.0 - share, options, classes, scale, 1, EXPERTS)
+    if o.mixed_target_ptr is not None:
+        label = load_label(o.mixed_target_ptr + row, classes, ignore_index)
+        b = load_slot_of_sum(row_ptrs, label, 1.0 - share, o, classes, scale, 1, EXPERTS)
     return a, b
 
 
@@ -254,7 +254,7 @@ def best_of_sum(
 @triton.jit(do_not_specialize=["ignore_index"])
 def expert_cross_entropy_forward_kernel(
     logits_ptrs,  # E of [N, C], or E times [E, N, C]; unit class stride
-    options,  # KernelOptions without class_bias
+    o,  # KernelOptions without class_bias
     log_prior_ptr,  # [C]
     class_bias_ptr,  # [C], or [E, C] where OWN_BIAS
     ensemble_coefficient_ptr,  # [1 or 2]
@@ -285,23 +285,23 @@ def expert_cross_entropy_forward_kernel(
     prior; AHEAD: so does the next expert's row. The ensemble is a sweep over tiles of [SWEEP, LANES, GROUP].
     """
     WIDE: tl.constexpr = GROUP >= 4
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
     ENSEMBLE: tl.constexpr = ensemble_loss_ptr is not None
     biases = Biases(log_prior_ptr, class_bias_ptr, taus, OWN_BIAS)
     rows = tl.cast(tl.num_programs(0), tl.int64)
     row = tl.program_id(0).to(tl.int64)
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     mean_scale = scale * (1.0 / EXPERTS)
-    smooth_share = options.label_smoothing / classes
-    weight_total = load_weight_total(options, classes)
+    smooth_share = o.label_smoothing / classes
+    weight_total = load_weight_total(o, classes)
 
     _, head, groups = split_groups(row * row_stride, classes, GROUP)
-    label_a = load_label(options.target_ptr + row, classes, ignore_index)
+    label_a = load_label(o.target_ptr + row, classes, ignore_index)
     label_b = label_a
     share = 1.0
     if MIXED:
-        label_b = load_label(options.mixed_target_ptr + row, classes, ignore_index)
-        share = tl.load(options.mix_lambda_ptr + row * options.mix_lambda_stride)
+        label_b = load_label(o.mixed_target_ptr + row, classes, ignore_index)
+        share = tl.load(o.mix_lambda_ptr + row * o.mix_lambda_stride)
     row_ptrs = ()
     own = ()  # the targets' logits, all on their way at once; what else they have is made for one expert at a time
     for e in tl.static_range(EXPERTS):
@@ -312,7 +312,7 @@ def expert_cross_entropy_forward_kernel(
             x_b = tl.load(row_ptrs[e] + label_b.index)
         own = own + ((x_a, x_b),)
     if ENSEMBLE:
-        plain = plain_options(options, ensemble_coefficient_ptr)
+        plain = plain_options(o, ensemble_coefficient_ptr)
         mean_a, mean_b = load_slots_of_sum(row_ptrs, row, plain, classes, mean_scale, ignore_index, EXPERTS)
 
     group_a, group_b = target_groups(label_a.column, label_b.column, head, groups, MIXED, GROUP)
@@ -329,35 +329,33 @@ def expert_cross_entropy_forward_kernel(
     for e in tl.static_range(EXPERTS):
         if not AHEAD:
             x = load_body(logits_ptrs, row, e, expert_stride, row_stride, offsets, mask, GROUP)
-        x_edge, u_edge = load_edge(
-            row_ptrs[e], prior_edge, biases, e, edge, edge_mask, rest_mask, options, classes, scale
-        )
+        x_edge, u_edge = load_edge(row_ptrs[e], prior_edge, biases, e, edge, edge_mask, rest_mask, o, classes, scale)
         sum_edge += x_edge
         if not KEEP:
             prior = load_prior(biases, head, offsets, mask, WIDE)
-        u = shift_by_biases(prior, x.to(tl.float32), biases, e, head, offsets, mask, options, classes, scale, WIDE)
+        u = shift_by_biases(prior, x.to(tl.float32), biases, e, head, offsets, mask, o, classes, scale, WIDE)
         if AHEAD and e + 1 < EXPERTS:  # on its way while this one is summed up and written
             x = load_body(logits_ptrs, row, e + 1, expert_stride, row_stride, offsets, mask, GROUP)
-        peak, mass, weighted, exp_edge, exp = sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, options, WIDE)
+        peak, mass, weighted, exp_edge, exp = sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, o, WIDE)
         x_a, x_b = own[e]
-        a = add_bias(make_slot(x_a.to(tl.float32), label_a, share, options, scale, classes, 0), biases, e, classes)
+        a = add_bias(make_slot(x_a.to(tl.float32), label_a, share, o, scale, classes, 0), biases, e, classes)
         b = a
         if MIXED:
-            b = make_slot(x_b.to(tl.float32), label_b, 1.0 - share, options, scale, classes, 1)
+            b = make_slot(x_b.to(tl.float32), label_b, 1.0 - share, o, scale, classes, 1)
             b = add_bias(b, biases, e, classes)
         if grad_ptr is not None:
             grad_row_ptr = row_begin(grad_ptr, row, e, grad_expert_stride, grad_row_stride)
             grad_body_ptr = body_begin(grad_ptr, row, e, grad_expert_stride, grad_row_stride, GROUP)
         loss_row_ptr, rest_row_ptr = loss_ptr + e * rows + row, rest_ptr + 2 * e * rows + row
-        loss, _ = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, options)
+        loss, _ = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
         tl.store(loss_row_ptr, loss)
         tl.store(rest_row_ptr, peak)
         tl.store(rest_row_ptr + rows, mass)
         if grad_ptr is not None:
-            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, options)
-            dx = edge_gradient(exp_edge, exp_edge, a, b, slopes, edge, edge_mask, options, scale)
+            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
+            dx = edge_gradient(exp_edge, exp_edge, a, b, slopes, edge, edge_mask, o, scale)
             tl.store(grad_row_ptr + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
-            dx = body_gradient(exp, exp, slopes, head, offsets, mask, options, scale, WIDE)
+            dx = body_gradient(exp, exp, slopes, head, offsets, mask, o, scale, WIDE)
             tl.store(grad_body_ptr + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
     if ENSEMBLE:
         peaks, masses, bests, groups_of_bests = sweep_sum(
@@ -407,7 +405,7 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
             grad = outputs[0][which] if with_grad else None
             arguments: dict[str, Any] = {
                 "logits_ptrs": layout.tensors,
-                "options": options,
+                "o": options,
                 "log_prior_ptr": log_prior,
                 "class_bias_ptr": class_bias if own_biases is None else own_biases[which],
                 "ensemble_coefficient_ptr": a.ensemble_coefficient if ensemble else None,

@@ -47,7 +47,7 @@ def linear_margin_cross_entropy_terms_kernel(
     factor_ptr,  # [C, D]
     inverse_norm_ptr,  # [C]
     linear_bias_ptr,  # [C]
-    options,  # KernelOptions
+    o,  # KernelOptions
     rest_ptr,  # [2, N]
     grad_loss_ptr,  # 0-dim or [N]
     grad_lse_ptr,  # 0-dim or [N]
@@ -77,18 +77,18 @@ def linear_margin_cross_entropy_terms_kernel(
     if grad_lse_ptr is not None:
         upstream_lse += tl.load(grad_lse_ptr + row * grad_lse_stride)
     a, cosine_a, b, cosine_b = load_targets(
-        row, rows, input_ptr, factor_ptr, inverse_norm_ptr, linear_bias_ptr, options, classes, width, input_stride,
+        row, rows, input_ptr, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o, classes, width, input_stride,
         factor_stride, ignore_index, FULL, BLOCK_D,
     )  # fmt: skip
     slopes = row_slopes(
-        peak, mass, a, b, upstream, upstream_lse, load_weight_total(options, classes),
-        options.label_smoothing / classes, options,
+        peak, mass, a, b, upstream, upstream_lse, load_weight_total(o, classes),
+        o.label_smoothing / classes, o,
     )  # fmt: skip
     size = tl.cast(padded, tl.int64)
     out_ptr = terms_ptr + out
     mask = out < padded
     through_a, to_scale = store_target_terms(out_ptr, size, a, cosine_a, slopes.a, mask)
-    if options.mixed_target_ptr is not None:
+    if o.mixed_target_ptr is not None:
         slot_ptr = out_ptr + SLOT_TERMS * size
         through_b, to_scale_b = store_target_terms(slot_ptr, size, b, cosine_b, slopes.b, mask)
         to_scale += to_scale_b
@@ -118,7 +118,7 @@ def linear_margin_cross_entropy_grad_input_kernel(
     factor_ptr,  # [C, D], unit stride along D
     slope_ptr,  # [C]; the full scale if None
     offset_ptr,  # [C]; 0 if None
-    options,  # KernelOptions
+    o,  # KernelOptions
     terms_ptr,  # [7 or 10, padded N], see linear_margin_cross_entropy_terms_kernel
     columns_ptr,  # [1 or 2, padded N] int32
     grad_ptr,  # [splits, N, D]
@@ -145,12 +145,12 @@ def linear_margin_cross_entropy_grad_input_kernel(
     row_slope = tl.load(own_ptr + SLOPE * size)
     through_a = tl.load(own_ptr + THROUGH * size)
     column_a = tl.load(columns_ptr + row)
-    if options.mixed_target_ptr is not None:
+    if o.mixed_target_ptr is not None:
         through_b = tl.load(own_ptr + (THROUGH + SLOT_TERMS) * size)
         column_b = tl.load(columns_ptr + size + row)
-    if options.smooth:
+    if o.smooth:
         smooth = tl.load(own_ptr + SMOOTH * size)
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     lane = tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
@@ -162,12 +162,12 @@ def linear_margin_cross_entropy_grad_input_kernel(
         columns = (begin + lane)[None, :]
         slope, offset = load_class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
         du = row_slope[:, None] * fast_exp(affine(s, slope, offset) - peak[:, None])
-        if options.smooth:
-            if options.weight_ptr is not None:
-                du -= smooth[:, None] * tl.load(options.weight_ptr + columns, mask=columns < classes, other=0.0)
+        if o.smooth:
+            if o.weight_ptr is not None:
+                du -= smooth[:, None] * tl.load(o.weight_ptr + columns, mask=columns < classes, other=0.0)
             else:
                 du -= smooth[:, None]
-        if options.mixed_target_ptr is not None:
+        if o.mixed_target_ptr is not None:
             du = tl.where(lane[None, :] == (column_b - begin)[:, None], through_b[:, None], du)
         du = tl.where(lane[None, :] == (column_a - begin)[:, None], through_a[:, None], du)
         if HAS_SLOPE:
@@ -184,7 +184,7 @@ def linear_margin_cross_entropy_grad_factor_kernel(
     factor_ptr,  # [C, D], unit stride along D
     slope_ptr,  # [C]; the full scale if None
     offset_ptr,  # [C]; 0 if None
-    options,  # KernelOptions
+    o,  # KernelOptions
     inverse_norm_ptr,  # [C]
     linear_bias_ptr,  # [C]
     terms_ptr,  # [7 or 10, padded N], see linear_margin_cross_entropy_terms_kernel
@@ -214,10 +214,10 @@ def linear_margin_cross_entropy_grad_factor_kernel(
     w = load_vectors(factor_ptr, column, classes, width, factor_stride, FULL, BLOCK_D)
     columns = column[:, None]
     real = columns < classes
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     slope, offset = load_class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
-    if options.smooth and options.weight_ptr is not None:
-        weight = tl.load(options.weight_ptr + columns, mask=real, other=0.0)
+    if o.smooth and o.weight_ptr is not None:
+        weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
     size = tl.cast(padded, tl.int64)
     grad = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     sum_through = tl.zeros([BLOCK_C], tl.float32)
@@ -231,12 +231,12 @@ def linear_margin_cross_entropy_grad_factor_kernel(
         own_ptr = terms_ptr + row
         du = fast_exp(affine(s, slope, offset) - tl.load(own_ptr + PEAK * size)[None, :])
         du = tl.load(own_ptr + SLOPE * size)[None, :] * du
-        if options.smooth:
+        if o.smooth:
             smooth = tl.load(own_ptr + SMOOTH * size)[None, :]
-            if options.weight_ptr is not None:
+            if o.weight_ptr is not None:
                 smooth = smooth * weight
             du -= smooth
-        if options.mixed_target_ptr is not None:
+        if o.mixed_target_ptr is not None:
             column_b = tl.load(columns_ptr + size + row)[None, :]
             du = tl.where(columns == column_b, tl.load(own_ptr + (THROUGH + SLOT_TERMS) * size)[None, :], du)
         column_a = tl.load(columns_ptr + row)[None, :]
@@ -263,7 +263,7 @@ def linear_margin_cross_entropy_grad_factor_kernel(
 
 @triton.jit(do_not_specialize=["padded", "blocks", "blocks_per_split"])
 def linear_margin_cross_entropy_target_sums_kernel(
-    options,  # KernelOptions
+    o,  # KernelOptions
     terms_ptr,  # [7 or 10, padded N], see linear_margin_cross_entropy_terms_kernel
     columns_ptr,  # [1 or 2, padded N] int32
     sums_ptr,  # [splits, SUM_BIAS + SUM_MARGIN, C]
@@ -285,7 +285,7 @@ def linear_margin_cross_entropy_target_sums_kernel(
     first = split * blocks_per_split
     for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
         row = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        for slot in tl.static_range(2 if options.mixed_target_ptr is not None else 1):
+        for slot in tl.static_range(2 if o.mixed_target_ptr is not None else 1):
             is_target = column[:, None] == tl.load(columns_ptr + slot * size + row)[None, :]
             own_ptr = terms_ptr + slot * SLOT_TERMS * size + row
             if SUM_BIAS:
@@ -314,7 +314,7 @@ def linear_margin_cross_entropy_class_sums_kernel(
     target_sums_ptr,  # [target splits, SUM_BIAS + SUM_MARGIN, C], see linear_margin_cross_entropy_target_sums_kernel
     inverse_norm_ptr,  # [C]
     linear_bias_ptr,  # [C]
-    options,  # KernelOptions
+    o,  # KernelOptions
     grad_linear_bias_ptr,  # [C], None where not needed
     grad_class_bias_ptr,  # [C], None where not needed
     grad_class_scale_ptr,  # [C], None where not needed
@@ -332,10 +332,10 @@ def linear_margin_cross_entropy_class_sums_kernel(
     """Compute the gradients of the class vectors from the sums of all splits."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = column < classes
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     class_scale = 1.0
-    if options.class_scale_ptr is not None:
-        class_scale = tl.load(options.class_scale_ptr + column, mask=real)
+    if o.class_scale_ptr is not None:
+        class_scale = tl.load(o.class_scale_ptr + column, mask=real)
     if SUM_THROUGH:
         through = add_sums(sums_ptr, 0, SUM_THROUGH + SUM_PRODUCT, splits, column, classes)
     if grad_linear_bias_ptr is not None:

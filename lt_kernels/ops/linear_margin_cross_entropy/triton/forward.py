@@ -47,7 +47,7 @@ def raw_logits(s, columns, classes, inverse_norm_ptr, linear_bias_ptr):
 def linear_margin_cross_entropy_forward_kernel(
     input_ptr,  # [N, D], unit stride along D
     factor_ptr,  # [C, D], unit stride along D
-    options,  # KernelOptions
+    o,  # KernelOptions
     slope_ptr,  # [C]; the full scale if None
     offset_ptr,  # [C]; 0 if None
     inverse_norm_ptr,  # [C]; read for predictions
@@ -72,10 +72,10 @@ def linear_margin_cross_entropy_forward_kernel(
     inside = row < rows
     x = load_vectors(input_ptr, row, rows, width, input_stride, FULL, BLOCK_D)
     row = tl.minimum(row, rows - 1).to(tl.int64)
-    _, _, column_a = load_label(options.target_ptr + row, classes, ignore_index)
-    if options.mixed_target_ptr is not None:
-        _, _, column_b = load_label(options.mixed_target_ptr + row, classes, ignore_index)
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    _, _, column_a = load_label(o.target_ptr + row, classes, ignore_index)
+    if o.mixed_target_ptr is not None:
+        _, _, column_b = load_label(o.mixed_target_ptr + row, classes, ignore_index)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     peak = tl.full([BLOCK_N], -INF, tl.float32)
     mass = tl.zeros([BLOCK_N], tl.float32)
     weighted = tl.zeros([BLOCK_N], tl.float32)
@@ -93,7 +93,7 @@ def linear_margin_cross_entropy_forward_kernel(
         slope, offset = load_class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
         u = affine(s, slope, offset)
         is_target = lane[None, :] == (column_a - begin)[:, None]
-        if options.mixed_target_ptr is not None:
+        if o.mixed_target_ptr is not None:
             is_target = is_target | (lane[None, :] == (column_b - begin)[:, None])
         u = tl.where(is_target, -INF, u)
         before = peak
@@ -101,11 +101,11 @@ def linear_margin_cross_entropy_forward_kernel(
         mass, weighted = rescale_sums(before, mass, weighted, visited, peak)
         z = u - finite_reference(peak)[:, None]
         mass += tl.sum(fast_exp(z), 1)
-        if options.smooth:
+        if o.smooth:
             counted = (columns < classes) & ~is_target
             w_j = tl.full([1, BLOCK_C], 1.0, tl.float32)
-            if options.weight_ptr is not None:
-                w_j = tl.load(options.weight_ptr + columns, mask=columns < classes, other=0.0)
+            if o.weight_ptr is not None:
+                w_j = tl.load(o.weight_ptr + columns, mask=columns < classes, other=0.0)
             weighted += tl.sum(tl.where(counted, w_j * z, 0.0), 1)
             visited += tl.sum(tl.where(counted, w_j, 0.0), 1)
         if partial_column_ptr is not None:
@@ -117,11 +117,11 @@ def linear_margin_cross_entropy_forward_kernel(
     out_ptr = partial_ptr + split * tl.cast(rows, tl.int64) + row
     tl.store(out_ptr, peak, mask=inside)
     tl.store(out_ptr + size, mass, mask=inside)
-    if options.smooth:
+    if o.smooth:
         tl.store(out_ptr + 2 * size, weighted, mask=inside)
         tl.store(out_ptr + 3 * size, visited, mask=inside)
     if partial_column_ptr is not None:
-        tl.store(out_ptr + (4 if options.smooth else 2) * size, best, mask=inside)
+        tl.store(out_ptr + (4 if o.smooth else 2) * size, best, mask=inside)
         tl.store(partial_column_ptr + split * tl.cast(rows, tl.int64) + row, best_column, mask=inside)
 
 
@@ -131,7 +131,7 @@ def linear_margin_cross_entropy_finish_kernel(
     factor_ptr,  # [C, D]
     inverse_norm_ptr,  # [C]
     linear_bias_ptr,  # [C]
-    options,  # KernelOptions
+    o,  # KernelOptions
     partial_ptr,  # [2, 3, 4 or 5, splits, N], see linear_margin_cross_entropy_forward_kernel
     partial_column_ptr,  # [splits, N] int32
     loss_ptr,  # [N]
@@ -165,7 +165,7 @@ def linear_margin_cross_entropy_finish_kernel(
         split_peak = tl.load(from_ptr)
         split_mass = tl.load(from_ptr + size)
         split_weighted, split_visited = tl.zeros_like(mass), tl.zeros_like(mass)
-        if options.smooth:
+        if o.smooth:
             split_weighted, split_visited = tl.load(from_ptr + 2 * size), tl.load(from_ptr + 3 * size)
         before = peak
         peak = tl.maximum(peak, split_peak)
@@ -175,17 +175,15 @@ def linear_margin_cross_entropy_finish_kernel(
         weighted += split_weighted
         visited += split_visited
         if prediction_ptr is not None:
-            split_best = tl.load(from_ptr + (4 if options.smooth else 2) * size)
+            split_best = tl.load(from_ptr + (4 if o.smooth else 2) * size)
             split_column = tl.load(partial_column_ptr + split * tl.cast(rows, tl.int64) + row)
             best, best_column = merge_best(best, best_column, split_best, split_column)
     peak = finite_reference(peak)
     a, _, b, _ = load_targets(
-        row, rows, input_ptr, factor_ptr, inverse_norm_ptr, linear_bias_ptr, options, classes, width, input_stride,
+        row, rows, input_ptr, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o, classes, width, input_stride,
         factor_stride, ignore_index, FULL, BLOCK_D,
     )  # fmt: skip
-    loss, lse = row_loss(
-        peak, mass, weighted, a, b, load_weight_total(options, classes), options.label_smoothing / classes, options
-    )
+    loss, lse = row_loss(peak, mass, weighted, a, b, load_weight_total(o, classes), o.label_smoothing / classes, o)
     tl.store(loss_ptr + row, loss, mask=inside)
     tl.store(lse_ptr + row, lse, mask=inside)
     tl.store(rest_ptr + row, peak, mask=inside)

@@ -45,7 +45,7 @@ from .launch import Layout, blocks_per_program, in_place, layout_of, readable, r
 @triton.jit(do_not_specialize=["ignore_index", "rows"])
 def margin_cross_entropy_own_logits_kernel(
     input_ptr,  # [N, C, K], unit class stride
-    options,  # KernelOptions of class-index targets
+    o,  # KernelOptions of class-index targets
     own_ptr,  # [1 or 2, N, K] float32
     rows,
     classes,
@@ -60,17 +60,17 @@ def margin_cross_entropy_own_logits_kernel(
     inside = row < rows
     row = tl.minimum(row, rows - 1)
     row_ptr = input_ptr + row // positions * input_stride_n + row % positions * input_stride_k
-    index = load_label(options.target_ptr + row, classes, ignore_index).index
+    index = load_label(o.target_ptr + row, classes, ignore_index).index
     tl.store(own_ptr + row, tl.load(row_ptr + index).to(tl.float32), mask=inside)
-    if options.mixed_target_ptr is not None:
-        index = load_label(options.mixed_target_ptr + row, classes, ignore_index).index
+    if o.mixed_target_ptr is not None:
+        index = load_label(o.mixed_target_ptr + row, classes, ignore_index).index
         tl.store(own_ptr + rows + row, tl.load(row_ptr + index).to(tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def margin_cross_entropy_rows_backward_kernel(
     input_ptr,  # [N, C, K], unit class stride
-    options,  # KernelOptions; probabilities with unit class stride
+    o,  # KernelOptions; probabilities with unit class stride
     rest_ptr,  # [2, N, K]
     soft_mass_ptr,  # [N, K] where the options are soft: sum of the soft weights
     grad_loss_ptr,  # 0-dim or [N, K]; 1 if None
@@ -97,7 +97,7 @@ def margin_cross_entropy_rows_backward_kernel(
     Programs run in the order opposite to the pass before: the cache still holds what they visit first.
     """
     WIDE: tl.constexpr = GROUP >= 4
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
     rows = tl.num_programs(0)
     row = (rows - 1 - tl.program_id(0)).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -106,8 +106,8 @@ def margin_cross_entropy_rows_backward_kernel(
     grad_offset = n * grad_stride_n + k * grad_stride_k
     aligned, head, groups = split_groups(offset, classes, GROUP)
     grad_aligned, _, _ = split_groups(grad_offset, classes, GROUP)
-    scale = load_scale(options.scale, options.learned_scale_ptr)
-    smooth_share = options.label_smoothing / classes
+    scale = load_scale(o.scale, o.learned_scale_ptr)
+    smooth_share = o.label_smoothing / classes
     row_ptr = input_ptr + offset
     peak = tl.load(rest_ptr + row)
     mass = tl.load(rest_ptr + rows + row)
@@ -118,45 +118,45 @@ def margin_cross_entropy_rows_backward_kernel(
     if grad_lse_ptr is not None:
         upstream_lse = tl.load(grad_lse_ptr + row * grad_lse_stride)
     group_a, group_b = -1, -1
-    if options.soft:
+    if o.soft:
         q_offset = n * target_stride_n + k * target_stride_k
         q_aligned, _, _ = split_groups(q_offset, classes, GROUP)
         smooth = upstream
-        if options.coefficient_ptr is not None:
-            smooth = upstream * tl.load(options.coefficient_ptr)
+        if o.coefficient_ptr is not None:
+            smooth = upstream * tl.load(o.coefficient_ptr)
         a, b = smooth, smooth  # not used
         slopes = Slopes((smooth * tl.load(soft_mass_ptr + row) + upstream_lse) / mass, smooth, None, None)
     else:
-        weight_total = load_weight_total(options, classes)
+        weight_total = load_weight_total(o, classes)
         CLASS_STRIDE: tl.constexpr = 1 if own_ptr is None else 0
         row_ptr_a, row_ptr_b = row_ptr, row_ptr
         if own_ptr is not None:  # another program of this row, or another warp, may be done with the targets' columns
             row_ptr_a, row_ptr_b = own_ptr + row, own_ptr + rows + row
-        a, b = load_slots(row_ptr_a, row, options, scale, classes, CLASS_STRIDE, ignore_index, row_ptr_b)
+        a, b = load_slots(row_ptr_a, row, o, scale, classes, CLASS_STRIDE, ignore_index, row_ptr_b)
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
-        slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, options)
+        slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o)
 
     if tile == 0:
         edge, edge_mask = edge_columns(head, groups, group_a, group_b, classes, GROUP)
         x = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-        u = shift_logits(x, 0, edge, edge_mask, options, scale, False)
+        u = shift_logits(x, 0, edge, edge_mask, o, scale, False)
         e = fast_exp(u - peak)
         q = e
-        if options.soft:
-            q_row = options.target_ptr + q_offset
-            q = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, options, False)
-        dx = edge_gradient(e, q, a, b, slopes, edge, edge_mask, options, scale)
+        if o.soft:
+            q_row = o.target_ptr + q_offset
+            q = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
+        dx = edge_gradient(e, q, a, b, slopes, edge, edge_mask, o, scale)
         tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
 
     _, _, offsets, mask = body_tile(tile * (REPEAT * LANES), groups, group_a, group_b, GROUP, LANES, REPEAT)
     x = tl.load(input_ptr + aligned + offsets, mask=mask, other=-INF).to(tl.float32)
-    u = shift_logits(x, head, offsets, mask, options, scale, WIDE)
+    u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
     e = fast_exp(u - peak)
     q = e
-    if options.soft:
-        q_body = options.target_ptr + q_aligned
-        q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, options, WIDE)
-    dx = body_gradient(e, q, slopes, head, offsets, mask, options, scale, WIDE)
+    if o.soft:
+        q_body = o.target_ptr + q_aligned
+        q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
+    dx = body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE)
     tl.store(grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -165,7 +165,7 @@ def margin_cross_entropy_rows_backward_kernel(
 
 @triton.jit
 def margin_cross_entropy_soft_mass_kernel(
-    options,  # KernelOptions of [N, C, K] probabilities
+    o,  # KernelOptions of [N, C, K] probabilities
     soft_mass_ptr,  # [N, K]
     classes,
     positions,
@@ -181,20 +181,20 @@ def margin_cross_entropy_soft_mass_kernel(
     ALIGN: see margin_cross_entropy_tiles_backward_kernel.
     """
     n, k, inside, row = block_rows(tl.program_id(0), positions, BLOCK_K)
-    q_ptr = options.target_ptr + n * target_stride_n * ALIGN + k[None, :] * target_stride_k * ALIGN
+    q_ptr = o.target_ptr + n * target_stride_n * ALIGN + k[None, :] * target_stride_k * ALIGN
     total = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     for begin in range(0, classes, BLOCK_C):
         columns = begin + tl.arange(0, BLOCK_C)[:, None]
         mask = (columns < classes // ALIGN * ALIGN) & inside[None, :]
         offsets = columns.to(tl.int64) * target_stride_c
-        total += load_soft_weights(q_ptr, offsets, 0, columns, mask, options.label_smoothing / classes, options, False)
+        total += load_soft_weights(q_ptr, offsets, 0, columns, mask, o.label_smoothing / classes, o, False)
     tl.store(soft_mass_ptr + row, tl.sum(total, 0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows"])
 def margin_cross_entropy_terms_kernel(
     input_ptr,  # [N, C, K]
-    options,  # KernelOptions
+    o,  # KernelOptions
     rest_ptr,  # [2, N, K]
     soft_mass_ptr,  # [N, K] where the options are soft: sum of the soft weights
     grad_loss_ptr,  # 0-dim or [N, K]
@@ -216,7 +216,7 @@ def margin_cross_entropy_terms_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     row = tl.minimum(row, rows - 1)
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     peak = tl.load(rest_ptr + row)
     mass = tl.load(rest_ptr + rows + row)
     upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
@@ -225,24 +225,24 @@ def margin_cross_entropy_terms_kernel(
         upstream_lse += tl.load(grad_lse_ptr + row * grad_lse_stride)
     size = tl.cast(rows, tl.int64)
     out_ptr = terms_ptr + row
-    if options.soft:
-        if options.coefficient_ptr is not None:
-            upstream = upstream * tl.load(options.coefficient_ptr)
+    if o.soft:
+        if o.coefficient_ptr is not None:
+            upstream = upstream * tl.load(o.coefficient_ptr)
         slope = (upstream * tl.load(soft_mass_ptr + row) + upstream_lse) / mass
         tl.store(out_ptr, slope, mask=inside)
         tl.store(out_ptr + size, upstream + tl.zeros_like(slope), mask=inside)
     else:
         row_ptr = input_ptr + row // positions * input_stride_n + row % positions * input_stride_k
-        a, b = load_slots(row_ptr, row, options, scale, classes, input_stride_c, ignore_index)
+        a, b = load_slots(row_ptr, row, o, scale, classes, input_stride_c, ignore_index)
         slopes = row_slopes(
-            peak, mass, a, b, upstream, upstream_lse, load_weight_total(options, classes),
-            options.label_smoothing / classes, options,
+            peak, mass, a, b, upstream, upstream_lse, load_weight_total(o, classes),
+            o.label_smoothing / classes, o,
         )  # fmt: skip
         tl.store(out_ptr, slopes.slope, mask=inside)
         tl.store(out_ptr + size, slopes.smooth, mask=inside)
-        values_a = target_values(row_ptr, a, slopes.a, options, input_stride_c)
-        if options.mixed_target_ptr is not None:
-            values_b = target_values(row_ptr, b, slopes.b, options, input_stride_c)
+        values_a = target_values(row_ptr, a, slopes.a, o, input_stride_c)
+        if o.mixed_target_ptr is not None:
+            values_b = target_values(row_ptr, b, slopes.b, o, input_stride_c)
             both = a.column == b.column  # one column for both targets
             store_values(out_ptr + 6 * size, columns_ptr + size + row, size, b.column, values_b, values_a, both, inside)
             store_values(out_ptr + 2 * size, columns_ptr + row, size, a.column, values_a, values_b, both, inside)
@@ -251,13 +251,13 @@ def margin_cross_entropy_terms_kernel(
 
 
 @triton.jit
-def target_values(row_ptr, slot, gradient, options, class_stride):
+def target_values(row_ptr, slot, gradient, o, class_stride):
     """Return what a target's column gives: d/d(class_scale_y x_y) over the scale, d/d(class_bias_y), d/d(margin_y) over
     the scale, and d/d(scale)."""
     index = tl.maximum(slot.column, 0).to(tl.int64)
     cosine = tl.load(row_ptr + index * class_stride).to(tl.float32)
-    if options.class_scale_ptr is not None:
-        cosine = cosine * tl.load(options.class_scale_ptr + index)
+    if o.class_scale_ptr is not None:
+        cosine = cosine * tl.load(o.class_scale_ptr + index)
     plain, dv = gradient.plain, gradient.shifted
     return plain + dv * slot.dphi_dc, plain + dv, dv * slot.dphi_dm, plain * cosine + dv * slot.phi
 
@@ -280,7 +280,7 @@ def place_terms(values, columns, column_a, column_b, terms_ptr, size, MIXED: tl.
 @triton.jit(do_not_specialize=["rows", "blocks", "blocks_per_program"])
 def margin_cross_entropy_tiles_backward_kernel(
     input_ptr,  # [N, C, K]
-    options,  # KernelOptions; the targets are read if they are probabilities
+    o,  # KernelOptions; the targets are read if they are probabilities
     rest_ptr,  # [2, N, K]
     terms_ptr,  # [10, N, K], see margin_cross_entropy_terms_kernel
     columns_ptr,  # [2, N, K] int32
@@ -318,22 +318,22 @@ def margin_cross_entropy_tiles_backward_kernel(
     The strides of samples and rows are in units of ALIGN elements, and the classes are a multiple of ALIGN, so that
     the compiler knows the alignment. IN_PLACE: grad_ptr is input_ptr.
     """
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
     NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     real = columns < classes // ALIGN * ALIGN
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     size = tl.cast(rows, tl.int64)
     slope_x = scale  # du/dx
-    if options.class_scale_ptr is not None:
-        class_scale = tl.load(options.class_scale_ptr + columns, mask=real, other=1.0)
+    if o.class_scale_ptr is not None:
+        class_scale = tl.load(o.class_scale_ptr + columns, mask=real, other=1.0)
         slope_x = scale * class_scale
     class_bias = None
-    if options.class_bias_ptr is not None:
-        class_bias = tl.load(options.class_bias_ptr + columns, mask=real, other=0.0)
+    if o.class_bias_ptr is not None:
+        class_bias = tl.load(o.class_bias_ptr + columns, mask=real, other=0.0)
     weight = 1.0
-    if options.weight_ptr is not None and (options.smooth or options.soft):
-        weight = tl.load(options.weight_ptr + columns, mask=real, other=0.0)
+    if o.weight_ptr is not None and (o.smooth or o.soft):
+        weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
     sum_bias = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)  # rows are added up at the end: no exchange in the loop
     sum_scale = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     sum_margin = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
@@ -344,30 +344,30 @@ def margin_cross_entropy_tiles_backward_kernel(
         mask = real & inside[None, :]
         offsets = k[None, :] * input_stride_k * ALIGN + columns.to(tl.int64) * input_stride_c
         x = tl.load(input_ptr + n * input_stride_n * ALIGN + offsets, mask=mask, other=0.0).to(tl.float32)
-        if options.scaled or options.class_scale_ptr is not None:
+        if o.scaled or o.class_scale_ptr is not None:
             u = affine(x, slope_x, class_bias)
         else:
             u = x if class_bias is None else x + class_bias
         u = u - tl.load(rest_ptr + row)[None, :]
         du = tl.load(terms_ptr + row)[None, :] * fast_exp(u)
         smooth = tl.load(terms_ptr + size + row)[None, :]
-        if options.soft:
+        if o.soft:
             offsets = k[None, :] * target_stride_k * ALIGN + columns.to(tl.int64) * target_stride_c
-            q = tl.load(options.target_ptr + n * target_stride_n * ALIGN + offsets, mask=mask, other=0.0).to(tl.float32)
-            if options.smooth:
-                q = (1.0 - options.label_smoothing) * q + options.label_smoothing / classes
+            q = tl.load(o.target_ptr + n * target_stride_n * ALIGN + offsets, mask=mask, other=0.0).to(tl.float32)
+            if o.smooth:
+                q = (1.0 - o.label_smoothing) * q + o.label_smoothing / classes
             du -= smooth * (weight * q)
             if grad_target_ptr is not None:
                 log_mass = tl.log(tl.load(rest_ptr + size + row))[None, :]
-                dq = smooth * (options.label_smoothing - 1.0) * (u - log_mass) * weight
+                dq = smooth * (o.label_smoothing - 1.0) * (u - log_mass) * weight
                 offsets = k[None, :] * grad_target_stride_k * ALIGN + columns.to(tl.int64) * grad_target_stride_c
                 offsets += n * grad_target_stride_n * ALIGN
                 tl.store(grad_target_ptr + offsets, dq.to(grad_target_ptr.dtype.element_ty), mask=mask)
-        elif options.smooth:
+        elif o.smooth:
             du -= smooth * weight
         through = du
         own_ptr = terms_ptr + 2 * size + row
-        if not options.soft:
+        if not o.soft:
             column_a = tl.load(columns_ptr + row)[None, :]
             column_b = column_a
             if MIXED:
@@ -375,7 +375,7 @@ def margin_cross_entropy_tiles_backward_kernel(
             through = place_terms(du, columns, column_a, column_b, own_ptr, size, MIXED)
         if grad_ptr is not None:
             dx = through
-            if options.scaled or options.class_scale_ptr is not None:
+            if o.scaled or o.class_scale_ptr is not None:
                 dx = dx * slope_x
             offsets = k[None, :] * grad_stride_k * ALIGN + columns.to(tl.int64) * grad_stride_c
             if IN_PLACE and NEEDED > 0:  # of a small tile several threads have read the same logit for their sums
@@ -383,7 +383,7 @@ def margin_cross_entropy_tiles_backward_kernel(
             tl.store(grad_ptr + n * grad_stride_n * ALIGN + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
         if NEED_BIAS:
             values = du
-            if not options.soft:
+            if not o.soft:
                 values = place_terms(du, columns, column_a, column_b, own_ptr + size, size, MIXED)
             sum_bias += tl.where(mask, values, 0.0)
         if NEED_SCALE:
@@ -393,9 +393,9 @@ def margin_cross_entropy_tiles_backward_kernel(
             sum_margin += tl.where(mask, values, 0.0)
         if NEED_LEARNED:
             values = du * x
-            if options.class_scale_ptr is not None:
+            if o.class_scale_ptr is not None:
                 values = values * class_scale
-            if not options.soft:
+            if not o.soft:
                 values = place_terms(values, columns, column_a, column_b, own_ptr + 3 * size, size, MIXED)
             sum_learned += tl.where(mask, values, 0.0)
     if NEEDED > 0:
@@ -420,7 +420,7 @@ def margin_cross_entropy_tiles_backward_kernel(
 
 def launch_rows_backward(layout: Layout, arguments: dict[str, Any], rows: int, in_place: bool) -> None:
     """Launch the rows kernel of a backward pass; ``arguments`` may hold more than it takes."""
-    input, options, own = arguments["input_ptr"], arguments["options"], None
+    input, options, own = arguments["input_ptr"], arguments["o"], None
     if in_place and not options.soft:
         # A row has several programs: all need the targets' own logits, which one of them writes over.
         own = arguments["rest_ptr"].new_empty((1 if options.mixed_target_ptr is None else 2, rows))
@@ -466,7 +466,7 @@ def backward(
     with torch.cuda.device_of(x):
         arguments = {
             "input_ptr": x,
-            "options": options,
+            "o": options,
             "rest_ptr": rest,
             "soft_mass_ptr": _sum_soft_weights(a, options) if a.options.soft else None,
             "grad_loss_ptr": per_loss,
@@ -542,7 +542,7 @@ def _sum_soft_weights(a: Arguments, options: KernelOptions) -> Tensor:
     tiles = sums_launch(classes, layout.positions, layout.classes_contiguous)
     align = layout.common_alignment(classes, a.options.target.element_size())
     margin_cross_entropy_soft_mass_kernel[(layout.samples * triton.cdiv(layout.positions, tiles.block_k),)](
-        options=options,
+        o=options,
         soft_mass_ptr=mass,
         classes=classes,
         positions=layout.positions,

@@ -83,7 +83,7 @@ def sum_body(
     group_a,
     group_b,
     smooth_share,
-    options,
+    o,
     scale,
     PREDICT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -101,17 +101,17 @@ def sum_body(
     for first in range(begin, end, REPEAT * LANES):
         group, inside, offsets, mask = body_tile(first, end, group_a, group_b, GROUP, LANES, REPEAT)
         x = tl.load(body_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_last").to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, options, scale, WIDE)
+        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
         peaks, masses, weighteds, z = merge_online_lse(u, peaks, masses, weighteds, visiteds)
-        if options.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, options, WIDE)
+        if o.soft:
+            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
             weighteds += lane_sum(tl.where(mask, q * z, 0.0))
             visiteds += lane_sum(q)
-        elif options.smooth:
-            weighteds += lane_sum(weigh(z, head, offsets, mask, options, WIDE))
-            if options.weight_ptr is not None:
+        elif o.smooth:
+            weighteds += lane_sum(weigh(z, head, offsets, mask, o, WIDE))
+            if o.weight_ptr is not None:
                 ones = tl.full(x.shape, 1.0, tl.float32)
-                visiteds += lane_sum(weigh(ones, head, offsets, mask, options, WIDE))
+                visiteds += lane_sum(weigh(ones, head, offsets, mask, o, WIDE))
             else:
                 visiteds += tl.sum(inside.to(tl.float32), REPEAT_AXIS) * GROUP
         if PREDICT:
@@ -162,7 +162,7 @@ def merge_parts(
 @triton.jit(do_not_specialize=["ignore_index", "part_groups"])
 def margin_cross_entropy_rows_statistics_kernel(
     input_ptr,  # [N, C, K], unit class stride
-    options,  # KernelOptions; probabilities with unit class stride
+    o,  # KernelOptions; probabilities with unit class stride
     partial_ptr,  # [4 or 5, rows, parts]: Statistics without the column
     partial_column_ptr,  # [rows, parts] int32
     classes,
@@ -183,27 +183,27 @@ def margin_cross_entropy_rows_statistics_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, k = row // positions, row % positions
     aligned, head, groups = split_groups(n * input_stride_n + k * input_stride_k, classes, GROUP)
-    q_body = options.target_ptr
+    q_body = o.target_ptr
     group_a, group_b = -1, -1
-    if options.soft:
+    if o.soft:
         q_aligned, _, _ = split_groups(n * target_stride_n + k * target_stride_k, classes, GROUP)
-        q_body = options.target_ptr + q_aligned
+        q_body = o.target_ptr + q_aligned
     else:
-        group_a = find_group(load_label(options.target_ptr + row, classes, ignore_index).column, head, groups, GROUP)
-        if options.mixed_target_ptr is not None:
-            column = load_label(options.mixed_target_ptr + row, classes, ignore_index).column
+        group_a = find_group(load_label(o.target_ptr + row, classes, ignore_index).column, head, groups, GROUP)
+        if o.mixed_target_ptr is not None:
+            column = load_label(o.mixed_target_ptr + row, classes, ignore_index).column
             group_b = find_group(column, head, groups, GROUP)
     begin = part * part_groups
     found = sum_body(
         input_ptr + aligned, q_body, head, begin, tl.minimum(begin + part_groups, groups), group_a, group_b,
-        options.label_smoothing / classes, options, load_scale(options.scale, options.learned_scale_ptr), PREDICT,
+        o.label_smoothing / classes, o, load_scale(o.scale, o.learned_scale_ptr), PREDICT,
         GROUP, LANES, REPEAT,
     )  # fmt: skip
     out_ptr = partial_ptr + row * parts + part
     size = tl.cast(rows, tl.int64) * parts
     tl.store(out_ptr, found.peak)
     tl.store(out_ptr + size, found.mass)
-    if options.soft or options.smooth:
+    if o.soft or o.smooth:
         tl.store(out_ptr + 2 * size, found.weighted)
         tl.store(out_ptr + 3 * size, found.visited)
     if PREDICT:
@@ -213,7 +213,7 @@ def margin_cross_entropy_rows_statistics_kernel(
 
 @triton.jit
 def write_body_gradient(
-    body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share, options,
+    body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share, o,
     scale, GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a body of several tiles. The last tile comes first: it was read last, so that it is in the
@@ -224,12 +224,12 @@ def write_body_gradient(
         begin = (tiles - 1 - visit) * (REPEAT * LANES)
         _, _, offsets, mask = body_tile(begin, groups, group_a, group_b, GROUP, LANES, REPEAT)
         x = tl.load(body_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_first").to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, options, scale, WIDE)
+        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
         e = fast_exp(u - peak)
         q = e
-        if options.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, options, WIDE)
-        dx = body_gradient(e, q, slopes, head, offsets, mask, options, scale, WIDE)
+        if o.soft:
+            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
+        dx = body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE)
         tl.store(
             grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask,
             eviction_policy="evict_first",
@@ -239,7 +239,7 @@ def write_body_gradient(
 @triton.jit(do_not_specialize=["ignore_index", "parts"])
 def margin_cross_entropy_rows_forward_kernel(
     input_ptr,  # [N, C, K], unit class stride
-    options,  # KernelOptions; probabilities with unit class stride
+    o,  # KernelOptions; probabilities with unit class stride
     partial_ptr,  # [4 or 5, rows, parts]: the body's statistics where BODY is "parts"
     partial_column_ptr,  # [rows, parts] int32
     loss_ptr,  # [N, K]
@@ -271,37 +271,37 @@ def margin_cross_entropy_rows_forward_kernel(
     margin_cross_entropy_rows_statistics_kernel has summed. IN_PLACE: grad_ptr is input_ptr.
     """
     WIDE: tl.constexpr = GROUP >= 4
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
     PREDICT: tl.constexpr = prediction_ptr is not None
     rows = tl.num_programs(0)
     row = tl.program_id(0).to(tl.int64)
     n, k = row // positions, row % positions
     offset = n * input_stride_n + k * input_stride_k
     aligned, head, groups = split_groups(offset, classes, GROUP)
-    q_row = options.target_ptr
-    q_body = options.target_ptr
-    scale = load_scale(options.scale, options.learned_scale_ptr)
-    smooth_share = options.label_smoothing / classes
+    q_row = o.target_ptr
+    q_body = o.target_ptr
+    scale = load_scale(o.scale, o.learned_scale_ptr)
+    smooth_share = o.label_smoothing / classes
     row_ptr = input_ptr + offset
     body_ptr = input_ptr + aligned
     group_a, group_b = -1, -1
-    if options.soft:
+    if o.soft:
         q_offset = n * target_stride_n + k * target_stride_k
-        q_row = options.target_ptr + q_offset
+        q_row = o.target_ptr + q_offset
         q_aligned, _, _ = split_groups(q_offset, classes, GROUP)
-        q_body = options.target_ptr + q_aligned
-        factor = load_factor(options)
+        q_body = o.target_ptr + q_aligned
+        factor = load_factor(o)
         a, b = factor, factor  # not used
     else:
-        weight_total = load_weight_total(options, classes)
-        a, b = load_slots(row_ptr, row, options, scale, classes, 1, ignore_index)
+        weight_total = load_weight_total(o, classes)
+        a, b = load_slots(row_ptr, row, o, scale, classes, 1, ignore_index)
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
 
     edge, edge_mask = edge_columns(head, groups, group_a, group_b, classes, GROUP)
     x_edge = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-    u_edge = shift_logits(x_edge, 0, edge, edge_mask, options, scale, False)
+    u_edge = shift_logits(x_edge, 0, edge, edge_mask, o, scale, False)
     rest_mask = edge_mask
-    if not options.soft:
+    if not o.soft:
         rest_mask = rest_mask & (edge != a.column)
         if MIXED:
             rest_mask = rest_mask & (edge != b.column)
@@ -310,32 +310,30 @@ def margin_cross_entropy_rows_forward_kernel(
     if BODY == "tile":
         group, inside, offsets, mask = body_tile(0, groups, group_a, group_b, GROUP, LANES, REPEAT)
         x = tl.load(body_ptr + offsets, mask=mask, other=-INF).to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, options, scale, WIDE)
+        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
         peak = finite_reference(tl.maximum(peak, tl.max(tl.max(tl.max(u, 2), 0), 0)))
         e = fast_exp(u - peak)
         mass = tl.sum(lane_sum(e), 0)
         weighted = 0.0
         visited = 0.0
         q = e
-        if options.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, options, WIDE)
+        if o.soft:
+            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
             visited = tl.sum(lane_sum(q), 0)
             weighted = tl.sum(lane_sum(tl.where(mask, q * (u - peak), 0.0)), 0)
-        elif options.smooth:
-            weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, options, WIDE)), 0)
+        elif o.smooth:
+            weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, o, WIDE)), 0)
         if PREDICT:
             bests, groups_of_bests = best_groups(x, group, inside)
             best, prediction = best_of_lanes(body_ptr, head, bests, groups_of_bests, GROUP)
     else:
         if BODY == "loop":
             found = sum_body(
-                body_ptr, q_body, head, 0, groups, group_a, group_b, smooth_share, options, scale, PREDICT, GROUP,
+                body_ptr, q_body, head, 0, groups, group_a, group_b, smooth_share, o, scale, PREDICT, GROUP,
                 LANES, REPEAT,
             )  # fmt: skip
         else:
-            found = merge_parts(
-                partial_ptr, partial_column_ptr, row, rows, parts, PREDICT, options.soft or options.smooth, PARTS
-            )
+            found = merge_parts(partial_ptr, partial_column_ptr, row, rows, parts, PREDICT, o.soft or o.smooth, PARTS)
         visited, best, prediction = found.visited, found.best, found.column
         peak = tl.maximum(peak, found.peak)
         mass, weighted = rescale_sums(found.peak, found.mass, found.weighted, visited, peak)
@@ -348,8 +346,8 @@ def margin_cross_entropy_rows_forward_kernel(
     e_edge = fast_exp(tl.where(rest_mask, u_edge, -INF) - peak)
     mass += tl.sum(e_edge, 0)
     q_edge = e_edge
-    if options.soft:
-        q_edge = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, options, False)
+    if o.soft:
+        q_edge = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
         visited += tl.sum(q_edge, 0)
         weighted += tl.sum(tl.where(edge_mask, q_edge * (u_edge - peak), 0.0), 0)
         log_mass = tl.log(mass)
@@ -357,9 +355,9 @@ def margin_cross_entropy_rows_forward_kernel(
         if soft_mass_ptr is not None:
             tl.store(soft_mass_ptr + row, visited)
     else:
-        if options.smooth:
-            weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, options, False), 0)
-        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, options)
+        if o.smooth:
+            weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, o, False), 0)
+        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
     tl.store(rest_ptr + row, peak)
@@ -370,19 +368,19 @@ def margin_cross_entropy_rows_forward_kernel(
             tl.debug_barrier()
         grad_offset = n * grad_stride_n + k * grad_stride_k
         grad_aligned, _, _ = split_groups(grad_offset, classes, GROUP)
-        if options.soft:
+        if o.soft:
             slopes = Slopes(factor * visited / mass, factor, None, None)
         else:
-            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, options)
-        dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge, edge_mask, options, scale)
+            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
+        dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge, edge_mask, o, scale)
         tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
         if BODY == "tile":
-            dx = body_gradient(e, q, slopes, head, offsets, mask, options, scale, WIDE)
+            dx = body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE)
             tl.store(grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
         else:
             write_body_gradient(
                 body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share,
-                options, scale, GROUP, LANES, REPEAT,
+                o, scale, GROUP, LANES, REPEAT,
             )  # fmt: skip
 
 
@@ -397,7 +395,7 @@ def tile_columns(begin, REPEAT: tl.constexpr, LANES: tl.constexpr):
 @triton.jit(do_not_specialize=["ignore_index"])
 def margin_cross_entropy_tiles_forward_kernel(
     input_ptr,  # [N, C, K]
-    options,  # KernelOptions
+    o,  # KernelOptions
     loss_ptr,  # [N, K]
     lse_ptr,  # [N, K]
     prediction_ptr,  # [N, K] int64
@@ -426,19 +424,19 @@ def margin_cross_entropy_tiles_forward_kernel(
     no exchange between threads.
     """
     BLOCK_C: tl.constexpr = REPEAT * LANES
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
     n, k, inside, row = block_rows(tl.program_id(0), positions, BLOCK_K)
     row_ptr = input_ptr + n * input_stride_n + tl.minimum(k, positions - 1) * input_stride_k
     tile_ptr = input_ptr + n * input_stride_n + k[None, None, :] * input_stride_k
-    q_ptr = options.target_ptr
-    scale = load_scale(options.scale, options.learned_scale_ptr)
-    smooth_share = options.label_smoothing / classes
-    if options.soft:
-        q_ptr = options.target_ptr + n * target_stride_n + k[None, None, :] * target_stride_k
-        factor = load_factor(options)
+    q_ptr = o.target_ptr
+    scale = load_scale(o.scale, o.learned_scale_ptr)
+    smooth_share = o.label_smoothing / classes
+    if o.soft:
+        q_ptr = o.target_ptr + n * target_stride_n + k[None, None, :] * target_stride_k
+        factor = load_factor(o)
     else:
-        weight_total = load_weight_total(options, classes)
-        a, b = load_slots(row_ptr, row, options, scale, classes, input_stride_c, ignore_index)
+        weight_total = load_weight_total(o, classes)
+        a, b = load_slots(row_ptr, row, o, scale, classes, input_stride_c, ignore_index)
 
     peaks = tl.full([LANES, BLOCK_K], -INF, tl.float32)
     masses = tl.zeros([LANES, BLOCK_K], tl.float32)
@@ -452,9 +450,9 @@ def margin_cross_entropy_tiles_forward_kernel(
         mask = real & inside[None, None, :]
         offsets = columns.to(tl.int64) * input_stride_c
         x = tl.load(tile_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_last").to(tl.float32)
-        u = shift_logits(x, 0, columns, real, options, scale, False)
+        u = shift_logits(x, 0, columns, real, o, scale, False)
         counted = mask
-        if not options.soft:
+        if not o.soft:
             counted = counted & (columns != a.column[None, None, :])
             if MIXED:
                 counted = counted & (columns != b.column[None, None, :])
@@ -464,15 +462,15 @@ def margin_cross_entropy_tiles_forward_kernel(
         masses, weighteds = rescale_sums(before, masses, weighteds, visiteds, peaks)
         z = u - tl.expand_dims(finite_reference(peaks), REPEAT_AXIS)
         masses += tl.sum(fast_exp(z), REPEAT_AXIS)
-        if options.soft:
+        if o.soft:
             q_offsets = columns.to(tl.int64) * target_stride_c
-            q = load_soft_weights(q_ptr, q_offsets, 0, columns, mask, smooth_share, options, False)
+            q = load_soft_weights(q_ptr, q_offsets, 0, columns, mask, smooth_share, o, False)
             weighteds += tl.sum(tl.where(mask, q * z, 0.0), REPEAT_AXIS)
             visiteds += tl.sum(q, REPEAT_AXIS)
-        elif options.smooth:
-            weighteds += tl.sum(weigh(z, 0, columns, counted, options, False), REPEAT_AXIS)
+        elif o.smooth:
+            weighteds += tl.sum(weigh(z, 0, columns, counted, o, False), REPEAT_AXIS)
             ones = tl.full(x.shape, 1.0, tl.float32)
-            visiteds += tl.sum(weigh(ones, 0, columns, counted, options, False), REPEAT_AXIS)
+            visiteds += tl.sum(weigh(ones, 0, columns, counted, o, False), REPEAT_AXIS)
         if prediction_ptr is not None:
             tile_bests = largest(x, REPEAT_AXIS)  # what is masked is -inf, and no earlier column
             has_it = same_number(x, tl.expand_dims(tile_bests, REPEAT_AXIS))
@@ -488,19 +486,20 @@ def margin_cross_entropy_tiles_forward_kernel(
     # reads only those logits whose gradient it writes: grad_ptr may be input_ptr.
     tl.store(rest_ptr + row, peak, mask=inside)
     tl.store(rest_ptr + rows + row, mass, mask=inside)
-    if options.soft or options.smooth:
+    if o.soft or o.smooth:
         tl.store(loss_ptr + row, weighted, mask=inside)
         tl.store(lse_ptr + row, visited, mask=inside)
     tl.debug_barrier()
     peak, mass = tl.load(rest_ptr + row), tl.load(rest_ptr + rows + row)
-    if options.soft or options.smooth:
+    if o.soft or o.smooth:
         weighted, visited = tl.load(loss_ptr + row), tl.load(lse_ptr + row)
+        tl.debug_barrier()  # rows are replicated over warps: no result is stored before all have read the sums
 
-    if options.soft:
+    if o.soft:
         log_mass = tl.log(mass)
         loss, lse = factor * (visited * log_mass - weighted), peak + log_mass
     else:
-        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, options)
+        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
     tl.store(loss_ptr + row, loss, mask=inside)
     tl.store(lse_ptr + row, lse, mask=inside)
     if prediction_ptr is not None:
@@ -510,12 +509,12 @@ def margin_cross_entropy_tiles_forward_kernel(
 
     if grad_ptr is not None:
         grad_tile_ptr = grad_ptr + n * grad_stride_n + k[None, None, :] * grad_stride_k
-        if options.soft:
+        if o.soft:
             slope, smooth = factor * visited / mass, factor
         else:
-            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, options)
+            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
             slope, smooth = slopes.slope, slopes.smooth[None, None, :]
-            targets = target_gradient(a, b, slopes, options)
+            targets = target_gradient(a, b, slopes, o)
         tiles = (classes + (BLOCK_C - 1)) // BLOCK_C
         for visit in range(tiles):  # last tile first: it was read last, so it is in the cache if anything is
             columns = tile_columns((tiles - 1 - visit) * BLOCK_C, REPEAT, LANES)
@@ -523,22 +522,22 @@ def margin_cross_entropy_tiles_forward_kernel(
             mask = real & inside[None, None, :]
             offsets = columns.to(tl.int64) * input_stride_c
             x = tl.load(tile_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_first").to(tl.float32)
-            u = shift_logits(x, 0, columns, real, options, scale, False)
+            u = shift_logits(x, 0, columns, real, o, scale, False)
             e = fast_exp(u - peak[None, None, :])
             q = e
-            if options.soft:
+            if o.soft:
                 q_offsets = columns.to(tl.int64) * target_stride_c
-                q = load_soft_weights(q_ptr, q_offsets, 0, columns, mask, smooth_share, options, False)
-            du = ordinary_gradient(e, slope[None, None, :], smooth, q, 0, columns, real, options, False)
-            if not options.soft:
+                q = load_soft_weights(q_ptr, q_offsets, 0, columns, mask, smooth_share, o, False)
+            du = ordinary_gradient(e, slope[None, None, :], smooth, q, 0, columns, real, o, False)
+            if not o.soft:
                 expanded = TargetValues(
                     targets.column_a[None, None, :],
                     targets.value_a[None, None, :],
                     targets.column_b[None, None, :],
                     targets.value_b[None, None, :],
                 )
-                du = place_targets(columns, du, expanded, options)
-            dx = undo_scale(du, 0, columns, real, options, scale, False)
+                du = place_targets(columns, du, expanded, o)
+            dx = undo_scale(du, 0, columns, real, o, scale, False)
             offsets = columns.to(tl.int64) * grad_stride_c
             tl.store(
                 grad_tile_ptr + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
@@ -568,7 +567,7 @@ def forward(
     layout = layout_of(named)
     arguments = {
         "input_ptr": x,
-        "options": options,
+        "o": options,
         "loss_ptr": loss,
         "lse_ptr": lse,
         "prediction_ptr": prediction if with_prediction else None,
