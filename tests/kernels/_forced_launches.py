@@ -31,6 +31,12 @@ def wide_rows(monkeypatch: MonkeyPatch, body: str) -> None:
     monkeypatch.setattr(rows, "rows_launch", launch)
 
 
+def class_tiles(monkeypatch: MonkeyPatch, most: int) -> None:
+    """Allow at most so many programs along the classes, as a grid allows 65,535."""
+    monkeypatch.setattr(rows, "MOST_GRID_Y", most)
+    monkeypatch.setattr(rows, "sums_launch", rows.sums_launch.__wrapped__)
+
+
 def counted_rows(monkeypatch: MonkeyPatch, rows_of_a_program: int) -> None:
     """Let each program of the mean's coefficient count so many rows."""
     monkeypatch.setattr(mean, "_COUNTED", rows_of_a_program)

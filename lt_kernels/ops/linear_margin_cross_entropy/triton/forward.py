@@ -26,7 +26,7 @@ from ..._rows.triton_math import (
     row_loss,
     same_number,
 )
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import Arguments
 from .launch import block_of_rows
 from .tiles import common_arguments, launches_for, load_class_vectors, load_targets
@@ -218,9 +218,7 @@ def forward(a: Arguments, inverse_norm: Tensor | None, with_prediction: bool) ->
             "prediction_ptr": prediction if with_prediction else None,
             "rest_ptr": rest,
         }
-        launch_kernel(linear_margin_cross_entropy_forward_kernel, (blocks, splits), arguments, **launch.constants)
+        launch_with(linear_margin_cross_entropy_forward_kernel, (blocks, splits), arguments, **launch.constants)
         finish = block_of_rows(width)
-        launch_kernel(
-            linear_margin_cross_entropy_finish_kernel, (triton.cdiv(n, finish["BLOCK"]),), arguments, **finish
-        )
+        launch_with(linear_margin_cross_entropy_finish_kernel, (triton.cdiv(n, finish["BLOCK"]),), arguments, **finish)
     return loss, lse, prediction, rest

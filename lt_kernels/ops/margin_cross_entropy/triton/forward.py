@@ -64,7 +64,7 @@ from ..._rows.triton_math import (
     target_gradient,
 )
 from ..._rows.triton_options import kernel_options
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import Arguments
 from . import launch as table
 from .backward import launch_rows_backward
@@ -611,7 +611,7 @@ def _forward_rows(a: Arguments, layout: Layout, arguments: dict[str, Any], rows:
     arguments["partial_ptr"] = rest.new_empty((5 if predict else 4, rows, launch.parts))
     if predict:
         arguments["partial_column_ptr"] = rest.new_empty((rows, launch.parts), dtype=torch.int32)
-    launch_kernel(
+    launch_with(
         margin_cross_entropy_rows_statistics_kernel, (rows, launch.parts), arguments, part_groups=launch.part_groups,
         **launch.constants,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from ..._gemm import launch as gemm
 from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import INF, fast_exp, load_scale
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import N_TERMS, Arguments, Block
 from .keys import (
     LOG2E,
@@ -471,7 +471,7 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
             "SUM_BIAS": need_bias,
             "SUM_SCALE": need_scale,
         }
-        launch_kernel(
+        launch_with(
             partitioned_logsumexp_block_backward_kernel, (programs, splits), arguments, ROWS=BLOCK_ROWS, **constants
         )
         return add_sums_of_splits(sums, need_bias, need_scale, none)
@@ -536,7 +536,7 @@ def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str,
         "padded": padded,
         "ranges": blocks,
     }
-    launch_kernel(
+    launch_with(
         partitioned_logsumexp_row_terms_kernel,
         (blocks,),
         arguments | own,
@@ -552,7 +552,7 @@ def _backward_query(a: Arguments, arguments: dict[str, Any], launch: Launch, dty
     per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, dtype)
     own = {"grad_ptr": grad, "tiles_per_split": per_split}
-    launch_kernel(partitioned_logsumexp_grad_query_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_query_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
     return grad
 
 
@@ -562,7 +562,7 @@ def _backward_both(a: Arguments, arguments: dict[str, Any], launch: Launch) -> T
     per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, a.query.dtype)
     own = {"grad_ptr": grad, "tiles_per_split": per_split}
-    launch_kernel(partitioned_logsumexp_grad_both_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_both_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
     return grad
 
 
@@ -618,5 +618,5 @@ def _backward_key_range(
         "SUM_BIAS": need_bias,
         "SUM_SCALE": need_scale,
     }
-    launch_kernel(partitioned_logsumexp_grad_key_kernel, (tiles, splits), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_key_kernel, (tiles, splits), arguments | own, **launch.constants)
     return grad, add_sums_of_splits(sums, need_bias, need_scale, none)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..._gemm import launch as gemm
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import INF, INTERPRETED, finite_reference, load_scale
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import N_SLOPES, N_STATISTICS, Arguments, Block
 from .keys import (
     LOG2E,
@@ -377,7 +377,7 @@ def forward(block: Block, with_slopes: bool) -> Tensor:
         splits = triton.cdiv(tiles, per_split)
         partial = block.z.new_empty((kinds, splits, n), dtype=torch.float32)
         arguments = block_arguments(block) | {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
-        launch_kernel(partitioned_logsumexp_block_forward_kernel, (n, splits), arguments, **constants)
+        launch_with(partitioned_logsumexp_block_forward_kernel, (n, splits), arguments, **constants)
         return merge_statistics(partial)
 
 
@@ -389,7 +389,7 @@ def merge_statistics(partial: Tensor) -> Tensor:
     out = partial.new_empty((kinds, n))
     arguments = {"partial_ptr": partial, "out_ptr": out, "rows": n, "splits": splits, "SLOPES": kinds > N_STATISTICS}
     constants = {"SPLITS": triton.next_power_of_2(splits), "BLOCK": MERGED_ROWS, "num_warps": 4}
-    launch_kernel(partitioned_logsumexp_merge_kernel, (triton.cdiv(n, MERGED_ROWS),), arguments, **constants)
+    launch_with(partitioned_logsumexp_merge_kernel, (triton.cdiv(n, MERGED_ROWS),), arguments, **constants)
     return out
 
 
@@ -409,7 +409,7 @@ def tiled_forward(a: Arguments, with_slopes: bool) -> Tensor:
         arguments["RAGGED"] = m % launch.block_c != 0
         # products without tensor cores are long code, and twice that would spill
         arguments["APART"] = a.query.element_size() == 2 or arguments["PRECISION"] == "tf32"
-        launch_kernel(
+        launch_with(
             partitioned_logsumexp_tiled_forward_kernel, (blocks, partial.shape[1]), arguments, **launch.constants
         )
         return merge_statistics(partial)
