@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/lt-kernels bench report --check
+	$(BIN)/python benchmarks/report.py --check
 
 ## make format   apply what ruff would change
 format: setup
@@ -63,16 +63,16 @@ format: setup
 ## make bench    benchmarks of a few cases, and whether they have become slower than the committed results say
 bench: setup
 	$(BIN)/python -m pytest benchmarks -m "not slow" --quiet --benchmark-columns=min,median,stddev,rounds
-	$(BIN)/lt-kernels bench compare
+	$(BIN)/python benchmarks/compare.py
 
 ## make results  measure everything on this machine, save under benchmarks/results/, regenerate tables and figures
 results: setup
 	$(BIN)/lt-kernels bench --save
-	$(BIN)/lt-kernels bench report
+	$(BIN)/python benchmarks/report.py
 
 ## make report   regenerate tables and figures from the saved results
 report: setup
-	$(BIN)/lt-kernels bench report
+	$(BIN)/python benchmarks/report.py
 
 ## make docs     the documentation as a web site in site/
 docs: setup

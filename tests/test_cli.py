@@ -12,7 +12,7 @@ import torch
 
 import lt_kernels
 from lt_kernels import cli, demo
-from lt_kernels.bench import runner
+from lt_kernels.bench import records, runner
 from lt_kernels.demo import digits
 
 
@@ -82,7 +82,10 @@ def test_module_runs_as_the_command():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["bench", "softmax"], ["unknown op 'softmax'", "margin_cross_entropy", "report"]),
+        (["bench", "softmax"], ["unknown op 'softmax'", "margin_cross_entropy", "expert_fusion"]),
+        (["bench", "margin_cross_entropy", "softmax"], ["unknown op 'softmax'", "margin_cross_entropy"]),
+        (["bench", "expert_fusion", "--case", "tiny-3x5"], ["expert_fusion has none of the cases", "bench --list"]),
+        (["bench", "--dirty"], ["--dirty goes with --save"]),
         (["bench", "--provider", "jax"], ["unknown provider 'jax'", "eager", "lt[native]"]),
         (["bench", "--case", "mnist"], ["unknown case 'mnist'", "inat18-n512"]),
         (["bench", "--dtype", "int8"], ["unknown dtype 'int8'", "bfloat16"]),
@@ -91,14 +94,6 @@ def test_module_runs_as_the_command():
         (["bench", "--seconds", "0", "--device", "cuda"], ["no CUDA device is available"]),
         (["bench", "--repetitions", "0"], ["repetitions: got 0", "at least 1"]),
         (["bench", "--budget", "-1"], ["budget: got -1.0", "0 or more"]),
-        (["bench", "--check"], ["--check goes with"]),
-        (["bench", "--tolerance", "1"], ["--tolerance goes with"]),
-        (["bench", "margin_cross_entropy", "softmax"], ["'margin_cross_entropy softmax'", "one op", "compare"]),
-        (["bench", "compare", "--tolerance", "0"], ["--tolerance: got 0.0", "above 0"]),
-        (["bench", "compare", "one.json"], ["got 1 file, expected two"]),
-        (["bench", "compare", "a.json", "b.json"], ["a.json"]),
-        (["bench", "compare", "--device", "tpu"], ["unknown device 'tpu'", "cuda"]),
-        (["bench", "compare", "--device", "cuda"], ["no CUDA device is available"]),
         (["demo", "--seeds", "0"], ["--seeds: got 0"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0] in ("bench", "demo") else "",
@@ -120,15 +115,13 @@ def test_provider_asked_for_by_name_must_be_available(capsys, monkeypatch):
 
 
 def test_bench_list_names_all(capsys):
-    from lt_kernels.bench.runner import OPS
-
     _, out, _ = run(capsys, "bench", "--list")
-    for op, module in OPS.items():
-        for name in (op, *module.CASES, *module.PROVIDERS):
+    for op, module in runner.OPS.items():
+        for name in (op, *module.cases, *module.providers):
             assert name in out
 
 
-def test_bench_runs_writes_and_compares_with_itself(capsys, tmp_path):
+def test_bench_runs_and_writes(capsys, tmp_path):
     path = tmp_path / "out.json"
     argv = ["--case", "tiny-3x5", "--provider", "eager,lt[reference]", "--dtype", "float32", "--repetitions", "1"]
     status, out, _ = run(capsys, "bench", *argv, "--seconds", "0", "--json", str(path))
@@ -136,9 +129,6 @@ def test_bench_runs_writes_and_compares_with_itself(capsys, tmp_path):
     for direction in ("fwd", "bwd", "fwd_bwd"):
         assert f"tiny-3x5           float32   {direction:8} lt[reference]" in out
     assert f"wrote {path}" in out
-    status, out, _ = run(capsys, "bench", "compare", str(path), str(path))
-    assert status == 0
-    assert "no regression" in out
 
 
 def test_bench_of_a_case_measures_the_op_that_has_it(capsys):
@@ -151,49 +141,44 @@ def test_bench_of_a_case_measures_the_op_that_has_it(capsys):
     assert len([line for line in lines if "has no case" in line]) == len(runner.OPS) - 1
 
 
-def test_bench_compare_fails_on_a_regression(capsys, tmp_path):
-    from lt_kernels.bench import records
-    from lt_kernels.bench.runner import run as measure
+QUICK = ["--dtype", "float32", "--direction", "fwd", "--repetitions", "1", "--seconds", "0", "--provider", "eager"]
 
-    found = measure(
-        "margin_cross_entropy",
-        cases=["tiny-3x5"],
-        providers=["eager", "lt[reference]"],
-        dtypes=["float32"],
-        directions=["fwd_bwd"],
-        repetitions=1,
-        seconds=0.0,
-    )
-    slower = [
-        dataclasses.replace(record, ms_median=record.ms_median * (1 if record.provider == "eager" else 2))
-        for record in found
-    ]
-    before, after = tmp_path / "before.json", tmp_path / "after.json"
-    records.save(before, found)
-    records.save(after, slower)
-    status, out, _ = run(capsys, "bench", "compare", str(before), str(after))
-    assert status == 1
-    assert "1 of 1 are regressions" in out
-    status, out, _ = run(capsys, "bench", "compare", str(before), str(after), "--tolerance", "1.5")
+
+def test_bench_of_several_ops_measures_each_once(capsys):
+    ops = ["expert_fusion", "margin_cross_entropy", "expert_fusion"]
+    status, out, _ = run(capsys, "bench", *ops, "--case", "tiny-3x5,tiny-2x3x5", *QUICK)
     assert status == 0
+    assert [line.split()[0] for line in out.splitlines() if " fwd " in line] == ["tiny-2x3x5", "tiny-3x5"]
+
+
+def test_bench_saves_results_of_committed_code_alone(capsys, monkeypatch, tmp_path):
+    results = tmp_path / records.RESULTS
+    results.mkdir(parents=True)
+    argv = ["bench", "margin_cross_entropy", "--root", str(tmp_path), "--case", "tiny-3x5", *QUICK, "--save"]
+    monkeypatch.setattr(records, "git_revision", lambda: "0123-dirty")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", None)  # refused before anything is measured
+        status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert "--save: got revision 0123-dirty" in err
+    assert "or give --dirty" in err
+    assert list(results.iterdir()) == []
+    path = results / records.device_slug("cpu") / "margin_cross_entropy.json"
+    assert run(capsys, *argv, "--dirty")[0] == 0
+    assert {one.provider for one in records.load(path)} == {"eager"}
+    monkeypatch.setattr(records, "git_revision", lambda: "0123")
+    assert run(capsys, *argv)[0] == 0
 
 
 def test_bench_fails_if_a_provider_asked_for_disagrees(capsys, monkeypatch):
-    from lt_kernels.bench import margin_cross_entropy as op
-
-    wrong = dataclasses.replace(op.PROVIDERS["loop"], make=lambda inputs: lambda: inputs.logits.sum())
-    monkeypatch.setitem(op.PROVIDERS, "loop", wrong)
+    providers = runner.OPS["margin_cross_entropy"].providers
+    wrong = dataclasses.replace(providers["loop"], make=lambda inputs: lambda: inputs.logits.sum())
+    monkeypatch.setitem(providers, "loop", wrong)
     argv = ["--case", "tiny-3x5", "--dtype", "float32", "--direction", "fwd", "--repetitions", "1", "--seconds", "0"]
     status, out, err = run(capsys, "bench", *argv, "--provider", "eager,loop")
     assert status == 1
     assert "float32   fwd      eager" in out
     assert err.startswith("lt-kernels: loop on tiny-3x5 float32: AssertionError")
-
-
-def test_report_outside_a_checkout(capsys, tmp_path):
-    status, _, err = run(capsys, "bench", "report", "--root", str(tmp_path))
-    assert status == 2
-    assert "run this in a checkout" in err
 
 
 def test_demo_without_its_packages_names_the_extra(capsys, monkeypatch):

@@ -37,12 +37,28 @@ class RowOptions(NamedTuple):
     @property
     def learns(self) -> bool:
         """Whether an option receives a gradient."""
-        return any(value.requires_grad for value in self if isinstance(value, Tensor))
+        options = (self.target, self.class_bias, self.class_scale, self.class_margin, self.learned_scale)
+        return any(option is not None and option.requires_grad for option in options)
 
     @classmethod
     def plain(cls, target: Tensor) -> RowOptions:
         """Return the options of a plain cross-entropy, summed over rows."""
         return cls(target, None, None, None, None, None, None, None, None)
+
+
+class Slot(NamedTuple):
+    """One target of a row; every field is one value per row: [N, K] in eager code, a scalar or a block in a kernel."""
+
+    column: Tensor  # class; where there is none 0 in eager code and -1 in kernels
+    valid: Tensor  # bool: not ignored
+    factor: Tensor  # k_t; where ignored 0, or NaN if the mean is over no weight at all, as in torch
+    weight: Tensor  # w_y
+    plain: Tensor  # u_y
+    shifted: Tensor  # v_t
+    cosine: Tensor  # class_scale_y * x_y
+    phi: Tensor
+    dphi_dc: Tensor
+    dphi_dm: Tensor
 
 
 #: Options that can receive a gradient, in the order of backward's results.
