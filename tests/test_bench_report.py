@@ -22,7 +22,7 @@ from lt_kernels.bench.ops import OPS
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "benchmarks")]
 compare, figures, provenance, report = map(importlib.import_module, ("compare", "figures", "provenance", "report"))
-op, head, balpoe, fusion, _, contrast = OPS.values()
+op, head, balpoe, _, fusion, contrast = OPS.values()
 
 MARKERS = "# Title\n\n{}\n\nafter\n"
 

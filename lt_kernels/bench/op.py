@@ -86,6 +86,7 @@ class Op:
     cost: Callable[[Any, torch.dtype, str], Cost]  # of a case in a dtype and direction
     agreement: type[Agreement[Any]]
     floor: Floor
+    rank: int  # its place in lists and reports, by name among equals
     shape: str  # what the sizes of a case are: the heading of a column
     compare_cases: tuple[str, ...]  # cases that `benchmarks/compare.py` measures ...
     references: tuple[str, str]  # ... and the providers whose times divide ours
