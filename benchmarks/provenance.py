@@ -153,7 +153,7 @@ def load(root: Path) -> dict[str, Revision]:
 def complete(root: Path, records: Iterable[Record]) -> dict[str, Revision]:
     """Return the facts about all measured revisions: the known ones, and those that git knows.
 
-    The facts about a dirty revision are those of the commit below the changes.
+    A dirty revision has the facts of the commit below its changes.
     """
     known = load(root)
     wanted: dict[str, set[Kernels]] = {}

@@ -370,7 +370,7 @@ def test_a_row_tells_date_revision_and_versions(repository):
 
 
 def verdicts(repository) -> list[str]:
-    """Of the CPU's kernels, of CUDA's and of Triton's."""
+    """Return the verdicts on the kernels of the CPU, of CUDA and of Triton."""
     rows = [measured(repository.revision), on_a_gpu(repository.revision, "native"), on_a_gpu(repository.revision)]
     return [origin.partition("; ")[2] for origin in repository.origins(*rows)]
 
