@@ -195,30 +195,30 @@ def _partitioned_logsumexp(config: Any) -> None:
 
 
 def _rows_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
-    if kernel.startswith("_rows") and a.get("BODY") != "parts":
+    if "_rows_" in kernel and a.get("BODY") != "parts":
         block = a["GROUP"] * a["LANES"] * a["REPEAT"]
-        if kernel == "_rows_forward_kernel":
+        if kernel.endswith("_rows_forward_kernel"):
             return Work(a["classes"], triton.cdiv(a["classes"], block))
-        columns = a["part_groups"] * a["GROUP"] if kernel == "_rows_statistics_kernel" else block
+        columns = a["part_groups"] * a["GROUP"] if kernel.endswith("_rows_statistics_kernel") else block
         return Work(columns, triton.cdiv(columns, block))
-    if kernel == "_tiles_forward_kernel":
+    if kernel.endswith("_tiles_forward_kernel"):
         return Work(a["classes"] * a["BLOCK_K"], triton.cdiv(a["classes"], a["REPEAT"] * a["LANES"]))
-    if kernel == "_soft_mass_kernel":
+    if kernel.endswith("_soft_mass_kernel"):
         return Work(a["classes"] * a["BLOCK_K"], triton.cdiv(a["classes"], a["BLOCK_C"]))
-    if kernel == "_tiles_backward_kernel":
+    if kernel.endswith("_tiles_backward_kernel"):
         return Work(a["blocks_per_program"] * a["BLOCK_C"] * a["BLOCK_K"], a["blocks_per_program"])
     return None
 
 
 def _experts_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
-    if kernel == "_experts_forward_kernel":
+    if kernel == "expert_cross_entropy_forward_kernel":
         return Work(a["EXPERTS"] * a["classes"], triton.cdiv(a["classes"], a["GROUP"] * a["LANES"] * a["SWEEP"]))
-    if kernel in ("_fusion_kernel", "_log_probs_kernel"):
+    if kernel in ("expert_fusion_kernel", "expert_fusion_log_probs_kernel"):
         return Work(len(a["x_ptrs"]) * min(a["classes"], a["part_groups"] * a["GROUP"]))
-    if kernel == "_divergence_forward_kernel":
+    if kernel == "expert_divergence_forward_kernel":
         block = a["GROUP"] * a["LANES"] * a["REPEAT"]
         return Work(len(a["x_ptrs"]) * a["classes"], triton.cdiv(a["classes"], block))
-    if kernel == "_divergence_backward_kernel":
+    if kernel == "expert_divergence_backward_kernel":
         return Work(len(a["x_ptrs"]) * min(a["classes"], a["GROUP"] * a["LANES"] * a["REPEAT"]))
     return _rows_work(kernel, a)
 

@@ -55,7 +55,7 @@ _FULL = (*_SHORT, "instructions", "loads", "stores", "shared")
 #: Outputs as long as the logits: a kernel that is given one writes 16 bytes at a time.
 _LONG_OUTPUTS = ("grad_ptr", "u_ptr", "log_probs_ptr", "grad_ptrs")
 #: The kernel that passes a row's sums through the memory of its results, and the pointers through which it does.
-_SHARING_KERNEL, _SHARING_POINTERS = "_tiles_forward_kernel", ("loss_ptr", "lse_ptr")
+_SHARING_KERNEL, _SHARING_POINTERS = "margin_cross_entropy_tiles_forward_kernel", ("loss_ptr", "lse_ptr")
 
 Row = dict[str, Any]
 

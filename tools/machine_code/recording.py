@@ -150,9 +150,9 @@ def record(call: Callable[[Any], None], config: Any, gpu: GPUTarget) -> list[Lau
     """Return the launches that a call makes on a GPU."""
     launches: list[Launch] = []
     architecture = 0 if gpu.backend == "hip" else gpu.arch
-    pretended = {"_architecture": lambda device: architecture}
+    pretended = {"architecture_of": lambda device: architecture}
     if hasattr(config, "precision"):
-        pretended["_precision"] = lambda dtype: config.precision
+        pretended["product_precision"] = lambda dtype: config.precision
 
     def changes(name: str, value: Any) -> Any:
         if isinstance(value, JITFunction) and name.endswith("_kernel"):

@@ -46,5 +46,20 @@ class RowOptions(NamedTuple):
         return cls(target, None, None, None, None, None, None, None, None)
 
 
+class Slot(NamedTuple):
+    """One target of a row; every field is one value per row: [N, K] in eager code, a scalar or a block in a kernel."""
+
+    column: Tensor  # class; where there is none 0 in eager code and -1 in kernels
+    valid: Tensor  # bool: not ignored
+    factor: Tensor  # k_t; where ignored 0, or NaN if the mean is over no weight at all, as in torch
+    weight: Tensor  # w_y
+    plain: Tensor  # u_y
+    shifted: Tensor  # v_t
+    cosine: Tensor  # class_scale_y * x_y
+    phi: Tensor
+    dphi_dc: Tensor
+    dphi_dm: Tensor
+
+
 #: Options that can receive a gradient, in the order of backward's results.
 DIFFERENTIABLE = ("target", "class_bias", "class_scale", "class_margin", "learned_scale")

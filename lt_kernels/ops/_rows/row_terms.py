@@ -15,28 +15,13 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_classes
-from .options import RowOptions
+from .options import RowOptions, Slot
 
 _SIN2_MIN = 1e-7  # keeps the angular derivative cot(theta) finite at theta = 0
 
 
 def _softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, torch.zeros_like(z))
-
-
-class Slot(NamedTuple):
-    """One target of every row; each field [N, K]."""
-
-    column: Tensor  # class, 0 where there is none
-    valid: Tensor  # bool: not ignored
-    factor: Tensor  # k_t; where ignored 0, or NaN if the mean is over no weight at all, as in torch
-    weight: Tensor  # w_y
-    plain: Tensor  # u_y
-    shifted: Tensor  # v_t
-    cosine: Tensor  # class_scale_y * x_y
-    phi: Tensor
-    dphi_dc: Tensor
-    dphi_dm: Tensor
 
 
 class Slopes(NamedTuple):

@@ -79,7 +79,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
                 a, kernels, _blocks(a, memory_budget), with_slopes, kept if strategy == "materialize" else None
             )
     if backend == "triton":
-        results = load(OP, "triton_rows").results(s, a.learned_scale, a.scale)
+        results = load(OP, "triton").results(s, a.learned_scale, a.scale)
     else:
         results = _results(s, a)
     return (*results, kept, torch.stack(results[:3]) if separate else s.new_empty((0,)))
@@ -129,7 +129,7 @@ def _backward(
         of_scale = a.scale * _of_scale(through, slopes, rest)
     if not any(needs):
         return [*(a.query.new_empty((0,)) for _ in needs), of_scale]
-    terms = load(OP, "triton_rows").terms(*upstream, rest) if backend == "triton" else _terms(*upstream, rest)
+    terms = load(OP, "triton").terms(*upstream, rest) if backend == "triton" else _terms(*upstream, rest)
     with torch.autocast(a.query.device.type, enabled=False):
         if strategy == "tiled":
             grads: list[Tensor] = load(OP, "triton").tiled_backward(a, terms, needs)
