@@ -106,7 +106,6 @@ def start(name: str | None) -> None:
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError("triton was imported before --engine=interpreter; set TRITON_INTERPRET=1")
         os.environ["TRITON_INTERPRET"] = "1"
-        sys.path.insert(0, str(TESTS / "kernels"))
         import _interpreter
 
         _interpreter.patch_languages_once()
@@ -116,6 +115,13 @@ def start(name: str | None) -> None:
         import emulated_cuda  # noqa: F401  installs itself as the native backend
     given = os.environ.get("LT_KERNELS_TEST_BACKENDS"), os.environ.get("LT_KERNELS_TEST_DEVICE")
     backends = tuple(given[0].split(",")) if given[0] else ENGINE.backends
+    if name == "gpu" and not given[0]:
+        import lt_kernels
+
+        reasons = lt_kernels.info()["backends"]["margin_cross_entropy"]["cuda"]
+        backends = tuple(backend for backend in backends if reasons[backend] is None)
+        if not backends:
+            raise RuntimeError(f"--engine=gpu: {reasons}")
     ENGINE = Engine(name, backends, given[1] or ENGINE.device, ENGINE.chips, ENGINE.orders)
 
 

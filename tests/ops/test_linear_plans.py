@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import lt_kernels
-from lt_kernels import _settings, functional
+from lt_kernels import _settings
 from lt_kernels.functional import linear_margin_cross_entropy
+from lt_kernels.ops.linear_margin_cross_entropy.plan import padded
 
 
 def test_budget_decides_what_is_kept(monkeypatch):
@@ -47,11 +48,10 @@ def test_plans_of_narrow_heads(dtype):
 def test_the_plan_is_what_runs(monkeypatch):
     """Chunks of the planned size, and no buffer beyond the budget."""
     seen = []
-    original = functional.plans.padded
     monkeypatch.setattr(
         "lt_kernels.ops.linear_margin_cross_entropy.products.buffer",
         lambda rows, columns, dtype, device: (
-            seen.append((rows, columns)) or torch.empty(rows, original(columns, dtype), dtype=dtype)[:, :columns]
+            seen.append((rows, columns)) or torch.empty(rows, padded(columns, dtype), dtype=dtype)[:, :columns]
         ),
     )
     x, w, y = torch.randn(300, 16, requires_grad=True), torch.randn(1000, 16), torch.randint(1000, (300,))
