@@ -195,17 +195,17 @@ def _partitioned_logsumexp(config: Any) -> None:
 
 
 def _rows_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
-    if kernel.startswith("margin_cross_entropy_rows") and a.get("BODY") != "parts":
+    if "_rows_" in kernel and a.get("BODY") != "parts":
         block = a["GROUP"] * a["LANES"] * a["REPEAT"]
-        if kernel == "margin_cross_entropy_rows_forward_kernel":
+        if kernel.endswith("_rows_forward_kernel"):
             return Work(a["classes"], triton.cdiv(a["classes"], block))
-        columns = a["part_groups"] * a["GROUP"] if kernel == "margin_cross_entropy_rows_statistics_kernel" else block
+        columns = a["part_groups"] * a["GROUP"] if kernel.endswith("_rows_statistics_kernel") else block
         return Work(columns, triton.cdiv(columns, block))
-    if kernel == "margin_cross_entropy_tiles_forward_kernel":
+    if kernel.endswith("_tiles_forward_kernel"):
         return Work(a["classes"] * a["BLOCK_K"], triton.cdiv(a["classes"], a["REPEAT"] * a["LANES"]))
-    if kernel == "margin_cross_entropy_soft_mass_kernel":
+    if kernel.endswith("_soft_mass_kernel"):
         return Work(a["classes"] * a["BLOCK_K"], triton.cdiv(a["classes"], a["BLOCK_C"]))
-    if kernel == "margin_cross_entropy_tiles_backward_kernel":
+    if kernel.endswith("_tiles_backward_kernel"):
         return Work(a["blocks_per_program"] * a["BLOCK_C"] * a["BLOCK_K"], a["blocks_per_program"])
     return None
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lt_kernels.ops import _configs as limits
-from lt_kernels.ops.expert_cross_entropy.triton import launch as experts
-from lt_kernels.ops.margin_cross_entropy.triton import launch as kernels
+from lt_kernels.ops._device import BYTES_PER_SECOND, INSTRUCTIONS_PER_SECOND, MULTIPROCESSORS
+from lt_kernels.ops.expert_cross_entropy.triton import launch as experts_launch
+from lt_kernels.ops.margin_cross_entropy.triton import launch as margin_launch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -124,7 +125,7 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> str:
             _lines(tables["margin_cross_entropy"]),
         ),
         (
-            _LOSSES.format(most=experts.MOST_EXPERTS, ahead=experts.MOST_AHEAD),
+            _LOSSES.format(most=experts_launch.MOST_EXPERTS, ahead=experts_launch.MOST_AHEAD),
             _with_prediction(_lines(losses), losses),
         ),
         (_EXPERTS.format(read=limits.READ_BUDGET), _lines(logits)),
@@ -163,8 +164,8 @@ def _with_prediction(lines: list[str], rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         e, c, dtype = re.search(r"E (\d+), C (\d+), (\w+)", row["case"]).groups()  # type: ignore[union-attr]
         logits = 4096 * int(e) * int(c)
-        read_and_written = 2 * logits * getattr(torch, dtype).itemsize / 4.3e12
-        cells.append(f" {max(read_and_written, logits * row['per_logit'] / 3.35e13) * 1e6:.0f} us |")
+        read_and_written = 2 * logits * getattr(torch, dtype).itemsize / BYTES_PER_SECOND
+        cells.append(f" {max(read_and_written, logits * row['per_logit'] / INSTRUCTIONS_PER_SECOND) * 1e6:.0f} us |")
     return [line + cell for line, cell in zip(lines, cells, strict=True)]
 
 
@@ -197,11 +198,11 @@ def _path_lines() -> list[str]:
     """Return how the launch table visits rows, with the estimate that decides."""
 
     def cell(rows: int, classes: int, itemsize: int) -> str:
-        launch, row_bytes = kernels.rows_launch(rows, classes, itemsize, True), classes * itemsize
+        launch, row_bytes = margin_launch.rows_launch(rows, classes, itemsize, True), classes * itemsize
         if launch.body == "tile":
             return f"one tile, {launch.num_warps} warps, 2.0"
-        together = rows if launch.body == "parts" else 132
-        return f"{launch.body}, {launch.num_warps} warps, {kernels.traffic(together * row_bytes, True):.1f}"
+        together = rows if launch.body == "parts" else MULTIPROCESSORS
+        return f"{launch.body}, {launch.num_warps} warps, {margin_launch.traffic(together * row_bytes, True):.1f}"
 
     sizes = [(n, c) for c in (8142, 32768, 65536, 100_000, 1_000_000) for n in (64, 256, 4096)]
     cells = [f"| {n} x {c:,} | {cell(n, c, 2)} | {cell(n, c, 4)} |" for n, c in sizes]

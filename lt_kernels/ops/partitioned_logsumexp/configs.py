@@ -35,27 +35,22 @@ def _kernel(name: str) -> str:
     return f"partitioned_logsumexp_{name}_kernel"
 
 
+def _limits(**limits: float) -> tuple[tuple[str, float], ...]:
+    return tuple((_kernel(name), limit) for name, limit in limits.items())
+
+
 #: Limits in the loops at D = 128, where tensor cores take as long as 11 instructions for a forward tile's product
 #: (2 D operations) and as 22 for a backward tile's two. A logit's own arithmetic (a multiply-add, an exponential, a
 #: comparison and its selection, four sums) is 10 instructions in forward where logits have a bound, and 17 with running
 #: maxima. The limits are about a tenth above the loops' counts, with Triton 3.6 where that is more: its copies of a
 #: tile's vectors to shared memory are narrow.
-_BOUNDED = (
-    (_kernel("tiled_forward"), 16.0), (_kernel("grad_query"), 16.0), (_kernel("grad_key"), 19.5),
-    (_kernel("grad_both"), 27.0),
-)  # fmt: skip
-_UNBOUNDED = (
-    (_kernel("tiled_forward"), 30.0), (_kernel("grad_query"), 27.0), (_kernel("grad_key"), 24.0),
-    (_kernel("grad_both"), 41.0),
-)  # fmt: skip
+_BOUNDED = _limits(tiled_forward=16.0, grad_query=16.0, grad_key=19.5, grad_both=27.0)
+_UNBOUNDED = _limits(tiled_forward=30.0, grad_query=27.0, grad_key=24.0, grad_both=41.0)
 #: Limits of blocks. At the D > 256 that they are for, the products of an element (6 D operations) take tensor cores as
 #: long as 65 instructions or more; backward's traffic takes memory as long as 31.
-_BLOCK = (
-    (_kernel("block_forward"), 40.0),
-    (_kernel("block_backward"), MEMORY_BUDGET),
-)
+_BLOCK = _limits(block_forward=40.0, block_backward=MEMORY_BUDGET)
 _EVERY = ("exclude", "key_bias", "key_scale", "learned_scale", "slopes")
-_TILED_FORWARD = (_kernel("tiled_forward"), _kernel("merge"))
+_TILED_FORWARD = tuple(map(_kernel, ("tiled_forward", "merge")))
 _GRAD_BOTH = (_kernel("grad_both"),)
 
 
