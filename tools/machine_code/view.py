@@ -24,9 +24,11 @@ compiled ahead of time with Triton {triton} and not run: this needs no GPU. Noth
 
 `make aot` holds every row to its limits, but does not compile every row. Each row carries a seal: a hash of the kernel
 with everything it calls, its specialised arguments, the compiler's version and options, and the recorded numbers. A
-check compiles the rows whose seal does not fit, and one twentieth of the others. The twentieth changes with every
-commit, so a forged seal is found after twenty commits at the latest. `--all` compiles every row. A check prints how
-many rows it compiled, how many it took from the table, and why.
+check compiles the rows whose seal does not fit, and one twentieth of the others. The number of commits chooses the
+twentieth, so twenty successive commits check every row, and find a forged seal. `--all` compiles every row. A check
+prints how many rows it compiled, how many it took from the table, and why.
+
+After a change of a kernel, `python -m tools.machine_code --write` compiles the rows that it concerns and rewrites them.
 
 One rule is checked on the compiled code and not recorded. The tiles kernel passes a row's sums through the memory of
 the log-sum-exp. A barrier must stand between the loads of these sums and the store of the result.
