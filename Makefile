@@ -41,9 +41,12 @@ $(STAMP).extension: $(STAMP).dependencies setup.py $(SOURCES)
 demo: setup
 	$(BIN)/lt-kernels demo
 
-## make test     every test
+## make test     every test: on the CPU, with fewer instructions, Triton interpreted, CUDA emulated
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto
+	for engine in default avx2 interpreter emulator; do \
+	    $(BIN)/python -m pytest --numprocesses auto --engine=$$engine tests/kernels tests/ops || exit 1; \
+	done
 
 ## make lint     ruff, clang-format, mypy, import-linter, and that generated tables and figures are up to date
 lint: setup

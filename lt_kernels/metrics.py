@@ -7,7 +7,7 @@ imports, and construction raises ImportError. ``reliability_diagram`` needs matp
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from ._checks import (
     check_tensor,
 )
 from .priors import SHOT_GROUPS, shot_groups
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 try:
     from torchmetrics import Metric
@@ -398,7 +401,9 @@ def calibration_error(preds: Tensor, target: Tensor, bins: int = 15, *, ignore_i
     return _errors(_bin_sums(*counted, check_int("bins", bins, 1)))
 
 
-def reliability_diagram(confidence: Tensor, correct: Tensor, path_or_axis: Any, bins: int = 15) -> Any:
+def reliability_diagram(
+    confidence: Tensor, correct: Tensor, path_or_axis: str | os.PathLike[str] | Axes, bins: int = 15
+) -> Axes:
     """Accuracy against confidence, one bar for each bin, with the gaps and both calibration errors.
 
     Args:
@@ -417,7 +422,7 @@ def reliability_diagram(confidence: Tensor, correct: Tensor, path_or_axis: Any, 
     counted = _confidence_and_correct(confidence, correct, -100, ("confidence", "correct"))
     _check_confidence("confidence", counted[0])
     sums = _bin_sums(*counted, check_int("bins", bins, 1)).cpu()
-    figure, axis = None, path_or_axis
+    figure = None
     if isinstance(path_or_axis, (str, os.PathLike)):
         try:
             from matplotlib.figure import Figure
@@ -427,19 +432,21 @@ def reliability_diagram(confidence: Tensor, correct: Tensor, path_or_axis: Any, 
         axis = figure.add_subplot()
     elif not hasattr(path_or_axis, "bar"):
         raise TypeError(f"path_or_axis: got {type(path_or_axis).__name__}, expected a file name or matplotlib axes")
+    else:
+        axis = path_or_axis
     count, confident, right = sums.unbind(1)
     filled = count > 0
     accuracy = (right / count)[filled].tolist()
     gap = ((confident - right) / count)[filled].tolist()
     left = (torch.arange(bins)[filled] / bins).tolist()
-    options = {"width": 1 / bins, "align": "edge", "edgecolor": "black", "linewidth": 0.5}
+    options: dict[str, Any] = {"width": 1 / bins, "align": "edge", "edgecolor": "black", "linewidth": 0.5}
     axis.bar(left, accuracy, color="tab:blue", label="accuracy", **options)
     axis.bar(left, gap, bottom=accuracy, color="tab:red", alpha=0.3, label="confidence - accuracy", **options)
     axis.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1)
     ece, mce = _errors(sums)
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"ECE {ece:.3f}, MCE {mce:.3f}")
     axis.legend(loc="upper left")
-    if figure is not None:
+    if figure is not None and isinstance(path_or_axis, (str, os.PathLike)):
         figure.savefig(path_or_axis, dpi=150)
     return axis
 

@@ -2,7 +2,8 @@
 
 ``pytest`` alone runs the reference and the kernels of the CPU. ``--engine=interpreter`` runs Triton kernels on
 CPU tensors in Triton's interpreter, ``--engine=emulator`` the CUDA kernels compiled for the CPU (tests/emulator), and
-``--engine=gpu`` both on a device.
+``--engine=gpu`` both on a device. ``--engine=default`` and ``--engine=avx2`` run the CPU's kernels with fewer
+instructions than the processor has.
 """
 
 from __future__ import annotations
@@ -55,12 +56,22 @@ ENGINES = {
         orders=("forward", "reversed"),
     ),
     "gpu": Engine("gpu", ("triton", "native"), "cuda"),
+    # the CPU's kernels for less than this processor has
+    "default": Engine("default", ("native",)),
+    "avx2": Engine("avx2", ("native",)),
 }
 
 #: Tests outside tests/kernels that an engine runs too: file and a regular expression of the tests' ids. The others say
 #: nothing new there: compiled code, threads of the CPU, second backends, float64 in Triton.
 _NOT_KERNELS = r"(?!.*(gradcheck|number_of_threads|opcheck|compile|by_name|bad_input|inductor|fallback|cpu_only))"
+_INSTRUCTIONS = {
+    "test_margin_cross_entropy": "test_value_and_every_gradient",
+    "test_native_contrastive": "test_values",
+    "test_native_experts": "test_values",
+}
 GENERIC: dict[str, dict[str, str]] = {
+    "default": _INSTRUCTIONS,
+    "avx2": _INSTRUCTIONS,
     "interpreter": {
         "test_contract": _NOT_KERNELS + r".*margin_cross_entropy",
         "test_margin_cross_entropy": _NOT_KERNELS,
@@ -89,11 +100,12 @@ def start(name: str | None) -> None:
     global ENGINE
     name = name or "cpu"
     ENGINE = ENGINES[name]
+    if name in ("default", "avx2"):
+        os.environ["LT_KERNELS_CPU_CAPABILITY"] = name
     if name == "interpreter":
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError("triton was imported before --engine=interpreter; set TRITON_INTERPRET=1")
         os.environ["TRITON_INTERPRET"] = "1"
-        sys.path.insert(0, str(TESTS / "kernels"))
         import _interpreter
 
         _interpreter.patch_languages_once()
@@ -103,6 +115,13 @@ def start(name: str | None) -> None:
         import emulated_cuda  # noqa: F401  installs itself as the native backend
     given = os.environ.get("LT_KERNELS_TEST_BACKENDS"), os.environ.get("LT_KERNELS_TEST_DEVICE")
     backends = tuple(given[0].split(",")) if given[0] else ENGINE.backends
+    if name == "gpu" and not given[0]:
+        import lt_kernels
+
+        reasons = lt_kernels.info()["backends"]["margin_cross_entropy"]["cuda"]
+        backends = tuple(backend for backend in backends if reasons[backend] is None)
+        if not backends:
+            raise RuntimeError(f"--engine=gpu: {reasons}")
     ENGINE = Engine(name, backends, given[1] or ENGINE.device, ENGINE.chips, ENGINE.orders)
 
 

@@ -4,11 +4,11 @@
     tools/gpu_check.sh OUT --only tests     one step again (may be given several times); the others' results stay
     tools/gpu_check.sh OUT --limit bench=90 another limit for a step, in seconds (likewise)
 
-Needs a Python that has torch >= 2.11 with CUDA and Triton >= 3.6; uses no network and installs nothing. What is missing
-(nvcc, pytest, compute-sanitizer, ncu) costs its step only. Every step has a time limit, a log OUT/STEP.log, and its
-state in OUT/summary.json: passed, passed in part (the limit came, nothing had failed), failed, timed out, or skipped,
-with the reason. OUT/<device>/ is what the repository keeps, under benchmarks/results/. Status 1 unless every step that
-ran passed, passed in part, or was skipped.
+Needs a Python that has torch >= 2.11 with CUDA and Triton >= 3.6; uses no network and installs nothing. pytest may come
+as wheels in the folder wheels/. What is missing (nvcc, pytest, compute-sanitizer, ncu) costs its step only. Every step
+has a time limit, a log OUT/STEP.log, and its state in OUT/summary.json: passed, passed in part (the limit came, nothing
+had failed), failed, timed out, or skipped, with the reason. OUT/<device>/ is what the repository keeps, under
+benchmarks/results/. Status 1 unless every step that ran passed, passed in part, or was skipped.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 77  # exit status of a command that could not do its work here; its last line says why
-IN_PART = (
-    75  # of one that its time did not suffice for, and in which nothing failed; its last line says how far it came
-)
+IN_PART = 75  # of one whose time did not suffice, and in which nothing failed; its last line says how far it came
 FINE = ("passed", "passed in part", "skipped")
 TOOLKIT = "/usr/local/cuda"
 TOOL_FOLDERS = (f"{TOOLKIT}/bin", "/opt/nvidia/nsight-compute/*")
 
-#: What the sanitizer looks at: small shapes, every layout, and classes out of range. Device checks by name.
-SANITISED = ["bad_targets"] + [
-    f"every_element_is_written[{case}-"
+#: What the sanitizer looks at: small shapes, every layout, and classes out of range. Tests as ``--select`` takes them.
+SANITISED = ["test_bad_targets"] + [
+    f"test_every_element_is_written[{case}]"
     for case in (
+        # rows
         "odd",
         "inat18 width",
         "wide rows",
@@ -52,11 +51,7 @@ SANITISED = ["bad_targets"] + [
         "transposed with everything",
         "mixup with everything",
         "probabilities with everything",
-    )
-]
-SANITISED += [
-    f"expert_every_element_is_written[{work}"
-    for work in (
+        # experts
         "loss: few classes",
         "losses: 8142",
         "loss of a list: 8142",
@@ -64,20 +59,17 @@ SANITISED += [
         "prediction: few classes",
         "to_mean: 8142",
         "pairwise: few classes",
+        # contrastive losses
+        "everything",
+        "everything with itself",
+        "one feature",
     )
 ]
-SANITISED += [
-    f"contrastive_every_element_is_written[{case}]"
-    for case in ("odd", "everything", "everything with itself", "one feature")
+RACED = [
+    *(f"test_every_element_is_written[{case},mean]" for case in ("odd", "inat18 width", "wide rows", "segmentation")),
+    *(f"test_every_element_is_written[{work}: 8142]" for work in ("loss", "fusion", "to_mean")),
+    "test_every_element_is_written[everything]",
 ]
-RACED = [f"every_element_is_written[{case}-mean" for case in ("odd", "inat18 width", "wide rows", "segmentation")]
-RACED += [f"expert_every_element_is_written[{work}: 8142" for work in ("loss", "fusion", "to_mean")]
-RACED += ["contrastive_every_element_is_written[odd]"]
-#: Tests of the generic suite that the device checks repeat, or that are about the CPU.
-ELSEWHERE = (
-    "value_and_every_gradient or gradcheck or TestProperties or number_of_threads or compile_follows or dense_oracle"
-    " or value_and_gradient or against_float64 or test_ensemble or every_policy or layouts"
-)
 
 
 @dataclass
@@ -132,24 +124,26 @@ def build(machine: Machine, limit: float) -> dict[str, Command] | str:
     return {"": Command([machine.python, "setup.py", "build_ext", "--inplace"], environment)}
 
 
+def pytest(machine: Machine, results: str, limit: float, *arguments: str, jobs: bool = True) -> Command | str:
+    """Run tests on the device, the most informative first, and record them; or say why this machine cannot."""
+    if not importable(machine, "pytest"):
+        return "pytest cannot be imported: docs/gpu_check.md says how to carry its wheels"
+    command = [machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "limited_run", "--tb=short"]
+    command += ["--engine=gpu", "--seconds", str(limit), "--results", machine.file(results)]
+    if jobs and importable(machine, "xdist"):
+        command += ["--numprocesses", str(min(os.cpu_count() or 1, 16)), "--dist", "loadgroup"]
+    environment = {"LT_KERNELS_TEST_BACKENDS": machine.backends, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return Command([*command, *arguments], environment)
+
+
 def tests(machine: Machine, limit: float) -> dict[str, Command] | str:
-    arguments = [machine.python, "tools/run_device_checks.py", "--device", "cuda", "--backend", "triton,native"]
-    arguments += ["--jobs", str(min(os.cpu_count() or 1, 16)), "--seconds", str(limit - 20)]
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of each process
-    return {"": Command([*arguments, "--json", machine.file("tests.json")], environment)}
+    command = pytest(machine, "tests.json", limit - 20, "tests/kernels")
+    return command if isinstance(command, str) else {"": command}
 
 
 def suite(machine: Machine, limit: float) -> dict[str, Command] | str:
-    if missing := [name for name in ("pytest", "hypothesis") if not importable(machine, name)]:
-        return f"{' and '.join(missing)} cannot be imported"
-    workers = ["--numprocesses", str(min(os.cpu_count() or 1, 16))] if importable(machine, "xdist") else []
-    arguments = [machine.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40", *workers]
-    environment = {"LT_KERNELS_TEST_BACKENDS": machine.backends, "LT_KERNELS_TEST_DEVICE": "cuda"}
-    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    files = ["margin_cross_entropy", "in_place", "expert_cross_entropy", "expert_fusion", "expert_divergence"]
-    files += ["partitioned_logsumexp"]
-    tests = ["-k", f"not ({ELSEWHERE})", *(f"tests/ops/test_{name}.py" for name in files)]
-    return {"": Command([*arguments, *tests], environment)}
+    command = pytest(machine, "suite.json", limit - 20, "tests/ops")
+    return command if isinstance(command, str) else {"": command}
 
 
 def sanitizer(machine: Machine, limit: float) -> dict[str, Command] | str:
@@ -160,12 +154,16 @@ def sanitizer(machine: Machine, limit: float) -> dict[str, Command] | str:
     runs += [("racecheck", "native", RACED)] if machine.native else []
     commands = {}
     for kind, backend, names in runs:
-        arguments = [tool, "--tool", kind, "--error-exitcode", "1", "--target-processes", "application-only"]
-        arguments += [machine.python, "tools/run_device_checks.py", "--device", "cuda", "--jobs", "0"]
-        arguments += ["--backend", backend, "--match", ",".join(names), "--seconds", str(limit - 25)]
-        arguments += ["--json", machine.file(f"sanitizer-{kind}-{backend}.json")]
+        selection = [word for name in names for word in ("--select", name)]
+        results = f"sanitizer-{kind}-{backend}.json"
+        command = pytest(machine, results, limit - 25, "tests/kernels", *selection, jobs=False)
+        if isinstance(command, str):
+            return command
+        options = ["--tool", kind, "--error-exitcode", "1", "--target-processes", "application-only"]
         # without the caching allocator every tensor is an allocation of its own, whose ends are known
-        commands[f"{kind}-{backend}"] = Command(arguments, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LT_KERNELS_TEST_BACKENDS": backend}
+        arguments = [tool, *options, *command.arguments]
+        commands[f"{kind}-{backend}"] = Command(arguments, {**command.environment, **environment})
     return commands
 
 
@@ -229,8 +227,7 @@ def run_step(name: str, step: Step, machine: Machine) -> Outcome:
 def run(command: Command, log: Path, limit: float) -> Outcome:
     """Run a command in the repository's root; after ``limit`` seconds end it and every process it started."""
     started = time.monotonic()
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **command.environment}
+    environment = {**os.environ, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1", **command.environment}
     with log.open("w") as file:
         process = subprocess.Popen(
             command.arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -262,10 +259,17 @@ def end(group: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ the place
 
 
+def search_path() -> str:
+    """Return where Python finds this package, its tools, and the wheels in ``wheels/``."""
+    wheels = [str(path) for path in sorted(ROOT.glob("wheels/*.whl"))]
+    return os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tools"), *wheels, os.environ.get("PYTHONPATH"))))
+
+
 def output(*command: str) -> str | None:
-    """What a short command prints, or None where it cannot be run."""
+    """Return what a short command prints, or None if it cannot be run."""
+    environment = {**os.environ, "PYTHONPATH": search_path()}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -323,7 +327,7 @@ def environment(machine: Machine | str) -> dict[str, Any]:
 
 
 def for_the_repository(facts: dict[str, Any], tests: Path) -> dict[str, Any]:
-    """The summary without what the commands wrote, and how many device checks passed."""
+    """Return the summary without what the commands wrote, and how many tests passed."""
     steps = {name: {key: step[key] for key in ("state", "seconds")} for name, step in facts["steps"].items()}
     counts = json.loads(tests.read_text())["counts"] if tests.exists() else None
     return {"steps": steps, "device_checks": counts, "environment": facts["environment"]}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import _settings
 from .._checks import (
@@ -43,6 +44,48 @@ class PartitionedLogSumExp(NamedTuple):
     num_pos: Tensor  #: how many keys have the same label; not differentiable
 
 
+class SimilarityKeywords(TypedDict, total=False):
+    """The options of ``partitioned_logsumexp``, for type checkers."""
+
+    scale: float | Tensor
+    key_bias: Tensor | None
+    key_scale: Tensor | None
+    exclude: Tensor | Literal["self"] | None
+    key_grad_rows: tuple[int, int] | None
+    normalized: bool
+    strategy: Literal["auto", "materialize", "chunked", "tiled"]
+
+
+@overload
+def partitioned_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    separate_scale: Literal[False] = False,
+    **options: Unpack[SimilarityKeywords],
+) -> PartitionedLogSumExp: ...
+@overload
+def partitioned_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    separate_scale: Literal[True],
+    **options: Unpack[SimilarityKeywords],
+) -> tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...
+@overload
+def partitioned_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    separate_scale: bool = False,
+    **options: Unpack[SimilarityKeywords],
+) -> PartitionedLogSumExp | tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...
 def partitioned_logsumexp(
     query: Tensor,
     key: Tensor,
@@ -57,8 +100,8 @@ def partitioned_logsumexp(
     normalized: bool = False,
     separate_scale: bool = False,
     strategy: Literal["auto", "materialize", "chunked", "tiled"] = "auto",
-) -> Any:
-    """Log-sum-exp of scaled similarities to the keys of the query's own label, and to the others, in one sweep.
+) -> PartitionedLogSumExp | tuple[PartitionedLogSumExp, PartitionedLogSumExp]:
+    """Return the log-sum-exps of scaled similarities to keys of the query's own label, and of the others, in one sweep.
 
     With similarities s_ij = scale * <query_i, key_j> and logits u_ij = key_scale_j * s_ij + key_bias_j,
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,14 @@ class ELMTerms(NamedTuple):
     total: Tensor
     logit: Tensor
     embedding: Tensor
+
+
+class ELMKeys(TypedDict, total=False):
+    """What the embeddings are compared with, for type checkers."""
+
+    key: Tensor | None
+    key_label: Tensor | None
+    exclude: Tensor | Literal["self"] | None
 
 
 class ELMLoss(ContrastiveLossBase):
@@ -141,6 +149,36 @@ class ELMLoss(ContrastiveLossBase):
             return {**derived, "margin": prior.ldam_margins(self.max_margin)}
         return {**derived, "class_bias": prior.log_prior(self.tau)}
 
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        return_terms: Literal[False] = False,
+        **keys: Unpack[ELMKeys],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        return_terms: Literal[True],
+        **keys: Unpack[ELMKeys],
+    ) -> ELMTerms: ...
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        return_terms: bool = False,
+        **keys: Unpack[ELMKeys],
+    ) -> Tensor | ELMTerms: ...
     def forward(
         self,
         logits: Tensor,
@@ -151,8 +189,8 @@ class ELMLoss(ContrastiveLossBase):
         key_label: Tensor | None = None,
         exclude: Tensor | Literal["self"] | None = None,
         return_terms: bool = False,
-    ) -> Any:
-        """The loss, of float16, bfloat16, float32 or float64 logits and embeddings.
+    ) -> Tensor | ELMTerms:
+        """Return the loss of float16, bfloat16, float32 or float64 logits and embeddings.
 
         Args:
             logits: [N, C].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,17 @@ class GMLTerms(NamedTuple):
     con: Tensor
     con_temperature: Tensor
     div: Tensor | None  #: None with alpha 0
+
+
+class GMLOptions(TypedDict, total=False):
+    """The optional arguments of a call, for type checkers."""
+
+    target: Tensor | None
+    query_id: Tensor | None
+    key_id: Tensor | None
+    own_key: Tensor | None
+    teacher_logits: Tensor | None
+    generator: torch.Generator | None
 
 
 class GMLLoss(ContrastiveLossBase):
@@ -124,6 +135,42 @@ class GMLLoss(ContrastiveLossBase):
         """T, 0-dim."""
         return self.log_temperature.exp()
 
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        key: Tensor,
+        key_label: Tensor,
+        logits: Tensor,
+        *,
+        return_terms: Literal[False] = False,
+        **options: Unpack[GMLOptions],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        key: Tensor,
+        key_label: Tensor,
+        logits: Tensor,
+        *,
+        return_terms: Literal[True],
+        **options: Unpack[GMLOptions],
+    ) -> GMLTerms: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        key: Tensor,
+        key_label: Tensor,
+        logits: Tensor,
+        *,
+        return_terms: bool = False,
+        **options: Unpack[GMLOptions],
+    ) -> Tensor | GMLTerms: ...
     def forward(
         self,
         query: Tensor,
@@ -139,8 +186,8 @@ class GMLLoss(ContrastiveLossBase):
         teacher_logits: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_terms: bool = False,
-    ) -> Any:
-        """The loss, of float16, bfloat16, float32 or float64 queries and logits.
+    ) -> Tensor | GMLTerms:
+        """Return the loss of float16, bfloat16, float32 or float64 queries and logits.
 
         Args:
             query: [N, D], unit vectors; or [N, D, H, W], of which ``pixels_per_class`` are drawn.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Generic, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 NAMESPACE = "lt_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_Arguments = TypeVar("_Arguments", bound=tuple[Any, ...])
+_Arguments = TypeVar("_Arguments")
 _TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str"}
 
 
@@ -37,7 +38,8 @@ class Signature(Generic[_Arguments]):
     """
 
     def __init__(self, kind: type[_Arguments], differentiable: Sequence[str] = ()) -> None:
-        self.kind, self.differentiable = kind, tuple(differentiable)
+        self.kind: Any = kind
+        self.differentiable = tuple(differentiable)
         self._spans: list[tuple[Any, slice]] = []  # each nested NamedTuple, None for another field, and its arguments
         flat: list[tuple[str, Any]] = []
         for name, annotation in get_type_hints(kind).items():
@@ -49,39 +51,41 @@ class Signature(Generic[_Arguments]):
         kinds = [_schema_type(annotation) for _, annotation in flat]
         #: The arguments in the schema language of torch.library.
         self.schema = ", ".join(f"{each} {name}" for each, name in zip(kinds, self.names, strict=True))
-        self._tensors = [place for place, each in enumerate(kinds) if each in ("Tensor", "Tensor?")]
-        self._others = [place for place, each in enumerate(kinds) if each not in ("Tensor", "Tensor?")]
-        self._differentiable = [self.names.index(name) for name in self.differentiable]
+        tensors = [place for place, each in enumerate(kinds) if each in ("Tensor", "Tensor?")]
+        others = [place for place, each in enumerate(kinds) if each not in ("Tensor", "Tensor?")]
+        split = [*tensors, *others]
+        self.n_tensors = len(tensors)
+        self._split = itemgetter(*split)
+        self._join = itemgetter(*(split.index(place) for place in range(len(split))))
+        self._position = {name: place for place, name in enumerate(self.names)}
+        self._needs = [self._position[name] for name in self.differentiable]
 
     def rebuild(self, flat: Sequence[Any]) -> _Arguments:
         """Return the NamedTuple of flat arguments."""
-        values = [flat[span.start] if nested is None else nested(*flat[span]) for nested, span in self._spans]
-        return self.kind(*values)
+        values = [flat[span.start] if nested is None else nested._make(flat[span]) for nested, span in self._spans]
+        arguments: _Arguments = self.kind._make(values)
+        return arguments
 
-    def split(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    def split(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the tensors (and their Nones) of flat arguments, which autograd saves, and the others."""
-        return [flat[place] for place in self._tensors], [flat[place] for place in self._others]
+        both = self._split(flat)
+        return both[: self.n_tensors], both[self.n_tensors :]
 
-    def join(self, tensors: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    def join(self, tensors: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
         """Return the flat arguments that ``split`` took apart."""
-        flat: list[Any] = [None] * len(self.names)
-        for place, value in zip(self._tensors, tensors, strict=True):
-            flat[place] = value
-        for place, value in zip(self._others, others, strict=True):
-            flat[place] = value
+        flat: tuple[Any, ...] = self._join((*tensors, *others))
         return flat
-
-    @property
-    def n_tensors(self) -> int:
-        return len(self._tensors)
 
     def needs(self, flat: Sequence[bool]) -> list[bool]:
         """Return which differentiable arguments need a gradient, from the answer for each flat argument."""
-        return [flat[place] for place in self._differentiable]
+        return [flat[place] for place in self._needs]
 
     def gradients(self, values: Mapping[str, Any]) -> list[Any]:
         """Return gradients by name in the order of the flat arguments, None for the others."""
-        return [values.get(name) for name in self.names]
+        flat: list[Any] = [None] * len(self.names)
+        for name, value in values.items():
+            flat[self._position[name]] = value
+        return flat
 
 
 def _schema_type(annotation: Any) -> str:
@@ -156,6 +160,11 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
         return output
 
     def backward_of_all(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+            raise NotImplementedError(
+                f"{qualified} takes one upstream gradient at a time: got is_grads_batched=True, "
+                "expected one call of torch.autograd.grad for each gradient"
+            )
         if listed:
             of_list, *others = backward(ctx, *grads)
             return (None, None, *([None] * ctx.list_length if of_list is None else of_list), *others)

@@ -34,7 +34,7 @@ def unavailable_reason(device_type: str) -> str | None:
     return None if device_type == "cuda" else "Triton kernels need CUDA tensors (or TRITON_INTERPRET=1 for testing)"
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **others: Any) -> None:
+def launch_with(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **others: Any) -> None:
     """Launch with those of ``arguments`` that the kernel takes, and the others."""
     named = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     kernel[grid](**(named | others))

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _layouts import window
+from torch import Tensor
 
 from lt_kernels.testing import CONTRASTIVE_OPTIONS, ContrastiveSample, contrastive_sample_inputs
 
@@ -128,3 +130,14 @@ CASES = [
     Case("window with itself", keys=None, layout="window", width=13, keywords=SELF),
 ]
 BY_ID = {case.id: case for case in CASES}
+
+
+def vectors(n: int, m: int, d: int, dtype=torch.float32, device="cpu", classes: int = 5, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(rows: int) -> Tensor:
+        values = F.normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64), dim=1)
+        return values.to(device, dtype).requires_grad_()
+
+    labels = [torch.randint(0, classes, (size,), generator=generator).to(device) for size in (n, m)]
+    return unit(n), unit(m), *labels

@@ -1,16 +1,22 @@
-"""Launches that a test chooses: every private name of the launchers that tests replace is in this module."""
+"""Launches that a test chooses: every name of the launchers that tests replace is in this module."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 
-from lt_kernels.ops.expert_cross_entropy import triton as expert_rows
-from lt_kernels.ops.expert_fusion import triton as fusion
-from lt_kernels.ops.linear_margin_cross_entropy import triton as linear
-from lt_kernels.ops.margin_cross_entropy import triton as rows
-from lt_kernels.ops.partitioned_logsumexp import triton as partitioned
+from lt_kernels.ops._gemm import launch as gemm
+from lt_kernels.ops._rows.triton_launch import RowsLaunch
+from lt_kernels.ops.expert_fusion.triton import launch as fusion
+from lt_kernels.ops.linear_margin_cross_entropy.triton import launch as linear_table
+from lt_kernels.ops.linear_margin_cross_entropy.triton import tiles as linear
+from lt_kernels.ops.margin_cross_entropy.triton import launch as rows
+from lt_kernels.ops.margin_cross_entropy.triton import mean
+from lt_kernels.ops.partitioned_logsumexp.triton import launch as partitioned
+
+expert_rows = importlib.import_module("lt_kernels.ops.expert_cross_entropy.triton.forward")
 
 MonkeyPatch = pytest.MonkeyPatch
 
@@ -20,35 +26,41 @@ def wide_rows(monkeypatch: MonkeyPatch, body: str) -> None:
 
     def launch(rows_: int, classes: int, itemsize: int, aligned: bool, *others: Any, **named: Any) -> Any:
         group = 16 // itemsize if aligned else 1
-        return rows._RowsLaunch(body, group, 16 // group, 1, part_groups=640 // group, parts=-(-classes // 640))
+        return RowsLaunch(body, group, 16 // group, 1, part_groups=640 // group, parts=-(-classes // 640))
 
-    monkeypatch.setattr(rows, "_rows_launch", launch)
+    monkeypatch.setattr(rows, "rows_launch", launch)
+
+
+def class_tiles(monkeypatch: MonkeyPatch, most: int) -> None:
+    """Allow at most so many programs along the classes, as a grid allows 65,535."""
+    monkeypatch.setattr(rows, "MOST_GRID_Y", most)
+    monkeypatch.setattr(rows, "sums_launch", rows.sums_launch.__wrapped__)
 
 
 def counted_rows(monkeypatch: MonkeyPatch, rows_of_a_program: int) -> None:
     """Let each program of the mean's coefficient count so many rows."""
-    monkeypatch.setattr(rows, "_COUNTED", rows_of_a_program)
+    monkeypatch.setattr(mean, "_COUNTED", rows_of_a_program)
 
 
 def linear_tiles(monkeypatch: MonkeyPatch, block_n: int, block_c: int, per_split: int | None = None) -> None:
     """Force the size of tiles, and how many a split has."""
-    launch = linear._Launch(block_n, block_c, 4, 2)
-    monkeypatch.setattr(linear, "_launches", lambda *sizes: linear._Launches(launch, launch, launch))
+    launch = gemm.Launch(block_n, block_c, 4, 2)
+    monkeypatch.setattr(linear, "launches_of", lambda *sizes: linear_table.Launches(launch, launch, launch))
     if per_split is not None:
-        monkeypatch.setattr(linear, "_per_split", lambda blocks, tiles, *others: min(tiles, per_split))
+        monkeypatch.setattr(gemm, "tiles_per_split", lambda blocks, tiles, *others: min(tiles, per_split))
 
 
 def contrastive_tiles(monkeypatch: MonkeyPatch, block_n: int, block_c: int, per_split: int | None = None) -> None:
     """Force the size of tiles, and how many a split has."""
-    launch = partitioned._Launch(block_n, block_c, 4, 2)
-    monkeypatch.setattr(partitioned, "_launches", lambda *sizes: partitioned._Launches(*[launch] * 5))
+    launch = gemm.Launch(block_n, block_c, 4, 2)
+    monkeypatch.setattr(partitioned, "launches_of", lambda *sizes: partitioned.Launches(*[launch] * 5))
     if per_split is not None:
         contrastive_splits(monkeypatch, per_split)
 
 
 def contrastive_splits(monkeypatch: MonkeyPatch, per_split: int | None) -> None:
     """Force how many tiles a split has; None: all of them."""
-    monkeypatch.setattr(partitioned, "_per_split", lambda blocks, tiles, *others: min(tiles, per_split or tiles))
+    monkeypatch.setattr(gemm, "tiles_per_split", lambda blocks, tiles, *others: min(tiles, per_split or tiles))
 
 
 def fusion_parts(monkeypatch: MonkeyPatch) -> None:
@@ -56,15 +68,15 @@ def fusion_parts(monkeypatch: MonkeyPatch) -> None:
 
     def launch(classes: int, column_bytes: int, group: int, k: int) -> Any:
         repeat = max(8 // group, 1)
-        return fusion._Launch(group, repeat, 2, 1, max(-(-(classes // group) // (64 * repeat)), 1))
+        return fusion.FusionLaunch(group, repeat, 2, 1, max(-(-(classes // group) // (64 * repeat)), 1))
 
-    monkeypatch.setattr(fusion, "_launch", launch)
+    monkeypatch.setattr(fusion, "fusion_launch", launch)
 
 
 def record_expert_launches(monkeypatch: MonkeyPatch) -> list[int]:
     """Return a list that receives the number of experts of every launch."""
     seen: list[int] = []
-    kernel = expert_rows._experts_forward_kernel
+    kernel = expert_rows.expert_cross_entropy_forward_kernel
 
     class Counting:
         def __getitem__(self, grid: Any) -> Any:
@@ -74,5 +86,5 @@ def record_expert_launches(monkeypatch: MonkeyPatch) -> list[int]:
 
             return launch
 
-    monkeypatch.setattr(expert_rows, "_experts_forward_kernel", Counting())
+    monkeypatch.setattr(expert_rows, "expert_cross_entropy_forward_kernel", Counting())
     return seen

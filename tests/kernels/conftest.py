@@ -7,21 +7,20 @@ from pathlib import Path
 
 import _engines
 import pytest
+import torch
 from _layouts import nan_allocations
 
 #: Files whose tests need no engine.
-PURE = ("test_launches.py", "test_device.py")
+PURE = ("test_launches.py", *(f"test_device_{what}.py" for what in ("rows", "linear", "experts", "contrastive")))
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     engine = _engines.ENGINE.name
     if collection_path.suffix != ".py":
         return None
-    if engine == "cpu":
-        return True if collection_path.name not in PURE else None
-    if collection_path.name == "test_launches.py" or (engine != "gpu" and collection_path.name == "test_device.py"):
-        return True
-    return None
+    if engine == "gpu":
+        return True if collection_path.name == "test_launches.py" else None
+    return True if (collection_path.name in PURE) != (engine == "cpu") else None
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +48,13 @@ def run_in(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
             ascending(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
 
         monkeypatch.setattr(builder, "set_grid_idx", descending)
+
+
+@pytest.fixture
+def emptied() -> Iterator[None]:
+    """Give memory back: other processes share the device."""
+    yield
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(params=["forward", "reversed"])

@@ -19,6 +19,7 @@ from lt_kernels.ops.partitioned_logsumexp import arguments as contract
 from lt_kernels.ops.partitioned_logsumexp import reference
 from lt_kernels.ops.partitioned_logsumexp import triton as backend
 from lt_kernels.ops.partitioned_logsumexp.arguments import Arguments, Block
+from lt_kernels.ops.partitioned_logsumexp.triton import launch as table
 from lt_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.backends("triton")
@@ -287,20 +288,20 @@ class TestSmallTiles:
     @pytest.mark.parametrize("scale", [14.0, 30.0, -14.0, 31.0])
     def test_bounded_logits(self, option, scale):
         a = arguments(Sample(20, 32, OPTIONS[option], 4, scale), 17, normalized=True)
-        assert backend._constant(a) == (abs(scale) <= 30 and a.learned_scale is None)
+        assert table.bounds_exponents(a) == (abs(scale) <= 30 and a.learned_scale is None)
         check(a)
 
     @pytest.mark.parametrize("normalized", [False, True])
     @pytest.mark.parametrize("option", OPTIONS)
     def test_the_queries_are_the_keys(self, option, normalized):
         a = arguments(Sample(21, 21, OPTIONS[option], 5, 2.0), 17, normalized=normalized, alone=True)
-        assert backend._symmetric(a) == (a.key_bias is None and a.key_scale is None)
+        assert table.is_symmetric(a) == (a.key_bias is None and a.key_scale is None)
         check(a)
 
     def test_the_queries_are_the_keys_under_other_labels(self):
         sample = Sample(20, 20, ("self",), 5, 2.0)
         a = arguments(sample, 17, alone=True)._replace(key_label=sample.key_label)
-        assert not backend._symmetric(a)
+        assert not table.is_symmetric(a)
         check(a)
         check(arguments(sample, 17, alone=True, begin=3, end=19))
 

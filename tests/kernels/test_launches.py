@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -12,18 +14,25 @@ pytest.importorskip("triton", reason="the launch tables are those of the Triton 
 import torch
 from torch import Tensor
 
-from lt_kernels.ops import _triton_experts as common
+from lt_kernels.ops._gemm import launch as gemm
 from lt_kernels.ops._rows.options import RowOptions
-from lt_kernels.ops.expert_cross_entropy import triton as expert_rows
+from lt_kernels.ops._rows.triton_experts import layout_of
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
-from lt_kernels.ops.expert_divergence import triton as divergence
-from lt_kernels.ops.expert_fusion import triton as fusion
-from lt_kernels.ops.linear_margin_cross_entropy import triton as linear
-from lt_kernels.ops.margin_cross_entropy import triton as margin
+from lt_kernels.ops.expert_cross_entropy.triton import launch as expert_rows
+from lt_kernels.ops.expert_divergence import triton as divergence_backend
+from lt_kernels.ops.expert_divergence.triton import launch as divergence
+from lt_kernels.ops.expert_fusion import triton as fusion_backend
+from lt_kernels.ops.expert_fusion.arguments import Arguments as FusionArguments
+from lt_kernels.ops.expert_fusion.triton import launch as fusion
+from lt_kernels.ops.linear_margin_cross_entropy.triton import launch as linear
+from lt_kernels.ops.margin_cross_entropy import triton as margin_backend
+from lt_kernels.ops.margin_cross_entropy.arguments import DIFFERENTIABLE
+from lt_kernels.ops.margin_cross_entropy.arguments import Arguments as RowArguments
+from lt_kernels.ops.margin_cross_entropy.triton import launch as margin
 from lt_kernels.ops.partitioned_logsumexp import arguments as contract
-from lt_kernels.ops.partitioned_logsumexp import triton as partitioned
-from lt_kernels.ops.partitioned_logsumexp import triton_kernels
 from lt_kernels.ops.partitioned_logsumexp.arguments import Arguments as ContrastiveArguments
+from lt_kernels.ops.partitioned_logsumexp.triton import keys
+from lt_kernels.ops.partitioned_logsumexp.triton import launch as partitioned
 
 #: Shared memory of a multiprocessor's program in kilobytes, by architecture (0: AMD's).
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 0: 64}
@@ -37,7 +46,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 0: 64}
 def test_rows_launch_covers_the_row(rows, classes, itemsize):
     for aligned in (False, True):
         for hungry in range(4):
-            launch = margin._rows_launch(rows, classes, itemsize, aligned, hungry)
+            launch = margin.rows_launch(rows, classes, itemsize, aligned, hungry)
             assert launch.group == (16 // itemsize if aligned else 1)
             for power_of_two in (launch.repeat, launch.num_warps):
                 assert power_of_two & (power_of_two - 1) == 0
@@ -54,7 +63,7 @@ def test_rows_launch_covers_the_row(rows, classes, itemsize):
                 assert (launch.parts - 1) * launch.part_groups * launch.group < classes
                 assert launch.parts <= 1024
                 assert launch.part_groups * launch.group % launch.block == 0
-        backward = margin._rows_backward_launch(classes, itemsize, aligned)
+        backward = margin.rows_backward_launch(classes, itemsize, aligned)
         assert backward.block <= 4096
         assert backward.part_groups * backward.group == backward.block
         assert backward.parts * backward.block >= classes // backward.group * backward.group
@@ -63,10 +72,10 @@ def test_rows_launch_covers_the_row(rows, classes, itemsize):
 
 def test_rows_take_one_pass_at_the_sizes_that_matter():
     for rows in (1, 64, 8192):
-        assert margin._rows_launch(rows, 8142, 2, True).body == "tile"
-        assert margin._rows_launch(rows, 8142, 2, True).block == 8192
-        assert margin._rows_launch(rows, 32768, 2, True).body == "tile"
-        assert margin._rows_launch(rows, 32768 + 8, 2, True).body != "tile"
+        assert margin.rows_launch(rows, 8142, 2, True).body == "tile"
+        assert margin.rows_launch(rows, 8142, 2, True).block == 8192
+        assert margin.rows_launch(rows, 32768, 2, True).body == "tile"
+        assert margin.rows_launch(rows, 32768 + 8, 2, True).body != "tile"
 
 
 @pytest.mark.parametrize(
@@ -84,12 +93,12 @@ def test_rows_take_one_pass_at_the_sizes_that_matter():
     ],
 )
 def test_wide_rows_are_visited_whole_or_in_parts(rows, classes, itemsize, body):
-    assert margin._rows_launch(rows, classes, itemsize, True).body == body
+    assert margin.rows_launch(rows, classes, itemsize, True).body == body
 
 
 def test_programs_that_loop_leave_their_rows_in_the_cache():
     for classes in (32776, 65536, 94_000):
-        launch = margin._rows_launch(4096, classes, 2, True)
+        launch = margin.rows_launch(4096, classes, 2, True)
         assert launch.body == "loop"
         together = 132 * (32 // launch.num_warps)
         assert together * classes * 2 <= 25_000_000
@@ -100,11 +109,11 @@ def test_programs_that_loop_leave_their_rows_in_the_cache():
 @pytest.mark.parametrize("positions", [1, 2, 49, 512, 512 * 512])
 def test_tiles_launch(positions, classes, contiguous):
     for itemsize in (2, 4):
-        launch = margin._tiles_launch(classes, positions, contiguous, itemsize)
+        launch = margin.tiles_launch(classes, positions, contiguous, itemsize)
         assert all(size >= 1 and size & (size - 1) == 0 for size in launch)
         assert launch.num_warps <= 8
         assert launch.repeat * launch.lanes * launch.block_k <= 32 * 32 * launch.num_warps
-    sums = margin._sums_launch(classes, positions, contiguous)
+    sums = margin.sums_launch(classes, positions, contiguous)
     assert all(size >= 1 and size & (size - 1) == 0 for size in sums)
     assert sums.block_c * sums.block_k <= 2048
 
@@ -112,7 +121,7 @@ def test_tiles_launch(positions, classes, contiguous):
 def test_segmentation_maps_stay_in_the_cache():
     """The classes of Cityscapes, PASCAL VOC and ADE20K, between their first and their second read."""
     for classes, itemsize in ((19, 2), (21, 2), (150, 2), (19, 4), (150, 4)):
-        launch = margin._tiles_launch(classes, 512 * 512, False, itemsize)
+        launch = margin.tiles_launch(classes, 512 * 512, False, itemsize)
         assert launch.block_k == 128
         assert 132 * 16 / launch.num_warps * launch.block_k * classes * itemsize <= 25_000_000
         assert -(-classes // (launch.repeat * launch.lanes)) * launch.repeat * launch.lanes <= 1.3 * classes
@@ -121,11 +130,69 @@ def test_segmentation_maps_stay_in_the_cache():
 @pytest.mark.parametrize("blocks", [1, 7, 1000, 10**6])
 @pytest.mark.parametrize("class_tiles", [1, 32, 5000])
 def test_class_vector_gradients_are_split_into_a_bounded_number_of_programs(blocks, class_tiles):
-    per_program = margin._blocks_per_program(blocks, class_tiles)
+    per_program = margin.blocks_per_program(blocks, class_tiles)
     programs = -(-blocks // per_program)
     assert 1 <= per_program <= blocks
     assert programs * per_program >= blocks
-    assert programs * class_tiles <= max(margin._PARTIAL_PROGRAMS, class_tiles)
+    assert programs * class_tiles <= max(margin.PARTIAL_PROGRAMS, class_tiles)
+
+
+class Stub:
+    """Stand in for a kernel: keep the grids that it is launched on."""
+
+    def __init__(self, kernel: object, grids: list[tuple[int, ...]]) -> None:
+        self.arg_names, self.grids = kernel.arg_names, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grids.append(grid)
+        return lambda *args, **named: None
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """The grids of every launch; no kernel runs."""
+    found: list[tuple[int, ...]] = []
+    for name, module in list(sys.modules.items()):
+        if re.match(r"lt_kernels\.ops\.\w+\.triton\.", name):
+            for each, kernel in list(vars(module).items()):
+                if each.endswith("_kernel"):
+                    monkeypatch.setattr(module, each, Stub(kernel, found))
+    return found
+
+
+def fits_a_device(grid: tuple[int, ...]) -> bool:
+    return grid[0] < 2**31 and all(0 < size <= 65535 for size in grid[1:])
+
+
+@pytest.mark.parametrize("classes", [1_048_560, 1_048_561, 2_097_153, 2**27])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("needs", [("input",), ("input", "class_bias"), ("input", "target")])
+def test_rows_of_very_many_classes_fit_a_grid(classes, transposed, needs, grids):
+    """A grid of a GPU has at most 65,535 programs along its second dimension."""
+    n = 256
+    x = torch.empty(classes, n, device="meta").T if transposed else torch.empty(n, classes, device="meta")
+    target = torch.empty(n, 1, dtype=torch.int64, device="meta")
+    if "target" in needs:
+        target = torch.empty_like(x).unsqueeze(2)
+    options = RowOptions.plain(target)._replace(class_bias=torch.empty(classes, device="meta"))
+    a = RowArguments(x.unsqueeze(2), options)
+    margin_backend.forward(a, False, True)
+    rest = torch.empty(2, n, 1, device="meta")
+    margin_backend.backward(torch.empty((), device="meta"), None, rest, a, [name in needs for name in DIFFERENTIABLE])
+    assert len(grids) >= 2
+    assert all(fits_a_device(grid) for grid in grids), grids
+
+
+@pytest.mark.parametrize("experts", [1, 3, 9, 65])
+@pytest.mark.parametrize("classes", [8_388_609, 2**26])
+def test_experts_of_very_many_classes_fit_a_grid(classes, experts, grids):
+    logits = [torch.empty(experts, 2, classes, dtype=torch.bfloat16, device="meta")]
+    saved, grad = torch.empty(3 * experts + 2, 2, device="meta"), torch.empty(experts, 2, device="meta")
+    divergence_backend.forward(logits, None, "to_mean")
+    divergence_backend.backward(grad, saved, logits, None, "to_mean", False)
+    fusion_backend.forward(FusionArguments(logits, None, None, None, [1.0] * experts, 1.0), 1, False)
+    assert len(grids) >= 3
+    assert all(fits_a_device(grid) for grid in grids), grids
 
 
 # ------------------------------------------------------------------------------------------ linear_margin_cross_entropy
@@ -136,20 +203,20 @@ def test_class_vector_gradients_are_split_into_a_bounded_number_of_programs(bloc
 def test_linear_tiles_are_possible(width, architecture):
     for itemsize, tf32 in ((2, False), (4, False), (4, True)):
         for options in range(4):
-            launches = linear._launches(width, itemsize, tf32, options, architecture)
+            launches = linear.launches_of(width, itemsize, tf32, options, architecture)
             for launch in launches:
                 for size in (launch.block_n, launch.block_c, launch.num_warps):
                     assert size & (size - 1) == 0
                 assert min(launch.block_n, launch.block_c) >= 16
-                assert linear._PADDING % launch.block_n == 0
+                assert gemm.PADDING % launch.block_n == 0
             for launch in (launches.forward, launches.grad_input):  # what the pipeline and the resident block take
                 vectors = launch.block_c * max(launch.num_stages - 1, 1)
-                assert vectors * linear._block_d(width) * itemsize <= SHARED[architecture] * 1024
+                assert vectors * gemm.block_d(width) * itemsize <= SHARED[architecture] * 1024
 
 
 def test_more_linear_features_than_the_table_has_are_refused():
     with pytest.raises(ValueError, match="got 513 columns, expected at most 512"):
-        linear._launches(513, 2, False, 0, 90)
+        linear.launches_of(513, 2, False, 0, 90)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 64, 132, 133, 1000])
@@ -157,7 +224,7 @@ def test_more_linear_features_than_the_table_has_are_refused():
 def test_splits_cover_the_tiles(tiles, blocks):
     for together in (1, 2):
         for most in (1, 64):
-            per_split = linear._per_split(blocks, tiles, together, most)
+            per_split = gemm.tiles_per_split(blocks, tiles, together, most)
             splits = -(-tiles // per_split)
             assert 1 <= splits <= most
             assert (splits - 1) * per_split < tiles <= splits * per_split
@@ -165,15 +232,15 @@ def test_splits_cover_the_tiles(tiles, blocks):
 
 def test_few_rows_fill_the_machine():
     for rows, classes in ((128, 100_000), (256, 8142), (1024, 8142)):
-        launch = linear._launches(128, 2, False, 0, 90).forward
+        launch = linear.launches_of(128, 2, False, 0, 90).forward
         blocks, tiles = -(-rows // launch.block_n), -(-classes // launch.block_c)
-        splits = -(-tiles // linear._per_split(blocks, tiles, launch.together))
+        splits = -(-tiles // gemm.tiles_per_split(blocks, tiles, launch.together))
         assert blocks * splits >= 0.9 * min(132, 64 * blocks)
 
 
 def test_partial_gradients_have_a_bound():
-    assert linear._most_splits(8192 * 128) == 64
-    assert linear._most_splits(1_000_000 * 256) == 1
+    assert gemm.most_splits(8192 * 128) == 64
+    assert gemm.most_splits(1_000_000 * 256) == 1
 
 
 def test_float32_products_are_as_exact_as_those_of_torch():
@@ -181,19 +248,19 @@ def test_float32_products_are_as_exact_as_those_of_torch():
     try:
         for allowed, precision in ((False, "ieee"), (True, "tf32")):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            assert linear._precision(torch.float32) == precision
-            assert linear._precision(torch.bfloat16) == "ieee"
+            assert gemm.product_precision(torch.float32) == precision
+            assert gemm.product_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
 TF32 = """
 import torch
-from lt_kernels.ops.linear_margin_cross_entropy import triton as backend
-assert backend._precision(torch.float32) == "ieee"
+from lt_kernels.ops._gemm import launch as backend
+assert backend.product_precision(torch.float32) == "ieee"
 {setting}
-assert backend._precision(torch.float32) == "tf32"
-assert backend._precision(torch.bfloat16) == "ieee"
+assert backend.product_precision(torch.float32) == "tf32"
+assert backend.product_precision(torch.bfloat16) == "ieee"
 """
 
 
@@ -223,29 +290,29 @@ def test_float32_products_follow_torch(setting):
 @pytest.mark.parametrize("width", [1, 16, 33, 64, 96, 128, 200, 256])
 def test_contrastive_tiles_are_possible(width, architecture):
     for itemsize, tf32 in ((2, False), (4, False), (4, True)):
-        launches = partitioned._launches(width, itemsize, tf32, architecture)
+        launches = partitioned.launches_of(width, itemsize, tf32, architecture)
         for launch in launches:
             if launch is None:
                 continue
             for size in (launch.block_n, launch.block_c, launch.num_warps):
                 assert size & (size - 1) == 0
             assert min(launch.block_n, launch.block_c) >= 16
-            assert partitioned._PADDING % launch.block_n == partitioned._PADDING % launch.block_c == 0
+            assert gemm.PADDING % launch.block_n == gemm.PADDING % launch.block_c == 0
             resident, moving = sorted((launch.block_n, launch.block_c), reverse=True)
             vectors = resident + moving * max(launch.num_stages, 1)
             if architecture == 0:  # what is resident is in registers
                 vectors = moving
-            assert vectors * partitioned._block_d(width) * itemsize <= SHARED[architecture] * 1024
+            assert vectors * gemm.block_d(width) * itemsize <= SHARED[architecture] * 1024
 
 
 def test_more_contrastive_features_than_the_table_has_are_refused():
     with pytest.raises(ValueError, match="got 257 columns, expected at most 256"):
-        partitioned._launches(257, 2, False, 90)
+        partitioned.launches_of(257, 2, False, 90)
 
 
 @pytest.mark.parametrize("columns", [1, 8, 500, 512, 513, 4096, 100_000])
 def test_a_row_fills_the_lanes_of_a_block(columns):
-    launch = partitioned._block_launch(columns)
+    launch = partitioned.block_launch(columns)
     assert launch["LANES"] == 32 * launch["num_warps"]
     assert launch["num_warps"] == 1 or launch["LANES"] * launch["GROUP"] < 2 * columns
 
@@ -255,7 +322,7 @@ def test_exponentials_are_relative_to_a_bound_only_where_there_is_one():
         x, label = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int32)
         vectors = {name: others.get(name) for name in ("key_bias", "key_scale", "learned_scale")}
         settings = {"scale": scale, "key_grad_begin": 0, "key_grad_end": 2, "normalized": normalized}
-        return partitioned._constant(ContrastiveArguments(x, x, label, label, None, **vectors, **settings))
+        return partitioned.bounds_exponents(ContrastiveArguments(x, x, label, label, None, **vectors, **settings))
 
     assert constant()
     assert constant(-30.0)
@@ -267,7 +334,7 @@ def test_exponentials_are_relative_to_a_bound_only_where_there_is_one():
 
 def test_the_kernels_number_statistics_as_the_contract_does():
     for name in ("neg_peak", "neg_mass", "pos_peak", "pos_mass", "pos_sum", "num_pos", "neg_slope", "pos_slope"):
-        assert getattr(triton_kernels, f"_{name.upper()}").value == getattr(contract, name.upper())
+        assert getattr(keys, name.upper()).value == getattr(contract, name.upper())
 
 
 # -------------------------------------------------------------------------------------------------------------- experts
@@ -282,13 +349,13 @@ def power_of_two(*sizes: int) -> bool:
 def test_parts_of_the_fusion_cover_the_row(classes, k):
     for column_bytes in (2, 6, 12, 36):
         for group in (1, 2, 4, 8):
-            launch = fusion._launch(classes, column_bytes, group, k)
+            launch = fusion.fusion_launch(classes, column_bytes, group, k)
             assert power_of_two(launch.group, launch.repeat, launch.tiles, launch.num_warps)
             assert launch.num_warps <= 16
             assert launch.group * launch.repeat * launch.tiles <= (32 if column_bytes <= 8 else 16)
             assert launch.parts * launch.part_groups >= classes // group
             assert launch.parts == 1 or (launch.parts - 1) * launch.part_groups < classes // group
-            assert launch.parts * max(k, 1) <= fusion._CANDIDATES or classes > 10**6
+            assert launch.parts * max(k, 1) <= fusion.CANDIDATES or classes > 10**6
             assert launch.parts == 1 or classes > 8192
             assert launch.parts < 65536
 
@@ -298,20 +365,20 @@ def test_launches_of_the_divergence(experts):
     for classes in (1, 33, 1000, 8142, 8192, 100_000, 10**6):
         for group in (1, 2, 4, 8):
             for rows in (1, 256, 4096):
-                forward = divergence._forward_launch(experts, rows, classes, group)
-                backward = divergence._backward_launch(experts, classes, group)
+                forward = divergence.forward_launch(experts, rows, classes, group)
+                backward = divergence.backward_launch(experts, classes, group)
                 for launch in (forward, backward):
                     assert power_of_two(launch.group, launch.repeat, launch.num_warps)
                     assert launch.num_warps <= 8
                     assert launch.group <= group
                     assert launch.group * launch.repeat <= 16
-                    assert launch.group * launch.repeat * experts <= max(divergence._PER_THREAD, experts)
+                    assert launch.group * launch.repeat * experts <= max(divergence.PER_THREAD, experts)
                 assert forward.group == backward.group
-    assert divergence._forward_launch(3, 1024, 8142, 8).group == 8
+    assert divergence.forward_launch(3, 1024, 8142, 8).group == 8
 
 
 def test_few_rows_get_more_warps():
-    warps = [divergence._forward_launch(3, rows, 8142, 8).num_warps for rows in (64, 256, 1024, 8192)]
+    warps = [divergence.forward_launch(3, rows, 8142, 8).num_warps for rows in (64, 256, 1024, 8192)]
     assert warps == [8, 8, 2, 1]
 
 
@@ -320,7 +387,7 @@ def test_few_rows_get_more_warps():
 def test_expert_launch_covers_the_row(classes, itemsize):
     for group in {1, 2, 16 // itemsize}:
         for options in range(4):
-            found = expert_rows._launch(classes, itemsize, group, options)
+            found = expert_rows.experts_launch(classes, itemsize, group, options)
             if found is None:
                 assert options > 1 or classes > 8192
                 continue
@@ -337,20 +404,20 @@ def test_expert_launch_covers_the_row(classes, itemsize):
 
 def test_experts_take_one_pass_at_the_sizes_that_matter():
     for classes in (8142, 8192, 16384):
-        launch, keep, ahead = expert_rows._launch(classes, 2, 8, 0)
+        launch, keep, ahead = expert_rows.experts_launch(classes, 2, 8, 0)
         assert keep
         assert launch.num_warps == 8
         assert ahead == (classes <= 8192)
         if ahead:  # two programs to a multiprocessor
             assert 2 * launch.max_registers * 32 * launch.num_warps == 65536
-    assert expert_rows._launch(8142, 4, 4, 1) is not None
-    assert expert_rows._launch(16385 + 7, 2, 8, 0) is None
+    assert expert_rows.experts_launch(8142, 4, 4, 1) is not None
+    assert expert_rows.experts_launch(16385 + 7, 2, 8, 0) is None
 
 
-def parts_of(logits: list[torch.Tensor]) -> list[expert_rows._Part] | None:
+def parts_of(logits: list[torch.Tensor]) -> list[expert_rows.Part] | None:
     experts = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
     options = RowOptions.plain(torch.zeros(logits[0].shape[-2], 1, dtype=torch.int64))
-    return expert_rows._parts(Arguments(logits, options, None, None, [0.0] * experts), [])
+    return expert_rows.parts_of(Arguments(logits, options, None, None, [0.0] * experts), [])
 
 
 @pytest.mark.parametrize(
@@ -392,7 +459,7 @@ def test_groups_are_as_wide_as_the_strides_allow():
     assert room.data_ptr() % 16 == 0
 
     def group(shape: tuple[int, int, int], strides: tuple[int, int, int], offset: int = 0, *outputs: Tensor) -> int:
-        return common.layout_of([room.as_strided(shape, strides, offset)], *outputs).group
+        return layout_of([room.as_strided(shape, strides, offset)], *outputs).group
 
     assert group((3, 4, 8142), (4 * 8142, 8142, 1)) == 8
     assert group((3, 3, 8142), (3 * 8142, 8142, 1)) == 2
@@ -403,5 +470,5 @@ def test_groups_are_as_wide_as_the_strides_allow():
     assert group((3, 4, 8142), (4 * 8142, 8142, 1), 0, torch.zeros(3, 4, 8142)) == 8
     assert group((3, 4, 7000), (4 * 7004, 7004, 1), 0, torch.zeros(4, 7000)) == 4
     experts = [room[e * 33000 :][:32568].view(4, 8142) for e in range(3)]
-    assert common.layout_of(experts).group == 8
-    assert common.layout_of(experts).expert_stride == 0
+    assert layout_of(experts).group == 8
+    assert layout_of(experts).expert_stride == 0

@@ -213,7 +213,7 @@ def _rows_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
 def _experts_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
     if kernel == "expert_cross_entropy_forward_kernel":
         return Work(a["EXPERTS"] * a["classes"], triton.cdiv(a["classes"], a["GROUP"] * a["LANES"] * a["SWEEP"]))
-    if kernel in ("expert_fusion_kernel", "expert_fusion_log_probs_kernel"):
+    if kernel in ("expert_fusion_forward_kernel", "expert_fusion_log_probs_kernel"):
         return Work(len(a["x_ptrs"]) * min(a["classes"], a["part_groups"] * a["GROUP"]))
     if kernel == "expert_divergence_forward_kernel":
         block = a["GROUP"] * a["LANES"] * a["REPEAT"]

@@ -37,7 +37,8 @@ class RowOptions(NamedTuple):
     @property
     def learns(self) -> bool:
         """Whether an option receives a gradient."""
-        return any(value.requires_grad for value in self if isinstance(value, Tensor))
+        options = (self.target, self.class_bias, self.class_scale, self.class_margin, self.learned_scale)
+        return any(option is not None and option.requires_grad for option in options)
 
     @classmethod
     def plain(cls, target: Tensor) -> RowOptions:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import triton
 
-from ..._device import MULTIPROCESSORS
+from ..._device import MOST_GRID_Y, MULTIPROCESSORS
 
 #: Logits of all experts that a thread holds at once.
 PER_THREAD = 64
@@ -57,4 +57,7 @@ def forward_launch(experts: int, rows: int, classes: int, group: int) -> Diverge
 @functools.cache
 def backward_launch(experts: int, classes: int, group: int) -> DivergenceLaunch:
     group, repeat = split_tile(experts, group)
-    return DivergenceLaunch(group, repeat, min(power_of_two(triton.cdiv(classes, 32 * repeat * group)), 4))
+    warps = min(power_of_two(triton.cdiv(classes, 32 * repeat * group)), 4)
+    while triton.cdiv(classes, 32 * warps * repeat * group) > MOST_GRID_Y:
+        warps, repeat = (2 * warps, repeat) if warps < 32 else (warps, 2 * repeat)
+    return DivergenceLaunch(group, repeat, warps)

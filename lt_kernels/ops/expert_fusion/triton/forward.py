@@ -22,7 +22,8 @@ from ..._rows.triton_io import REPEAT_AXIS, expand_lanes, lane_max, lane_min, la
 from ..._rows.triton_math import INF, NO_COLUMN, affine, fast_exp, finite_reference, load_scale, rescale_sums
 from ..._select import group_size, largest
 from ..arguments import Arguments
-from .launch import CANDIDATES, SELECTED, fusion_launch
+from . import launch as table
+from .launch import CANDIDATES, SELECTED
 
 NO_KEY = tl.constexpr(-(2**31))
 NAN_KEY = tl.constexpr(2**31 - 1)
@@ -314,7 +315,7 @@ def forward(a: Arguments, k: int, with_log_probs: bool) -> tuple[Tensor, Tensor,
     if n == 0:
         return values, indices, mass, log_probs
     experts = layout_of(a.logits, *([log_probs] if with_log_probs else []))
-    launch = fusion_launch(classes, len(experts.tensors) * first.element_size(), experts.group, k)
+    launch = table.fusion_launch(classes, len(experts.tensors) * first.element_size(), experts.group, k)
     selected = k if k * launch.parts <= CANDIDATES and k <= SELECTED else 0
     u, columns = None, group_size(classes, k)
     if not selected:

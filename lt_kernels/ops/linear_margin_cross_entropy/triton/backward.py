@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients, tiles_per_split
+from ..._gemm import launch as gemm
+from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import (
     INF,
@@ -25,7 +26,7 @@ from ..._rows.triton_math import (
     row_slopes,
 )
 from ..._rows.triton_options import per_row
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import DIFFERENTIABLE, Arguments
 from .launch import block_of_rows
 from .tiles import common_arguments, launches_for, load_class_vectors, load_targets
@@ -396,16 +397,14 @@ def backward(
             "padded": padded,
         }
         rows = block_of_rows(width)
-        launch_kernel(
-            linear_margin_cross_entropy_terms_kernel, (triton.cdiv(padded, rows["BLOCK"]),), arguments, **rows
-        )
+        launch_with(linear_margin_cross_entropy_terms_kernel, (triton.cdiv(padded, rows["BLOCK"]),), arguments, **rows)
         if needs[0]:
             launch = launches.grad_input
             blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-            per_split = tiles_per_split(blocks, tiles, launch.together, most_splits(n * width))
+            per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(n * width))
             grad = partial_gradients(triton.cdiv(tiles, per_split), a.input, a.input.dtype)
             arguments |= {"grad_ptr": grad, "tiles_per_split": per_split}
-            launch_kernel(
+            launch_with(
                 linear_margin_cross_entropy_grad_input_kernel, (blocks, len(grad)), arguments, **launch.constants
             )
             grads[0] = add_splits(grad, a.input.dtype)
@@ -436,24 +435,24 @@ def _class_gradients(
     }
     if need_weight or through or product:
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-        per_split = tiles_per_split(tiles, blocks, launch.together, most_splits(classes * a.input.shape[1]))
+        per_split = gemm.tiles_per_split(tiles, blocks, launch.together, most_splits(classes * a.input.shape[1]))
         splits = triton.cdiv(blocks, per_split)
         grad = partial_gradients(splits, a.factor, a.linear_weight.dtype) if need_weight else None
         sums = rest.new_empty((splits, through + product, classes)) if through or product else None
         arguments |= {"grad_ptr": grad, "blocks": blocks, "blocks_per_split": per_split}
         arguments |= {"sums_ptr": sums, "splits": splits}
-        launch_kernel(linear_margin_cross_entropy_grad_factor_kernel, (tiles, splits), arguments, **launch.constants)
+        launch_with(linear_margin_cross_entropy_grad_factor_kernel, (tiles, splits), arguments, **launch.constants)
         if grad is not None:
             grads[1] = add_splits(grad, a.linear_weight.dtype)
     if extra or need_margin:
         block_n, block_c = _TARGET_SUMS
         blocks, tiles = triton.cdiv(n, block_n), triton.cdiv(classes, block_c)
-        per_split = tiles_per_split(tiles, blocks, 8)
+        per_split = gemm.tiles_per_split(tiles, blocks, 8)
         splits = triton.cdiv(blocks, per_split)
         target_sums = rest.new_empty((splits, extra + need_margin, classes))
         own = {"sums_ptr": target_sums, "blocks": blocks, "blocks_per_split": per_split}
         blocks_of = {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4}
-        launch_kernel(linear_margin_cross_entropy_target_sums_kernel, (tiles, splits), arguments | own, **blocks_of)
+        launch_with(linear_margin_cross_entropy_target_sums_kernel, (tiles, splits), arguments | own, **blocks_of)
         arguments |= {"target_sums_ptr": target_sums, "target_splits": splits}
     if through or product or need_margin:
         outputs = {"linear_bias": 2, "class_bias": 4, "class_scale": 5, "class_margin": 6}
@@ -463,9 +462,9 @@ def _class_gradients(
                 grads[position] = like.new_empty((classes,))
             arguments[f"grad_{name}_ptr"] = grads[position] if needs[position] else None
         to_scale = rest.new_empty((classes,)) if need_learned else None
-        launch_kernel(
-            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),), arguments | {"to_scale_ptr": to_scale}, BLOCK=256,
-            num_warps=4,
+        launch_with(
+            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),),
+            arguments | {"to_scale_ptr": to_scale}, BLOCK=256, num_warps=4,
         )  # fmt: skip
         if to_scale is not None:
             grads[7] = a.options.scale * (to_scale.sum() + arguments["terms_ptr"][TO_SCALE.value].sum())

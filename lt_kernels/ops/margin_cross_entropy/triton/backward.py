@@ -35,9 +35,10 @@ from ..._rows.triton_math import (
     row_slopes,
 )
 from ..._rows.triton_options import KernelOptions, kernel_options, per_row
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import DIFFERENTIABLE, Arguments
-from .launch import Layout, blocks_per_program, in_place, layout_of, readable, rows_backward_launch, sums_launch
+from . import launch as table
+from .launch import Layout, in_place, layout_of, readable
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -251,13 +252,13 @@ def margin_cross_entropy_terms_kernel(
 
 
 @triton.jit
-def target_values(row_ptr, slot, gradient, options, class_stride):
+def target_values(row_ptr, slot, gradient, o, class_stride):
     """Return what a target's column gives: d/d(class_scale_y x_y) over the scale, d/d(class_bias_y), d/d(margin_y) over
     the scale, and d/d(scale)."""
     index = tl.maximum(slot.column, 0).to(tl.int64)
     cosine = tl.load(row_ptr + index * class_stride).to(tl.float32)
-    if options.class_scale_ptr is not None:
-        cosine = cosine * tl.load(options.class_scale_ptr + index)
+    if o.class_scale_ptr is not None:
+        cosine = cosine * tl.load(o.class_scale_ptr + index)
     plain, dv = gradient.plain, gradient.shifted
     return plain + dv * slot.dphi_dc, plain + dv, dv * slot.dphi_dm, plain * cosine + dv * slot.phi
 
@@ -313,10 +314,10 @@ def margin_cross_entropy_tiles_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute all gradients; one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows, in order.
+    """Compute all gradients, one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows.
 
-    The strides of samples and rows are in units of ALIGN elements, and the classes are a multiple of ALIGN: the compiler
-    sees the alignment. IN_PLACE: grad_ptr is input_ptr.
+    The strides of samples and rows are in units of ALIGN elements, and the classes are a multiple of ALIGN, so that
+    the compiler knows the alignment. IN_PLACE: grad_ptr is input_ptr.
     """
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
     NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED
@@ -424,13 +425,13 @@ def launch_rows_backward(layout: Layout, arguments: dict[str, Any], rows: int, i
     if in_place and not options.soft:
         # A row has several programs: all need the targets' own logits, which one of them writes over.
         own = arguments["rest_ptr"].new_empty((1 if options.mixed_target_ptr is None else 2, rows))
-        launch_kernel(
+        launch_with(
             margin_cross_entropy_own_logits_kernel, (triton.cdiv(rows, 128),), arguments, own_ptr=own, rows=rows,
             BLOCK=128, num_warps=4,
         )  # fmt: skip
     arguments = arguments | {"own_ptr": own}
-    launch = rows_backward_launch(input.shape[1], input.element_size(), layout.aligned)
-    launch_kernel(margin_cross_entropy_rows_backward_kernel, (rows, launch.parts), arguments, **launch.constants)
+    launch = table.rows_backward_launch(input.shape[1], input.element_size(), layout.aligned)
+    launch_with(margin_cross_entropy_rows_backward_kernel, (rows, launch.parts), arguments, **launch.constants)
 
 
 def backward(
@@ -496,18 +497,18 @@ def _backward_tiles(
         "columns_ptr": rest.new_empty((2, n, k), dtype=torch.int32),
         "rows": n * k,
     }
-    launch_kernel(
+    launch_with(
         margin_cross_entropy_terms_kernel, (triton.cdiv(n * k, 128),), arguments | layout.strides, BLOCK=128,
         num_warps=4,
     )  # fmt: skip
-    tiles = sums_launch(classes, layout.positions, layout.classes_contiguous)
+    tiles = table.sums_launch(classes, layout.positions, layout.classes_contiguous)
     blocks = layout.samples * triton.cdiv(layout.positions, tiles.block_k)
     class_tiles = triton.cdiv(classes, tiles.block_c)
-    per_program = blocks_per_program(blocks, class_tiles) if any(summed) else 1
+    per_program = table.blocks_per_program(blocks, class_tiles) if any(summed) else 1
     programs = triton.cdiv(blocks, per_program)
     partial = rest.new_empty((programs, sum(summed), classes)) if any(summed) else None
     align = layout.common_alignment(classes, a.input.element_size())
-    launch_kernel(
+    launch_with(
         margin_cross_entropy_tiles_backward_kernel,
         (programs, class_tiles),
         arguments | layout.strides_of("target", "grad", "grad_target", align=align),
@@ -539,7 +540,7 @@ def _sum_soft_weights(a: Arguments, options: KernelOptions) -> Tensor:
     n, classes, k = a.input.shape
     mass = a.input.new_empty((n, k), dtype=torch.float32)
     layout = layout_of({"target": a.options.target}, rows=False)
-    tiles = sums_launch(classes, layout.positions, layout.classes_contiguous)
+    tiles = table.sums_launch(classes, layout.positions, layout.classes_contiguous)
     align = layout.common_alignment(classes, a.options.target.element_size())
     margin_cross_entropy_soft_mass_kernel[(layout.samples * triton.cdiv(layout.positions, tiles.block_k),)](
         o=options,

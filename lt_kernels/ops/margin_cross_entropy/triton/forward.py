@@ -64,10 +64,11 @@ from ..._rows.triton_math import (
     target_gradient,
 )
 from ..._rows.triton_options import kernel_options
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import Arguments
+from . import launch as table
 from .backward import launch_rows_backward
-from .launch import Layout, in_place, layout_of, readable, rows_launch, tiles_launch
+from .launch import Layout, in_place, layout_of, readable
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ def sum_body(
     group_a,
     group_b,
     smooth_share,
-    options,
+    o,
     scale,
     PREDICT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -100,17 +101,17 @@ def sum_body(
     for first in range(begin, end, REPEAT * LANES):
         group, inside, offsets, mask = body_tile(first, end, group_a, group_b, GROUP, LANES, REPEAT)
         x = tl.load(body_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_last").to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, options, scale, WIDE)
+        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
         peaks, masses, weighteds, z = merge_online_lse(u, peaks, masses, weighteds, visiteds)
-        if options.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, options, WIDE)
+        if o.soft:
+            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
             weighteds += lane_sum(tl.where(mask, q * z, 0.0))
             visiteds += lane_sum(q)
-        elif options.smooth:
-            weighteds += lane_sum(weigh(z, head, offsets, mask, options, WIDE))
-            if options.weight_ptr is not None:
+        elif o.smooth:
+            weighteds += lane_sum(weigh(z, head, offsets, mask, o, WIDE))
+            if o.weight_ptr is not None:
                 ones = tl.full(x.shape, 1.0, tl.float32)
-                visiteds += lane_sum(weigh(ones, head, offsets, mask, options, WIDE))
+                visiteds += lane_sum(weigh(ones, head, offsets, mask, o, WIDE))
             else:
                 visiteds += tl.sum(inside.to(tl.float32), REPEAT_AXIS) * GROUP
         if PREDICT:
@@ -212,7 +213,7 @@ def margin_cross_entropy_rows_statistics_kernel(
 
 @triton.jit
 def write_body_gradient(
-    body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share, options,
+    body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share, o,
     scale, GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a body of several tiles. The last tile comes first: it was read last, so that it is in the
@@ -223,12 +224,12 @@ def write_body_gradient(
         begin = (tiles - 1 - visit) * (REPEAT * LANES)
         _, _, offsets, mask = body_tile(begin, groups, group_a, group_b, GROUP, LANES, REPEAT)
         x = tl.load(body_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_first").to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, options, scale, WIDE)
+        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
         e = fast_exp(u - peak)
         q = e
-        if options.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, options, WIDE)
-        dx = body_gradient(e, q, slopes, head, offsets, mask, options, scale, WIDE)
+        if o.soft:
+            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
+        dx = body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE)
         tl.store(
             grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask,
             eviction_policy="evict_first",
@@ -332,9 +333,7 @@ def margin_cross_entropy_rows_forward_kernel(
                 LANES, REPEAT,
             )  # fmt: skip
         else:
-            found = merge_parts(
-                partial_ptr, partial_column_ptr, row, rows, parts, PREDICT, o.soft or o.smooth, PARTS
-            )
+            found = merge_parts(partial_ptr, partial_column_ptr, row, rows, parts, PREDICT, o.soft or o.smooth, PARTS)
         visited, best, prediction = found.visited, found.best, found.column
         peak = tl.maximum(peak, found.peak)
         mass, weighted = rescale_sums(found.peak, found.mass, found.weighted, visited, peak)
@@ -494,6 +493,7 @@ def margin_cross_entropy_tiles_forward_kernel(
     peak, mass = tl.load(rest_ptr + row), tl.load(rest_ptr + rows + row)
     if o.soft or o.smooth:
         weighted, visited = tl.load(loss_ptr + row), tl.load(lse_ptr + row)
+        tl.debug_barrier()  # rows are replicated over warps: no result is stored before all have read the sums
 
     if o.soft:
         log_mass = tl.log(mass)
@@ -582,7 +582,7 @@ def forward(
         if layout.rows:
             _forward_rows(a, layout, arguments, n * k, in_place(x, out))
         else:
-            tiles = tiles_launch(classes, layout.positions, layout.classes_contiguous, x.element_size())
+            tiles = table.tiles_launch(classes, layout.positions, layout.classes_contiguous, x.element_size())
             blocks = layout.samples * triton.cdiv(layout.positions, tiles.block_k)
             constants = tiles.constants
             if with_prediction and torch.version.hip is None:
@@ -597,7 +597,7 @@ def _forward_rows(a: Arguments, layout: Layout, arguments: dict[str, Any], rows:
     smooth, mixed = o.label_smoothing > 0, o.mixed_target is not None
     hungry = [o.class_scale is not None, o.weight is not None and smooth, soft]
     number = sum([*hungry, predict, o.angular, mixed, smooth])
-    launch = rows_launch(
+    launch = table.rows_launch(
         rows, a.input.shape[1], a.input.element_size(), layout.aligned,
         max(sum(hungry), int(predict or mixed or number > 1)), number, arguments["grad_ptr"] is not None, 1 + soft,
     )  # fmt: skip
@@ -611,7 +611,7 @@ def _forward_rows(a: Arguments, layout: Layout, arguments: dict[str, Any], rows:
     arguments["partial_ptr"] = rest.new_empty((5 if predict else 4, rows, launch.parts))
     if predict:
         arguments["partial_column_ptr"] = rest.new_empty((rows, launch.parts), dtype=torch.int32)
-    launch_kernel(
+    launch_with(
         margin_cross_entropy_rows_statistics_kernel, (rows, launch.parts), arguments, part_groups=launch.part_groups,
         **launch.constants,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-from ..._device import BYTES_PER_SECOND, L2_BYTES, LAUNCH_SECONDS, MULTIPROCESSORS
+from ..._device import BYTES_PER_SECOND, L2_BYTES, LAUNCH_SECONDS, MOST_GRID_Y, MULTIPROCESSORS
 from ..._rows.triton_launch import PER_THREAD, RowsLaunch, split_tile
 
 #: Rows of at most this many classes share a program (tiles); above, each row has its own.
@@ -116,6 +116,8 @@ def rows_backward_launch(classes: int, itemsize: int, aligned: bool) -> RowsLaun
     """No reduction, so a row may be split over programs of at most 4096 columns."""
     group = group_of(itemsize, aligned)
     block = min(max(triton.next_power_of_2(max(classes // group, 1)) * group, 512), 4096)
+    while triton.cdiv(classes, block) > MOST_GRID_Y:
+        block *= 2
     repeat, warps = split_tile(block, group, 32)
     return RowsLaunch(
         "parts", group, repeat, warps, block // group, triton.cdiv(max(classes // group, 1) * group, block)
@@ -154,6 +156,8 @@ def sums_launch(classes: int, positions: int, classes_contiguous: bool) -> SumsL
     else:
         block_k = min(triton.next_power_of_2(positions), 128)
         block_c = min(triton.next_power_of_2(classes), 2048 // block_k)
+    while triton.cdiv(classes, block_c) > MOST_GRID_Y:
+        block_c, block_k = 2 * block_c, max(block_k // 2, 1)
     return SumsLaunch(block_c, block_k, 4)
 
 

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients, tiles_per_split
+from ..._gemm import launch as gemm
+from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import INF, fast_exp, load_scale
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import N_TERMS, Arguments, Block
 from .keys import (
     LOG2E,
@@ -299,7 +300,7 @@ def partitioned_logsumexp_grad_both_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute the gradient of a block of queries that are the keys too: through their rows and through their columns."""
+    """Compute the gradient of a block of queries that are the keys too, through their rows and their columns."""
     own_begin = tl.program_id(0) * BLOCK_N
     row = own_begin + tl.arange(0, BLOCK_N)
     inside = row < rows
@@ -454,7 +455,7 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
         constants = block_launch(m)
         programs = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
         blocks = triton.cdiv(n, BLOCK_ROWS)
-        per_split = tiles_per_split(programs, blocks, BLOCK_TOGETHER, 256)
+        per_split = gemm.tiles_per_split(programs, blocks, BLOCK_TOGETHER, 256)
         splits = triton.cdiv(blocks, per_split)
         kinds = need_bias + need_scale
         sums = terms.new_empty((splits, kinds, m), dtype=torch.float32) if kinds else None
@@ -470,7 +471,7 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
             "SUM_BIAS": need_bias,
             "SUM_SCALE": need_scale,
         }
-        launch_kernel(
+        launch_with(
             partitioned_logsumexp_block_backward_kernel, (programs, splits), arguments, ROWS=BLOCK_ROWS, **constants
         )
         return add_sums_of_splits(sums, need_bias, need_scale, none)
@@ -535,7 +536,7 @@ def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str,
         "padded": padded,
         "ranges": blocks,
     }
-    launch_kernel(
+    launch_with(
         partitioned_logsumexp_row_terms_kernel,
         (blocks,),
         arguments | own,
@@ -548,20 +549,20 @@ def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str,
 def _backward_query(a: Arguments, arguments: dict[str, Any], launch: Launch, dtype: torch.dtype) -> Tensor:
     """[splits, N, D]."""
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(arguments["columns"], launch.block_c)
-    per_split = tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
+    per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, dtype)
     own = {"grad_ptr": grad, "tiles_per_split": per_split}
-    launch_kernel(partitioned_logsumexp_grad_query_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_query_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
     return grad
 
 
 def _backward_both(a: Arguments, arguments: dict[str, Any], launch: Launch) -> Tensor:
     """[splits, N, D]."""
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(arguments["rows"], launch.block_c)
-    per_split = tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
+    per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, a.query.dtype)
     own = {"grad_ptr": grad, "tiles_per_split": per_split}
-    launch_kernel(partitioned_logsumexp_grad_both_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_both_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
     return grad
 
 
@@ -601,7 +602,7 @@ def _backward_key_range(
     [0] where not needed."""
     keys, terms = a.keys[begin:end], arguments["padded_terms_ptr"]
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(end - begin, launch.block_c)
-    per_split = tiles_per_split(tiles, blocks, launch.together, most_splits(keys.numel()))
+    per_split = gemm.tiles_per_split(tiles, blocks, launch.together, most_splits(keys.numel()))
     splits = triton.cdiv(blocks, per_split)
     none = terms.new_empty((0,))
     grad = none if dtype is None else partial_gradients(splits, keys, dtype)
@@ -617,5 +618,5 @@ def _backward_key_range(
         "SUM_BIAS": need_bias,
         "SUM_SCALE": need_scale,
     }
-    launch_kernel(partitioned_logsumexp_grad_key_kernel, (tiles, splits), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_key_kernel, (tiles, splits), arguments | own, **launch.constants)
     return grad, add_sums_of_splits(sums, need_bias, need_scale, none)

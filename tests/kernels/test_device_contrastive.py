@@ -1,31 +1,35 @@
-"""What must hold of contrastive losses on a device: the checks of ``device_checks`` for ``partitioned_logsumexp``.
+"""Contrastive losses on a device: every strategy at real sizes, recipes, memory, graphs, very many similarities.
 
-A check goes through every strategy that its backend has, and names the one that fails.
+A test goes through every strategy that its backend has, and names the one that fails.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest import SkipTest
 
+import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_cases import BY_ID, COSINES, EVERYTHING, LEARNED, SELF, Case
-from device_checks import (
+from _cases.contrastive import BY_ID, COSINES, EVERYTHING, LEARNED, SELF, Case
+from _device import (
     DTYPES,
     HALF_AND_SINGLE,
+    assert_index_error,
     assert_same_bits,
-    check,
+    capture,
     checks_on,
     need_free_memory,
+    parametrized,
+    peak_memory_beside,
     poisoned_memory,
+    run_late,
     synchronisation_is_an_error,
 )
+from _strategies import small_blocks
 from torch import Tensor
 
 import lt_kernels
@@ -88,13 +92,11 @@ POISONED = {
 @contextmanager
 def mode_of(mode: str) -> Iterator[str]:
     """The strategy of ``mode``."""
-    before = plan._BLOCK_BYTES, plan._FEWEST_KEYS
-    if mode == "blocks":
-        plan._BLOCK_BYTES, plan._FEWEST_KEYS = {"cpu": 1600, "cuda": 1600}, 16
-    try:
-        yield "chunked" if mode == "blocks" else mode
-    finally:
-        plan._BLOCK_BYTES, plan._FEWEST_KEYS = before
+    if mode != "blocks":
+        yield mode
+        return
+    with small_blocks():
+        yield "chunked"
 
 
 def modes(case: Case, dtype: torch.dtype) -> list[str]:
@@ -235,30 +237,30 @@ def train(run: Callable[[Batch], Tensor], batch: Batch) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-@check(case=REAL, dtype=DTYPES)
-def contrastive_real_sizes(device: str, case: Case, dtype: torch.dtype) -> None:
+@parametrized(case=REAL, dtype=DTYPES)
+def test_real_sizes(device: str, case: Case, dtype: torch.dtype) -> None:
     check_case(case, dtype, device)
 
 
-@check(case=BY_ID, dtype=HALF_AND_SINGLE)
-def contrastive_value_and_every_gradient(device: str, case: Case, dtype: torch.dtype) -> None:
+@parametrized(case=BY_ID, dtype=HALF_AND_SINGLE)
+def test_value_and_every_gradient(device: str, case: Case, dtype: torch.dtype) -> None:
     check_case(case, dtype, device)
 
 
-@check(case=HALF)
-def contrastive_half_precision(device: str, case: Case) -> None:
+@parametrized(case=HALF)
+def test_half_precision(device: str, case: Case) -> None:
     check_case(case, torch.float16, device)
 
 
-@check(case=HALF)
-def contrastive_double_precision(device: str, case: Case) -> None:
+@parametrized(case=HALF)
+def test_double_precision(device: str, case: Case) -> None:
     if _settings.backend == "triton":
-        raise SkipTest("Triton kernels take no float64")
+        pytest.skip("Triton kernels take no float64")
     check_case(case, torch.float64, device)
 
 
-@check(recipe={name: RECIPES[name] for name in ("SupConLoss", "GMLLoss", "PaCoLoss")}, dtype=HALF_AND_SINGLE)
-def contrastive_recipes(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]], dtype: torch.dtype) -> None:
+@parametrized(recipe={name: RECIPES[name] for name in ("SupConLoss", "GMLLoss", "PaCoLoss")}, dtype=HALF_AND_SINGLE)
+def test_recipes(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]], dtype: torch.dtype) -> None:
     """Value and gradients as close to the reference in float64 as that in the same dtype is."""
     batch = Batch.make(dtype, device)
     double = replace(
@@ -275,8 +277,8 @@ def contrastive_recipes(device: str, recipe: Callable[[Batch], Callable[[Batch],
         assert_within_budget(*values, f"result {position}")
 
 
-@check(case={name: REAL[name] for name in ("supcon", "with itself")}, dtype=HALF_AND_SINGLE)
-def contrastive_queries_as_keys(device: str, case: Case, dtype: torch.dtype) -> None:
+@parametrized(case={name: REAL[name] for name in ("supcon", "with itself")}, dtype=HALF_AND_SINGLE)
+def test_queries_as_keys(device: str, case: Case, dtype: torch.dtype) -> None:
     """One tensor as queries and keys is as good as two of the same values, whose gradients add up."""
     one = case.sample(dtype, device)
     two = one.apart()
@@ -299,8 +301,8 @@ def contrastive_queries_as_keys(device: str, case: Case, dtype: torch.dtype) -> 
 # ----------------------------------------------------------------------------------------------- memory, repeatability
 
 
-@check(case=FEW, dtype=HALF_AND_SINGLE)
-def contrastive_determinism(device: str, case: Case, dtype: torch.dtype) -> None:
+@parametrized(case=FEW, dtype=HALF_AND_SINGLE)
+def test_determinism(device: str, case: Case, dtype: torch.dtype) -> None:
     sample = case.sample(dtype, device)
 
     def body(strategy: str) -> None:
@@ -311,8 +313,8 @@ def contrastive_determinism(device: str, case: Case, dtype: torch.dtype) -> None
     in_every_mode(case, dtype, body)
 
 
-@check(recipe=RECIPES)
-def contrastive_recipes_repeat(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]) -> None:
+@parametrized(recipe=RECIPES)
+def test_recipes_repeat(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]) -> None:
     batch = Batch.make(torch.bfloat16, device)
     run = recipe(batch)
     first = train(run, batch)
@@ -320,8 +322,8 @@ def contrastive_recipes_repeat(device: str, recipe: Callable[[Batch], Callable[[
         assert_same_bits(train(run, batch), first, "another run")
 
 
-@check(case=POISONED)
-def contrastive_every_element_is_written(device: str, case: Case) -> None:
+@parametrized(case=POISONED)
+def test_every_element_is_written(device: str, case: Case) -> None:
     """The same bits where all fresh memory is NaN."""
     sample = case.sample(torch.float32, device)
 
@@ -333,34 +335,28 @@ def contrastive_every_element_is_written(device: str, case: Case) -> None:
     in_every_mode(case, torch.float32, body)
 
 
-@check(needs_cuda=True, mode={name: name for name in ("chunked", "tiled")}, itself={"": False, "with itself": True})
-def contrastive_peak_memory(device: str, mode: str, itself: bool) -> None:
+@parametrized(mode={name: name for name in ("chunked", "tiled")}, itself={"": False, "with itself": True})
+def test_peak_memory(device: str, mode: str, itself: bool) -> None:
     """Beside the gradients far less than all similarities: a few blocks, or with tiles numbers per row and key."""
     case = Case("memory", 16_384 if itself else 2048, 64, None if itself else 2**18, classes=1000, **COSINES)
     if mode not in modes(case, torch.bfloat16):
-        raise SkipTest("tiled runs on Triton")
+        pytest.skip("tiled runs on Triton")
     keys = case.rows if case.keys is None else case.keys
     sample = case.sample(torch.bfloat16, device)
-    step(sample, mode)  # compiles, and loads modules
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(sample, mode)
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before
-    extra -= sum(leaf.numel() * leaf.element_size() for leaf in sample.differentiable.values())
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in sample.differentiable.values())
+    extra = peak_memory_beside(lambda: step(sample, mode), gradients)
     similarities = 2 * case.rows * keys
     allowed = similarities // (2 if mode == "chunked" else 8)
     assert extra <= allowed, f"{extra} bytes beside the gradients, at most {allowed}"
 
 
-@check(needs_cuda=True, large=True, mode={name: name for name in ("materialize", "chunked", "tiled")})
-def contrastive_offsets_beyond_32_bits(device: str, mode: str) -> None:
+@parametrized(large=True, mode={name: name for name in ("materialize", "chunked", "tiled")})
+def test_offsets_beyond_32_bits(device: str, mode: str) -> None:
     """More than 2^31 similarities; the last queries against float64."""
     rows, keys, width = 32_800, 65_536, 16
     case = Case("large", rows, width, keys, **COSINES)
     if mode not in modes(case, torch.bfloat16):
-        raise SkipTest("tiled runs on Triton")
+        pytest.skip("tiled runs on Triton")
     need_free_memory((6 if mode == "materialize" else 1) * rows * keys)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -394,8 +390,8 @@ def contrastive_offsets_beyond_32_bits(device: str, mode: str) -> None:
 # ------------------------------------------------------------------------------------ streams, graphs, synchronisation
 
 
-@check(needs_cuda=True, case=REAL)
-def contrastive_no_synchronisation(device: str, case: Case) -> None:
+@parametrized(case=REAL)
+def test_no_synchronisation(device: str, case: Case) -> None:
     sample = case.sample(torch.bfloat16, device)
 
     def body(strategy: str) -> None:
@@ -406,10 +402,8 @@ def contrastive_no_synchronisation(device: str, case: Case) -> None:
     in_every_mode(case, torch.bfloat16, body)
 
 
-@check(needs_cuda=True, recipe=RECIPES)
-def contrastive_recipes_without_synchronisation(
-    device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]
-) -> None:
+@parametrized(recipe=RECIPES)
+def test_recipes_without_synchronisation(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]) -> None:
     batch = Batch.make(torch.bfloat16, device)
     run = recipe(batch)
     train(run, batch)
@@ -417,20 +411,8 @@ def contrastive_recipes_without_synchronisation(
         train(run, batch)
 
 
-def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # compiles, and loads modules
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    return graph, captured
-
-
-@check(needs_cuda=True, case=FEW)
-def contrastive_graph_replay(device: str, case: Case) -> None:
+@parametrized(case=FEW)
+def test_graph_replay(device: str, case: Case) -> None:
     """Captured once, replayed over other values in the same memory."""
     static, other = (case.sample(torch.bfloat16, device, seed=seed) for seed in range(2))
 
@@ -449,8 +431,8 @@ def contrastive_graph_replay(device: str, case: Case) -> None:
     in_every_mode(case, torch.bfloat16, body)
 
 
-@check(needs_cuda=True, recipe=RECIPES)
-def contrastive_recipes_in_a_graph(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]) -> None:
+@parametrized(recipe=RECIPES)
+def test_recipes_in_a_graph(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]) -> None:
     static, other = (Batch.make(torch.bfloat16, device, seed) for seed in range(2))
     run = recipe(static)
     graph, captured = capture(lambda: train(run, static))
@@ -462,23 +444,15 @@ def contrastive_recipes_in_a_graph(device: str, recipe: Callable[[Batch], Callab
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
-@check(needs_cuda=True)
-def contrastive_side_stream(device: str) -> None:
+@parametrized()
+def test_side_stream(device: str) -> None:
     """Queries that a stream makes late are read after they are made."""
     case = REAL["memory"]
     sample = case.sample(torch.bfloat16, device)
-    values = sample.query.detach().clone()
 
     def body(strategy: str) -> None:
         expected = step(sample, strategy)
-        sample.query.detach().fill_(math.nan)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)  # some 30 ms
-            sample.query.detach().copy_(values)
-            actual = step(sample, strategy)
-        stream.synchronize()
+        actual = run_late(sample.query, lambda: step(sample, strategy))
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)  # the library may choose another product there
 
@@ -488,29 +462,8 @@ def contrastive_side_stream(device: str) -> None:
 # ------------------------------------------------------------------------------------------------------- training loops
 
 
-@check(mode={name: name for name in ("materialize", "chunked", "tiled")})
-def contrastive_compile(device: str, mode: str) -> None:
-    case = REAL["everything"]
-    if mode not in modes(case, torch.float32):
-        raise SkipTest("tiled runs on Triton")
-    sample = case.sample(torch.float32, device)
-    torch._dynamo.reset()
-
-    def call(query: Tensor, key: Tensor) -> Tensor:
-        arguments = (query.sin(), key, *sample.arguments[2:])
-        sums = partitioned_logsumexp(*arguments, strategy=mode, **sample.options)
-        return 2 * (sums.neg - sums.pos + 0.1 * sums.pos_sum).mean()
-
-    results = []
-    for function in (call, torch.compile(call, fullgraph=True, dynamic=False)):
-        loss = function(sample.query, sample.key)
-        results.append([loss, *torch.autograd.grad(loss, (sample.query, sample.key))])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
-@check(recipe={name: RECIPES[name] for name in ("SupConLoss", "BalancedContrastiveLoss", "PaCoLoss")})
-def contrastive_recipes_compile(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]) -> None:
+@parametrized(recipe={name: RECIPES[name] for name in ("SupConLoss", "BalancedContrastiveLoss", "PaCoLoss")})
+def test_recipes_compile(device: str, recipe: Callable[[Batch], Callable[[Batch], Tensor]]) -> None:
     batch = Batch.make(torch.float32, device)
     torch._dynamo.reset()
     run = recipe(batch)
@@ -520,8 +473,8 @@ def contrastive_recipes_compile(device: str, recipe: Callable[[Batch], Callable[
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@check()
-def contrastive_autocast(device: str) -> None:
+@parametrized()
+def test_autocast(device: str) -> None:
     """float32 vectors, products in bfloat16."""
     case = REAL["memory"]
     sample = case.sample(torch.float32, device)
@@ -537,8 +490,8 @@ def contrastive_autocast(device: str) -> None:
     in_every_mode(case, torch.bfloat16, body)
 
 
-@check(dtype=HALF_AND_SINGLE)
-def contrastive_retained_graph(device: str, dtype: torch.dtype) -> None:
+@parametrized(dtype=HALF_AND_SINGLE)
+def test_retained_graph(device: str, dtype: torch.dtype) -> None:
     case = REAL["8142 keys"]
     sample = case.sample(dtype, device)
     double = sample.converted(torch.float64)
@@ -561,25 +514,17 @@ def contrastive_retained_graph(device: str, dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@check(value={"keys": 41, "2^31": 2**31, "-2": -2, "lowest": -(2**31)})
-def contrastive_bad_exclude(device: str, value: int) -> None:
+@parametrized(anywhere=True, value={"keys": 41, "2^31": 2**31, "-2": -2, "lowest": -(2**31)})
+def test_bad_exclude(device: str, value: int) -> None:
     """A key out of range excludes nothing; with checks on (and on the CPU) it is an error."""
     case = replace(BY_ID["excluded keys"], width=16)
     sample = case.sample(torch.float32, device)
     sample.options["exclude"][1] = value
 
-    def raises() -> None:
-        message = "a key out of range raised nothing"
-        try:
-            step(sample)
-        except IndexError as error:
-            message = str(error)
-        assert f"exclude: got {value} in row 1" in message, message
-
     with checks_on():
-        raises()
+        assert_index_error(lambda: step(sample), f"exclude: got {value} in row 1")
     if device == "cpu":
-        raises()
+        assert_index_error(lambda: step(sample), f"exclude: got {value} in row 1")
         return
 
     def body(strategy: str) -> None:

@@ -1,4 +1,4 @@
-"""What must hold of experts on a device: the checks of ``device_checks`` for their loss, fusion and divergence."""
+"""Experts on a device: their loss at real widths, fusion and divergence, memory, graphs, very many logits."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import SkipTest
 
+import pytest
 import torch
-from device_checks import (
+from _cases.experts import LAYOUTS, Case
+from _device import (
     BAD_TARGETS,
     DTYPES,
     HALF_AND_SINGLE,
     POLICIES,
     REDUCTIONS,
-    all_tensors,
-    assert_all_close,
+    assert_index_error,
     assert_same_bits,
-    check,
+    capture,
     checks_on,
-    gradient_policy,
     need_free_memory,
+    parametrized,
+    peak_memory_beside,
     poisoned_memory,
     synchronisation_is_an_error,
 )
-from expert_cases import CASES, LAYOUTS, Case
+from _strategies import gradient_policy
 from torch import Tensor
 
-from lt_kernels import _settings
 from lt_kernels.functional import expert_cross_entropy, expert_divergence, expert_fusion
 from lt_kernels.testing import (
     Sample,
@@ -38,7 +38,6 @@ from lt_kernels.testing import (
     dense_expert_divergence,
 )
 
-BY_ID = {case.id: case for case in CASES}
 #: Real widths, whose rows start at odd addresses; rows enough for eager's error to mean something.
 SHAPES = {
     "8142": Case("8142", 3, 200, 8142),
@@ -112,25 +111,13 @@ def check_loss(device: str, case: Case, dtype: torch.dtype, reduction: str) -> N
     check_expert_cross_entropy(expert_cross_entropy, sample, upstream=upstream)
 
 
-@check(case=BY_ID, dtype=HALF_AND_SINGLE, reduction=REDUCTIONS)
-def expert_value_and_every_gradient(device: str, case: Case, dtype: torch.dtype, reduction: str) -> None:
-    check_loss(device, case, dtype, reduction)
-
-
-@check(case=SHAPES, dtype=DTYPES, reduction=REDUCTIONS, mixed={"": {}, "mixed": _MIXED, "learned": _LEARNED})
-def expert_real_widths(device: str, case: Case, dtype: torch.dtype, reduction: str, mixed: dict[str, Any]) -> None:
+@parametrized(case=SHAPES, dtype=DTYPES, reduction=REDUCTIONS, mixed={"": {}, "mixed": _MIXED, "learned": _LEARNED})
+def test_real_widths(device: str, case: Case, dtype: torch.dtype, reduction: str, mixed: dict[str, Any]) -> None:
     check_loss(device, replace(case, **mixed), dtype, reduction)
 
 
-@check(case=BY_ID, reduction=REDUCTIONS)
-def expert_double_precision(device: str, case: Case, reduction: str) -> None:
-    if _settings.backend == "triton":
-        raise SkipTest("Triton kernels take no float64")
-    check_loss(device, case, torch.float64, reduction)
-
-
-@check(case=SHAPES, dtype=HALF_AND_SINGLE, policy=POLICIES, reduction=REDUCTIONS)
-def expert_lists(device: str, case: Case, dtype: torch.dtype, policy: str, reduction: str) -> None:
+@parametrized(case=SHAPES, dtype=HALF_AND_SINGLE, policy=POLICIES, reduction=REDUCTIONS)
+def test_lists(device: str, case: Case, dtype: torch.dtype, policy: str, reduction: str) -> None:
     """Tensors one by one, each where it likes to be, give the bits of one tensor."""
     sample = replace(case, **_MIXED).sample(dtype, device, reduction=reduction)
     with gradient_policy(policy):
@@ -143,8 +130,8 @@ def expert_lists(device: str, case: Case, dtype: torch.dtype, policy: str, reduc
     assert_same_bits([result.detach(), torch.stack(grads)], [plain[0], plain[-1]], "separate tensors")
 
 
-@check(case=SHAPES, dtype=DTYPES, mixed={"": {}, "mixed": {"options": ("log_prior", "mixed_target")}})
-def expert_ensemble(device: str, case: Case, dtype: torch.dtype, mixed: dict[str, Any]) -> None:
+@parametrized(case=SHAPES, dtype=DTYPES, mixed={"": {}, "mixed": {"options": ("log_prior", "mixed_target")}})
+def test_ensemble(device: str, case: Case, dtype: torch.dtype, mixed: dict[str, Any]) -> None:
     sample = replace(case, **mixed).sample(dtype, device, reduction="none", scale=1.25)
     _, loss, prediction, *_ = step(sample, return_ensemble=True)
     names = ("mixed_target", "mix_lambda", "reduction", "scale")
@@ -161,11 +148,11 @@ def expert_ensemble(device: str, case: Case, dtype: torch.dtype, mixed: dict[str
     )
 
 
-@check(needs_cuda=True, case=SHAPES, dtype=HALF_AND_SINGLE)
-def expert_peak_memory(device: str, case: Case, dtype: torch.dtype) -> None:
+@parametrized(case=SHAPES, dtype=HALF_AND_SINGLE)
+def test_peak_memory(device: str, case: Case, dtype: torch.dtype) -> None:
     """A step allocates the gradients and some numbers per row and per class."""
     if case.layout != "stacked":
-        raise SkipTest("the reference layout is enough")
+        pytest.skip("the stacked layout is enough")
     sample = replace(case, options=("log_prior", "mixed_target")).sample(dtype, device)
     apart = [x.detach().clone().requires_grad_() for x in sample.input]
     for logits in (sample.input, apart):
@@ -175,19 +162,13 @@ def expert_peak_memory(device: str, case: Case, dtype: torch.dtype) -> None:
             loss = expert_cross_entropy(logits, sample.target, **sample.options)
             return torch.autograd.grad(loss, leaves)
 
-        run()  # compiles, and loads modules
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        extra = torch.cuda.max_memory_allocated() - before - sample.input.numel() * dtype.itemsize
+        extra = peak_memory_beside(run, sample.input.numel() * dtype.itemsize)
         allowed = case.experts * (64 * case.rows + 16 * case.classes) + 2**20
         assert extra <= allowed, f"{extra} bytes beside the gradients, at most {allowed}"
 
 
-@check(needs_cuda=True, large=True)
-def expert_offsets_beyond_32_bits(device: str) -> None:
+@parametrized(large=True)
+def test_offsets_beyond_32_bits(device: str) -> None:
     """More than 2^32 logits in one tensor; the first and last rows of every expert against float64."""
     experts, classes = 3, 8142
     rows = (2**32 + 2**26) // (experts * classes) + 1
@@ -234,10 +215,10 @@ def expert_offsets_beyond_32_bits(device: str) -> None:
 # ------------------------------------------------------------------------------------------------ fusion and divergence
 
 
-@check(case={name: SHAPES[name] for name in ("8142", "few classes")}, layout=LAYOUTS, dtype=DTYPES, k={"1": 1, "5": 5})
-def expert_fusion_values(
-    device: str, case: Case, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, k: int
-) -> None:
+@parametrized(
+    case={name: SHAPES[name] for name in ("8142", "few classes")}, layout=LAYOUTS, dtype=DTYPES, k={"1": 1, "5": 5}
+)
+def test_fusion_values(device: str, case: Case, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, k: int) -> None:
     """Probabilities and log-probabilities within the budget; classes as likely as the likeliest."""
     sample = case.sample(dtype, device)
     x, shift = layout(sample.input.detach().contiguous()), sample.options["log_prior"]
@@ -262,8 +243,8 @@ def expert_fusion_values(
     assert torch.equal(found.confidence, found.topk_values[:, 0])
 
 
-@check()
-def expert_fusion_ties(device: str) -> None:
+@parametrized(anywhere=True)
+def test_fusion_ties(device: str) -> None:
     """Of equal logits the lowest class comes first, -inf is never among the likely ones, a NaN row stays alone."""
     x = torch.zeros(2, 4, 8142, device=device)
     x[:, 1, 5000] = x[:, 1, 77] = 3.0
@@ -276,8 +257,8 @@ def expert_fusion_ties(device: str) -> None:
     assert found.topk_values.isnan().any(1).tolist() == [False, False, False, True]
 
 
-@check(case=SHAPES, kind=KINDS, detach={"detached": True, "": False}, dtype=DTYPES)
-def expert_divergence_values(device: str, case: Case, kind: str, detach: bool, dtype: torch.dtype) -> None:
+@parametrized(case=SHAPES, kind=KINDS, detach={"detached": True, "": False}, dtype=DTYPES)
+def test_divergence_values(device: str, case: Case, kind: str, detach: bool, dtype: torch.dtype) -> None:
     sample = case.sample(dtype, device)
     temperature = 1.5 - sample.options["log_prior"].exp()
     upstream = torch.linspace(-1, 2, case.experts, device=device)
@@ -297,8 +278,8 @@ def expert_divergence_values(device: str, case: Case, kind: str, detach: bool, d
 # ---------------------------------------------------------------------------------------------------- all of them alike
 
 
-@check(needs_cuda=True, work=WORKS, policy=POLICIES)
-def expert_no_synchronisation(device: str, work: Work, policy: str) -> None:
+@parametrized(work=WORKS, policy=POLICIES)
+def test_no_synchronisation(device: str, work: Work, policy: str) -> None:
     sample = work.case.sample(torch.bfloat16, device)
     with gradient_policy(policy):
         work.run(sample)  # compiles, and loads modules
@@ -306,37 +287,30 @@ def expert_no_synchronisation(device: str, work: Work, policy: str) -> None:
             work.run(sample)
 
 
-@check(needs_cuda=True, work=WORKS, policy=POLICIES)
-def expert_graph_replay(device: str, work: Work, policy: str) -> None:
+@parametrized(work=WORKS, policy=POLICIES)
+def test_graph_replay(device: str, work: Work, policy: str) -> None:
     """Captured once, replayed over other values in the same memory: the bits of a call on those values."""
     static, *others = (work.case.sample(torch.bfloat16, device, seed=seed) for seed in range(3))
     with gradient_policy(policy):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work.run(static)  # compiles, and loads modules
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = work.run(static)
+        graph, captured = capture(lambda: work.run(static))
         for other in others:
-            for name, value in all_tensors(static).items():
-                value.detach().copy_(all_tensors(other)[name].detach())
+            for name, value in static.tensors.items():
+                value.detach().copy_(other.tensors[name].detach())
             expected = work.run(other)
             graph.replay()
             assert_same_bits(captured, expected, "replay")
 
 
-@check(work=WORKS, dtype=HALF_AND_SINGLE)
-def expert_determinism(device: str, work: Work, dtype: torch.dtype) -> None:
+@parametrized(work=WORKS, dtype=HALF_AND_SINGLE)
+def test_determinism(device: str, work: Work, dtype: torch.dtype) -> None:
     sample = work.case.sample(dtype, device)
     first = work.run(sample)
     for _ in range(2):
         assert_same_bits(work.run(sample), first, "another run")
 
 
-@check(work=WORKS)
-def expert_every_element_is_written(device: str, work: Work) -> None:
+@parametrized(work=WORKS)
+def test_every_element_is_written(device: str, work: Work) -> None:
     """The same bits where all fresh memory is NaN."""
     sample = replace(work.case, rows=min(work.case.rows, 16)).sample(torch.float32, device)
     expected = work.run(sample)
@@ -344,28 +318,8 @@ def expert_every_element_is_written(device: str, work: Work) -> None:
         assert_same_bits(work.run(sample), expected, "poisoned memory")
 
 
-CALLS: dict[str, Callable[..., Any]] = {
-    "loss": lambda x, y, prior: 2 * expert_cross_entropy(x.sin(), y, log_prior=prior, taus=[0.0, 1.0, 2.0]),
-    "ensemble": lambda x, y, prior: sum(expert_cross_entropy(x.sin(), y, return_ensemble=True)[:2]),
-    "divergence": lambda x, y, prior: 2 * expert_divergence(x.sin(), "pairwise"),
-    "fusion": lambda x, y, prior: 2 * expert_fusion(x, log_prior_shift=prior).confidence.sum() + x.square().mean(),
-}
-
-
-@check(call=CALLS)
-def expert_compile(device: str, call: Callable[..., Tensor]) -> None:
-    torch._dynamo.reset()
-    sample = replace(SHAPES["8142"], rows=16).sample(torch.float32, device)
-    results = []
-    for function in (call, torch.compile(call, fullgraph=True, dynamic=False)):
-        value = function(sample.input, sample.target, sample.options["log_prior"])
-        results.append([value, *torch.autograd.grad(value, sample.input)])
-    eager, compiled = results
-    assert_all_close(compiled, eager, ["value", "gradient"])
-
-
-@check(dtype=HALF_AND_SINGLE, policy=POLICIES)
-def expert_retained_graph(device: str, dtype: torch.dtype, policy: str) -> None:
+@parametrized(dtype=HALF_AND_SINGLE, policy=POLICIES)
+def test_retained_graph(device: str, dtype: torch.dtype, policy: str) -> None:
     sample = SHAPES["8142"].sample(dtype, device)
     expected = []
     for copy in (sample.converted(dtype), sample.converted(torch.float64)):
@@ -378,12 +332,13 @@ def expert_retained_graph(device: str, dtype: torch.dtype, policy: str) -> None:
         assert_within_budget(grad, *(factor * each for each in expected), f"{factor} * loss")
 
 
-@check(
+@parametrized(
+    anywhere=True,
     shape={name: SHAPES[name] for name in ("8142", "few classes")},
     mixed={"": {}, "mixed": {"options": ("log_prior", "mixed_target")}},
     value={name: BAD_TARGETS[name] for name in ("classes", "2^40")},
 )
-def expert_bad_targets(device: str, shape: Case, mixed: dict[str, Any], value: int | None) -> None:
+def test_bad_targets(device: str, shape: Case, mixed: dict[str, Any], value: int | None) -> None:
     """A class out of range: a NaN row of every expert and nothing else, or with checks on (and on the CPU) an error."""
     case = replace(shape, rows=5, **mixed)
     sample = case.sample(torch.float32, device, reduction="none", expert_reduction="none", return_ensemble=True)
@@ -391,9 +346,9 @@ def expert_bad_targets(device: str, shape: Case, mixed: dict[str, Any], value: i
     good = step(sample, 1.0)
     target[1] = case.classes if value is None else value
     with checks_on():
-        assert_index_error(sample)
+        assert_index_error(lambda: step(sample), "row 1 has class")
     if device == "cpu":
-        assert_index_error(sample)
+        assert_index_error(lambda: step(sample), "row 1 has class")
         return
     bad = torch.zeros(case.rows, dtype=torch.bool, device=device)
     bad[1] = True
@@ -408,12 +363,3 @@ def expert_bad_targets(device: str, shape: Case, mixed: dict[str, Any], value: i
         [good[0][:, clean], good[1][clean], good[3][:, clean]],
         "the other rows",
     )
-
-
-def assert_index_error(sample: Sample) -> None:
-    message = "a target out of range raised nothing"
-    try:
-        expert_cross_entropy(sample.input, sample.target, **sample.options)
-    except IndexError as error:
-        message = str(error)
-    assert "row 1 has class" in message, message

@@ -1,4 +1,4 @@
-"""What must hold of linear heads on a device: the checks of ``device_checks`` for ``linear_margin_cross_entropy``."""
+"""Linear heads on a device: real widths, memory, graphs, very many logits, bad targets."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import SkipTest
 
+import pytest
 import torch
-from device_checks import (
+from _cases.linear import Case
+from _device import (
     DTYPES,
     HALF_AND_SINGLE,
     POLICIES,
     REDUCTIONS,
     assert_all_close,
+    assert_index_error,
     assert_same_bits,
-    check,
+    capture,
     checks_on,
-    gradient_policy,
     need_free_memory,
+    parametrized,
+    peak_memory_beside,
     poisoned_memory,
     synchronisation_is_an_error,
 )
-from linear_cases import CASES, Case
+from _strategies import gradient_policy, linear_mode, tiled_linear_reason
 from torch import Tensor
 
 import lt_kernels
@@ -33,7 +36,6 @@ from lt_kernels.functional import linear_margin_cross_entropy, linear_topk
 from lt_kernels.ops.linear_margin_cross_entropy import op, plan
 from lt_kernels.testing import Sample, assert_within_budget, check_linear_margin_cross_entropy
 
-BY_ID = {case.id: case for case in CASES}
 #: How logits are made: strategies, and both ways to cut.
 MODES = {name: name for name in ("materialize", "rows", "classes", "tiled")}
 #: Real widths, in which products take the library's fast paths and rows start at odd addresses unless padded.
@@ -49,23 +51,11 @@ REAL = {
 
 @contextmanager
 def cut(mode: str, case: Case) -> Iterator[str]:
-    """The strategy of ``mode``, with several chunks where it has chunks; SkipTest where it cannot run the case."""
-    if mode == "tiled":
-        if _settings.backend != "triton" or case.positions or case.soft or case.width > plan.LARGEST_TILED_WIDTH:
-            raise SkipTest("tiled runs on Triton, with class indices and one loss per sample")
-        yield mode
-        return
-
-    def chunks(sizes: plan.Sizes, memory_budget: int) -> plan.LinearPlan:
-        if mode == "classes" and sizes.divisible:
-            return plan._by_classes(sizes, 16 if sizes.classes < 1000 else 1024)
-        return plan._by_rows(sizes, max(1, -(-sizes.rows // 3)))
-
-    before, op.chunk_plan = op.chunk_plan, chunks
-    try:
-        yield "materialize" if mode == "materialize" else "chunked"
-    finally:
-        op.chunk_plan = before
+    """Yield the strategy of a mode; skip a case that it cannot run."""
+    if mode == "tiled" and (reason := tiled_linear_reason(case.width, case.positions, case.soft)):
+        pytest.skip(reason)
+    with linear_mode(mode) as strategy:
+        yield strategy
 
 
 def run(sample: Sample, strategy: str, upstream: float | Tensor = 1.0, **options: Any) -> list[Tensor]:
@@ -90,18 +80,13 @@ def check_value_and_gradients(case: Case, mode: str, dtype: torch.dtype, device:
         )
 
 
-@check(case=BY_ID, mode=MODES, dtype=HALF_AND_SINGLE)
-def linear_value_and_every_gradient(device: str, case: Case, mode: str, dtype: torch.dtype) -> None:
-    check_value_and_gradients(case, mode, dtype, device)
-
-
-@check(case=REAL, mode=MODES, dtype=DTYPES, reduction=REDUCTIONS)
-def linear_real_widths(device: str, case: Case, mode: str, dtype: torch.dtype, reduction: str) -> None:
+@parametrized(case=REAL, mode=MODES, dtype=DTYPES, reduction=REDUCTIONS)
+def test_real_widths(device: str, case: Case, mode: str, dtype: torch.dtype, reduction: str) -> None:
     check_value_and_gradients(case, mode, dtype, device, reduction)
 
 
-@check(needs_cuda=True, case=REAL, mode=MODES, policy=POLICIES)
-def linear_no_synchronisation(device: str, case: Case, mode: str, policy: str) -> None:
+@parametrized(case=REAL, mode=MODES, policy=POLICIES)
+def test_no_synchronisation(device: str, case: Case, mode: str, policy: str) -> None:
     sample = case.sample(torch.bfloat16, device)
     with cut(mode, case) as strategy, gradient_policy(policy):
         run(sample, strategy, 0.5)  # compiles, and loads modules
@@ -109,33 +94,21 @@ def linear_no_synchronisation(device: str, case: Case, mode: str, policy: str) -
             run(sample, strategy, 0.5)
 
 
-@check(needs_cuda=True, case=REAL, mode=MODES)
-def linear_graph_replay(device: str, case: Case, mode: str) -> None:
+@parametrized(case=REAL, mode=MODES)
+def test_graph_replay(device: str, case: Case, mode: str) -> None:
     static, other = (case.sample(torch.bfloat16, device, seed=seed) for seed in range(2))
     with cut(mode, case) as strategy:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(static, strategy, -0.5)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(static, strategy, -0.5)
-        for name, value in _tensors(static).items():
-            value.detach().copy_(_tensors(other)[name].detach())
+        graph, captured = capture(lambda: run(static, strategy, -0.5))
+        for name, value in static.tensors.items():
+            value.detach().copy_(other.tensors[name].detach())
         expected = run(other, strategy, -0.5)
         graph.replay()
         names = ["loss", *(f"gradient of {name}" for name in static.differentiable)]
         assert_all_close(captured, expected, names, rtol=1e-2, atol=1e-4)  # the library may choose another product
 
 
-def _tensors(sample: Sample) -> dict[str, Tensor]:
-    named = {"input": sample.input, "target": sample.target, **sample.options}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
-
-
-@check(case=REAL, mode=MODES, dtype=HALF_AND_SINGLE)
-def linear_determinism(device: str, case: Case, mode: str, dtype: torch.dtype) -> None:
+@parametrized(case=REAL, mode=MODES, dtype=HALF_AND_SINGLE)
+def test_determinism(device: str, case: Case, mode: str, dtype: torch.dtype) -> None:
     sample = case.sample(dtype, device)
     with cut(mode, case) as strategy:
         first = run(sample, strategy)
@@ -145,8 +118,8 @@ def linear_determinism(device: str, case: Case, mode: str, dtype: torch.dtype) -
             assert_same_bits(run(sample, strategy), first, "poisoned memory")
 
 
-@check(mode=MODES, dtype=HALF_AND_SINGLE, policy=POLICIES)
-def linear_retained_graph(device: str, mode: str, dtype: torch.dtype, policy: str) -> None:
+@parametrized(mode=MODES, dtype=HALF_AND_SINGLE, policy=POLICIES)
+def test_retained_graph(device: str, mode: str, dtype: torch.dtype, policy: str) -> None:
     case = REAL["inat18"]
     sample = case.sample(dtype, device)
     options = dict(sample.options)
@@ -160,8 +133,8 @@ def linear_retained_graph(device: str, mode: str, dtype: torch.dtype, policy: st
             assert_within_budget(grad, same_dtype, factor * once, f"{factor} * loss", roundings=4.0)
 
 
-@check(mode=MODES, normalize={"": False, "cosine": True})
-def linear_autocast(device: str, mode: str, normalize: bool) -> None:
+@parametrized(mode=MODES, normalize={"": False, "cosine": True})
+def test_autocast(device: str, mode: str, normalize: bool) -> None:
     """float32 features and weight, products in bfloat16: as F.linear under autocast."""
     case = dataclasses.replace(REAL["cosine"] if normalize else REAL["mixed"], width=256)
     sample = case.sample(torch.float32, device)
@@ -176,37 +149,14 @@ def linear_autocast(device: str, mode: str, normalize: bool) -> None:
         assert_within_budget(a, b, t.double(), "autocast")
 
 
-@check(mode=MODES)
-def linear_compile(device: str, mode: str) -> None:
-    case = REAL["inat18"]
-    sample = case.sample(torch.float32, device)
-    options = dict(sample.options)
-    weight = options.pop("linear_weight")
-    torch._dynamo.reset()
-    with cut(mode, case) as strategy:
-
-        def call(x: Tensor, w: Tensor) -> Tensor:
-            return 2 * linear_margin_cross_entropy(x, w, sample.target, strategy=strategy, **options)
-
-        compiled = torch.compile(call, fullgraph=True, dynamic=False)
-        values = [torch.autograd.grad(f(sample.input, weight), (sample.input, weight)) for f in (call, compiled)]
-    expected, actual = values
-    assert_all_close(actual, expected, ["gradient of input", "gradient of weight"], rtol=1e-4, atol=1e-6)
-
-
-@check(case={name: REAL[name] for name in ("inat18", "mixed")}, mode=MODES)
-def linear_bad_targets(device: str, case: Case, mode: str) -> None:
+@parametrized(case={name: REAL[name] for name in ("inat18", "mixed")}, mode=MODES)
+def test_bad_targets(device: str, case: Case, mode: str) -> None:
     """A class out of range makes its row NaN; with checks on (and on the CPU) it is an error."""
     sample = case.sample(torch.float32, device, reduction="none")
     sample.target[1] = case.classes
     with cut(mode, case) as strategy:
         with checks_on():
-            message = "a target out of range raised nothing"
-            try:
-                run(sample, strategy)
-            except IndexError as error:
-                message = str(error)
-            assert "row 1 has class" in message, message
+            assert_index_error(lambda: run(sample, strategy), "row 1 has class")
         if device == "cpu":
             return
         loss, grad, *_ = run(sample, strategy)
@@ -216,24 +166,18 @@ def linear_bad_targets(device: str, case: Case, mode: str) -> None:
     assert torch.equal(grad.isnan().any(1), bad)
 
 
-@check(needs_cuda=True, mode=MODES, dtype=HALF_AND_SINGLE)
-def linear_peak_memory(device: str, mode: str, dtype: torch.dtype) -> None:
+@parametrized(mode=MODES, dtype=HALF_AND_SINGLE)
+def test_peak_memory(device: str, mode: str, dtype: torch.dtype) -> None:
     """What the plan predicts, within a few numbers per row and class."""
     case = Case("memory", 4096, 256, 20_000, bias=False)
     sample = case.sample(dtype, device)
     with cut(mode, case) as strategy:
-        run(sample, strategy)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run(sample, strategy, 0.5)
-        torch.cuda.synchronize()
+        gradients = sum(t.numel() * t.element_size() for t in sample.differentiable.values())
+        extra = peak_memory_beside(lambda: run(sample, strategy, 0.5), gradients)
         sizes = plan.Sizes(4096, 256, 20_000, 1, dtype, dtype, "cuda", True, True, True)
         predicted = (
             op.chunk_plan(sizes, 0) if strategy == "chunked" else plan.make_plan(sizes, strategy, 0)
         ).peak_memory
-    gradients = sum(t.numel() * t.element_size() for t in sample.differentiable.values())
-    extra = torch.cuda.max_memory_allocated() - before - gradients
     partial_sums = 16 * sample.input.numel() if mode == "tiled" else 0
     allowed = (
         predicted + partial_sums + 4 * sample.input.numel() + 64 * (4096 + 20_000) + 2**25
@@ -241,8 +185,8 @@ def linear_peak_memory(device: str, mode: str, dtype: torch.dtype) -> None:
     assert extra <= allowed, f"{extra} bytes beside the gradients, at most {allowed}"
 
 
-@check(needs_cuda=True, large=True)
-def linear_offsets_beyond_32_bits(device: str) -> None:
+@parametrized(large=True)
+def test_offsets_beyond_32_bits(device: str) -> None:
     """More than 2^31 logits in one buffer; a few rows and classes against float64."""
     rows, width, classes = 32_800, 16, 65_536
     need_free_memory(6 * rows * classes)
@@ -265,8 +209,8 @@ def linear_offsets_beyond_32_bits(device: str) -> None:
     torch.testing.assert_close(grad[last], expected_grad, rtol=2e-2, atol=2e-2)
 
 
-@check(dtype=HALF_AND_SINGLE, normalize={"": False, "cosine": True})
-def linear_top_classes(device: str, dtype: torch.dtype, normalize: bool) -> None:
+@parametrized(dtype=HALF_AND_SINGLE, normalize={"": False, "cosine": True})
+def test_top_classes(device: str, dtype: torch.dtype, normalize: bool) -> None:
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(200, 64, device=device, generator=generator).to(dtype)
     w = torch.randn(20_011, 64, device=device, generator=generator).to(dtype)
