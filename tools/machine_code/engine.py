@@ -371,7 +371,7 @@ def main() -> int:
         if why in (ledger.NEW, ledger.CHANGED):
             print(f"  {why}: {chosen[index].key.case}, {chosen[index].key.kernel}")
     if options.write:
-        write({**committed, **rows}, options.tables)
+        write({**read_tables(options.tables), **rows}, options.tables)
     elif options.check:
         problems += check(rows, committed, options)
     for problem in problems:
