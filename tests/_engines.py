@@ -108,7 +108,7 @@ def start(name: str | None) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         import _interpreter
 
-        _interpreter.patch_languages_once()
+        _interpreter.prepare()
     if name == "emulator":
         os.environ["LTK_EMULATED_FUSED"] = "1"  # as a GPU's compiler does it
         sys.path.insert(0, str(TESTS / "emulator"))
