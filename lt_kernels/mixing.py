@@ -111,7 +111,7 @@ def _check(x: Tensor, y: Tensor) -> None:
 
 def _draw(x: Tensor, alpha: float, generator: torch.Generator | None) -> tuple[float, Tensor]:
     """Draw lambda, and the order of the samples that are mixed in, on x's device."""
-    alpha = check_number("alpha", alpha, 0.0)
+    alpha = check_number("alpha", alpha, 0.0, expected="a number >= 0")
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
