@@ -26,7 +26,7 @@ SIZES = ("id", "rows", "classes", "positions", "width", "keys", "experts", "spre
 
 
 def line(engine: str, file: str, function: str, ids: str) -> str:
-    words = sorted(filter(None, ids.split("-")))
+    words = sorted(filter(None, re.split(r"[-\s]+", ids)))
     return f"{engine} | {file}::{function} | {' '.join(words)}"
 
 
