@@ -28,7 +28,7 @@ from .tiles import add_up, load_exponents, multiply
 
 @triton.jit
 def rescale_factor(before, after):
-    """Return the factor that makes a sum of exponentials relative to ``before`` one relative to the larger ``after``."""
+    """Return the factor that makes a sum of exponentials relative to ``before`` relative to the larger ``after``."""
     return fast_exp(tl.minimum(finite_reference(before) - finite_reference(after), 0.0))
 
 
