@@ -1,4 +1,4 @@
-"""Say whether our code has become slower: our time over that of the op's references, now and before.
+"""Say whether our code has become slower: our time over its references', now and before.
 
     python benchmarks/compare.py                          a few cases now, against the saved results
     python benchmarks/compare.py BEFORE.json AFTER.json   two results files; nothing is measured
@@ -62,7 +62,7 @@ def compare(before: Sequence[Record], now: Sequence[Record], tolerance: float = 
 def compare_now(results: Path, device: str, tolerance: float, log: Log, **options: Any) -> list[Comparison]:
     """Measure a few cases of every op and compare them with the committed results below ``results``.
 
-    The baseline is that of this very device, or else of the first one of its kind, which is said. A case that looks
+    The baseline is measured on this very device, or else on the first one of its kind, which is said. A case that looks
     like a regression is measured once more, and the better of both counts.
 
     Args:
@@ -108,7 +108,7 @@ def _compare_op(
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """Format a table per op: our time over that of each reference, before and now."""
+    """Format a table per op: our time over each reference's, before and now."""
     parts = []
     for op in dict.fromkeys(one.op for one in comparisons):
         some = [one for one in comparisons if one.op == op]

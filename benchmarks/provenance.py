@@ -4,7 +4,7 @@
 them once, when it publishes. Its ``--check`` reads files alone, so a clone without history and a copy without git say
 the same. A Triton kernel's fingerprint is its machine code, case by case, in the ahead-of-time table of its op. A
 native kernel's fingerprint is a digest of the C++ (on a GPU: CUDA) sources of its op and everything they include,
-without comments, white space and ``#include`` lines.
+without comments, white space and ``#include`` lines. To change how fingerprints are made, delete the file and publish.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def load(root: Path) -> dict[str, Revision]:
 def complete(root: Path, records: Iterable[Record]) -> dict[str, Revision]:
     """Return the facts about all measured revisions: the known ones, and those that git knows.
 
-    The facts about a dirty revision are those of the commit below the changes.
+    A dirty revision has the facts of the commit below its changes.
     """
     known = load(root)
     wanted: dict[str, set[Kernels]] = {}

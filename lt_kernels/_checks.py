@@ -36,12 +36,11 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     number = float(value)
-    # math.isfinite does not trace where the number is symbolic; NaN fails these comparisons too
-    if not (-math.inf < number < math.inf and least <= number <= most):
-        if expected is None:
-            below = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
-            expected = "a finite number" if least == -math.inf else below
-        raise ValueError(f"{name}: got {value}, expected {expected}")
+    if not -math.inf < number < math.inf:  # NaN too; math.isfinite does not trace where the number is symbolic
+        raise ValueError(f"{name}: got {value}, expected {expected or 'a finite number'}")
+    if not least <= number <= most:
+        range_ = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
+        raise ValueError(f"{name}: got {value}, expected {expected or range_}")
     return number
 
 
@@ -97,7 +96,7 @@ def check_tensor(name: str, value: Any, expected: str = "a Tensor") -> Tensor:
 def check_floating(
     name: str, value: Any, expected: str = "a Tensor", kind: str | tuple[torch.dtype, ...] = FLOATING
 ) -> Tensor:
-    """Return ``value``: a tensor of one of the dtypes of ``kind``, or, where that is a text, of any floating dtype."""
+    """Return ``value``: a tensor of a dtype in ``kind``, or of any floating dtype if that is a text."""
     check_tensor(name, value, expected)
     fits = value.is_floating_point() if isinstance(kind, str) else value.dtype in kind
     if not fits:

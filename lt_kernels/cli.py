@@ -62,6 +62,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON: lt_kernels.info() as it is")
     command.set_defaults(run=_info)
 
+    _add_bench(commands)
+
+    command = commands.add_parser(
+        "demo",
+        help="train on long-tailed digits with nine losses; measure throughput; four plots",
+        description="Train a small network on scikit-learn's handwritten digits, made long-tailed, with nine losses,\n"
+        "and measure the fused loss on an iNaturalist-2018-like head. Needs the extra: pip install 'lt_kernels[demo]'.",
+        epilog="""examples:
+  lt-kernels demo
+  lt-kernels demo --out /tmp/demo --seeds 1 --epochs 10 --skip-throughput""",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("output"), metavar="DIR", help="folder of the plots (output/)"
+    )
+    command.add_argument("--seeds", type=int, default=3, metavar="N", help="independent splits and networks (3)")
+    command.add_argument("--epochs", type=int, default=80, metavar="N", help="per network (80)")
+    command.add_argument("--skip-throughput", action="store_true", help="train only")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     command = commands.add_parser(
         "bench",
         help="measure ops against eager PyTorch, torch.compile and other libraries",
@@ -96,24 +118,6 @@ In a checkout, `python benchmarks/report.py` makes tables and figures from saved
     command.add_argument("--dirty", action="store_true", help="with --save: save results of uncommitted code, too")
     command.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="checkout with the saved results")
     command.set_defaults(run=_bench)
-
-    command = commands.add_parser(
-        "demo",
-        help="train on long-tailed digits with nine losses; measure throughput; four plots",
-        description="Train a small network on scikit-learn's handwritten digits, made long-tailed, with nine losses,\n"
-        "and measure the fused loss on an iNaturalist-2018-like head. Needs the extra: pip install 'lt_kernels[demo]'.",
-        epilog="""examples:
-  lt-kernels demo
-  lt-kernels demo --out /tmp/demo --seeds 1 --epochs 10 --skip-throughput""",
-    )
-    command.add_argument(
-        "--out", type=Path, default=Path("output"), metavar="DIR", help="folder of the plots (output/)"
-    )
-    command.add_argument("--seeds", type=int, default=3, metavar="N", help="independent splits and networks (3)")
-    command.add_argument("--epochs", type=int, default=80, metavar="N", help="per network (80)")
-    command.add_argument("--skip-throughput", action="store_true", help="train only")
-    command.set_defaults(run=_demo)
-    return parser
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ from lt_kernels.bench.ops import margin_cross_entropy as rows_module
 from lt_kernels.bench.ops import partitioned_logsumexp as contrast_module
 from lt_kernels.bench.providers import Provider
 
-op, head, balpoe, fusion, divergence, contrast = OPS.values()
+op, head, balpoe, divergence, fusion, contrast = OPS.values()
 
 
 @pytest.fixture
@@ -141,16 +141,11 @@ def test_pytorch_metric_learning_is_called_properly(monkeypatch, case):
             key, key_label = (embeddings, labels) if ref_emb is None else (ref_emb, ref_labels)
             return contrastive.dense_supcon(embeddings, key, labels, key_label, 0.07, ref_emb is None)
 
-    package = {
-        "losses": {"SupConLoss": SupConLoss},
-        "distances": {"DotProductSimilarity": lambda normalize_embeddings: ("dot", normalize_embeddings)},
-        "reducers": {"MeanReducer": lambda: "mean"},
-    }
-    monkeypatch.setitem(sys.modules, "pytorch_metric_learning", types.ModuleType("pytorch_metric_learning"))
-    for name, members in package.items():
-        module = types.ModuleType(f"pytorch_metric_learning.{name}")
-        module.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    package = "pytorch_metric_learning"
+    install(monkeypatch, f"{package}.losses", SupConLoss=SupConLoss)
+    distance = {"DotProductSimilarity": lambda normalize_embeddings: ("dot", normalize_embeddings)}
+    install(monkeypatch, f"{package}.distances", **distance)
+    install(monkeypatch, f"{package}.reducers", MeanReducer=lambda: "mean")
     assert contrast.providers["pml"].unavailable("cpu") is None
     contrast.check_agreement("pml", contrast.cases[case].inputs(torch.float32, "cpu"))
     assert calls == [(0.07, ("dot", False), "mean")]
@@ -276,8 +271,16 @@ class InPlace(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None
 
 
-def fake_peer(name: str, wrong: float = 1.0) -> tuple[str, types.ModuleType, list]:
-    """(module name, a module with the interface of that peer, what it was called with)."""
+def install(monkeypatch, path: str, **members) -> None:
+    """Make a module with ``members`` importable as ``path``."""
+    names = path.split(".")
+    for end in range(1, len(names) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(names[:end]), types.ModuleType(".".join(names[:end])))
+    vars(sys.modules[path]).update(members)
+
+
+def install_peer(monkeypatch, name: str, wrong: float = 1.0) -> list:
+    """Install a module with the interface of that peer; return the list of its calls."""
     calls = []
 
     def loss(logits, target, **options):
@@ -306,19 +309,14 @@ def fake_peer(name: str, wrong: float = 1.0) -> tuple[str, types.ModuleType, lis
         "flash-attn": ("flash_attn.losses.cross_entropy", "CrossEntropyLoss", FlashAttention),
         "quack": ("quack.cross_entropy", "cross_entropy", quack),
     }[name]
-    module = types.ModuleType(path)
-    setattr(module, member, value)
-    return path, module, calls
+    install(monkeypatch, path, **{member: value})
+    return calls
 
 
 @pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
 @pytest.mark.parametrize("peer", ["liger", "flash-attn", "quack"])
 def test_an_importable_peer_is_called_properly(monkeypatch, peer, case):
-    path, module, calls = fake_peer(peer)
-    for index in range(path.count(".")):
-        parent = ".".join(path.split(".")[: index + 1])
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    monkeypatch.setitem(sys.modules, path, module)
+    calls = install_peer(monkeypatch, peer)
     assert op.providers[peer].unavailable("cuda") is None
     inputs = op.cases[case].inputs(torch.float32, "cpu")
     before = inputs.logits.detach().clone()
@@ -331,7 +329,7 @@ def test_an_importable_peer_is_called_properly(monkeypatch, peer, case):
         assert calls[0]["reduction"] == "mean"
 
 
-def fake_linear_peer(name: str) -> tuple[str, types.ModuleType, list]:
+def install_linear_peer(monkeypatch, name: str) -> list:
     """Likewise for heads."""
     calls = []
 
@@ -356,9 +354,8 @@ def fake_linear_peer(name: str) -> tuple[str, types.ModuleType, list]:
         "cut-cross-entropy-exact": ("cut_cross_entropy", "linear_cross_entropy", cut),
         "quack": ("quack.linear_cross_entropy", "linear_cross_entropy_func", quack),
     }[name]
-    module = types.ModuleType(path)
-    setattr(module, member, value)
-    return path, module, calls
+    install(monkeypatch, path, **{member: value})
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -372,28 +369,20 @@ def fake_linear_peer(name: str) -> tuple[str, types.ModuleType, list]:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_importable_peer_of_heads_is_called_properly(monkeypatch, peer, options):
-    path, module, calls = fake_linear_peer(peer)
-    for index in range(path.count(".")):
-        parent = ".".join(path.split(".")[: index + 1])
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    monkeypatch.setitem(sys.modules, path, module)
+    calls = install_linear_peer(monkeypatch, peer)
     assert head.providers[peer].unavailable("cuda") is None
     head.check_agreement(peer, head.cases["odd-7x19x123"].inputs(torch.float32, "cpu"))
     assert calls == [options]
 
 
 def test_a_peer_of_heads_without_a_bias_is_left_out(monkeypatch):
-    module = types.ModuleType("cut_cross_entropy")
-    module.linear_cross_entropy = lambda e, c, targets, impl="cce": None
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+    install(monkeypatch, "cut_cross_entropy", linear_cross_entropy=lambda e, c, targets, impl="cce": None)
     for name in ("cut-cross-entropy", "cut-cross-entropy-exact"):
         assert "takes no bias" in head.providers[name].unavailable("cuda")
 
 
 def test_a_wrong_peer_fails_the_agreement_check(monkeypatch, small_inputs):
-    path, module, _ = fake_peer("liger", wrong=1.01)
-    monkeypatch.setitem(sys.modules, path, module)
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    install_peer(monkeypatch, "liger", wrong=1.01)
     with pytest.raises(AssertionError, match="liger loss: error"):
         op.check_agreement("liger", small_inputs)
 
@@ -401,15 +390,20 @@ def test_a_wrong_peer_fails_the_agreement_check(monkeypatch, small_inputs):
 # Agreement
 
 
-def test_agreement_rejects_a_wrong_gradient_in_the_last_row(small_inputs):
-    def spoiled(error):
-        logit = small_inputs.logits[-1, 5]
-        return op.make_step("eager", small_inputs)() + error * (logit - logit.detach())
+def rejects_an_error(agreement, step, entry, what: str) -> None:
+    """``entry`` returns an element of a leaf, whose gradient is made wrong; for None the loss is."""
 
-    agreement = op.make_agreement(small_inputs)
+    def spoiled(error: float):
+        return step() + error * (1.0 if entry is None else entry() - entry().detach())
+
     agreement.check("same", lambda: spoiled(0.0))
-    with pytest.raises(AssertionError, match="spoiled gradient"):
+    with pytest.raises(AssertionError, match=f"spoiled {what}"):
         agreement.check("spoiled", lambda: spoiled(0.01))
+
+
+def test_agreement_rejects_a_wrong_gradient_in_the_last_row(small_inputs):
+    agreement, step = op.make_agreement(small_inputs), op.make_step("eager", small_inputs)
+    rejects_an_error(agreement, step, lambda: small_inputs.logits[-1, 5], "gradient")
 
 
 @pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
@@ -447,15 +441,9 @@ def test_agreement_of_heads_is_exact_in_what_it_samples(monkeypatch, head_inputs
 
 @pytest.mark.parametrize("what", ["loss", "gradient of features", "gradient of weight"])
 def test_agreement_of_heads_rejects_each_error(head_inputs, what):
-    def spoiled(error):
-        one = {"gradient of features": head_inputs.features[-1, 7], "gradient of weight": head_inputs.weight[-1, 7]}
-        entry = one.get(what)
-        return head.make_step("eager", head_inputs)() + error * (1.0 if entry is None else entry - entry.detach())
-
-    agreement = head.make_agreement(head_inputs)
-    agreement.check("same", lambda: spoiled(0.0))
-    with pytest.raises(AssertionError, match=f"{head.name} spoiled {what}"):
-        agreement.check("spoiled", lambda: spoiled(0.01))
+    agreement, step = head.make_agreement(head_inputs), head.make_step("eager", head_inputs)
+    leaf = head_inputs.leaves.get(what.removeprefix("gradient of "))
+    rejects_an_error(agreement, step, None if leaf is None else lambda: leaf[-1, 7], what)
     with pytest.raises(AssertionError, match="no gradient of weight"):
         agreement.check("frozen", lambda: head_inputs.features.sum())
 
@@ -470,16 +458,10 @@ def test_agreement_of_contrasts_is_exact_in_pieces_and_rejects_each_error(monkey
     torch.testing.assert_close(agreement._truth["loss"], loss.detach())
     for name, leaf in whole.leaves.items():
         torch.testing.assert_close(agreement._truth[f"gradient of {name}"], leaf.grad)
+    step = contrast.make_step("masked", inputs)
     for name, leaf in inputs.leaves.items():
-
-        def spoiled(leaf=leaf):
-            entry = leaf.reshape(-1)[-1]
-            return contrast.make_step("masked", inputs)() + 0.01 * (entry - entry.detach())
-
-        with pytest.raises(AssertionError, match=f"spoiled gradient of {name}"):
-            agreement.check("spoiled", spoiled)
-    with pytest.raises(AssertionError, match="spoiled loss"):
-        agreement.check("spoiled", lambda: 1.01 * contrast.make_step("masked", inputs)())
+        rejects_an_error(agreement, step, lambda leaf=leaf: leaf.reshape(-1)[-1], f"gradient of {name}")
+    rejects_an_error(agreement, step, None, "loss")
 
 
 @pytest.mark.parametrize("module", [balpoe, divergence], ids=lambda one: one.name)
@@ -494,17 +476,8 @@ def test_agreement_of_experts_is_exact_in_what_it_samples(monkeypatch, module):
         gradient = torch.stack([x.grad[[0, 6]] for x in inputs.experts])
         torch.testing.assert_close(agreement._truth["gradient"].float(), gradient, rtol=1e-4, atol=1e-7)
         inputs.drop_gradients()
-        last = inputs.experts[2][-1, 5]
-        for error in (0.0, 0.01):
-
-            def spoiled(error=error):
-                return module.make_step(module.references[0], inputs)() + error * (last - last.detach())
-
-            if error:
-                with pytest.raises(AssertionError, match="spoiled gradient"):
-                    agreement.check("spoiled", spoiled)
-            else:
-                agreement.check("same", spoiled)
+        step, last = module.make_step(module.references[0], inputs), inputs.experts[2]
+        rejects_an_error(agreement, step, lambda last=last: last[-1, 5], "gradient")
 
 
 def test_agreement_of_the_fusion_takes_any_of_equal_classes_and_no_other():

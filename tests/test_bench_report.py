@@ -22,7 +22,7 @@ from lt_kernels.bench.ops import OPS
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "benchmarks")]
 compare, figures, provenance, report = map(importlib.import_module, ("compare", "figures", "provenance", "report"))
-op, head, balpoe, fusion, _, contrast = OPS.values()
+op, head, balpoe, _, fusion, contrast = OPS.values()
 
 MARKERS = "# Title\n\n{}\n\nafter\n"
 
@@ -370,7 +370,7 @@ def test_a_row_tells_date_revision_and_versions(repository):
 
 
 def verdicts(repository) -> list[str]:
-    """Of the CPU's kernels, of CUDA's and of Triton's."""
+    """Return the verdicts on the kernels of the CPU, of CUDA and of Triton."""
     rows = [measured(repository.revision), on_a_gpu(repository.revision, "native"), on_a_gpu(repository.revision)]
     return [origin.partition("; ")[2] for origin in repository.origins(*rows)]
 

@@ -13,6 +13,7 @@ import torch
 import lt_kernels
 from lt_kernels import cli, demo
 from lt_kernels.bench import records, runner
+from lt_kernels.demo import digits
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -208,19 +209,19 @@ def test_demo_trains_and_draws(capsys, tmp_path):
 
 def test_demo_split_is_long_tailed_balanced_and_disjoint():
     pytest.importorskip("sklearn")
-    counts = demo.class_counts()
-    assert counts[0] / counts[-1] == demo.IMBALANCE
-    split = demo.Split.make(0)
+    counts = digits.class_counts()
+    assert counts[0] / counts[-1] == digits.IMBALANCE
+    split = digits.Split.make(0)
     assert split.labels.bincount().tolist() == counts.tolist()
-    assert split.test_labels.bincount().tolist() == [demo.TEST_PER_CLASS] * demo.CLASSES
+    assert split.test_labels.bincount().tolist() == [digits.TEST_PER_CLASS] * digits.CLASSES
     train, test = ({tuple(image.flatten().tolist()) for image in part} for part in (split.images, split.test_images))
     assert not train & test
 
 
 def test_demo_views_are_shifts_of_a_pixel_and_noise(monkeypatch):
-    monkeypatch.setattr(demo, "NOISE", 0.0)
+    monkeypatch.setattr(digits, "NOISE", 0.0)
     images = torch.rand(50, 1, 8, 8)
-    views = demo.view(images, torch.Generator().manual_seed(0))
+    views = digits.view(images, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     shifts = torch.stack([padded[..., y : y + 8, x : x + 8] for y in range(3) for x in range(3)], 1)
     equal = (shifts == views[:, None]).flatten(2).all(2)
@@ -230,10 +231,10 @@ def test_demo_views_are_shifts_of_a_pixel_and_noise(monkeypatch):
 
 def test_demo_probe_leaves_the_network_as_it_is():
     torch.manual_seed(0)
-    model = demo.make_model("SupCon")
-    before = [parameter.clone() for parameter in model.parameters()]
-    split = demo.Split(*[torch.rand(20, 1, 8, 8), torch.arange(20) % demo.CLASSES] * 2)
-    probed = demo.probe(model, split, torch.nn.CrossEntropyLoss())
-    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
-    torch.testing.assert_close(demo.embed(probed, split.images), demo.embed(model, split.images))
-    assert demo.predict("SupCon + probe", probed, split.images).sum(1).allclose(torch.ones(20))
+    network = digits.Network("SupCon")
+    before = [parameter.clone() for parameter in network.parameters()]
+    split = digits.Split(*[torch.rand(20, 1, 8, 8), torch.arange(20) % digits.CLASSES] * 2)
+    probed = digits.probe(network, split, lt_kernels.MarginCrossEntropyBase())
+    assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
+    torch.testing.assert_close(probed.embed(split.images), network.embed(split.images))
+    assert probed.predict(split.images).sum(1).allclose(torch.ones(20))

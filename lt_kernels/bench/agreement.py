@@ -1,4 +1,4 @@
-"""What every provider is held to before it is timed: float64 truth and eager PyTorch in the same dtype."""
+"""The check of every provider before it is timed, against float64 and eager PyTorch in the same dtype."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Agreement(ABC, Generic[I]):
 class LossAgreement(Agreement[I]):
     """The loss, and a part of every gradient.
 
-    Providers run on the whole case with ``reduction="mean"``. The loss is that of all rows. Only a part of each
+    Providers run on the whole case with ``reduction="mean"``. The loss is the mean over all rows. Only a part of each
     gradient is compared, so that float64 stays cheap for large cases.
     """
 

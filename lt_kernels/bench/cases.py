@@ -1,6 +1,6 @@
-"""A named shape, and its inputs on one device: what the cases of every op have in common.
+"""Shared by the cases of every op: a named shape, and its inputs on one device.
 
-The named shapes of an op stand in its own module under ``ops/``. Sizes are those of real classification heads.
+The named shapes of an op stand in its own module under ``ops/``. Their sizes are taken from real classification heads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def uncounted(self) -> int:
-        """The number of elements, those of gradients, that peak memory does not count."""
+        """The number of elements of gradients that peak memory does not count."""
         return 0
 
     def class_counts(self) -> Tensor:

@@ -33,8 +33,8 @@ class ContrastiveCase(Case):
     supcon   queries against keys whose first rows are the queries' own, which are left out
     moco     queries against the batch's keys and a queue that learns nothing: supervised momentum contrast
     bcl      two views of rows / 2 samples against each other and the centre of each class
-    paco     queries against each other and a queue that learns nothing, beside logits of a classifier
-    gml      queries against keys that all learn, some of each class, beside logits of a cosine classifier
+    paco     queries against each other and a queue that learns nothing, and logits of a classifier
+    gml      queries against keys that all learn, some of each class, and logits of a cosine classifier
     """
 
     method: str = "supcon"
@@ -183,7 +183,7 @@ CASES = by_name(
     ),
     _contrast("moco-256x65536x128", "moco", 256, 65_536, 128, note="SupCon with momentum contrast's queue", **_INAT18),
     _contrast("bcl-512x8654x1024", "bcl", 512, 8654, 1024, note="BCL, two views and the class centres", **_INAT18),
-    _contrast("paco-64x16398x128", "paco", 64, 8256, 128, note="PaCo, 8,142 logits beside 8,256 keys", **_INAT18),
+    _contrast("paco-64x16398x128", "paco", 64, 8256, 128, note="PaCo, 8,142 logits and 8,256 keys", **_INAT18),
 )
 
 #: Small ones for tests and for trying the command.

@@ -78,7 +78,7 @@ def _default_dtypes() -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Op:
-    """What is measured of one op, and what it is compared with."""
+    """The measurements of one op, and the values they are compared with."""
 
     name: str
     cases: dict[str, Any]  # name -> Case
@@ -86,7 +86,8 @@ class Op:
     cost: Callable[[Any, torch.dtype, str], Cost]  # of a case in a dtype and direction
     agreement: type[Agreement[Any]]
     floor: Floor
-    shape: str  # what the sizes of a case are: the heading of a column
+    rank: int  # its place in lists and reports, by name among equals
+    shape: str  # the names of a case's sizes: the heading of a column
     compare_cases: tuple[str, ...]  # cases that `benchmarks/compare.py` measures ...
     references: tuple[str, str]  # ... and the providers whose times divide ours
     eager: str = "eager"  # the provider whose error is the budget of all

@@ -148,7 +148,7 @@ def headlines_on_cpu(case: Case, dtype: str, device: str) -> str | None:
 
 
 class Products:
-    """The matrix products alone, in the form of a loss: X Y^T when called, those of both gradients in ``backward``.
+    """The matrix products alone, in the form of a loss: X Y^T when called, both gradients' products in ``backward``.
 
     ``torch.mm`` writes into outputs that exist already. Only the first ``learning`` rows of ``y`` have a gradient.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
+    """Return whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -25,7 +25,7 @@ def _import_error() -> str | None:
 
 
 def unavailable_reason(device_type: str) -> str | None:
-    """None where Triton kernels can run on tensors of that device type, else the reason why not."""
+    """Return None where Triton kernels can run on tensors of that device type, else the reason why not."""
     reason = _import_error()
     if reason is not None:
         return reason
@@ -34,7 +34,7 @@ def unavailable_reason(device_type: str) -> str | None:
     return None if device_type == "cuda" else "Triton kernels need CUDA tensors (or TRITON_INTERPRET=1 for testing)"
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **others: Any) -> None:
+def launch_with(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **others: Any) -> None:
     """Launch with those of ``arguments`` that the kernel takes, and the others."""
     named = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     kernel[grid](**(named | others))

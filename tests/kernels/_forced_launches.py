@@ -18,12 +18,12 @@ MonkeyPatch = pytest.MonkeyPatch
 
 
 def replace(monkeypatch: MonkeyPatch, op: str, name: str, value: Any) -> None:
-    """Replace a name in every module of an operator's Triton backend that knows it."""
-    package = f"lt_kernels.ops.{op}.triton"
-    importlib.import_module(package)
-    modules = [module for path, module in sys.modules.items() if f"{path}.".startswith(f"{package}.")]
+    """Replace a name in every module of an operator's Triton backend, and of what tiles share, that knows it."""
+    packages = (f"lt_kernels.ops.{op}.triton", "lt_kernels.ops._gemm")
+    importlib.import_module(packages[0])
+    modules = [module for path, module in sys.modules.items() if path.startswith(packages)]
     known = [module for module in modules if hasattr(module, name)]
-    assert known, f"{package} has no {name}"
+    assert known, f"{packages[0]} has no {name}"
     for module in known:
         monkeypatch.setattr(module, name, value)
 
@@ -36,6 +36,13 @@ def wide_rows(monkeypatch: MonkeyPatch, body: str) -> None:
         return RowsLaunch(body, group, 16 // group, 1, part_groups=640 // group, parts=-(-classes // 640))
 
     replace(monkeypatch, "margin_cross_entropy", "rows_launch", launch)
+
+
+def class_tiles(monkeypatch: MonkeyPatch, most: int) -> None:
+    """Allow at most so many programs along the classes, as a grid allows 65,535."""
+    replace(monkeypatch, "margin_cross_entropy", "MOST_GRID_Y", most)
+    launch = importlib.import_module("lt_kernels.ops.margin_cross_entropy.triton.launch")
+    monkeypatch.setattr(launch, "sums_launch", launch.sums_launch.__wrapped__)
 
 
 def counted_rows(monkeypatch: MonkeyPatch, rows_of_a_program: int) -> None:

@@ -186,6 +186,16 @@ def test_launches_of_wide_rows(rows, dtype, backend):
     check(drawn(rows, 40_003, (), dtype, seed=12, options=("class_bias",)))
 
 
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("option", ["vectors", "all probabilities"])
+def test_more_class_tiles_than_a_grid_has(option, backend, monkeypatch):
+    """Transposed logits, whose tiles have few classes until a grid has too many of them."""
+    forced.class_tiles(monkeypatch, 3)
+    sample = drawn(37, 150, seed=14, **OPTIONS[option])
+    sample.input = sample.input.t().contiguous().t()
+    check(sample)
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
 
 

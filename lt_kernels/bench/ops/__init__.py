@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from ... import info
 from ..op import Op
 
-_LIBRARY = list(info()["backends"])
-_NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=_LIBRARY.index)
+_FOUND: list[Op] = [
+    importlib.import_module(f"{__name__}.{module.name}").OP for module in pkgutil.iter_modules(__path__)
+]
 
-#: Every op that has a module here, in the library's order.
-OPS: dict[str, Op] = {name: importlib.import_module(f"{__name__}.{name}").OP for name in _NAMES}
+#: Every op that has a module here, by ``rank``.
+OPS: dict[str, Op] = {op.name: op for op in sorted(_FOUND, key=lambda op: (op.rank, op.name))}

@@ -1,11 +1,13 @@
-"""Benchmark of ``expert_cross_entropy`` as the training loss of BalPoE: the mean over experts of the cross-entropy of
-their logits, each shifted by its own multiple of one log prior.
+"""Benchmark of ``expert_cross_entropy`` as the training loss of BalPoE.
+
+The loss is the mean over experts of the cross-entropy of their logits, each shifted by its own multiple of one log
+prior.
 
 Cases are steps with mixup, as published: two targets for each sample, ``lambda`` times the loss of one and ``1 -
 lambda`` times that of the other. The variant ``plain`` has one target. The logits of the experts are a list of tensors,
 as networks return them, and so are their gradients.
 
-Bytes and operations per logit of any expert, for the least work that the result needs, are those of the rows alone:
+Bytes and operations per logit of any expert, for the least work that the result needs, are counted as for rows alone:
 
     fwd      reads each logit once                            itemsize bytes,     4 operations, 1 exponential
     bwd      reads each logit and writes its gradient         2 * itemsize bytes, 4 operations, 1 exponential
@@ -157,6 +159,7 @@ OP = Op(
     cost=cost,
     agreement=Agreement,
     floor=COPY,
+    rank=2,
     shape="E x N x C",
     compare_cases=(CPU_CASE,),
     references=("published", "compile"),

@@ -1,5 +1,7 @@
-"""Benchmark of ``expert_divergence``: the sum over experts of their divergence from the experts' mean, RIDE's diversity
-term, and as the variant ``pairwise`` of the divergences of all ordered pairs of experts, as in NCL.
+"""Benchmark of ``expert_divergence``, RIDE's diversity term.
+
+It is the sum over experts of their divergence from the experts' mean. The variant ``pairwise`` sums the divergences of
+all ordered pairs of experts, as in NCL.
 
 Bytes and operations per logit of any expert, for the least work that the result needs:
 
@@ -7,7 +9,7 @@ Bytes and operations per logit of any expert, for the least work that the result
     bwd      reads each logit and writes its gradient         2 * itemsize bytes,  4 operations
     fwd_bwd  reads each logit once, writes its gradient once  2 * itemsize bytes, 10 operations
 
-and in each of them one exponential; against the mean N C more for the mean's. The result needs no work per pair.
+and one exponential for each. The mean adds N C exponentials. The result needs no work per pair.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ OP = Op(
     cost=cost,
     agreement=Agreement,
     floor=COPY,
+    rank=2,
     shape="E x N x C",
     compare_cases=(CPU_CASE,),
     references=("published", "compile"),

@@ -112,6 +112,7 @@ OP = Op(
     cost=cost,
     agreement=Agreement,
     floor=COPY,
+    rank=2,
     shape="E x N x C",
     compare_cases=(CPU_CASE,),
     references=("eager", "compile"),

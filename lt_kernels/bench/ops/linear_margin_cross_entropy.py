@@ -301,6 +301,7 @@ OP = Op(
     cost=cost,
     agreement=Agreement,
     floor=GEMMS,
+    rank=1,
     shape="N x D x C",
     compare_cases=("inat18-n512-d2048", "c100k-n256-d128"),
     references=("eager", "gemms"),

@@ -272,6 +272,7 @@ OP = Op(
     cost=cost,
     agreement=Agreement,
     floor=COPY,
+    rank=0,
     shape="logits",
     compare_cases=("lvis-n512", "inat18-n512", "c65536-n256"),  # narrow, middling and wide rows
     references=("eager", "compile"),

@@ -227,6 +227,7 @@ OP = Op(
     cost=cost,
     agreement=Agreement,
     floor=GEMMS,
+    rank=3,
     shape="N x M x D",
     compare_cases=(_MEMORY,),
     references=("dense", "gemms"),

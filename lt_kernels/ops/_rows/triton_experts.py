@@ -1,7 +1,7 @@
 """How Triton kernels see the logits of several experts: a tuple of pointers, read side by side.
 
-Rows are cut into groups, a body and an edge as in ``triton_io.py``. All tensors of a sample must begin at the same place
-within a group, which is 16 bytes if the strides allow it, else as many as they do.
+Rows are cut into groups, a body and an edge as in ``triton_io.py``. All tensors of a sample must begin at the same
+place within a group, which is 16 bytes if the strides allow it, else as many as they do.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def layout_of(logits: list[Tensor], *outputs: Tensor) -> Layout:
 
 @triton.jit
 def locate_rows(row, expert_stride, row_stride, classes, EXPERTS: tl.constexpr, GROUP: tl.constexpr):
-    """Return, for each expert's tensor, where the row and its first whole group begin; and, for all of them, the columns
+    """Return where the row and its first whole group begin in each expert's tensor; and, for all of them, the columns
     before that group and the number of whole groups."""
     begins = ()
     bodies = ()

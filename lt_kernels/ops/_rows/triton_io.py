@@ -187,22 +187,22 @@ def load_class_values(ptr, first, offsets, mask, other, WIDE: tl.constexpr, AGAI
 
 
 @triton.jit
-def shift_logits(x, first, offsets, mask, options, scale, WIDE: tl.constexpr):
+def shift_logits(x, first, offsets, mask, o, scale, WIDE: tl.constexpr):
     """Return u = scale * class_scale * x + class_bias; -inf outside the mask, where x is -inf."""
     bias = None
-    if options.class_bias_ptr is not None:
-        bias = load_class_values(options.class_bias_ptr, first, offsets, mask, 0.0, WIDE, False)
-    return shift_logits_by(x, bias, first, offsets, mask, options, scale, WIDE)
+    if o.class_bias_ptr is not None:
+        bias = load_class_values(o.class_bias_ptr, first, offsets, mask, 0.0, WIDE, False)
+    return shift_logits_by(x, bias, first, offsets, mask, o, scale, WIDE)
 
 
 @triton.jit
-def shift_logits_by(x, bias, first, offsets, mask, options, scale, WIDE: tl.constexpr):
+def shift_logits_by(x, bias, first, offsets, mask, o, scale, WIDE: tl.constexpr):
     """Return u for a bias that has been loaded, None for none."""
-    if options.class_scale_ptr is not None:
-        class_scale = load_class_values(options.class_scale_ptr, first, offsets, mask, 1.0, WIDE, False)
+    if o.class_scale_ptr is not None:
+        class_scale = load_class_values(o.class_scale_ptr, first, offsets, mask, 1.0, WIDE, False)
         u = affine(x, scale * class_scale, bias)
         u = tl.where(mask, u, -INF)  # -inf times what is not positive
-    elif options.scaled:
+    elif o.scaled:
         u = tl.where(mask, affine(x, scale, bias), -INF)
     else:
         u = x if bias is None else x + bias
@@ -210,60 +210,60 @@ def shift_logits_by(x, bias, first, offsets, mask, options, scale, WIDE: tl.cons
 
 
 @triton.jit
-def undo_scale(gradient, first, offsets, mask, options, scale, WIDE: tl.constexpr):
+def undo_scale(gradient, first, offsets, mask, o, scale, WIDE: tl.constexpr):
     """Return a_j times the gradient of u: the gradient of x."""
-    if options.class_scale_ptr is not None:
-        class_scale = load_class_values(options.class_scale_ptr, first, offsets, mask, 1.0, WIDE, True)
+    if o.class_scale_ptr is not None:
+        class_scale = load_class_values(o.class_scale_ptr, first, offsets, mask, 1.0, WIDE, True)
         gradient = gradient * (scale * class_scale)
-    elif options.scaled:
+    elif o.scaled:
         gradient = gradient * scale
     return gradient
 
 
 @triton.jit
-def load_soft_weights(q_ptr, q_offsets, first, offsets, mask, smooth_share, options, WIDE: tl.constexpr):
+def load_soft_weights(q_ptr, q_offsets, first, offsets, mask, smooth_share, o, WIDE: tl.constexpr):
     """Return w_j ((1 - smoothing) q_j + smoothing / C); 0 outside the mask."""
     q = tl.load(q_ptr + q_offsets, mask=mask, other=0.0).to(tl.float32)
-    if options.smooth:
-        q = tl.where(mask, (1.0 - options.label_smoothing) * q + smooth_share, 0.0)
-    if options.weight_ptr is not None:
-        q = q * load_class_values(options.weight_ptr, first, offsets, mask, 0.0, WIDE, False)
+    if o.smooth:
+        q = tl.where(mask, (1.0 - o.label_smoothing) * q + smooth_share, 0.0)
+    if o.weight_ptr is not None:
+        q = q * load_class_values(o.weight_ptr, first, offsets, mask, 0.0, WIDE, False)
     return q
 
 
 @triton.jit
-def ordinary_gradient(e, slope, smooth, q, first, offsets, mask, options, WIDE: tl.constexpr):
+def ordinary_gradient(e, slope, smooth, q, first, offsets, mask, o, WIDE: tl.constexpr):
     """Return the gradient of u where no target is, from e = exp(u - peak); q: the soft weights of probabilities."""
     du = slope * e
-    if options.soft:
+    if o.soft:
         du -= smooth * q
-    elif options.smooth:
-        if options.weight_ptr is not None:
-            du -= smooth * load_class_values(options.weight_ptr, first, offsets, mask, 0.0, WIDE, True)
+    elif o.smooth:
+        if o.weight_ptr is not None:
+            du -= smooth * load_class_values(o.weight_ptr, first, offsets, mask, 0.0, WIDE, True)
         else:
             du -= smooth
     return du
 
 
 @triton.jit
-def weigh(z, first, offsets, mask, options, WIDE: tl.constexpr):
+def weigh(z, first, offsets, mask, o, WIDE: tl.constexpr):
     """Return w_j z_j inside the mask, else 0."""
-    if options.weight_ptr is not None:
-        z = z * load_class_values(options.weight_ptr, first, offsets, mask, 0.0, WIDE, False)
+    if o.weight_ptr is not None:
+        z = z * load_class_values(o.weight_ptr, first, offsets, mask, 0.0, WIDE, False)
     return tl.where(mask, z, 0.0)
 
 
 @triton.jit
-def edge_gradient(e, q, a, b, slopes, edge, edge_mask, options, scale):
+def edge_gradient(e, q, a, b, slopes, edge, edge_mask, o, scale):
     """Return the gradient of the edge's logits. a, b: the targets; None where the options are soft."""
-    du = ordinary_gradient(e, slopes.slope, slopes.smooth, q, 0, edge, edge_mask, options, False)
-    if not options.soft:
-        du = place_targets(edge, du, target_gradient(a, b, slopes, options), options)
-    return undo_scale(du, 0, edge, edge_mask, options, scale, False)
+    du = ordinary_gradient(e, slopes.slope, slopes.smooth, q, 0, edge, edge_mask, o, False)
+    if not o.soft:
+        du = place_targets(edge, du, target_gradient(a, b, slopes, o), o)
+    return undo_scale(du, 0, edge, edge_mask, o, scale, False)
 
 
 @triton.jit
-def body_gradient(e, q, slopes, head, offsets, mask, options, scale, WIDE: tl.constexpr):
+def body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE: tl.constexpr):
     """Return the gradient of a tile of the body's logits."""
-    du = ordinary_gradient(e, slopes.slope, slopes.smooth, q, head, offsets, mask, options, WIDE)
-    return undo_scale(du, head, offsets, mask, options, scale, WIDE)
+    du = ordinary_gradient(e, slopes.slope, slopes.smooth, q, head, offsets, mask, o, WIDE)
+    return undo_scale(du, head, offsets, mask, o, scale, WIDE)

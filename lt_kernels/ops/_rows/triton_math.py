@@ -57,7 +57,7 @@ class Slopes(NamedTuple):
 
 
 class TargetValues(NamedTuple):
-    """What replaces an ordinary column's value in the columns of both targets."""
+    """The values in the columns of both targets, in place of an ordinary column's."""
 
     column_a: Any
     value_a: Any
@@ -111,19 +111,19 @@ def load_scale(scale, learned_scale_ptr):
 
 
 @triton.jit
-def load_factor(options):
+def load_factor(o):
     """Return the factor of every row's loss where targets are probabilities."""
     factor = tl.full([], 1.0, tl.float32)
-    if options.coefficient_ptr is not None:
-        factor = tl.load(options.coefficient_ptr)
+    if o.coefficient_ptr is not None:
+        factor = tl.load(o.coefficient_ptr)
     return factor
 
 
 @triton.jit
-def load_weight_total(options, classes):
+def load_weight_total(o, classes):
     """Return the sum of the class weights."""
-    if options.weight_total_ptr is not None:
-        total = tl.load(options.weight_total_ptr)
+    if o.weight_total_ptr is not None:
+        total = tl.load(o.weight_total_ptr)
     else:
         total = classes * tl.full([], 1.0, tl.float32)
     return total
@@ -155,29 +155,29 @@ def load_label(target_ptr, classes, ignore_index):
 
 
 @triton.jit
-def make_slot(x, label, share, options, scale, classes, SLOT: tl.constexpr):
+def make_slot(x, label, share, o, scale, classes, SLOT: tl.constexpr):
     """Return a target of the row from its logit x. A class out of range makes its logits NaN."""
     index, valid, column = label.index, label.valid, label.column
     x = tl.where(valid & (column < 0), float("nan"), x)
     one = tl.full([], 1.0, tl.float32)
     factor, weight, class_scale, bias = share * one, one, one, one * 0.0
-    if options.coefficient_ptr is not None:
-        factor = share * tl.load(options.coefficient_ptr + SLOT)
+    if o.coefficient_ptr is not None:
+        factor = share * tl.load(o.coefficient_ptr + SLOT)
     factor = tl.where(valid, factor, factor * 0.0)  # NaN where the mean is over no weight at all, as in torch
-    if options.weight_ptr is not None:
-        weight = tl.load(options.weight_ptr + index)
-    if options.class_scale_ptr is not None:
-        class_scale = tl.load(options.class_scale_ptr + index)
-    if options.class_bias_ptr is not None:
-        bias = tl.load(options.class_bias_ptr + index)
-    margin, cos_margin, sin_margin = options.margin, options.cos_margin, options.sin_margin
-    if options.margin_ptr is not None:
-        margin = tl.load(options.margin_ptr + index)
-        if options.angular:
-            cos_margin = tl.load(options.margin_ptr + classes + index)
-            sin_margin = tl.load(options.margin_ptr + 2 * classes + index)
+    if o.weight_ptr is not None:
+        weight = tl.load(o.weight_ptr + index)
+    if o.class_scale_ptr is not None:
+        class_scale = tl.load(o.class_scale_ptr + index)
+    if o.class_bias_ptr is not None:
+        bias = tl.load(o.class_bias_ptr + index)
+    margin, cos_margin, sin_margin = o.margin, o.cos_margin, o.sin_margin
+    if o.margin_ptr is not None:
+        margin = tl.load(o.margin_ptr + index)
+        if o.angular:
+            cos_margin = tl.load(o.margin_ptr + classes + index)
+            sin_margin = tl.load(o.margin_ptr + 2 * classes + index)
     cosine = class_scale * x
-    if options.angular:
+    if o.angular:
         sin2 = 1.0 - cosine * cosine
         sine = tl.sqrt_rn(tl.maximum(sin2, 0.0))
         cotangent = cosine / tl.sqrt_rn(tl.maximum(sin2, SIN2_MIN))
@@ -194,29 +194,29 @@ def make_slot(x, label, share, options, scale, classes, SLOT: tl.constexpr):
 
 
 @triton.jit
-def load_slot(row_ptr, target_ptr, share, options, scale, classes, class_stride, ignore_index, SLOT: tl.constexpr):
+def load_slot(row_ptr, target_ptr, share, o, scale, classes, class_stride, ignore_index, SLOT: tl.constexpr):
     """Return a target of the row whose first logit is at ``row_ptr`` and whose class is at ``target_ptr``."""
     label = load_label(target_ptr, classes, ignore_index)
     x = tl.load(row_ptr + label.index * class_stride).to(tl.float32)
-    return make_slot(x, label, share, options, scale, classes, SLOT)
+    return make_slot(x, label, share, o, scale, classes, SLOT)
 
 
 @triton.jit
-def load_slots(row_ptr, row, options, scale, classes, class_stride, ignore_index, mixed_row_ptr=None):
+def load_slots(row_ptr, row, o, scale, classes, class_stride, ignore_index, mixed_row_ptr=None):
     """Return both targets of a row; the second repeats the first if there is one alone.
 
     mixed_row_ptr: ``row_ptr`` of the mixed target, if it is another.
     """
     share = 1.0
-    if options.mixed_target_ptr is not None:
-        share = tl.load(options.mix_lambda_ptr + row * options.mix_lambda_stride)
-    a = load_slot(row_ptr, options.target_ptr + row, share, options, scale, classes, class_stride, ignore_index, 0)
+    if o.mixed_target_ptr is not None:
+        share = tl.load(o.mix_lambda_ptr + row * o.mix_lambda_stride)
+    a = load_slot(row_ptr, o.target_ptr + row, share, o, scale, classes, class_stride, ignore_index, 0)
     b = a
-    if options.mixed_target_ptr is not None:
+    if o.mixed_target_ptr is not None:
         if mixed_row_ptr is not None:
             row_ptr = mixed_row_ptr
-        target_ptr = options.mixed_target_ptr + row
-        b = load_slot(row_ptr, target_ptr, 1.0 - share, options, scale, classes, class_stride, ignore_index, 1)
+        target_ptr = o.mixed_target_ptr + row
+        b = load_slot(row_ptr, target_ptr, 1.0 - share, o, scale, classes, class_stride, ignore_index, 1)
     return a, b
 
 
@@ -238,38 +238,38 @@ def merge_totals(peak, mass, own, other, MIXED: tl.constexpr):
 
 
 @triton.jit
-def slot_loss(peak, mass, weighted, own, other, weight_total, smooth_share, options):
+def slot_loss(peak, mass, weighted, own, other, weight_total, smooth_share, o):
     """Return the slot's term of the loss. smooth_share: label smoothing over C."""
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
     _, total, cross_entropy = merge_totals(peak, mass, own, other, MIXED)
     term = own.weight * cross_entropy
-    if options.smooth:
+    if o.smooth:
         smooth = weight_total * total - weighted - own.weight * (own.shifted - peak)
         if MIXED:
             separate = other.valid & (other.column != own.column)
             smooth -= tl.where(separate, other.weight * (other.plain - peak), 0.0)
-        term = (1.0 - options.label_smoothing) * term + smooth_share * smooth
+        term = (1.0 - o.label_smoothing) * term + smooth_share * smooth
     return tl.where(own.valid, own.factor * term, own.factor)
 
 
 @triton.jit
-def row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, options):
+def row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o):
     """Return the row's loss and log-sum-exp."""
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
-    loss = slot_loss(peak, mass, weighted, a, b, weight_total, smooth_share, options)
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
+    loss = slot_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
     if MIXED:
-        loss += slot_loss(peak, mass, weighted, b, a, weight_total, smooth_share, options)
+        loss += slot_loss(peak, mass, weighted, b, a, weight_total, smooth_share, o)
     _, total, _ = merge_totals(peak, mass, a, b, MIXED)
     return loss, peak + total
 
 
 @triton.jit
-def slot_slopes(peak, mass, own, other, upstream, upstream_lse, weight_total, smooth_share, options):
+def slot_slopes(peak, mass, own, other, upstream, upstream_lse, weight_total, smooth_share, o):
     """Return d/d(v), d/d(D), s and D - peak of one slot."""
-    MIXED: tl.constexpr = options.mixed_target_ptr is not None
+    MIXED: tl.constexpr = o.mixed_target_ptr is not None
     others, total, _ = merge_totals(peak, mass, own, other, MIXED)
     factor = tl.where(own.valid, upstream * own.factor, 0.0)
-    hard = factor * (1.0 - options.label_smoothing) * own.weight
+    hard = factor * (1.0 - o.label_smoothing) * own.weight
     soft = factor * smooth_share
     wrong = fast_exp(others - total)  # 1 - p without cancellation
     right = fast_exp(own.shifted - peak - total)
@@ -285,17 +285,13 @@ def plain_gradient(peak, own, other, d_total, total, soft):
 
 
 @triton.jit
-def row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, options):
+def row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o):
     """Return the row's slopes for an upstream gradient of the loss and one of the log-sum-exp."""
-    dv_a, d_total, smooth, total = slot_slopes(
-        peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, options
-    )
+    dv_a, d_total, smooth, total = slot_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o)
     slope = d_total * fast_exp(-total)
     plain_a, plain_b, dv_b = tl.zeros_like(slope), tl.zeros_like(slope), tl.zeros_like(slope)
-    if options.mixed_target_ptr is not None:
-        dv_b, d_total_b, smooth_b, total_b = slot_slopes(
-            peak, mass, b, a, upstream, 0.0, weight_total, smooth_share, options
-        )
+    if o.mixed_target_ptr is not None:
+        dv_b, d_total_b, smooth_b, total_b = slot_slopes(peak, mass, b, a, upstream, 0.0, weight_total, smooth_share, o)
         plain_a = plain_gradient(peak, a, b, d_total_b, total_b, smooth_b)
         plain_b = plain_gradient(peak, b, a, d_total, total, smooth)
         slope += d_total_b * fast_exp(-total_b)
@@ -319,19 +315,19 @@ def add_shared_column(column_a, through_a, column_b, through_b):
 
 
 @triton.jit
-def target_gradient(a, b, slopes, options):
+def target_gradient(a, b, slopes, o):
     """Return d/d(class_scale_y x_y) / scale in each target's column: d/d(u_y) plus the part through v."""
     through_a, through_b = slopes.a.plain + slopes.a.shifted * a.dphi_dc, slopes.b.plain
-    if options.mixed_target_ptr is not None:
+    if o.mixed_target_ptr is not None:
         through_b = slopes.b.plain + slopes.b.shifted * b.dphi_dc
         through_a, through_b = add_shared_column(a.column, through_a, b.column, through_b)
     return TargetValues(a.column, through_a, b.column, through_b)
 
 
 @triton.jit
-def place_targets(columns, du, targets, options):
+def place_targets(columns, du, targets, o):
     """Return du with the targets' values in their columns."""
-    if options.mixed_target_ptr is not None:
+    if o.mixed_target_ptr is not None:
         du = tl.where(columns == targets.column_b, targets.value_b, du)
     return tl.where(columns == targets.column_a, targets.value_a, du)
 

@@ -74,13 +74,13 @@ def kernel_options(o: RowOptions) -> KernelOptions:
 
 
 @triton.jit
-def plain_options(options, coefficient_ptr):
+def plain_options(o, coefficient_ptr):
     """Return the options of the plain cross-entropy of the same targets."""
     return KernelOptions(
-        target_ptr=options.target_ptr,
-        mixed_target_ptr=options.mixed_target_ptr,
-        mix_lambda_ptr=options.mix_lambda_ptr,
-        mix_lambda_stride=options.mix_lambda_stride,
+        target_ptr=o.target_ptr,
+        mixed_target_ptr=o.mixed_target_ptr,
+        mix_lambda_ptr=o.mix_lambda_ptr,
+        mix_lambda_stride=o.mix_lambda_stride,
         coefficient_ptr=coefficient_ptr,
     )
 

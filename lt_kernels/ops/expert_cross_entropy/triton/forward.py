@@ -134,7 +134,7 @@ def load_prior(biases, first, offsets, mask, WIDE: tl.constexpr):
 
 @triton.jit
 def shift_by_biases(
-    prior, x, biases, expert: tl.constexpr, first, offsets, mask, options, classes, scale, WIDE: tl.constexpr
+    prior, x, biases, expert: tl.constexpr, first, offsets, mask, o, classes, scale, WIDE: tl.constexpr
 ):
     """Return u = scale * class_scale * x + class_bias + tau * prior; -inf outside the mask, where x is -inf."""
     bias = None
@@ -145,14 +145,14 @@ def shift_by_biases(
         bias_ptr, before = locate_bias(biases, expert, classes)
         own = load_class_values(bias_ptr, first + before, offsets, mask, 0.0, WIDE, False)
         bias = own if bias is None else bias + own
-    return shift_logits_by(x, bias, first, offsets, mask, options, scale, WIDE)
+    return shift_logits_by(x, bias, first, offsets, mask, o, scale, WIDE)
 
 
 @triton.jit
-def load_edge(row_ptr, prior, biases, expert: tl.constexpr, edge, edge_mask, rest_mask, options, classes, scale):
+def load_edge(row_ptr, prior, biases, expert: tl.constexpr, edge, edge_mask, rest_mask, o, classes, scale):
     """Load a row's edge: the logits, and u where no target is, else -inf."""
     x = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-    u = shift_by_biases(prior, x, biases, expert, 0, edge, edge_mask, options, classes, scale, False)
+    u = shift_by_biases(prior, x, biases, expert, 0, edge, edge_mask, o, classes, scale, False)
     return x, tl.where(rest_mask, u, -INF)
 
 
@@ -160,15 +160,15 @@ def load_edge(row_ptr, prior, biases, expert: tl.constexpr, edge, edge_mask, res
 
 
 @triton.jit
-def sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, options, WIDE: tl.constexpr):
+def sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, o, WIDE: tl.constexpr):
     """Return the sums over all columns that are no target: maximum (but never -inf), sum of exp(u - maximum), sum of
     w_j (u_j - maximum); and exp(u - maximum) of edge and body."""
     peak = finite_reference(tl.maximum(tl.max(u_edge, 0), tl.max(tl.max(tl.max(u, 2), 0), 0)))
     exp, exp_edge = fast_exp(u - peak), fast_exp(u_edge - peak)
     weighted = 0.0
-    if options.smooth:
-        weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, options, WIDE)), 0)
-        weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, options, False), 0)
+    if o.smooth:
+        weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, o, WIDE)), 0)
+        weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, o, False), 0)
     return peak, tl.sum(lane_sum(exp), 0) + tl.sum(exp_edge, 0), weighted, exp_edge, exp
 
 
@@ -176,28 +176,28 @@ def sum_tile(u, u_edge, head, offsets, mask, edge, rest_mask, options, WIDE: tl.
 
 
 @triton.jit
-def load_slot_of_sum(row_ptrs, label, share, options, classes, scale, SLOT: tl.constexpr, EXPERTS: tl.constexpr):
+def load_slot_of_sum(row_ptrs, label, share, o, classes, scale, SLOT: tl.constexpr, EXPERTS: tl.constexpr):
     """Return a target of the plain cross-entropy of ``scale`` times the sum of the experts."""
     index = label.index
     total = tl.load(row_ptrs[0] + index).to(tl.float32)
     for e in tl.static_range(1, EXPERTS):
         total += tl.load(row_ptrs[e] + index).to(tl.float32)
     total = tl.where(scale * total == INF, float("nan"), total)  # as in log_softmax
-    return make_slot(total, label, share, options, scale, classes, SLOT)
+    return make_slot(total, label, share, o, scale, classes, SLOT)
 
 
 @triton.jit
-def load_slots_of_sum(row_ptrs, row, options, classes, scale, ignore_index, EXPERTS: tl.constexpr):
+def load_slots_of_sum(row_ptrs, row, o, classes, scale, ignore_index, EXPERTS: tl.constexpr):
     """Return both targets of the plain cross-entropy of ``scale`` times the sum of the experts."""
     share = 1.0
-    if options.mixed_target_ptr is not None:
-        share = tl.load(options.mix_lambda_ptr + row * options.mix_lambda_stride)
-    label = load_label(options.target_ptr + row, classes, ignore_index)
-    a = load_slot_of_sum(row_ptrs, label, share, options, classes, scale, 0, EXPERTS)
+    if o.mixed_target_ptr is not None:
+        share = tl.load(o.mix_lambda_ptr + row * o.mix_lambda_stride)
+    label = load_label(o.target_ptr + row, classes, ignore_index)
+    a = load_slot_of_sum(row_ptrs, label, share, o, classes, scale, 0, EXPERTS)
     b = a
-    if options.mixed_target_ptr is not None:
-        label = load_label(options.mixed_target_ptr + row, classes, ignore_index)
-        b = load_slot_of_sum(row_ptrs, label, 1.0 - share, options, classes, scale, 1, EXPERTS)
+    if o.mixed_target_ptr is not None:
+        label = load_label(o.mixed_target_ptr + row, classes, ignore_index)
+        b = load_slot_of_sum(row_ptrs, label, 1.0 - share, o, classes, scale, 1, EXPERTS)
     return a, b
 
 
@@ -246,6 +246,35 @@ def best_of_sum(
     total = add_bodies(logits_ptrs, row, expert_stride, row_stride, offsets, mask, GROUP, EXPERTS)
     same = exists & same_number(affine(total, scale, None), highest)
     return highest, tl.min(tl.where(same, head + offsets, NO_COLUMN), 0)
+
+
+@triton.jit
+def write_ensemble(
+    loss_ptr,  # [N]
+    prediction_ptr,  # [N] int64
+    logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, sum_edge, edge, edge_mask, rest_mask,
+    mean_a, mean_b, weight_total, plain, mean_scale, GROUP: tl.constexpr, LANES: tl.constexpr, SWEEP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Write the cross-entropy and the prediction of the experts' mean."""
+    peaks, masses, bests, groups_of_bests = sweep_sum(
+        logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, mean_scale, GROUP, LANES,
+        SWEEP, EXPERTS,
+    )  # fmt: skip
+    z_edge = tl.where(edge_mask, affine(sum_edge, mean_scale, None), -INF)
+    z_rest = tl.where(rest_mask, z_edge, -INF)
+    peak = tl.maximum(tl.max(z_rest, 0), tl.max(peaks, 0))
+    masses, _ = rescale_sums(peaks, masses, masses, masses, peak)
+    peak = finite_reference(peak)
+    mass = tl.sum(masses, 0) + tl.sum(fast_exp(z_rest - peak), 0)
+    loss, _ = row_loss(peak, mass, 0.0, mean_a, mean_b, weight_total, 0.0, plain)
+    tl.store(loss_ptr + row, loss)
+    best, column = best_of_sum(
+        logits_ptrs, row, expert_stride, row_stride, head, bests, groups_of_bests, mean_scale, GROUP, EXPERTS
+    )
+    edge_best, edge_column = first_best(z_edge, edge, edge_mask)
+    _, column = merge_best(edge_best, edge_column, best, column)
+    tl.store(prediction_ptr + row, column.to(tl.int64))
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -329,9 +358,7 @@ def expert_cross_entropy_forward_kernel(
     for e in tl.static_range(EXPERTS):
         if not AHEAD:
             x = load_body(logits_ptrs, row, e, expert_stride, row_stride, offsets, mask, GROUP)
-        x_edge, u_edge = load_edge(
-            row_ptrs[e], prior_edge, biases, e, edge, edge_mask, rest_mask, o, classes, scale
-        )
+        x_edge, u_edge = load_edge(row_ptrs[e], prior_edge, biases, e, edge, edge_mask, rest_mask, o, classes, scale)
         sum_edge += x_edge
         if not KEEP:
             prior = load_prior(biases, head, offsets, mask, WIDE)
@@ -360,24 +387,11 @@ def expert_cross_entropy_forward_kernel(
             dx = body_gradient(exp, exp, slopes, head, offsets, mask, o, scale, WIDE)
             tl.store(grad_body_ptr + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
     if ENSEMBLE:
-        peaks, masses, bests, groups_of_bests = sweep_sum(
-            logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, mean_scale, GROUP, LANES,
-            SWEEP, EXPERTS,
+        write_ensemble(
+            ensemble_loss_ptr, ensemble_prediction_ptr, logits_ptrs, row, expert_stride, row_stride, head,
+            groups, group_a, group_b, sum_edge, edge, edge_mask, rest_mask, mean_a, mean_b, weight_total, plain,
+            mean_scale, GROUP, LANES, SWEEP, EXPERTS,
         )  # fmt: skip
-        z_edge = tl.where(edge_mask, affine(sum_edge, mean_scale, None), -INF)
-        z_rest = tl.where(rest_mask, z_edge, -INF)
-        peak = tl.maximum(tl.max(z_rest, 0), tl.max(peaks, 0))
-        masses, _ = rescale_sums(peaks, masses, masses, masses, peak)
-        peak = finite_reference(peak)
-        mass = tl.sum(masses, 0) + tl.sum(fast_exp(z_rest - peak), 0)
-        loss, _ = row_loss(peak, mass, 0.0, mean_a, mean_b, weight_total, 0.0, plain)
-        tl.store(ensemble_loss_ptr + row, loss)
-        best, column = best_of_sum(
-            logits_ptrs, row, expert_stride, row_stride, head, bests, groups_of_bests, mean_scale, GROUP, EXPERTS
-        )
-        edge_best, edge_column = first_best(z_edge, edge, edge_mask)
-        _, column = merge_best(edge_best, edge_column, best, column)
-        tl.store(ensemble_prediction_ptr + row, column.to(tl.int64))
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------

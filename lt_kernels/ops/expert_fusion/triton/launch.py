@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..._device import MOST_GRID_Y
+
 #: Columns of a thread: where a column's logits of all experts are at most 8 bytes, and else. So few that u, and the
 #: logits in one of its two tiles, fit into the registers that let 16 warps run together. Warps of a program, at most.
 _PER_THREAD, _REGISTERS, _MOST_WARPS = (32, 16), 128, 16
@@ -32,7 +34,7 @@ class FusionLaunch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """Return keyword arguments of a launch."""
         named = {"GROUP": self.group, "LANES": 32 * self.num_warps, "REPEAT": self.repeat, "TILES": self.tiles}
         named["num_warps"] = self.num_warps
         return named if torch.version.hip else {**named, "maxnreg": _REGISTERS}
@@ -46,7 +48,8 @@ def fusion_launch(classes: int, column_bytes: int, group: int, k: int) -> Fusion
     block = max(triton.next_power_of_2(groups), 32) * group
     if block > widest:
         block = _PART
-        while block < widest and triton.cdiv(groups * group, block) * k > CANDIDATES:
+        parts = min(CANDIDATES // k, MOST_GRID_Y) if k else MOST_GRID_Y
+        while block < widest and triton.cdiv(groups * group, block) > parts:
             block *= 2
     warps = max(block // (32 * per_thread), 1)
     of_thread = block // (32 * warps * group)  # groups

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients, tiles_per_split
+from ..._gemm import launch as gemm
+from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import (
     INF,
@@ -25,17 +26,17 @@ from ..._rows.triton_math import (
     row_slopes,
 )
 from ..._rows.triton_options import per_row
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import DIFFERENTIABLE, Arguments
 from .launch import block_of_rows
 from .tiles import common_arguments, launches_for, load_class_vectors, load_targets
 
 #: Rows and classes of a tile of linear_margin_cross_entropy_target_sums_kernel.
 _TARGET_SUMS = (128, 32)
-#: Rows of the terms. Of every row: the maximum, slope, smooth, and the gradient of the scale without the products.
+#: The terms of every row: the maximum, slope, smooth, and the gradient of the scale without the products.
 PEAK, SLOPE, SMOOTH, TO_SCALE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-#: Of each target: the gradient of class_scale_y x_y over the scale, the gradient of class_bias without it, and the
-#: gradient of margin_y over the scale.
+#: The terms of each target: the gradient of class_scale_y x_y over the scale, the gradient of class_bias without it,
+#: and the gradient of margin_y over the scale.
 THROUGH, TO_BIAS, TO_MARGIN = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 SLOT_TERMS = tl.constexpr(3)  # from one target's to the other's
 
@@ -368,8 +369,10 @@ def backward(
     inverse_norm: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of ``DIFFERENTIABLE``; [0] where not needed. linear_weight's is that through the products alone: of
-    what ``inverse_norm`` owes to it the caller takes care. Upstream: 0-dim or [N, 1]."""
+    """Return the gradients of ``DIFFERENTIABLE``; [0] where not needed. Upstream gradients are 0-dim or [N, 1].
+
+    linear_weight's gradient is the one through the products alone: the caller adds the part through ``inverse_norm``.
+    """
     n, classes = a.input.shape[0], a.classes
     sources = [a.input, a.linear_weight, a.linear_bias, *(getattr(a.options, name) for name in DIFFERENTIABLE[3:])]
     needs = [need and name != "target" for need, name in zip(needs, DIFFERENTIABLE, strict=True)]
@@ -396,16 +399,14 @@ def backward(
             "padded": padded,
         }
         rows = block_of_rows(width)
-        launch_kernel(
-            linear_margin_cross_entropy_terms_kernel, (triton.cdiv(padded, rows["BLOCK"]),), arguments, **rows
-        )
+        launch_with(linear_margin_cross_entropy_terms_kernel, (triton.cdiv(padded, rows["BLOCK"]),), arguments, **rows)
         if needs[0]:
             launch = launches.grad_input
             blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-            per_split = tiles_per_split(blocks, tiles, launch.together, most_splits(n * width))
+            per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(n * width))
             grad = partial_gradients(triton.cdiv(tiles, per_split), a.input, a.input.dtype)
             arguments |= {"grad_ptr": grad, "tiles_per_split": per_split}
-            launch_kernel(
+            launch_with(
                 linear_margin_cross_entropy_grad_input_kernel, (blocks, len(grad)), arguments, **launch.constants
             )
             grads[0] = add_splits(grad, a.input.dtype)
@@ -417,7 +418,7 @@ def backward(
 def _class_gradients(
     a: Arguments, needs: list[bool], grads: list[Tensor], arguments: dict[str, Any], launch: Launch
 ) -> None:
-    """Everything but the gradient of the input, into ``grads``."""
+    """Put every gradient except the input's into ``grads``."""
     n, classes, rest = a.input.shape[0], a.classes, arguments["rest_ptr"]
     _, need_weight, need_linear, _, need_bias, need_scale, need_margin, need_learned = needs
     product = need_scale or need_learned
@@ -436,24 +437,24 @@ def _class_gradients(
     }
     if need_weight or through or product:
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-        per_split = tiles_per_split(tiles, blocks, launch.together, most_splits(classes * a.input.shape[1]))
+        per_split = gemm.tiles_per_split(tiles, blocks, launch.together, most_splits(classes * a.input.shape[1]))
         splits = triton.cdiv(blocks, per_split)
         grad = partial_gradients(splits, a.factor, a.linear_weight.dtype) if need_weight else None
         sums = rest.new_empty((splits, through + product, classes)) if through or product else None
         arguments |= {"grad_ptr": grad, "blocks": blocks, "blocks_per_split": per_split}
         arguments |= {"sums_ptr": sums, "splits": splits}
-        launch_kernel(linear_margin_cross_entropy_grad_factor_kernel, (tiles, splits), arguments, **launch.constants)
+        launch_with(linear_margin_cross_entropy_grad_factor_kernel, (tiles, splits), arguments, **launch.constants)
         if grad is not None:
             grads[1] = add_splits(grad, a.linear_weight.dtype)
     if extra or need_margin:
         block_n, block_c = _TARGET_SUMS
         blocks, tiles = triton.cdiv(n, block_n), triton.cdiv(classes, block_c)
-        per_split = tiles_per_split(tiles, blocks, 8)
+        per_split = gemm.tiles_per_split(tiles, blocks, 8)
         splits = triton.cdiv(blocks, per_split)
         target_sums = rest.new_empty((splits, extra + need_margin, classes))
         own = {"sums_ptr": target_sums, "blocks": blocks, "blocks_per_split": per_split}
         blocks_of = {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4}
-        launch_kernel(linear_margin_cross_entropy_target_sums_kernel, (tiles, splits), arguments | own, **blocks_of)
+        launch_with(linear_margin_cross_entropy_target_sums_kernel, (tiles, splits), arguments | own, **blocks_of)
         arguments |= {"target_sums_ptr": target_sums, "target_splits": splits}
     if through or product or need_margin:
         outputs = {"linear_bias": 2, "class_bias": 4, "class_scale": 5, "class_margin": 6}
@@ -463,9 +464,9 @@ def _class_gradients(
                 grads[position] = like.new_empty((classes,))
             arguments[f"grad_{name}_ptr"] = grads[position] if needs[position] else None
         to_scale = rest.new_empty((classes,)) if need_learned else None
-        launch_kernel(
-            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),), arguments | {"to_scale_ptr": to_scale}, BLOCK=256,
-            num_warps=4,
+        launch_with(
+            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),),
+            arguments | {"to_scale_ptr": to_scale}, BLOCK=256, num_warps=4,
         )  # fmt: skip
         if to_scale is not None:
             grads[7] = a.options.scale * (to_scale.sum() + arguments["terms_ptr"][TO_SCALE.value].sum())

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import tiles_per_split
+from ..._gemm import launch as gemm
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import (
     INF,
@@ -26,7 +26,7 @@ from ..._rows.triton_math import (
     row_loss,
     same_number,
 )
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import Arguments
 from .launch import block_of_rows
 from .tiles import common_arguments, launches_for, load_class_vectors, load_targets
@@ -183,9 +183,7 @@ def linear_margin_cross_entropy_finish_kernel(
         row, rows, input_ptr, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o, classes, width, input_stride,
         factor_stride, ignore_index, FULL, BLOCK_D,
     )  # fmt: skip
-    loss, lse = row_loss(
-        peak, mass, weighted, a, b, load_weight_total(o, classes), o.label_smoothing / classes, o
-    )
+    loss, lse = row_loss(peak, mass, weighted, a, b, load_weight_total(o, classes), o.label_smoothing / classes, o)
     tl.store(loss_ptr + row, loss, mask=inside)
     tl.store(lse_ptr + row, lse, mask=inside)
     tl.store(rest_ptr + row, peak, mask=inside)
@@ -207,7 +205,7 @@ def forward(a: Arguments, inverse_norm: Tensor | None, with_prediction: bool) ->
         width = arguments["width"]
         launch = launches_for(a, arguments, with_prediction).forward
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-        per_split = tiles_per_split(blocks, tiles, launch.together)
+        per_split = gemm.tiles_per_split(blocks, tiles, launch.together)
         splits = triton.cdiv(tiles, per_split)
         kinds = (4 if a.options.label_smoothing > 0 else 2) + with_prediction
         arguments |= {
@@ -220,9 +218,7 @@ def forward(a: Arguments, inverse_norm: Tensor | None, with_prediction: bool) ->
             "prediction_ptr": prediction if with_prediction else None,
             "rest_ptr": rest,
         }
-        launch_kernel(linear_margin_cross_entropy_forward_kernel, (blocks, splits), arguments, **launch.constants)
+        launch_with(linear_margin_cross_entropy_forward_kernel, (blocks, splits), arguments, **launch.constants)
         finish = block_of_rows(width)
-        launch_kernel(
-            linear_margin_cross_entropy_finish_kernel, (triton.cdiv(n, finish["BLOCK"]),), arguments, **finish
-        )
+        launch_with(linear_margin_cross_entropy_finish_kernel, (triton.cdiv(n, finish["BLOCK"]),), arguments, **finish)
     return loss, lse, prediction, rest

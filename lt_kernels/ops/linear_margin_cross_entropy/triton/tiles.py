@@ -51,7 +51,7 @@ def load_target(
     linear_bias_ptr,  # [C]
     target_ptr,  # [N] int64
     share,
-    options,
+    o,
     scale,
     classes,
     width,
@@ -70,9 +70,9 @@ def load_target(
         logit = logit * tl.load(inverse_norm_ptr + index)
     if linear_bias_ptr is not None:
         logit = logit + tl.load(linear_bias_ptr + index).to(tl.float32)
-    slot = make_slot(logit, label, share, options, scale, classes, SLOT)
-    if options.class_scale_ptr is not None:
-        logit = logit * tl.load(options.class_scale_ptr + index)
+    slot = make_slot(logit, label, share, o, scale, classes, SLOT)
+    if o.class_scale_ptr is not None:
+        logit = logit * tl.load(o.class_scale_ptr + index)
     return slot, logit
 
 
@@ -84,7 +84,7 @@ def load_targets(
     factor_ptr,  # [C, D]
     inverse_norm_ptr,  # [C]
     linear_bias_ptr,  # [C]
-    options,  # KernelOptions
+    o,  # KernelOptions
     classes,
     width,
     input_stride,
@@ -94,19 +94,19 @@ def load_targets(
     BLOCK_D: tl.constexpr,
 ):
     """Return both targets of the rows, each with its class_scale_y x_y; the second repeats the first if it is alone."""
-    scale = load_scale(options.scale, options.learned_scale_ptr)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     x = load_vectors(input_ptr, row, rows, width, input_stride, FULL, BLOCK_D).to(tl.float32)
     share = 1.0
-    if options.mixed_target_ptr is not None:
-        share = tl.load(options.mix_lambda_ptr + row * options.mix_lambda_stride)
+    if o.mixed_target_ptr is not None:
+        share = tl.load(o.mix_lambda_ptr + row * o.mix_lambda_stride)
     a, cosine_a = load_target(
-        row, x, factor_ptr, inverse_norm_ptr, linear_bias_ptr, options.target_ptr, share, options, scale, classes,
+        row, x, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o.target_ptr, share, o, scale, classes,
         width, factor_stride, ignore_index, 0, FULL, BLOCK_D,
     )  # fmt: skip
     b, cosine_b = a, cosine_a
-    if options.mixed_target_ptr is not None:
+    if o.mixed_target_ptr is not None:
         b, cosine_b = load_target(
-            row, x, factor_ptr, inverse_norm_ptr, linear_bias_ptr, options.mixed_target_ptr, 1.0 - share, options,
+            row, x, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o.mixed_target_ptr, 1.0 - share, o,
             scale, classes, width, factor_stride, ignore_index, 1, FULL, BLOCK_D,
         )  # fmt: skip
     return a, cosine_a, b, cosine_b

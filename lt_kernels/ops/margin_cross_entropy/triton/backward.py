@@ -5,7 +5,7 @@ Bytes per logit (b = itemsize), without class vectors and scalars: 2b.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,9 +35,20 @@ from ..._rows.triton_math import (
     row_slopes,
 )
 from ..._rows.triton_options import KernelOptions, kernel_options, per_row
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import DIFFERENTIABLE, Arguments
-from .launch import Layout, blocks_per_program, in_place, layout_of, readable, rows_backward_launch, sums_launch
+from . import launch as table
+from .launch import Layout, in_place, layout_of, readable
+
+
+class TileVectors(NamedTuple):
+    """The class vectors of a tile's columns."""
+
+    slope_x: Any  # du/dx
+    class_bias: Any  # None if there is none
+    weight: Any
+    class_scale: Any
+
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -251,13 +262,13 @@ def margin_cross_entropy_terms_kernel(
 
 
 @triton.jit
-def target_values(row_ptr, slot, gradient, options, class_stride):
+def target_values(row_ptr, slot, gradient, o, class_stride):
     """Return what a target's column gives: d/d(class_scale_y x_y) over the scale, d/d(class_bias_y), d/d(margin_y) over
     the scale, and d/d(scale)."""
     index = tl.maximum(slot.column, 0).to(tl.int64)
     cosine = tl.load(row_ptr + index * class_stride).to(tl.float32)
-    if options.class_scale_ptr is not None:
-        cosine = cosine * tl.load(options.class_scale_ptr + index)
+    if o.class_scale_ptr is not None:
+        cosine = cosine * tl.load(o.class_scale_ptr + index)
     plain, dv = gradient.plain, gradient.shifted
     return plain + dv * slot.dphi_dc, plain + dv, dv * slot.dphi_dm, plain * cosine + dv * slot.phi
 
@@ -275,6 +286,46 @@ def place_terms(values, columns, column_a, column_b, terms_ptr, size, MIXED: tl.
     if MIXED:
         values = tl.where(columns == column_b, tl.load(terms_ptr + 4 * size)[None, :], values)
     return tl.where(columns == column_a, tl.load(terms_ptr)[None, :], values)
+
+
+@triton.jit
+def load_tile_vectors(columns, real, o, scale):
+    """Load the class vectors of a tile's columns."""
+    slope_x = scale  # du/dx
+    class_scale = 1.0
+    if o.class_scale_ptr is not None:
+        class_scale = tl.load(o.class_scale_ptr + columns, mask=real, other=1.0)
+        slope_x = scale * class_scale
+    class_bias = None
+    if o.class_bias_ptr is not None:
+        class_bias = tl.load(o.class_bias_ptr + columns, mask=real, other=0.0)
+    weight = 1.0
+    if o.weight_ptr is not None and (o.smooth or o.soft):
+        weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
+    return TileVectors(slope_x, class_bias, weight, class_scale)
+
+
+@triton.jit
+def store_sums(
+    partial_ptr, sum_bias, sum_scale, sum_margin, sum_learned, scale, classes, NEED_BIAS: tl.constexpr,
+    NEED_SCALE: tl.constexpr, NEED_MARGIN: tl.constexpr, NEED_LEARNED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store a program's sums over its rows in the order of their kinds."""
+    NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * NEEDED * classes + column
+    if NEED_BIAS:
+        tl.store(out_ptr, tl.sum(sum_bias, 1), mask=column < classes)
+    if NEED_SCALE:
+        tl.store(out_ptr + NEED_BIAS * classes, scale * tl.sum(sum_scale, 1), mask=column < classes)
+    if NEED_MARGIN:
+        tl.store(out_ptr + (NEED_BIAS + NEED_SCALE) * classes, scale * tl.sum(sum_margin, 1), mask=column < classes)
+    if NEED_LEARNED:
+        tl.store(
+            out_ptr + (NEED_BIAS + NEED_SCALE + NEED_MARGIN) * classes,
+            tl.sum(sum_learned, 1),
+            mask=column < classes,
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "blocks_per_program"])
@@ -313,10 +364,10 @@ def margin_cross_entropy_tiles_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute all gradients; one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows, in order.
+    """Compute all gradients, one program per BLOCK_C columns and ``blocks_per_program`` blocks of BLOCK_K rows.
 
-    The strides of samples and rows are in units of ALIGN elements, and the classes are a multiple of ALIGN: the compiler
-    sees the alignment. IN_PLACE: grad_ptr is input_ptr.
+    The strides of samples and rows are in units of ALIGN elements, and the classes are a multiple of ALIGN, so that
+    the compiler knows the alignment. IN_PLACE: grad_ptr is input_ptr.
     """
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
     NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED
@@ -324,16 +375,7 @@ def margin_cross_entropy_tiles_backward_kernel(
     real = columns < classes // ALIGN * ALIGN
     scale = load_scale(o.scale, o.learned_scale_ptr)
     size = tl.cast(rows, tl.int64)
-    slope_x = scale  # du/dx
-    if o.class_scale_ptr is not None:
-        class_scale = tl.load(o.class_scale_ptr + columns, mask=real, other=1.0)
-        slope_x = scale * class_scale
-    class_bias = None
-    if o.class_bias_ptr is not None:
-        class_bias = tl.load(o.class_bias_ptr + columns, mask=real, other=0.0)
-    weight = 1.0
-    if o.weight_ptr is not None and (o.smooth or o.soft):
-        weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
+    slope_x, class_bias, weight, class_scale = load_tile_vectors(columns, real, o, scale)
     sum_bias = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)  # rows are added up at the end: no exchange in the loop
     sum_scale = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     sum_margin = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
@@ -399,20 +441,10 @@ def margin_cross_entropy_tiles_backward_kernel(
                 values = place_terms(values, columns, column_a, column_b, own_ptr + 3 * size, size, MIXED)
             sum_learned += tl.where(mask, values, 0.0)
     if NEEDED > 0:
-        column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * NEEDED * classes + column
-        if NEED_BIAS:
-            tl.store(out_ptr, tl.sum(sum_bias, 1), mask=column < classes)
-        if NEED_SCALE:
-            tl.store(out_ptr + NEED_BIAS * classes, scale * tl.sum(sum_scale, 1), mask=column < classes)
-        if NEED_MARGIN:
-            tl.store(out_ptr + (NEED_BIAS + NEED_SCALE) * classes, scale * tl.sum(sum_margin, 1), mask=column < classes)
-        if NEED_LEARNED:
-            tl.store(
-                out_ptr + (NEED_BIAS + NEED_SCALE + NEED_MARGIN) * classes,
-                tl.sum(sum_learned, 1),
-                mask=column < classes,
-            )
+        store_sums(
+            partial_ptr, sum_bias, sum_scale, sum_margin, sum_learned, scale, classes, NEED_BIAS, NEED_SCALE,
+            NEED_MARGIN, NEED_LEARNED, BLOCK_C,
+        )  # fmt: skip
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -424,13 +456,13 @@ def launch_rows_backward(layout: Layout, arguments: dict[str, Any], rows: int, i
     if in_place and not options.soft:
         # A row has several programs: all need the targets' own logits, which one of them writes over.
         own = arguments["rest_ptr"].new_empty((1 if options.mixed_target_ptr is None else 2, rows))
-        launch_kernel(
+        launch_with(
             margin_cross_entropy_own_logits_kernel, (triton.cdiv(rows, 128),), arguments, own_ptr=own, rows=rows,
             BLOCK=128, num_warps=4,
         )  # fmt: skip
     arguments = arguments | {"own_ptr": own}
-    launch = rows_backward_launch(input.shape[1], input.element_size(), layout.aligned)
-    launch_kernel(margin_cross_entropy_rows_backward_kernel, (rows, launch.parts), arguments, **launch.constants)
+    launch = table.rows_backward_launch(input.shape[1], input.element_size(), layout.aligned)
+    launch_with(margin_cross_entropy_rows_backward_kernel, (rows, launch.parts), arguments, **launch.constants)
 
 
 def backward(
@@ -496,18 +528,18 @@ def _backward_tiles(
         "columns_ptr": rest.new_empty((2, n, k), dtype=torch.int32),
         "rows": n * k,
     }
-    launch_kernel(
+    launch_with(
         margin_cross_entropy_terms_kernel, (triton.cdiv(n * k, 128),), arguments | layout.strides, BLOCK=128,
         num_warps=4,
     )  # fmt: skip
-    tiles = sums_launch(classes, layout.positions, layout.classes_contiguous)
+    tiles = table.sums_launch(classes, layout.positions, layout.classes_contiguous)
     blocks = layout.samples * triton.cdiv(layout.positions, tiles.block_k)
     class_tiles = triton.cdiv(classes, tiles.block_c)
-    per_program = blocks_per_program(blocks, class_tiles) if any(summed) else 1
+    per_program = table.blocks_per_program(blocks, class_tiles) if any(summed) else 1
     programs = triton.cdiv(blocks, per_program)
     partial = rest.new_empty((programs, sum(summed), classes)) if any(summed) else None
     align = layout.common_alignment(classes, a.input.element_size())
-    launch_kernel(
+    launch_with(
         margin_cross_entropy_tiles_backward_kernel,
         (programs, class_tiles),
         arguments | layout.strides_of("target", "grad", "grad_target", align=align),
@@ -539,7 +571,7 @@ def _sum_soft_weights(a: Arguments, options: KernelOptions) -> Tensor:
     n, classes, k = a.input.shape
     mass = a.input.new_empty((n, k), dtype=torch.float32)
     layout = layout_of({"target": a.options.target}, rows=False)
-    tiles = sums_launch(classes, layout.positions, layout.classes_contiguous)
+    tiles = table.sums_launch(classes, layout.positions, layout.classes_contiguous)
     align = layout.common_alignment(classes, a.options.target.element_size())
     margin_cross_entropy_soft_mass_kernel[(layout.samples * triton.cdiv(layout.positions, tiles.block_k),)](
         o=options,

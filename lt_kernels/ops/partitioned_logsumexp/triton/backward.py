@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients, tiles_per_split
+from ..._gemm import launch as gemm
+from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import INF, fast_exp, load_scale
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import N_TERMS, Arguments, Block
 from .keys import (
     LOG2E,
@@ -299,7 +300,7 @@ def partitioned_logsumexp_grad_both_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute the gradient of a block of queries that are the keys too: through their rows and through their columns."""
+    """Compute the gradient of a block of queries that are the keys too, through their rows and their columns."""
     own_begin = tl.program_id(0) * BLOCK_N
     row = own_begin + tl.arange(0, BLOCK_N)
     inside = row < rows
@@ -454,7 +455,7 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
         constants = block_launch(m)
         programs = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
         blocks = triton.cdiv(n, BLOCK_ROWS)
-        per_split = tiles_per_split(programs, blocks, BLOCK_TOGETHER, 256)
+        per_split = gemm.tiles_per_split(programs, blocks, BLOCK_TOGETHER, 256)
         splits = triton.cdiv(blocks, per_split)
         kinds = need_bias + need_scale
         sums = terms.new_empty((splits, kinds, m), dtype=torch.float32) if kinds else None
@@ -470,14 +471,14 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
             "SUM_BIAS": need_bias,
             "SUM_SCALE": need_scale,
         }
-        launch_kernel(
+        launch_with(
             partitioned_logsumexp_block_backward_kernel, (programs, splits), arguments, ROWS=BLOCK_ROWS, **constants
         )
         return add_sums_of_splits(sums, need_bias, need_scale, none)
 
 
 def add_sums_of_splits(sums: Tensor | None, need_bias: bool, need_scale: bool, none: Tensor) -> tuple[Tensor, Tensor]:
-    """[splits, kinds, m] -> [m] each, the splits added up in a fixed order."""
+    """Return the sums of each kind [m] of [splits, kinds, m], the splits added up in a fixed order."""
     if sums is None:
         return none, none
     total = sums[0] if len(sums) == 1 else sums.sum(0)
@@ -487,8 +488,10 @@ def add_sums_of_splits(sums: Tensor | None, need_bias: bool, need_scale: bool, n
 
 
 def tiled_backward(a: Arguments, terms: Tensor, needs: list[bool]) -> list[Tensor]:
-    """Gradients of query and key, and the sums over rows of G and of G a z [M], from the terms of ``Block``; [0] where
-    not needed. Where the queries are the keys, theirs is the whole gradient."""
+    """Return the gradients of query and key, and the sums over rows of G and of G a z [M]; [0] where not needed.
+
+    If the queries are the keys, the query's gradient is the whole one. terms: as of ``Block``.
+    """
     n, m = a.query.shape[0], a.keys.shape[0]
     need_query, need_key, need_bias, need_scale = needs
     need_key = need_key and a.key is not None
@@ -524,7 +527,7 @@ def tiled_backward(a: Arguments, terms: Tensor, needs: list[bool]) -> list[Tenso
 
 
 def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str, Any]:
-    """The padded terms, and which columns each block of so many rows leaves out."""
+    """Return the padded terms, and which columns each block of so many rows leaves out."""
     rows = arguments["rows"]
     padded = triton.cdiv(rows, PADDING) * PADDING
     blocks = padded // block
@@ -535,7 +538,7 @@ def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str,
         "padded": padded,
         "ranges": blocks,
     }
-    launch_kernel(
+    launch_with(
         partitioned_logsumexp_row_terms_kernel,
         (blocks,),
         arguments | own,
@@ -546,29 +549,29 @@ def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str,
 
 
 def _backward_query(a: Arguments, arguments: dict[str, Any], launch: Launch, dtype: torch.dtype) -> Tensor:
-    """[splits, N, D]."""
+    """Return the partial gradients [splits, N, D]."""
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(arguments["columns"], launch.block_c)
-    per_split = tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
+    per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, dtype)
     own = {"grad_ptr": grad, "tiles_per_split": per_split}
-    launch_kernel(partitioned_logsumexp_grad_query_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_query_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
     return grad
 
 
 def _backward_both(a: Arguments, arguments: dict[str, Any], launch: Launch) -> Tensor:
-    """[splits, N, D]."""
+    """Return the partial gradients [splits, N, D]."""
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(arguments["rows"], launch.block_c)
-    per_split = tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
+    per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, a.query.dtype)
     own = {"grad_ptr": grad, "tiles_per_split": per_split}
-    launch_kernel(partitioned_logsumexp_grad_both_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_both_kernel, (blocks, len(grad)), arguments | own, **launch.constants)
     return grad
 
 
 def _backward_keys(
     a: Arguments, arguments: dict[str, Any], launch: Launch, need_key: bool, need_bias: bool, need_scale: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The gradient of the keys that receive one, and the sums over rows [M] of all keys; [0] where not needed."""
+    """Return the gradient of the keys that receive one, and all keys' sums over rows [M]; [0] where not needed."""
     begin, end = (a.key_grad_begin, a.key_grad_end) if need_key else (0, 0)
     grad, none = arguments["padded_terms_ptr"].new_empty((0,)), arguments["padded_terms_ptr"].new_empty((0,))
     dtype = a.query.dtype if a.key is not None else torch.float32
@@ -597,11 +600,11 @@ def _backward_key_range(
     a: Arguments, arguments: dict[str, Any], launch: Launch, begin: int, end: int, dtype: torch.dtype | None,
     need_bias: bool, need_scale: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """Of the keys in a range: the partial gradients [splits, end - begin, D], [0] if dtype is None; the sums over rows,
-    [0] where not needed."""
+    """Return the partial gradients of a range of keys [splits, end - begin, D], [0] if dtype is None; and the sums over
+    rows, [0] where not needed."""
     keys, terms = a.keys[begin:end], arguments["padded_terms_ptr"]
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(end - begin, launch.block_c)
-    per_split = tiles_per_split(tiles, blocks, launch.together, most_splits(keys.numel()))
+    per_split = gemm.tiles_per_split(tiles, blocks, launch.together, most_splits(keys.numel()))
     splits = triton.cdiv(blocks, per_split)
     none = terms.new_empty((0,))
     grad = none if dtype is None else partial_gradients(splits, keys, dtype)
@@ -617,5 +620,5 @@ def _backward_key_range(
         "SUM_BIAS": need_bias,
         "SUM_SCALE": need_scale,
     }
-    launch_kernel(partitioned_logsumexp_grad_key_kernel, (tiles, splits), arguments | own, **launch.constants)
+    launch_with(partitioned_logsumexp_grad_key_kernel, (tiles, splits), arguments | own, **launch.constants)
     return grad, add_sums_of_splits(sums, need_bias, need_scale, none)

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import tiles_per_split
+from ..._gemm import launch as gemm
 from ..._gemm.triton_tiles import load_vectors, tile_product
 from ..._rows.triton_math import INF, INTERPRETED, finite_reference, load_scale
-from ..._triton import launch_kernel
+from ..._triton import launch_with
 from ..arguments import N_SLOPES, N_STATISTICS, Arguments, Block
 from .keys import (
     LOG2E,
@@ -192,7 +192,7 @@ def partitioned_logsumexp_merge_kernel(
 
 @triton.jit
 def find_special_tiles(first, end, columns, low, high, BLOCK_C: tl.constexpr):
-    """Return where the full ones of the tiles ``first`` to ``end`` end, and between which tiles columns are left out."""
+    """Return where the full tiles of ``first`` to ``end`` end, and between which tiles columns are left out."""
     last = tl.minimum(end, columns // BLOCK_C)
     skip = tl.minimum(tl.maximum(low // BLOCK_C, first), last)
     return last, skip, tl.maximum(tl.minimum(high // BLOCK_C + 1, last), skip)
@@ -201,8 +201,8 @@ def find_special_tiles(first, end, columns, low, high, BLOCK_C: tl.constexpr):
 @triton.jit
 def join_keys(
     s, begin, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width, key_stride, scale,
-    bound, zero, MASKED: tl.constexpr, CONSTANT: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    bound, zero, MASKED: tl.constexpr, CONSTANT: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return the statistics s of the queries q with the keys from ``begin`` on added."""
     column = begin + tl.arange(0, BLOCK_C)
@@ -343,11 +343,13 @@ def partitioned_logsumexp_block_forward_kernel(
         )
         if (begin + LANES * GROUP > columns) | ((exclude < begin + LANES * GROUP) & (exclude >= begin)):
             s = join_tile(
-                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, True, False, SLOPES,
+                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, True, False,
+                SLOPES,
             )  # fmt: skip
         else:
             s = join_tile(
-                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, False, False, SLOPES,
+                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, False, False,
+                SLOPES,
             )  # fmt: skip
     neg_peak, neg_mass, neg_slope = merge_lanes(s.neg_peak, s.neg_mass, s.neg_slope)
     pos_peak, pos_mass, pos_slope = merge_lanes(s.pos_peak, s.pos_mass, s.pos_slope)
@@ -371,11 +373,11 @@ def forward(block: Block, with_slopes: bool) -> Tensor:
     with torch.cuda.device_of(block.z):
         constants = block_launch(m)
         tiles = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
-        per_split = tiles_per_split(n, tiles, BLOCK_TOGETHER, MOST_SPLITS)
+        per_split = gemm.tiles_per_split(n, tiles, BLOCK_TOGETHER, MOST_SPLITS)
         splits = triton.cdiv(tiles, per_split)
         partial = block.z.new_empty((kinds, splits, n), dtype=torch.float32)
         arguments = block_arguments(block) | {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
-        launch_kernel(partitioned_logsumexp_block_forward_kernel, (n, splits), arguments, **constants)
+        launch_with(partitioned_logsumexp_block_forward_kernel, (n, splits), arguments, **constants)
         return merge_statistics(partial)
 
 
@@ -387,7 +389,7 @@ def merge_statistics(partial: Tensor) -> Tensor:
     out = partial.new_empty((kinds, n))
     arguments = {"partial_ptr": partial, "out_ptr": out, "rows": n, "splits": splits, "SLOPES": kinds > N_STATISTICS}
     constants = {"SPLITS": triton.next_power_of_2(splits), "BLOCK": MERGED_ROWS, "num_warps": 4}
-    launch_kernel(partitioned_logsumexp_merge_kernel, (triton.cdiv(n, MERGED_ROWS),), arguments, **constants)
+    launch_with(partitioned_logsumexp_merge_kernel, (triton.cdiv(n, MERGED_ROWS),), arguments, **constants)
     return out
 
 
@@ -401,13 +403,13 @@ def tiled_forward(a: Arguments, with_slopes: bool) -> Tensor:
         arguments, launches = tile_arguments(a)
         launch = launches.forward_bounded if arguments["CONSTANT"] else launches.forward
         blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(m, launch.block_c)
-        per_split = tiles_per_split(blocks, tiles, launch.together, MOST_SPLITS)
+        per_split = gemm.tiles_per_split(blocks, tiles, launch.together, MOST_SPLITS)
         partial = a.query.new_empty((kinds, triton.cdiv(tiles, per_split), n), dtype=torch.float32)
         arguments |= {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
         arguments["RAGGED"] = m % launch.block_c != 0
         # products without tensor cores are long code, and twice that would spill
         arguments["APART"] = a.query.element_size() == 2 or arguments["PRECISION"] == "tf32"
-        launch_kernel(
+        launch_with(
             partitioned_logsumexp_tiled_forward_kernel, (blocks, partial.shape[1]), arguments, **launch.constants
         )
         return merge_statistics(partial)

@@ -29,7 +29,7 @@ POS_SUM, NUM_POS, NEG_SLOPE, POS_SLOPE = tl.constexpr(4), tl.constexpr(5), tl.co
 
 @triton.jit
 def add_product(a, b, sum, PRECISION: tl.constexpr):
-    """Return a b + sum. In float32 a tile's product is added as a whole: roundings of many tiles' terms would add up."""
+    """Return a b + sum. In float32 a tile's product is added as a whole: roundings of many terms would add up."""
     if a.dtype == tl.float32:
         return sum + tile_product(a, b, tl.zeros(sum.shape, tl.float32), PRECISION)
     else:
@@ -90,7 +90,7 @@ def reference_error(reference):
 
 @triton.jit
 def relative_exp_of_product(z, u_of_z, offset, reference2, CONSTANT: tl.constexpr):
-    """Return exp(u - reference) of products z: u = u_of_z z + offset; both for exponents to the base 2 where CONSTANT."""
+    """Return exp(u - reference) of products z, u = u_of_z z + offset; both are to the base 2 where CONSTANT."""
     if CONSTANT:
         return fast_exp2(round_fma(z, u_of_z, offset))
     else:
@@ -99,7 +99,7 @@ def relative_exp_of_product(z, u_of_z, offset, reference2, CONSTANT: tl.constexp
 
 @triton.jit
 def rescale_factor(before, after):
-    """Return the factor that turns sums relative to the maximum ``before`` into sums relative to the larger ``after``."""
+    """Return the factor of sums relative to the maximum ``before`` that makes them relative to the larger ``after``."""
     return fast_exp2(tl.minimum(to_base2(finite_reference(before)) - to_base2(finite_reference(after)), 0.0))
 
 

@@ -90,7 +90,7 @@ def partitioned_logsumexp_terms_kernel(
 
 
 def results(statistics: Tensor, learned_scale: Tensor | None, scale: float) -> tuple[Tensor, ...]:
-    """Return neg, pos, pos_sum, num_pos [N], rest [4, N], slopes [3, N] ([0] without their statistics); see ``op.py``."""
+    """Return neg, pos, pos_sum, num_pos [N], rest [4, N], slopes [3, N] ([0] without their statistics)."""
     kinds, n = statistics.shape
     neg, pos, pos_sum, num_pos = (statistics.new_empty((n,)) for _ in range(4))
     rest = statistics.new_empty((4, n))
