@@ -36,11 +36,12 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     number = float(value)
-    if not -math.inf < number < math.inf:  # NaN too; math.isfinite does not trace where the number is symbolic
-        raise ValueError(f"{name}: got {value}, expected {expected or 'a finite number'}")
-    if not least <= number <= most:
-        range_ = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
-        raise ValueError(f"{name}: got {value}, expected {expected or range_}")
+    # math.isfinite does not trace where the number is symbolic; NaN fails these comparisons too
+    if not (-math.inf < number < math.inf and least <= number <= most):
+        if expected is None:
+            bounds = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
+            expected = "a finite number" if least == -math.inf else bounds
+        raise ValueError(f"{name}: got {value}, expected {expected}")
     return number
 
 
