@@ -130,10 +130,12 @@ def of_backends(**given: Iterable) -> list:
     return list(dict.fromkeys(value for backend in ENGINE.backends for value in given.get(backend, ())))
 
 
-def runs(file: Path, name: str) -> bool:
-    """Whether this engine runs a test."""
+def runs(file: Path, name: str | None = None) -> bool:
+    """Whether this engine runs a test of a file, or any of its tests."""
     if ENGINE.name == "cpu" or file.parent.name == "kernels":
         return True
     table = GENERIC[ENGINE.name]
     pattern = table.get(file.stem, table.get(""))
-    return pattern is not None and file.parent.name == "ops" and re.match(pattern, name) is not None
+    if pattern is None or file.parent.name != "ops":
+        return False
+    return name is None or re.match(pattern, name) is not None
