@@ -63,7 +63,9 @@ ENGINES = {
 
 #: Tests outside tests/kernels that an engine runs too: file and a regular expression of the tests' ids. The others say
 #: nothing new there: compiled code, threads of the CPU, second backends, float64 in Triton.
-_NOT_KERNELS = r"(?!.*(gradcheck|number_of_threads|opcheck|compile|by_name|bad_input|inductor|fallback|cpu_only))"
+_NOT_KERNELS = (
+    r"(?!.*(gradcheck|too_large_for|number_of_threads|opcheck|compile|by_name|bad_input|inductor|fallback|cpu_only))"
+)
 _INSTRUCTIONS = {
     "test_margin_cross_entropy": "test_value_and_every_gradient",
     "test_native_contrastive": "test_values",
