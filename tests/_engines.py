@@ -63,7 +63,9 @@ ENGINES = {
 
 #: Tests outside tests/kernels that an engine runs too: file and a regular expression of the tests' ids. The others say
 #: nothing new there: compiled code, threads of the CPU, second backends, float64 in Triton.
-_NOT_KERNELS = r"(?!.*(gradcheck|number_of_threads|opcheck|compile|by_name|bad_input|inductor|fallback|cpu_only))"
+_NOT_KERNELS = (
+    r"(?!.*(gradcheck|too_large_for|number_of_threads|opcheck|compile|by_name|bad_input|inductor|fallback|cpu_only))"
+)
 _INSTRUCTIONS = {
     "test_margin_cross_entropy": "test_value_and_every_gradient",
     "test_native_contrastive": "test_values",
@@ -130,10 +132,12 @@ def of_backends(**given: Iterable) -> list:
     return list(dict.fromkeys(value for backend in ENGINE.backends for value in given.get(backend, ())))
 
 
-def runs(file: Path, name: str) -> bool:
-    """Whether this engine runs a test."""
+def runs(file: Path, name: str | None = None) -> bool:
+    """Whether this engine runs a test of a file, or any of its tests."""
     if ENGINE.name == "cpu" or file.parent.name == "kernels":
         return True
     table = GENERIC[ENGINE.name]
     pattern = table.get(file.stem, table.get(""))
-    return pattern is not None and file.parent.name == "ops" and re.match(pattern, name) is not None
+    if pattern is None or file.parent.name != "ops":
+        return False
+    return name is None or re.match(pattern, name) is not None
