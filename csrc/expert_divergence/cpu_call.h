@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../cpu_tables.h"
+#include "../common/cpu/tables.h"
 
 namespace ltk {
 

@@ -5,7 +5,7 @@
 // row is fetched by the sweep that computes most: arithmetic hides what memory takes. Differences are taken between
 // exponents relative to each distribution's maximum.
 
-#include "../cpu_vectors.h"
+#include "../common/cpu/vectors.h"
 #include "cpu_call.h"
 
 namespace ltk {

@@ -1,7 +1,7 @@
 // Divergences between experts, as in lt_kernels/ops/expert_divergence/op.py. Forward: a block per sample, which goes
 // over the columns twice, for the maxima and for the sums; where a sample fits one tile, it is read from memory once.
 // Backward: a block per tile, no sums over columns.
-#include "../cuda_experts_tile.h"
+#include "../common/cuda/experts_tile.h"
 #include "cuda_call.h"
 
 namespace ltk::cuda {

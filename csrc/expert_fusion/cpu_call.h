@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../cpu_tables.h"
-#include "../online_logsumexp.h"
+#include "../common/cpu/tables.h"
+#include "../common/inline.h"
 
 namespace ltk {
 

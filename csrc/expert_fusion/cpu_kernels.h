@@ -4,7 +4,7 @@
 // its exponentials, while the next block is fetched; a third sweep looks for candidates where the block's maximum says
 // that there are any.
 
-#include "../cpu_vectors.h"
+#include "../common/cpu/vectors.h"
 #include "cpu_call.h"
 
 namespace ltk {

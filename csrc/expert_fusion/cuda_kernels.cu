@@ -3,7 +3,7 @@
 // Each thread has every threads-th column, in order, and keeps the largest u and the sum of exp(u - largest). Where
 // more is wanted than the first class, the row of u is kept too: then the k largest are found in k rounds, in each of
 // which the block compares the threads' candidates and the thread that gave the winner looks for its next one.
-#include "../cuda_experts_tile.h"
+#include "../common/cuda/experts_tile.h"
 #include "cuda_call.h"
 
 namespace ltk::cuda {

@@ -5,7 +5,7 @@
 // label and without the column left out; these are a softmax. In the others each lane is told which side it is on.
 // Each lane has its own maxima and sums, which are merged at the end.
 
-#include "../cpu_vectors.h"
+#include "../common/cpu/vectors.h"
 #include "cpu_call.h"
 
 namespace ltk {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../device.h"
-#include "../margin_cross_entropy/cuda_call.h"  // Dtype
+#include "../common/cuda/device.h"
+#include "../common/dtypes.h"
 
 namespace ltk::cuda {
 
@@ -30,8 +30,8 @@ struct PartitionedCall {
 
   A* statistics;  // [kStatistics, rows], with kSlopes more where with_slopes
   bool with_slopes;
-  int splits, split_columns;  // a row's columns over so many blocks, a multiple of 16 bytes each
-  A* parts;                   // [8, rows, splits] where splits > 1
+  int parts, part_columns;  // a row's columns over so many blocks, a multiple of 16 bytes each
+  A* part_sums;             // [rows, parts, 8] where parts > 1
 
   const A* terms;  // [5, rows], the rows of each terms_stride apart
   int64_t terms_stride;

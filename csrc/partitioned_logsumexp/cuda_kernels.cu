@@ -5,7 +5,7 @@
 // positive columns masked; positive columns, if the group has any, are added one by one. Backward: a thread has the
 // same columns of kRowsTogether rows, so that what belongs to a column is read once for them, and sums over rows need
 // no atomics.
-#include "../cuda_experts_tile.h"  // sums over a block
+#include "../common/cuda/reductions.h"
 #include "cuda_call.h"
 #include "statistics.h"
 
@@ -39,7 +39,7 @@ LTK_DEVICE void store_columns(typename T::Stored* to, const typename T::A (&from
 }
 
 template <class A>
-LTK_DEVICE A full_scale(const PartitionedCall<A>& call) {
+LTK_DEVICE A load_scale(const PartitionedCall<A>& call) {
   return static_cast<A>(call.learned_scale ? call.scale * static_cast<double>(*call.learned_scale) : call.scale);
 }
 
@@ -170,12 +170,12 @@ __global__ void __launch_bounds__(kPartitionedThreads, kBlocks)
   using A = typename T::A;
   constexpr int kCount = kWide ? T::kGroup : 1;
   const int thread = thread_index(), threads = call.threads;
-  const int64_t row = divide(block_index(), call.splits);
-  const int split = static_cast<int>(block_index() - row * call.splits);
-  const int begin = split * call.split_columns;
-  const int columns = call.columns - begin < call.split_columns ? call.columns - begin : call.split_columns;
+  const int64_t row = divide(block_index(), call.parts);
+  const int part = static_cast<int>(block_index() - row * call.parts);
+  const int begin = part * call.part_columns;
+  const int columns = call.columns - begin < call.part_columns ? call.columns - begin : call.part_columns;
   const auto* z = static_cast<const typename T::Stored*>(call.z) + row * call.z_stride;
-  const A scale = full_scale(call);
+  const A scale = load_scale(call);
   const int32_t label = call.query_label[row];
   const int excluded = excluded_column(call, row);
 
@@ -209,10 +209,10 @@ __global__ void __launch_bounds__(kPartitionedThreads, kBlocks)
   sums.negatives.mass = result[0], sums.negatives.slope = result[1];
   sums.positives.mass = result[2], sums.positives.slope = result[3];
   sums.sum = result[4], sums.count = result[5];
-  if (call.splits == 1) {
+  if (call.parts == 1) {
     write_statistics(call, row, sums);
   } else {
-    reinterpret_cast<RowSums<A>*>(call.parts)[block_index()] = sums;
+    reinterpret_cast<RowSums<A>*>(call.part_sums)[block_index()] = sums;
   }
 }
 
@@ -222,9 +222,9 @@ __global__ void __launch_bounds__(kPartitionedThreads)
     partitioned_merge_kernel(const __grid_constant__ PartitionedCall<A> call) {
   const int64_t row = block_index() * kPartitionedThreads + thread_index();
   if (row >= call.rows) return;
-  const auto* parts = reinterpret_cast<const RowSums<A>*>(call.parts) + row * call.splits;
+  const auto* parts = reinterpret_cast<const RowSums<A>*>(call.part_sums) + row * call.parts;
   RowSums<A> all = parts[0];
-  for (int i = 1; i < call.splits; ++i) all.merge(parts[i]);
+  for (int i = 1; i < call.parts; ++i) all.merge(parts[i]);
   write_statistics(call, row, all);
 }
 
@@ -245,7 +245,7 @@ LTK_DEVICE void write_columns(const PartitionedCall<typename T::A>& call, const 
   using A = typename T::A;
   using Stored = typename T::Stored;
   const Keys<A, kCount> keys(call, column);
-  const A scale = full_scale(call);
+  const A scale = load_scale(call);
   const Stored* z = static_cast<const Stored*>(call.z) + first * call.z_stride + column;
   Stored* out = call.out ? static_cast<Stored*>(call.out) + first * call.out_stride + column : nullptr;
   A sum[kCount] = {}, weighted[kCount] = {};
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kPartitionedThreads, kBlocks)
                      from[call.terms_stride],
                      from[2 * call.terms_stride],
                      from[3 * call.terms_stride],
-                     full_scale(call) * from[4 * call.terms_stride],
+                     load_scale(call) * from[4 * call.terms_stride],
                      call.query_label[row],
                      excluded_column(call, row)};
   }
@@ -319,10 +319,10 @@ template <class T>
 Error launch_forward(const PartitionedCall<typename T::A>& call, Stream stream) {
   using A = typename T::A;
   const size_t shared = (call.threads / 32 + 1) * 6 * sizeof(A);
-  const Launch l = {call.rows * call.splits, call.threads, shared, 1, stream};
+  const Launch l = {call.rows * call.parts, call.threads, shared, 1, stream};
   const Error error = call.wide ? launch(&partitioned_forward_kernel<T, true>, l, call)
                                 : launch(&partitioned_forward_kernel<T, false>, l, call);
-  if (call.splits == 1 || error != Error{}) return error;
+  if (call.parts == 1 || error != Error{}) return error;
   const int64_t blocks = (call.rows + kPartitionedThreads - 1) / kPartitionedThreads;
   return launch(&partitioned_merge_kernel<A>, {blocks, kPartitionedThreads, 0, 1, stream}, call);
 }

@@ -24,7 +24,7 @@ pytestmark = [
 #: clusters, or two passes.
 DEVICES = {
     "sm_90": "8 232448 233472",
-    "clusters of 2 to 8 blocks": "8 8192 16384",
+    "clusters of 4 and 8 blocks": "8 16384 32768",
     "two passes": "1 8192 12000",
 }
 
@@ -63,3 +63,7 @@ def test_every_generic_case_on_the_emulator():
     sums, as nvcc does it: the bits of a logit must not depend on which kernel computes it."""
     elsewhere = "TestProperties or same_bits or opcheck or compile or gradcheck"
     assert passed(run_on_the_emulator("test_margin_cross_entropy.py", "-k", f"not ({elsewhere})", fused=True)) > 800
+
+
+def test_clusters_that_do_not_fit_the_chip():
+    assert passed(run_on_the_emulator("cuda_clusters_emulated.py")) == 18
