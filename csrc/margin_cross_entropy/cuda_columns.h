@@ -257,17 +257,6 @@ LTK_DEVICE Sums<A> sum_row(const Call<A>& call, const Source& source, const Edge
   return s;
 }
 
-// The terms of an ordinary column's gradients: du = slope exp(u - peak) - subtracted(...), and d/d(q) =
-// differentiate_probability(...).
-template <class A>
-LTK_DEVICE A subtracted(const Call<A>& call, A smooth, A soft, A w, A q) {
-  return call.q ? soft * soft_weight(call, q, w) : smooth * w;
-}
-template <class A>
-LTK_DEVICE A differentiate_probability(const Call<A>& call, A soft, A w, A log_inverse) {
-  return soft * (A(1) - call.smoothing) * w * log_inverse;
-}
-
 template <class A>
 struct Slopes {  // the fields of a row's record that every column needs
   A peak, slope, smooth, soft, log_total;

@@ -83,6 +83,17 @@ LTK_DEVICE A soft_weight(const Call<A>& call, A q, A w) {
   return w * ((A(1) - call.smoothing) * q + call.smoothing / static_cast<A>(call.classes));
 }
 
+// The terms of an ordinary column's gradients: du = slope exp(u - peak) - subtracted(...), and d/d(q) =
+// differentiate_probability(...).
+template <class A>
+LTK_DEVICE A subtracted(const Call<A>& call, A smooth, A soft, A w, A q) {
+  return call.q ? soft * soft_weight(call, q, w) : smooth * w;
+}
+template <class A>
+LTK_DEVICE A differentiate_probability(const Call<A>& call, A soft, A w, A log_inverse) {
+  return soft * (A(1) - call.smoothing) * w * log_inverse;
+}
+
 // Returns the class of a row's target i: -1 where it is ignored or (then *bad) out of range.
 template <class A>
 LTK_DEVICE int find_column(const Call<A>& call, int64_t row, int i, bool* bad) {
