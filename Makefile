@@ -41,9 +41,12 @@ $(STAMP).extension: $(STAMP).dependencies setup.py $(SOURCES)
 demo: setup
 	$(BIN)/lt-kernels demo
 
-## make test     every test
+## make test     every test: on the CPU, with fewer instructions, Triton interpreted, CUDA emulated
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto
+	for engine in default avx2 interpreter emulator; do \
+	    $(BIN)/python -m pytest --numprocesses auto --engine=$$engine tests/kernels tests/ops || exit 1; \
+	done
 
 ## make lint     ruff, clang-format, mypy, import-linter, and that generated tables and figures are up to date
 lint: setup
@@ -52,7 +55,7 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/lt-kernels bench report --check
+	$(BIN)/python benchmarks/report.py --check
 
 ## make format   apply what ruff would change
 format: setup
@@ -63,28 +66,28 @@ format: setup
 ## make bench    benchmarks of a few cases, and whether they have become slower than the committed results say
 bench: setup
 	$(BIN)/python -m pytest benchmarks -m "not slow" --quiet --benchmark-columns=min,median,stddev,rounds
-	$(BIN)/lt-kernels bench compare
+	$(BIN)/python benchmarks/compare.py
 
 ## make results  measure everything on this machine, save under benchmarks/results/, regenerate tables and figures
 results: setup
 	$(BIN)/lt-kernels bench --save
-	$(BIN)/lt-kernels bench report
+	$(BIN)/python benchmarks/report.py
 
 ## make report   regenerate tables and figures from the saved results
 report: setup
-	$(BIN)/lt-kernels bench report
+	$(BIN)/python benchmarks/report.py
 
 ## make docs     the documentation as a web site in site/
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-## make aot      compile every Triton kernel ahead of time and compare with the committed table (no GPU needed)
+## make aot      compile changed Triton kernels, and a part of the others; compare with the tables (no GPU needed)
 aot: setup
-	$(BIN)/python scripts/aot_gate.py --check
+	$(BIN)/python -m tools.machine_code --check
 
-## make cuda     compile the CUDA C++ kernels for every GPU architecture and compare (needs nvcc, no GPU)
+## make cuda     the same for the CUDA C++ kernels, for every GPU architecture (needs nvcc, no GPU)
 cuda: setup
-	$(BIN)/python scripts/cuda_gate.py --check
+	$(BIN)/python -m tools.machine_code.cuda --check
 
 ## make clean    remove what was built; keep .venv
 clean:

@@ -1,25 +1,24 @@
-"""What is installed, and which backend can run which op where."""
+"""What is installed, and which backend can run which op on which device.
+
+This is not part of ``_settings``: every op reads the settings, and ``info`` asks every op.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import pkgutil
 import platform
 from typing import Any
 
 import torch
 
-from . import _settings
+from . import _settings, ops
 from ._version import __version__
 from .ops import _native
 from .ops._backend import unavailable_reason
-from .ops.expert_cross_entropy.op import OP as EXPERT_CROSS_ENTROPY
-from .ops.expert_divergence.op import OP as EXPERT_DIVERGENCE
-from .ops.expert_fusion.op import OP as EXPERT_FUSION
-from .ops.linear_margin_cross_entropy.op import OP as LINEAR
-from .ops.margin_cross_entropy.op import OP as ROWS
-from .ops.partitioned_logsumexp.op import OP as PARTITIONED
 
-OPS = (ROWS, LINEAR, EXPERT_CROSS_ENTROPY, EXPERT_FUSION, EXPERT_DIVERGENCE, PARTITIONED)
+#: Every op has a folder of its own; those with an underscore hold what ops share.
+OPS = tuple(sorted(found.name for found in pkgutil.iter_modules(ops.__path__) if found.name[0] != "_"))
 
 
 def _distribution_version(name: str) -> str | None:
@@ -29,11 +28,19 @@ def _distribution_version(name: str) -> str | None:
         return None
 
 
-def info() -> dict[str, Any]:
-    """Versions, devices, settings, build of the extension, and for each op the backends that cannot run and why.
+def _unavailable_reason(op: str, backend: str, device: str) -> str | None:
+    """The reason to act on comes first: a package or a build that is missing, and only then the device."""
+    reason = unavailable_reason(op, backend, device)
+    if reason is None and device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device here"
+    return reason
 
-    ``info()["backends"][op][device_type][backend]`` is None where the backend is available, else the reason. Everything
-    in the dictionary is JSON-serialisable.
+
+def info() -> dict[str, Any]:
+    """Return versions, devices, settings, the extension's build, and which backend can run each op.
+
+    ``info()["backends"][op][device_type][backend]`` is None if the backend is available here, else the reason why it is
+    not. Everything in the dictionary is JSON-serialisable.
     """
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -53,7 +60,7 @@ def info() -> dict[str, Any]:
         "extension": _native.build_info(),
         "backends": {
             op: {
-                device: {backend: unavailable_reason(op, backend, device) for backend in _settings.BACKENDS}
+                device: {backend: _unavailable_reason(op, backend, device) for backend in _settings.BACKENDS}
                 for device in ("cpu", "cuda")
             }
             for op in OPS

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, info
+
+if TYPE_CHECKING:
+    from .bench.records import Record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,17 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.run is None:
         parser.print_help()
         return 0
+    return run_command("lt-kernels", arguments.run, arguments)
+
+
+def run_command(name: str, run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Return the exit status of ``run``; errors of the user are one line on stderr and status 2."""
     try:
-        return int(arguments.run(arguments))
+        return int(run(arguments))
     except (ValueError, FileNotFoundError) as error:
-        print(f"lt-kernels: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="lt-kernels",
         description="Fused losses for training classifiers on long-tailed labels with very many classes.",
         epilog="""examples:
@@ -53,55 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON: lt_kernels.info() as it is")
     command.set_defaults(run=_info)
 
-    command = commands.add_parser(
-        "bench",
-        help="measure an op; compare with saved results; make tables and figures from them",
-        description="Measure an op against eager PyTorch, torch.compile and other libraries, after checking each\n"
-        "provider's result against float64. With the word `compare`: has our code become slower, relative to\n"
-        "eager PyTorch and torch.compile? With the word `report`: tables and figures from saved results.",
-        epilog="""examples:
-  lt-kernels bench --list                                   ops, providers and cases
-  lt-kernels bench                                          everything on the CPU
-  lt-kernels bench margin_cross_entropy --case inat18-n512 --dtype float32
-  lt-kernels bench --provider 'eager,lt[native]' --json out.json
-  lt-kernels bench --device cuda --save                     into benchmarks/results/<device>/
-  lt-kernels bench --device cuda --budget 240 --json out.json   what fits into four minutes, headline cases first
-  lt-kernels bench compare                                  a few cases now, against the saved results
-  lt-kernels bench compare before.json after.json           two results files; nothing is measured
-  lt-kernels bench report                                   write README.md, docs/benchmarks.md and the figures
-  lt-kernels bench report --check                           fail if they do not show the saved results""",
-    )
-    command.add_argument(
-        "op", nargs="*", metavar="OP", help="an op (default: all), or `compare [BEFORE.json AFTER.json]`, or `report`"
-    )
-    command.add_argument("--list", action="store_true", help="list ops, providers and cases, and stop")
-    for name, text in (
-        ("provider", "what to measure (default: what is available here; reasons are printed for the rest)"),
-        ("case", "shapes to measure (default: those meant for the device)"),
-        ("dtype", "float32, bfloat16, float16 (default: all)"),
-        ("direction", "fwd, bwd, fwd_bwd (default: all)"),
-    ):
-        command.add_argument(
-            f"--{name}", action="append", metavar="NAME", help=f"{text}; comma-separated, or given several times"
-        )
-    command.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-    for name, number, unit, text in (
-        ("repetitions", int, "N", "of each provider, at least (20)"),
-        ("seconds", float, "S", "per case and dtype, for fwd and again for bwd and fwd_bwd, at least (1)"),
-        ("limit", float, "S", "the same, at most, once each provider has 3 repetitions (6)"),
-        ("budget", float, "S", "for everything: headline cases first, what does not fit is named (no limit)"),
-        ("tolerance", float, "X", "with `compare`: growth of our relative time that is a regression (0.3)"),
-    ):
-        command.add_argument(f"--{name}", type=number, metavar=unit, help=text)
-    command.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the records to FILE (same cases are replaced)"
-    )
-    command.add_argument("--save", action="store_true", help="write them to benchmarks/results/<device>/<op>.json")
-    command.add_argument(
-        "--check", action="store_true", help="with `report`: change nothing, fail if something is stale"
-    )
-    command.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="checkout with the saved results")
-    command.set_defaults(run=_bench)
+    _add_bench(commands)
 
     command = commands.add_parser(
         "demo",
@@ -122,7 +83,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="measure ops against eager PyTorch, torch.compile and other libraries",
+        description="Measure ops against eager PyTorch, torch.compile and other libraries, after checking each\n"
+        "provider's result against float64.",
+        epilog="""examples:
+  lt-kernels bench --list                                   ops, providers and cases
+  lt-kernels bench                                          everything on the CPU
+  lt-kernels bench margin_cross_entropy --case inat18-n512 --dtype float32
+  lt-kernels bench expert_fusion expert_divergence          two ops
+  lt-kernels bench --provider 'eager,lt[native]' --json out.json
+  lt-kernels bench --device cuda --save                     into benchmarks/results/<device>/
+  lt-kernels bench --device cuda --budget 240 --json out.json   what fits into four minutes, headline cases first
+
+In a checkout, `python benchmarks/report.py` makes tables and figures from saved results, and
+`python benchmarks/compare.py` says whether our code has become slower.""",
+    )
+    command.add_argument("op", nargs="*", metavar="OP", help="ops to measure (default: all)")
+    command.add_argument("--list", action="store_true", help="list ops, providers and cases, and stop")
+    add_measuring_options(command)
+    command.add_argument(
+        "--provider",
+        action="append",
+        metavar="NAME",
+        help="what to measure (default: what is available here; reasons are printed for the rest); comma-separated, or "
+        "given several times",
+    )
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the records to FILE (same cases are replaced)"
+    )
+    command.add_argument("--save", action="store_true", help="write them to benchmarks/results/<device>/<op>.json")
+    command.add_argument("--dirty", action="store_true", help="with --save: save results of uncommitted code, too")
+    command.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="checkout with the saved results")
+    command.set_defaults(run=_bench)
+
+
+class Parser(argparse.ArgumentParser):
     """Keeps the line breaks of examples, in sub-commands too."""
 
     def __init__(self, **options: object) -> None:
@@ -151,118 +149,102 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from .bench import records, report, runner
+    from .bench import runner
 
-    word, *files = arguments.op or [None]
-    if files and word != "compare":
-        raise ValueError(f"got {' '.join(arguments.op)!r}, expected one op, or `compare` with two files, or `report`")
-    if arguments.check and word != "report":
-        raise ValueError("--check goes with `lt-kernels bench report`")
-    if arguments.tolerance is not None and word != "compare":
-        raise ValueError("--tolerance goes with `lt-kernels bench compare`")
-    if word == "report":
-        return _report(arguments)
-    if word == "compare":
-        return _compare(arguments, [Path(file) for file in files])
-    if word is not None and word not in runner.OPS:
-        raise ValueError(f"unknown op {word!r}; choose from: {', '.join(runner.OPS)}, or `compare` or `report`")
-    ops = [word] if word else list(runner.OPS)
+    for op in arguments.op:
+        if op not in runner.OPS:
+            raise ValueError(f"unknown op {op!r}; choose from: {', '.join(runner.OPS)}")
+    ops = list(dict.fromkeys(arguments.op)) or list(runner.OPS)
     if arguments.list:
         for op in ops:
             _list(op)
         return 0
 
-    options = _options(arguments)
+    options = measuring_options(arguments)
     if arguments.provider:
         options["providers"] = _names(arguments.provider)
-    status = 0
+    folder = _folder_of_results(arguments)
+    status, measured = 0, False
     for op in ops:
-        targets = [arguments.json] if arguments.json else []
-        if arguments.save:
-            results = report.find_root(arguments.root) / report.RESULTS
-            targets.append(results / records.device_slug(arguments.device) / f"{op}.json")
-
-        def keep(group: list[records.Record], targets: list[Path] = targets) -> None:
-            for path in targets:
-                records.save(path, group)
-
+        paths = [*([arguments.json] if arguments.json else []), *([folder / f"{op}.json"] if folder else [])]
         try:
-            measured = runner.run(op, device=arguments.device, log=_print, on_records=keep, **options)
-            if word and not measured:
-                raise ValueError(f"{op} has none of the cases and providers asked for: see `lt-kernels bench --list`")
+            measured |= bool(runner.run(op, log=print_now, on_records=partial(_save, paths), **options))
         except runner.BenchmarkError as error:
             print(f"lt-kernels: {error}", file=sys.stderr)
             status = 1
-        for path in targets:
+        for path in paths:
             if path.exists():
                 print(f"wrote {path}")
+    if arguments.op and not measured and status == 0:
+        names = ", ".join(ops)
+        raise ValueError(f"{names} has none of the cases and providers asked for: see `lt-kernels bench --list`")
     return status
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    from .bench import report
+def _folder_of_results(arguments: argparse.Namespace) -> Path | None:
+    """Return the folder for ``--save``, or None without it. ValueError if the measured code is not committed."""
+    from .bench import records
 
-    root = report.find_root(arguments.root)
-    if arguments.check:
-        try:
-            report.check(root)
-        except report.StaleReportError as error:
-            print(f"lt-kernels: {error}", file=sys.stderr)
-            return 1
-        print("tables and figures show the saved results")
-        return 0
-    changed = [f"{'wrote' if path.exists() else 'removed'} {path}" for path in report.write(root)]
-    print("\n".join(changed) or "everything is up to date")
-    if all(path.parent.name.startswith("cpu-") for path in report.result_files(root)):
-        print(report.NOT_ON_GPU)
-    return 0
+    if not arguments.save:
+        if arguments.dirty:
+            raise ValueError("--dirty goes with --save")
+        return None
+    revision = records.git_revision() or ""
+    if revision.endswith("-dirty") and not arguments.dirty:
+        raise ValueError(
+            f"--save: got revision {revision}: commit the changes in {', '.join(records.MEASURED)}, or give --dirty"
+        )
+    return records.find_root(arguments.root) / records.RESULTS / records.device_slug(arguments.device)
 
 
-def _compare(arguments: argparse.Namespace, files: list[Path]) -> int:
-    from .bench import compare, records, report, runner
+def _save(paths: Sequence[Path], found: list[Record]) -> None:
+    from .bench import records
 
-    tolerance = compare.TOLERANCE if arguments.tolerance is None else arguments.tolerance
-    if not tolerance > 0:
-        raise ValueError(f"--tolerance: got {tolerance}, expected a number above 0")
-    if len(files) not in (0, 2):
-        raise ValueError(f"compare: got {len(files)} file, expected two, or none to measure now")
-    if files:
-        found = compare.compare(records.load(files[0]), records.load(files[1]), tolerance)
-        if not found:
-            raise ValueError(f"{files[0]} and {files[1]} have no case in common with our time and a reference's")
-    else:
-        results = report.find_root(arguments.root) / report.RESULTS
-        try:
-            found = compare.compare_now(results, arguments.device, tolerance, _print, **_options(arguments))
-        except runner.BenchmarkError as error:
-            print(f"lt-kernels: {error}", file=sys.stderr)
-            return 1
-    print(f"\nour time / that of the reference, before -> now; a regression grows beyond {1 + tolerance:g}x in each")
-    print(compare.table(found))
-    regressions = sum(one.verdict == "regression" for one in found)
-    print(f"{regressions} of {len(found)} are regressions" if regressions else "no regression")
-    return 1 if regressions else 0
+    for path in paths:
+        records.save(path, found)
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given of the options that choose and time measurements, by the names of ``runner.run``."""
+def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose and time measurements; ``measuring_options`` reads them."""
+    for name, text in (
+        ("case", "shapes to measure (default: those meant for the device)"),
+        ("dtype", "float32, bfloat16, float16 (default: all)"),
+        ("direction", "fwd, bwd, fwd_bwd (default: all)"),
+    ):
+        parser.add_argument(
+            f"--{name}", action="append", metavar="NAME", help=f"{text}; comma-separated, or given several times"
+        )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+    for name, number, unit, text in (
+        ("repetitions", int, "N", "of each provider, at least (20)"),
+        ("seconds", float, "S", "per case and dtype, for fwd and again for bwd and fwd_bwd, at least (1)"),
+        ("limit", float, "S", "the same, at most, once each provider has 3 repetitions (6)"),
+        ("budget", float, "S", "for everything: headline cases first, what does not fit is named (no limit)"),
+    ):
+        parser.add_argument(f"--{name}", type=number, metavar=unit, help=text)
+
+
+def measuring_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the given options of ``add_measuring_options``, by the names of ``runner.run``."""
     lists = {"cases": arguments.case, "dtypes": arguments.dtype, "directions": arguments.direction}
     numbers = {name: getattr(arguments, name) for name in ("repetitions", "seconds", "limit", "budget")}
     given: dict[str, Any] = {name: _names(value) for name, value in lists.items() if value}
-    return given | {name: value for name, value in numbers.items() if value is not None}
+    given |= {name: value for name, value in numbers.items() if value is not None}
+    return {"device": arguments.device, **given}
 
 
-def _print(line: str) -> None:
+def print_now(line: str) -> None:
+    """Print a line at once, also into a pipe."""
     print(line, flush=True)
 
 
 def _list(op: str) -> None:
     from .bench import runner
 
-    module = runner.OPS[op]
+    spec = runner.OPS[op]
     print(op)
     print("  providers")
-    for name, provider in module.PROVIDERS.items():
+    for name, provider in spec.providers.items():
         states = []
         for device in ("cpu", "cuda"):
             unasked = provider.unasked(device)
@@ -270,7 +252,7 @@ def _list(op: str) -> None:
             states.append(f"{device}: {state or 'available'}")
         print(f"    {name:23} {'; '.join(states)}")
     print("  cases")
-    for case in module.CASES.values():
+    for case in spec.cases.values():
         where = "/".join(case.devices) or "on request"
         shape = " x ".join(f"{size:,}" for size in case.sizes.values())
         print(f"    {case.name:18} {shape:22}  {where:10}  {case.note}".rstrip())

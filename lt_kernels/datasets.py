@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._checks import check_choice, quoted
+
 _FILES = {
     "cifar10_lt_if100": "cifar10_lt_if100_train.txt",
     "cifar100_lt_if10": "cifar100_lt_if10_train.txt",
@@ -63,7 +65,7 @@ def class_counts(name: str) -> Tensor:
                 "; iNaturalist's train counts are not shipped: 'inat18_like' is a synthetic stand-in, "
                 "class_counts_from_file(path, format='annotations') reads your own train list"
             )
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, available()))}{hint}")
+        raise ValueError(f"name: got {name!r}, expected one of {quoted(available())}{hint}")
     return torch.tensor([int(line) for line in _lines(_FILES[name])])
 
 
@@ -78,8 +80,7 @@ def class_supercategories(name: str = "inat18") -> list[str]:
         >>> len(names), len(set(names)), names[0]
         (8142, 14, 'Animalia')
     """
-    if name not in _SUPERCATEGORY_FILES:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, _SUPERCATEGORY_FILES))}")
+    check_choice("name", name, tuple(_SUPERCATEGORY_FILES))
     return _lines(_SUPERCATEGORY_FILES[name])
 
 
@@ -116,10 +117,8 @@ def class_counts_from_file(
         ...     class_counts_from_file(file.name, format="path_label")
         tensor([2, 0, 1])
     """
-    if format not in _FORMATS:
-        raise ValueError(f"format: got {format!r}, expected one of {', '.join(map(repr, _FORMATS))}")
-    if unit not in ("annotations", "images"):
-        raise ValueError(f"unit: got {unit!r}, expected 'annotations' or 'images'")
+    check_choice("format", format, _FORMATS)
+    check_choice("unit", unit, ("annotations", "images"), "'annotations' or 'images'")
     if unit == "images" and format != "annotations":
         raise ValueError(f"unit: got 'images' with format={format!r}, expected format='annotations'")
     path = Path(path)

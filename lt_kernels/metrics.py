@@ -7,13 +7,26 @@ imports, and construction raises ImportError. ``reliability_diagram`` needs matp
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .priors import SHOT_GROUPS, ClassVector, shot_groups
+from ._checks import (
+    ClassVector,
+    check_classes,
+    check_device,
+    check_floating,
+    check_int,
+    check_integers,
+    check_shape,
+    check_tensor,
+)
+from .priors import SHOT_GROUPS, shot_groups
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 try:
     from torchmetrics import Metric
@@ -98,8 +111,8 @@ class ShotGroupAccuracy(Metric):
         preds, target = self._classes(preds, target)
         kept = target != self.ignore_index
         if self.validate_args:
-            self._check("target", target, kept)
-            self._check("preds", preds, kept)
+            for name, classes in (("target", target), ("preds", preds)):
+                check_classes(name, classes.where(kept, 0), self.num_classes)
         kept &= (target >= 0) & (target < self.num_classes)
         index = target.masked_fill(~kept, 0)
         self.total = self.total.scatter_add(0, index, kept.long())
@@ -124,27 +137,14 @@ class ShotGroupAccuracy(Metric):
 
     def _classes(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted and true classes as flat int64."""
-        for name, value in (("preds", preds), ("target", target)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise TypeError(f"target: got dtype {target.dtype}, expected an integer dtype")
+        check_tensor("preds", preds)
+        check_integers("target", target, "a Tensor")
         if preds.is_floating_point():
             if preds.dim() < 2 or preds.shape[1] != self.num_classes:
                 raise ValueError(f"preds: got shape {tuple(preds.shape)}, expected [N, {self.num_classes}, ...]")
             preds = preds.argmax(1)
-        if preds.shape != target.shape:
-            raise ValueError(
-                f"target: got shape {tuple(target.shape)}, expected {tuple(preds.shape)}, one class per prediction"
-            )
+        check_shape("target", target, preds.shape, ", one class per prediction")
         return preds.flatten().long(), target.flatten().long()
-
-    def _check(self, name: str, classes: Tensor, kept: Tensor) -> None:
-        bad = kept & ((classes < 0) | (classes >= self.num_classes))
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            got = int(classes[row])
-            raise IndexError(f"{name}: row {row} has class {got}, expected 0 <= class < {self.num_classes}")
 
 
 class WithinClassSpread(Metric):
@@ -205,10 +205,7 @@ class WithinClassSpread(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise TypeError(f"dim: got {type(dim).__name__}, expected an int")
-        if dim < 1:
-            raise ValueError(f"dim: got {dim}, expected an int >= 1")
+        check_int("dim", dim, 1)
         groups = shot_groups(class_counts, many_above, few_below)
         self.register_buffer("shot_group", groups, persistent=False)
         self.num_classes, self.dim = len(groups), dim
@@ -225,32 +222,18 @@ class WithinClassSpread(Metric):
             embeddings: [N, D], floating.
             labels: classes [N], any integer dtype.
         """
-        for name, value in (("embeddings", embeddings), ("labels", labels)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
-        if not embeddings.is_floating_point():
-            raise TypeError(f"embeddings: got dtype {embeddings.dtype}, expected a floating-point dtype")
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels: got dtype {labels.dtype}, expected an integer dtype")
+        check_floating("embeddings", embeddings, kind="a floating-point dtype")
+        check_integers("labels", labels, "a Tensor")
         if embeddings.dim() != 2 or embeddings.shape[1] != self.dim:
             raise ValueError(f"embeddings: got shape {tuple(embeddings.shape)}, expected [N, {self.dim}]")
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"labels: got shape {tuple(labels.shape)}, expected ({len(embeddings)},), one per embedding"
-            )
-        for name, value in (("embeddings", embeddings), ("labels", labels)):
-            if value.device != self.count.device:
-                raise ValueError(f"{name}: got device {value.device}, expected {self.count.device} as the metric")
+        check_shape("labels", labels, embeddings.shape[:1], ", one per embedding")
+        check_device("embeddings", embeddings, self.count, " as the metric")
+        check_device("labels", labels, self.count, " as the metric")
         label = labels.to(torch.int64)
         counted = label != self.ignore_index
         is_class = (label >= 0) & (label < self.num_classes)
         if self.validate_args:
-            bad = counted & ~is_class
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0])
-                raise IndexError(
-                    f"labels: row {row} has class {int(label[row])}, expected 0 <= class < {self.num_classes}"
-                )
+            check_classes("labels", label.where(counted, 0), self.num_classes)
         counted &= is_class
         index = label.masked_fill(~counted, 0)
         z = embeddings.detach().to(torch.float64)
@@ -311,11 +294,9 @@ def within_class_spread(
         >>> spread["many"].item(), spread["few"].item()
         (1.0, 0.0)
     """
-    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
-        got = f"shape {tuple(embeddings.shape)}" if isinstance(embeddings, Tensor) else type(embeddings).__name__
-        raise (ValueError if isinstance(embeddings, Tensor) else TypeError)(
-            f"embeddings: got {got}, expected a Tensor [N, D]"
-        )
+    check_tensor("embeddings", embeddings, "a Tensor [N, D]")
+    if embeddings.dim() != 2:
+        raise ValueError(f"embeddings: got shape {tuple(embeddings.shape)}, expected a Tensor [N, D]")
     metric = WithinClassSpread(
         class_counts, max(embeddings.shape[1], 1), normalize=normalize, many_above=many_above, few_below=few_below,
         ignore_index=ignore_index,
@@ -369,7 +350,7 @@ class CalibrationError(Metric):
 
     def __init__(self, bins: int = 15, *, ignore_index: int = -100, validate_args: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bins = _check_bins(bins)
+        self.bins = check_int("bins", bins, 1)
         self.ignore_index = ignore_index
         self.validate_args = validate_args
         self.add_state("sums", default=torch.zeros(bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
@@ -417,10 +398,12 @@ def calibration_error(preds: Tensor, target: Tensor, bins: int = 15, *, ignore_i
     """
     counted = _confidence_and_correct(preds, target, ignore_index)
     _check_confidence("preds", counted[0])
-    return _errors(_bin_sums(*counted, _check_bins(bins)))
+    return _errors(_bin_sums(*counted, check_int("bins", bins, 1)))
 
 
-def reliability_diagram(confidence: Tensor, correct: Tensor, path_or_axis: Any, bins: int = 15) -> Any:
+def reliability_diagram(
+    confidence: Tensor, correct: Tensor, path_or_axis: str | os.PathLike[str] | Axes, bins: int = 15
+) -> Axes:
     """Accuracy against confidence, one bar for each bin, with the gaps and both calibration errors.
 
     Args:
@@ -438,8 +421,8 @@ def reliability_diagram(confidence: Tensor, correct: Tensor, path_or_axis: Any, 
     """
     counted = _confidence_and_correct(confidence, correct, -100, ("confidence", "correct"))
     _check_confidence("confidence", counted[0])
-    sums = _bin_sums(*counted, _check_bins(bins)).cpu()
-    figure, axis = None, path_or_axis
+    sums = _bin_sums(*counted, check_int("bins", bins, 1)).cpu()
+    figure = None
     if isinstance(path_or_axis, (str, os.PathLike)):
         try:
             from matplotlib.figure import Figure
@@ -449,29 +432,23 @@ def reliability_diagram(confidence: Tensor, correct: Tensor, path_or_axis: Any, 
         axis = figure.add_subplot()
     elif not hasattr(path_or_axis, "bar"):
         raise TypeError(f"path_or_axis: got {type(path_or_axis).__name__}, expected a file name or matplotlib axes")
+    else:
+        axis = path_or_axis
     count, confident, right = sums.unbind(1)
     filled = count > 0
     accuracy = (right / count)[filled].tolist()
     gap = ((confident - right) / count)[filled].tolist()
     left = (torch.arange(bins)[filled] / bins).tolist()
-    options = {"width": 1 / bins, "align": "edge", "edgecolor": "black", "linewidth": 0.5}
+    options: dict[str, Any] = {"width": 1 / bins, "align": "edge", "edgecolor": "black", "linewidth": 0.5}
     axis.bar(left, accuracy, color="tab:blue", label="accuracy", **options)
     axis.bar(left, gap, bottom=accuracy, color="tab:red", alpha=0.3, label="confidence - accuracy", **options)
     axis.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1)
     ece, mce = _errors(sums)
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"ECE {ece:.3f}, MCE {mce:.3f}")
     axis.legend(loc="upper left")
-    if figure is not None:
+    if figure is not None and isinstance(path_or_axis, (str, os.PathLike)):
         figure.savefig(path_or_axis, dpi=150)
     return axis
-
-
-def _check_bins(bins: int) -> int:
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins: got {type(bins).__name__}, expected an int")
-    if bins < 1:
-        raise ValueError(f"bins: got {bins}, expected an int >= 1")
-    return bins
 
 
 def _check_confidence(name: str, confidence: Tensor) -> None:
@@ -485,25 +462,20 @@ def _confidence_and_correct(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[N] each: confidence (float64, 0 for ignored samples), whether it was right, whether it counts (bool)."""
     of_preds, of_target = names
-    for name, value in zip(names, (preds, target), strict=True):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
-    if not preds.is_floating_point():
-        raise TypeError(f"{of_preds}: got dtype {preds.dtype}, expected a floating-point dtype")
+    check_tensor(of_target, target)
+    check_floating(of_preds, preds, kind="a floating-point dtype")
     dims = (1, 2) if of_preds == "preds" else (1,)
     if preds.dim() not in dims or (preds.dim() == 2 and preds.shape[1] == 0):
         expected = "probabilities [N, C] or confidences [N]" if 2 in dims else "[N]"
         raise ValueError(f"{of_preds}: got shape {tuple(preds.shape)}, expected {expected}")
-    if target.shape != preds.shape[:1]:
-        raise ValueError(f"{of_target}: got shape {tuple(target.shape)}, expected ({len(preds)},), one per prediction")
+    check_shape(of_target, target, preds.shape[:1], ", one per prediction")
     if preds.dim() == 1:
         if target.dtype != torch.bool:
             raise TypeError(
                 f"{of_target}: got dtype {target.dtype} with confidences [N], expected bool: whether they were right"
             )
         return preds.detach().double(), target, torch.ones_like(target)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{of_target}: got dtype {target.dtype}, expected an integer dtype")
+    check_integers(of_target, target)
     confidence, predicted = preds.detach().max(1)
     kept = target != ignore_index
     return confidence.double().masked_fill(~kept, 0.0), (predicted == target) & kept, kept

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .priors import as_number
+from ._checks import check_device, check_floating, check_integers, check_number, check_shape, check_tensor
 
 
 class MixedBatch(NamedTuple):
@@ -55,8 +55,7 @@ def mixup(x: Tensor, y: Tensor, alpha: float, *, generator: torch.Generator | No
         (torch.Size([4, 3, 8, 8]), torch.Size([4]))
     """
     _check(x, y)
-    if not x.is_floating_point():
-        raise TypeError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
+    check_floating("x", x, kind="a floating-point dtype")
     share, order = _draw(x, alpha, generator)
     return MixedBatch(torch.lerp(x[order], x, share), y, y[order], share)
 
@@ -102,22 +101,17 @@ def cutmix(x: Tensor, y: Tensor, alpha: float, *, generator: torch.Generator | N
 
 
 def _check(x: Tensor, y: Tensor) -> None:
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+    check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x: got shape (), expected [N, ...]")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"y: got dtype {y.dtype}, expected class indices of an integer dtype")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"y: got shape {tuple(y.shape)}, expected ({len(x)},), one class for each sample of x")
-    if y.device != x.device:
-        raise ValueError(f"y: got device {y.device}, expected {x.device} as x")
+    check_integers("y", y, "a Tensor", "class indices of an integer dtype")
+    check_shape("y", y, x.shape[:1], ", one class for each sample of x")
+    check_device("y", y, x, " as x")
 
 
 def _draw(x: Tensor, alpha: float, generator: torch.Generator | None) -> tuple[float, Tensor]:
     """Lambda, and the order of the samples that are mixed in, on x's device."""
-    alpha = as_number("alpha", alpha, 0.0, expected="a number >= 0")
+    alpha = check_number("alpha", alpha, 0.0)
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")

@@ -14,18 +14,13 @@ Zero counts are an explicit choice, ``zero_counts``:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    import numpy as np
+from ._checks import ClassVector, as_class_vector, check_choice, check_each_class, check_number, check_positive
 
-#: Anything one-dimensional and numeric: list, tuple, numpy array, tensor.
-ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any]"
 ZeroCounts: TypeAlias = Literal["error", "mask"] | float
 
 #: Names of the groups that ``shot_groups`` numbers 0, 1, 2.
@@ -34,56 +29,13 @@ SHOT_GROUPS = ("many", "medium", "few")
 _MAX_NAMED = 8  # classes listed in an error message
 
 
-def as_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, expected: str = "") -> float:
-    """``value`` as a float if it is a finite real number with low <= value <= high; TypeError or ValueError if not."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    number = float(value)
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{name}: got {value}, expected {expected or 'a finite number'}")
-    return number
-
-
-def as_class_vector(name: str, value: ClassVector) -> Tensor:
-    """``value`` as a finite float64 vector [C] on the CPU, a copy of its own; TypeError or ValueError if it is none."""
-    if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") or isinstance(value, Tensor)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a 1-D sequence, array or tensor of numbers")
-    try:
-        raw = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
-        numeric = not (raw.is_complex() or raw.dtype == torch.bool)
-        vector = raw.to("cpu", torch.float64, copy=True) if numeric else raw
-        if numeric and not isinstance(value, Tensor):
-            vector = torch.tensor(value, dtype=torch.float64)  # Python floats would have been rounded to float32
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: got {type(value).__name__} ({error}), expected numbers [C]") from error
-    if not numeric:
-        raise TypeError(f"{name}: got dtype {raw.dtype}, expected integers or real floating-point numbers")
-    if vector.ndim != 1:
-        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected a 1-D vector [C]")
-    if len(vector) == 0:
-        raise ValueError(f"{name}: got no elements, expected one per class")
-    _require(name, vector, vector.isfinite(), "finite numbers")
-    return vector
-
-
-def _require(name: str, vector: Tensor, holds: Tensor, expected: str) -> None:
-    bad = (~holds).nonzero().flatten().tolist()
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
-
-
 def _as_counts(class_counts: ClassVector, zero_counts: ZeroCounts) -> Tensor:
     counts = as_class_vector("class_counts", class_counts)
-    _require("class_counts", counts, counts >= 0, "counts >= 0")
-    if isinstance(zero_counts, str):
-        if zero_counts not in ("error", "mask"):
-            raise ValueError(f"zero_counts: got {zero_counts!r}, expected 'error', 'mask' or a positive number")
-    else:
-        floor = as_number("zero_counts", zero_counts, expected="'error', 'mask' or a positive number")
-        if floor <= 0:
-            raise ValueError(f"zero_counts: got {zero_counts}, expected 'error', 'mask' or a positive number")
-        return counts.masked_fill(counts == 0, floor)
+    check_each_class("class_counts", counts, counts >= 0, "counts >= 0")
+    policies = "'error', 'mask' or a positive number"
+    if not isinstance(zero_counts, str):
+        return counts.masked_fill(counts == 0, check_positive("zero_counts", zero_counts, policies))
+    check_choice("zero_counts", zero_counts, ("error", "mask"), policies)
     empty = (counts == 0).nonzero().flatten().tolist()
     if zero_counts == "error" and empty:
         named = ", ".join(map(str, empty[:_MAX_NAMED])) + (", ..." if len(empty) > _MAX_NAMED else "")
@@ -165,9 +117,8 @@ class ClassPrior:
         ``eps=1e-9`` is what BalPoE's published code adds; ``form="power", eps=1e-12`` is that of logit adjustment.
         Masked classes are -inf whatever tau and eps.
         """
-        tau, eps = as_number("tau", tau), as_number("eps", eps, 0.0, expected="a number >= 0")
-        if form not in ("prior", "power"):
-            raise ValueError(f"form: got {form!r}, expected 'prior' or 'power'")
+        tau, eps = check_number("tau", tau), check_number("eps", eps, 0.0)
+        check_choice("form", form, ("prior", "power"), "'prior' or 'power'")
         pi = self._counts / self._counts.sum()
         value = (pi.pow(tau) + eps).log() if form == "power" and eps > 0 else tau * (pi + eps).log()
         return self._give(value.masked_fill(~self._present, -math.inf))
@@ -178,7 +129,7 @@ class ClassPrior:
         Of classes with equal counts the first in order ranks lower, so that even they may get different pi_rev. Masked
         classes are -inf; the ranks of the others are reversed among themselves.
         """
-        tau, eps = as_number("tau", tau), as_number("eps", eps, 0.0, expected="a number >= 0")
+        tau, eps = check_number("tau", tau), check_number("eps", eps, 0.0)
         pi = self._counts / self._counts.sum()
         value, order = pi[self._present].sort(stable=True)
         pi[self._present] = torch.empty_like(value).scatter(0, order, value.flip(0))
@@ -193,7 +144,7 @@ class ClassPrior:
         return self._give(self._effective_numbers(beta))
 
     def _effective_numbers(self, beta: float) -> Tensor:
-        beta = as_number("beta", beta, 0.0, expected="0 <= beta < 1")
+        beta = check_number("beta", beta, 0.0, expected="0 <= beta < 1")
         if beta >= 1:
             raise ValueError(f"beta: got {beta}, expected 0 <= beta < 1")
         log_beta = math.log(beta) if beta > 0 else -math.inf
@@ -214,13 +165,13 @@ class ClassPrior:
 
     def ldam_margins(self, max_margin: float = 0.5) -> Tensor:
         """max_margin * n^-1/4 / max(n^-1/4): the rarest class has ``max_margin`` (Cao et al., 2019); [C]."""
-        max_margin = as_number("max_margin", max_margin, 0.0, expected="a number >= 0")
+        max_margin = check_number("max_margin", max_margin, 0.0)
         root = self._inverse_power(0.25)
         return self._give(max_margin * root / root.max())
 
     def vs_scales(self, gamma: float = 0.3) -> Tensor:
         """(n / max(n))^gamma: the multiplicative part of the VS loss (Kini et al., 2021) and of CDT; [C]."""
-        gamma = as_number("gamma", gamma)
+        gamma = check_number("gamma", gamma)
         scales = (self._counts / self._counts.max()).pow(gamma)
         return self._give(scales.masked_fill(~self._present, 0.0))
 
@@ -230,9 +181,7 @@ class ClassPrior:
         Where all counts are equal, every class has ``bounds[1]``.
         """
         lower, upper = margin_bounds(bounds)
-        power = as_number("power", power)
-        if power <= 0:
-            raise ValueError(f"power: got {power}, expected a number > 0")
+        power = check_positive("power", power)
         x = self._inverse_power(power)
         low, high = x.min(), x.max()
         rarity = torch.where(high > low, (x - low) / (high - low), 1.0)
@@ -243,8 +192,8 @@ class ClassPrior:
 
         A class without samples counts as the rarest one.
         """
-        temperature = as_number("temperature", temperature)
-        factor = as_number("reweight_factor", reweight_factor, 0.0, 1.0, expected="a number in [0, 1]")
+        temperature = check_number("temperature", temperature)
+        factor = check_number("reweight_factor", reweight_factor, 0.0, 1.0)
         n = self._at_least_the_rarest()
         w = len(n) * n / n.sum() * factor + 1 - factor
         return self._give(temperature * w / w.max())
@@ -254,7 +203,7 @@ class ClassPrior:
 
         0 many: n > many_above. 2 few: n < few_below. 1 medium: the rest (20..100 by default).
         """
-        many_above, few_below = as_number("many_above", many_above), as_number("few_below", few_below)
+        many_above, few_below = check_number("many_above", many_above), check_number("few_below", few_below)
         if few_below > many_above + 1:
             raise ValueError(f"few_below: got {few_below:g}, expected at most many_above + 1 = {many_above + 1:g}")
         groups = torch.ones_like(self._counts, dtype=torch.int64)
@@ -267,7 +216,7 @@ def margin_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     """``bounds`` as (lower, upper) floats; ValueError if they are not two finite numbers in order."""
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise ValueError(f"margin_bounds: got {bounds!r}, expected (lower, upper)")
-    lower, upper = (as_number("margin_bounds", bound) for bound in bounds)
+    lower, upper = (check_number("margin_bounds", bound) for bound in bounds)
     if lower > upper:
         raise ValueError(f"margin_bounds: got {bounds!r}, expected lower <= upper")
     return lower, upper

@@ -13,10 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _settings
-from .priors import ClassPrior, ClassVector, as_number
+from ._checks import (
+    FLOATING,
+    ClassVector,
+    check_choice,
+    check_classes,
+    check_device,
+    check_floating,
+    check_int,
+    check_integers,
+    check_number,
+    check_shape,
+    reads_values,
+)
+from .priors import ClassPrior
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FILLS = ("empty", "random")
 
 
@@ -76,9 +87,9 @@ class ClassQueue(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.dim, self.base = _int("size", size, 1), _int("dim", dim, 1), _int("base", base, 0)
-        if fill not in FILLS:
-            raise ValueError(f"fill: got {fill!r}, expected one of {', '.join(map(repr, FILLS))}")
+        self.size, self.dim = check_int("size", size, 1), check_int("dim", dim, 1)
+        self.base = check_int("base", base, 0)
+        check_choice("fill", fill, FILLS)
         prior = ClassPrior(class_counts, zero_counts="mask", device=device)
         self.num_classes = len(prior)
         sizes = self._apportioned(prior)
@@ -115,7 +126,9 @@ class ClassQueue(nn.Module):
         """
         rows = _check_features(features, self.features)
         label = _check_integers("labels", labels, rows, self.features)
-        is_class = _check_range(label, self.num_classes)
+        is_class = (label >= 0) & (label < self.num_classes)
+        if reads_values(label):
+            check_classes("labels", label, self.num_classes, -1, ", or -1")
         given = None if ids is None else _check_integers("ids", ids, rows, self.features)
         if rows == 0:
             return label
@@ -233,7 +246,7 @@ class FeatureQueue(nn.Module):
         self, size: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.size, self.dim = _int("size", size, 1), _int("dim", dim, 1)
+        self.size, self.dim = check_int("size", size, 1), check_int("dim", dim, 1)
         self.register_buffer("features", _empty_features(size, dim, device, dtype))
         self.register_buffer("labels", torch.full((size,), -1, device=device))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
@@ -289,7 +302,7 @@ def momentum_update(target: nn.Module, source: nn.Module, momentum: float, *, bu
     for name, module in (("target", target), ("source", source)):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name}: got {type(module).__name__}, expected an nn.Module")
-    momentum = as_number("momentum", momentum, 0.0, 1.0, expected="a number in [0, 1]")
+    momentum = check_number("momentum", momentum, 0.0, 1.0)
     ours: dict[str, Tensor] = dict(target.named_parameters())
     theirs: dict[str, Tensor] = dict(source.named_parameters())
     if buffers:
@@ -320,51 +333,24 @@ def _rank_within(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(group).scatter_(0, order, places - first[group[order]]), counts
 
 
-def _int(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-    if value < least:
-        raise ValueError(f"{name}: got {value}, expected an int >= {least}")
-    return value
-
-
 def _empty_features(size: int, dim: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
-    if dtype not in _FLOATING:
+    if dtype not in FLOATING:
         raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
     return torch.zeros(size, dim, device=device, dtype=dtype)
 
 
 def _check_features(features: Any, held: Tensor) -> int:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"features: got {type(features).__name__}, expected a Tensor [N, {held.shape[1]}]")
-    if features.dtype not in _FLOATING:
-        raise TypeError(f"features: got dtype {features.dtype}, expected a floating-point dtype")
-    if features.dim() != 2 or features.shape[1] != held.shape[1]:
-        raise ValueError(f"features: got shape {tuple(features.shape)}, expected [N, {held.shape[1]}]")
-    if features.device != held.device:
-        raise ValueError(f"features: got device {features.device}, expected {held.device} as the queue")
+    width = held.shape[1]
+    check_floating("features", features, f"a Tensor [N, {width}]", "a floating-point dtype")
+    if features.dim() != 2 or features.shape[1] != width:
+        raise ValueError(f"features: got shape {tuple(features.shape)}, expected [N, {width}]")
+    check_device("features", features, held, " as the queue")
     return features.shape[0]
 
 
 def _check_integers(name: str, value: Any, rows: int, held: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor [{rows}] of integers")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
-    if tuple(value.shape) != (rows,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{rows}], one for each feature")
-    if value.device != held.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {held.device} as the queue")
+    check_integers(name, value, f"a Tensor [{rows}] of integers")
+    check_shape(name, value, (rows,), ", one for each feature", expected=f"[{rows}]")
+    check_device(name, value, held, " as the queue")
     return value.to(torch.int64)
-
-
-def _check_range(label: Tensor, classes: int) -> Tensor:
-    """Which labels are classes; IndexError for one that is neither a class nor -1, where values are read."""
-    is_class = (label >= 0) & (label < classes)
-    if (label.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling():
-        bad = ~is_class & (label != -1)
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise IndexError(f"labels: row {row} has class {int(label[row])}, expected 0 <= class < {classes}, or -1")
-    return is_class

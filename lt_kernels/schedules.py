@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .priors import ClassPrior, ClassVector, ZeroCounts
+from ._checks import ClassVector, check_int
+from .priors import ClassPrior, ZeroCounts
 
 
 class DeferredReweighting:
@@ -58,7 +59,7 @@ class DeferredReweighting:
         if not isinstance(loss, nn.Module) or "weight" not in loss._buffers:
             raise TypeError(f"loss: got {type(loss).__name__}, expected a module with a `weight` buffer (or None)")
         self.loss = loss
-        self.switch_epoch = _epoch("switch_epoch", switch_epoch)
+        self.switch_epoch = check_int("switch_epoch", switch_epoch, 0, expected="an epoch >= 0")
         self.beta = beta
         self.epoch = 0
         self._prior = ClassPrior(class_counts, zero_counts=zero_counts, device="cpu", dtype=torch.float64)
@@ -67,12 +68,12 @@ class DeferredReweighting:
 
     def weight(self, epoch: int) -> Tensor:
         """The class weights at ``epoch``, [C], in the default dtype on the CPU."""
-        beta = self.beta if _epoch("epoch", epoch) >= self.switch_epoch else 0.0
+        beta = self.beta if check_int("epoch", epoch, 0, expected="an epoch >= 0") >= self.switch_epoch else 0.0
         return self._prior.class_balanced_weight(beta).to(torch.get_default_dtype())
 
     def step(self, epoch: int) -> None:
         """Set the weights of ``epoch``; call it at the start of each epoch, counted from 0."""
-        self.epoch = _epoch("epoch", epoch)
+        self.epoch = check_int("epoch", epoch, 0, expected="an epoch >= 0")
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,11 +113,3 @@ class DeferredReweighting:
         if classes is not None and len(classes) != len(weight):
             raise ValueError(f"class_counts: got {len(weight)} classes, expected {len(classes)} as loss.class_counts")
         self.loss.weight = weight.to(tensors[0]) if tensors else weight
-
-
-def _epoch(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-    if value < 0:
-        raise ValueError(f"{name}: got {value}, expected an epoch >= 0")
-    return value

@@ -1,38 +1,80 @@
-"""Which backends and device the generic tests run on.
+"""The engine, the backends and the device that tests run on: see ``_engines``.
 
-LT_KERNELS_TEST_BACKENDS (default "reference,native": both must be there, or the tests fail) and LT_KERNELS_TEST_DEVICE
-(default "cpu") choose; scripts/gpu_check.sh sets "triton" or "triton,native", and "cuda". Tests with the marker ``gpu``
-are skipped where there is no CUDA device.
+LT_KERNELS_TEST_BACKENDS and LT_KERNELS_TEST_DEVICE replace those of the engine.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch is imported: OpenMP's threads sleep while they wait. Those of several test processes on the same
 # processors would spend most of the time spinning for one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import _engines
 import pytest
 import torch
-from cases import DTYPES
+from _engines import DTYPES
 
 import lt_kernels
 
-BACKENDS = os.environ.get("LT_KERNELS_TEST_BACKENDS", "reference,native").split(",")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", choices=[name for name in _engines.ENGINES if name != "cpu"], help="what runs kernels")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device is available")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+def pytest_configure(config: pytest.Config) -> None:
+    _engines.start(config.getoption("--engine"))
 
 
-@pytest.fixture(params=BACKENDS)
+def _directly_parametrized(metafunc: pytest.Metafunc) -> set[str]:
+    names: set[str] = set()
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        names.update([mark.args[0]] if isinstance(mark.args[0], str) else mark.args[0])
+    return names
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chips = dict(_engines.ENGINE.chips)
+    choices = {"dtype": DTYPES, "backend": {name: name for name in _engines.ENGINE.backends}, "chip": chips}
+    for name in ("dtype", "backend", "chip"):
+        if name in metafunc.fixturenames and name not in _directly_parametrized(metafunc) and choices[name]:
+            metafunc.parametrize(name, choices[name].values(), ids=choices[name], indirect=True)
+
+
+def _impossible(item: pytest.Item) -> bool:
+    """Whether a test cannot be run by this engine."""
+    parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend")
+    if backend == "triton" and not {"fp64", torch.float64}.isdisjoint(
+        value for value in parameters.values() if isinstance(value, str | torch.dtype)
+    ):
+        return True  # Triton kernels take no float64
+    only = item.get_closest_marker("backends")
+    if only is not None and (backend or _engines.ENGINE.backends[0]) not in only.args:
+        return True
+    return item.get_closest_marker("gpu") is not None and _engines.ENGINE.device != "cuda"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = [item for item in items if _engines.runs(item.path, item.name) and not _impossible(item)]
+    if dropped := [item for item in items if item not in set(kept)]:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run in which nothing passed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    collecting = session.config.option.collectonly or hasattr(session.config, "workerinput")
+    if exitstatus == 0 and reporter is not None and not collecting and not reporter.stats.get("passed"):
+        reporter.write_line("no test passed", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with lt_kernels.use_backend(request.param):
         yield request.param
@@ -40,11 +82,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def device() -> str:
-    return os.environ.get("LT_KERNELS_TEST_DEVICE", "cpu")
+    return _engines.ENGINE.device
 
 
-@pytest.fixture(params=DTYPES)
-def dtype(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
-    if backend == "triton" and request.param == "fp64":
-        pytest.skip("Triton kernels take no float64")
-    return DTYPES[request.param]
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chip that is emulated, or the one there is."""
+    if hasattr(request, "param"):
+        monkeypatch.setenv("LTK_EMULATED_DEVICE", request.param)

@@ -1,4 +1,4 @@
-"""The GPU check without a GPU: its runner on the CPU, its control flow on stand-ins, its reading of ncu's output."""
+"""The GPU check without a GPU: limited runs of pytest, control flow on stand-ins, the reading of ncu's output."""
 
 from __future__ import annotations
 
@@ -17,127 +17,120 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests/gpu")]
-gpu_check, gpu_counters, run_device_checks, device_checks = map(
-    importlib.import_module, ("gpu_check", "gpu_counters", "run_device_checks", "device_checks")
-)
+sys.path[:0] = [str(ROOT / "tools")]
+gpu_check, gpu_counters, limited_run = map(importlib.import_module, ("gpu_check", "gpu_counters", "limited_run"))
+
+# -------------------------------------------------------------------------------------------------------- limited runs
 
 
-def run_checks(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/run_device_checks.py"), "--device", "cpu", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, check=False
-    )
+def limited(folder: Path, tests: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """Run tests with the plugin; return the process and its record."""
+    (folder / "test_odd.py").write_text(textwrap.dedent(tests))
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    results = folder / "results.json"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "limited_run"]
+    done = subprocess.run(
+        [*command, "--results", str(results), *arguments, "test_odd.py"],
+        cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": paths}, check=False,
+    )  # fmt: skip
+    return done, json.loads(results.read_text()) if results.exists() else {}
 
 
-# ------------------------------------------------------------------------------------------------------- device checks
+ODD = """
+    import os, time
+    import pytest
+
+    def test_good(): pass
+    def test_wrong(): assert 1 == 2
+    def test_skipped(): pytest.skip("no reason")
+    def test_another(): pass
+"""
 
 
-def test_device_checks_on_the_cpu(tmp_path):
-    """Bodies of the checks, on the backends that are here; what needs CUDA is skipped and says so."""
-    words = "bad_targets,retained_graph,gradient_accumulation,[odd-,[segmentation-,no_synchronisation[angular"
-    result = run_checks("--backend", "reference,native", "--match", words, "--json", str(tmp_path / "checks.json"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    facts = json.loads((tmp_path / "checks.json").read_text())
-    assert facts["counts"]["reference"] == facts["counts"]["native"]
-    counts = facts["counts"]["native"]
-    assert counts["passed"] > 50
-    assert counts["failed"] == counts["not run"] == 0
-    assert counts["skipped"] == 12
-    tiled = "tiled runs on Triton, with class indices and one loss per sample"
-    assert set(facts["skipped"].values()) == {"needs a CUDA device", tiled}
-    assert "SKIPPED 8: needs a CUDA device" in result.stdout
-    assert facts["info"]["torch"]
+def names(states: dict[str, str]) -> set[str]:
+    return {name.rpartition("::")[2] for name in states}
 
 
-def test_a_backend_that_cannot_run_is_reported(tmp_path):
-    result = run_checks("--backend", "triton", "--json", str(tmp_path / "checks.json"), TRITON_INTERPRET="0")
-    assert result.returncode == 1
-    assert "WITHOUT triton: " in result.stdout
-    facts = json.loads((tmp_path / "checks.json").read_text())
-    assert facts["counts"] == {}
-    assert list(facts["unavailable_backends"]) == ["triton"]
-
-
-@pytest.mark.parametrize("jobs", ["0", "2"])
-def test_checks_that_fail_hang_or_end_their_process_fail_alone(jobs, tmp_path):
-    (tmp_path / "odd_checks.py").write_text(
-        textwrap.dedent("""
-        import os, time
-        from types import SimpleNamespace
-        from unittest import SkipTest
-
-        def raises(error):
-            raise error
-
-        bodies = {
-            "good": lambda: None,
-            "wrong": lambda: raises(AssertionError("1 is not 2")),
-            "skipped": lambda: raises(SkipTest("no reason")),
-            "another": lambda: None,
-        }
-        if "IN_PROCESSES" in os.environ:
-            bodies = {"ends": lambda: os._exit(3), "hangs": lambda: time.sleep(1000), **bodies}
-        CHECKS = {
-            name: SimpleNamespace(large=name == "another", run=lambda backend, device, body=body: body())
-            for name, body in bodies.items()
-        }
-        """)
-    )
-    environment = {"PYTHONPATH": str(tmp_path), **({"IN_PROCESSES": "1"} if jobs != "0" else {})}
-    arguments = ["--module", "odd_checks", "--backend", "reference", "--jobs", jobs, "--seconds-per-check", "2"]
-    result = run_checks(*arguments, "--json", str(tmp_path / "checks.json"), **environment)
-    assert result.returncode == 1
-    facts = json.loads((tmp_path / "checks.json").read_text())
-    failed = {name.removeprefix("reference: "): message for name, message in facts["failed"].items()}
-    assert failed.pop("wrong") == "AssertionError: 1 is not 2"
-    if jobs != "0":
-        assert failed == {"ends": "its process ended (status 3)", "hangs": "took more than 2 s (status -9)"}
-    assert facts["counts"]["reference"]["passed"] == 2
-    assert facts["skipped"] == {"reference: skipped": "no reason"}
+@pytest.mark.parametrize("processes", [0, 2])
+def test_tests_that_fail_hang_or_end_their_process_fail_alone(processes, tmp_path):
+    broken = """
+    def test_ends(): os._exit(3)
+    def test_hangs(): time.sleep(1000)
+    """
+    arguments = ["--numprocesses", "2", "--seconds-per-test", "4"] if processes else []
+    done, record = limited(tmp_path, ODD + (broken if processes else ""), *arguments)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert names(record["failed"]) == {"test_wrong", *(("test_ends", "test_hangs") if processes else ())}
+    assert "assert 1 == 2" in next(message for name, message in record["failed"].items() if "wrong" in name)
+    assert record["counts"]["any"]["passed"] == 2
+    assert {name.rpartition("::")[2]: why for name, why in record["skipped"].items()} == {"test_skipped": "no reason"}
+    assert record["info"]["torch"]
 
 
 def test_what_there_is_no_time_for_is_not_passed(tmp_path):
-    arguments = ["--backend", "reference", "--match", "bad_targets", "--seconds", "0"]
-    result = run_checks(*arguments, "--json", str(tmp_path / "checks.json"))
-    assert result.returncode == 1
-    counts = json.loads((tmp_path / "checks.json").read_text())["counts"]["reference"]
-    assert counts["passed"] == 0
-    assert counts["not run"] == 40
+    done, record = limited(tmp_path, ODD, "--seconds", "0")
+    assert done.returncode == 1
+    assert record["counts"]["any"] == {"passed": 0, "failed": 0, "skipped": 0, "not run": 4}
 
 
-def test_a_limit_leaves_a_sample_of_everything(tmp_path, monkeypatch):
-    """One check of every kind first; none that the limit cut short is counted as failed."""
-    names = run_device_checks.in_order(list(device_checks.CHECKS))
-    assert sorted(names) == sorted(device_checks.CHECKS)
-    functions = {check.body.__name__ for check in device_checks.CHECKS.values()}
-    first = {name.partition("[")[0] for name in names[:150]}
-    assert first == functions
-    values = [name for name in names if name.startswith("value_and_every_gradient[")]
-    assert {name.split("-")[-2] for name in values[:3]} == {"bf16", "fp16", "fp32"}
-    assert len({name.split("[")[1].split("-")[0] for name in values[:30]}) > 15
+def test_a_limit_runs_in_part(tmp_path):
+    slow = """
+    import time
+    import pytest
 
-    (tmp_path / "slow_checks.py").write_text(
-        textwrap.dedent("""
-        import time
-        from types import SimpleNamespace
+    def test_first(): time.sleep(3)
 
-        CHECKS = {
-            name: SimpleNamespace(large=False, run=lambda backend, device, seconds=seconds: time.sleep(seconds))
-            for name, seconds in {"first": 0, "endless": 1000, "more[a]": 0, "more[b]": 0}.items()
-        }
-        """)
+    @pytest.mark.parametrize("name", ["a", "b"])
+    def test_more(name): pass
+    """
+    done, record = limited(tmp_path, slow, "--seconds", "2")
+    assert done.returncode == limited_run.IN_PART, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("1 of 3 tests run in ")
+    assert record["failed"] == {}
+    assert names(record["not_run"]) == {"test_more[a]", "test_more[b]"}
+
+
+def test_a_selection_names_functions_and_ids(tmp_path):
+    many = """
+    import pytest
+
+    @pytest.mark.parametrize("size", ["odd", "even"])
+    @pytest.mark.parametrize("way", ["a", "b"])
+    def test_some(way, size): pass
+    def test_other(): pass
+    """
+    _, record = limited(tmp_path, many, "--select", "test_some[odd]", "--select", "test_other")
+    assert record["counts"]["any"]["passed"] == 3
+
+
+def device_tests() -> list[str]:
+    """Return what ``pytest tests/kernels --engine=gpu`` collects from the files for devices."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--engine=gpu"]
+    files = [str(path) for path in sorted((ROOT / "tests/kernels").glob("test_device_*.py"))]
+    environment = {**os.environ, "LT_KERNELS_TEST_BACKENDS": "triton,native", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment, check=False
     )
-    arguments = ["--module", "slow_checks", "--backend", "reference", "--jobs", "1", "--seconds", "3"]
-    result = run_checks(*arguments, "--json", str(tmp_path / "checks.json"), PYTHONPATH=str(tmp_path))
-    assert result.returncode == run_device_checks.IN_PART
-    assert result.stdout.splitlines()[-1].startswith("1 of 4 checks run in ")
-    facts = json.loads((tmp_path / "checks.json").read_text())
-    assert facts["failed"] == {}
-    assert sorted(facts["not_run"]) == ["reference: endless", "reference: more[a]", "reference: more[b]"]
-    monkeypatch.syspath_prepend(tmp_path)
-    result = run_device_checks.Worker("slow_checks", "cpu").run(("reference", "endless"), 0.5, cut=True)
-    assert (result.state, result.message) == ("not run", "the time limit came after 0 s of it")
+    found = re.findall(r"^(tests/kernels/\S+?::.*)$", done.stdout, re.MULTILINE)
+    assert len(found) > 1000, done.stdout[-2000:] + done.stderr[-2000:]
+    return found
+
+
+def test_tests_of_devices():
+    """One of every kind first, in one kind neighbours apart; what the sanitizer looks at exists."""
+    names = device_tests()
+    ordered = limited_run.in_order(names)
+    assert sorted(ordered) == sorted(names)
+    assert {name.partition("[")[0] for name in ordered[:200]} == {name.partition("[")[0] for name in names}
+    real = [name for name in ordered if "test_device_linear.py::test_real_widths" in name]
+    first = {word for name in real[:3] for word in name.rstrip("]").split("-")}
+    assert {"bf16", "fp16", "fp32"} <= first
+
+    for choice in [*gpu_check.SANITISED, *gpu_check.RACED]:
+        function, _, ids = choice.removesuffix("]").partition("[")
+        words = list(filter(None, ids.split(",")))
+        assert any(f"::{function}" in name and all(word in name for word in words) for name in names), choice
 
 
 # ------------------------------------------------------------------------------------------------------------ the steps
@@ -206,9 +199,14 @@ def test_commands_of_the_steps(machine, monkeypatch):
     for name, op in benchmarks.items():
         assert commands[name][""].arguments[-1] == str(machine.out / f"a-gpu/{op}.json")
 
-    for word in gpu_check.SANITISED + gpu_check.RACED:
-        assert any(word in name for name in device_checks.CHECKS), word
-        assert "," not in word  # which separates them
+    assert commands["tests"][""].arguments[-1] == "tests/kernels"
+    assert commands["suite"][""].arguments[-1] == "tests/ops"
+    assert "--engine=gpu" in commands["sanitizer"]["racecheck-native"].arguments
+    assert commands["sanitizer"]["memcheck-triton"].environment["LT_KERNELS_TEST_BACKENDS"] == "triton"
+
+    monkeypatch.setattr(gpu_check, "importable", lambda machine, module: module != "pytest")
+    assert "pytest cannot be imported" in gpu_check.tests(machine, 50)
+    monkeypatch.setattr(gpu_check, "importable", lambda machine, module: True)
 
     reasons = machine.info["backends"]["margin_cross_entropy"]["cuda"]
     reasons["native"] = "the extension was built without kernels for cuda tensors"
@@ -220,7 +218,7 @@ def test_commands_of_the_steps(machine, monkeypatch):
 
 def test_without_a_gpu_every_step_fails_with_the_reason(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(ROOT / "scripts/gpu_check.sh"), str(tmp_path / "out"), "--python", sys.executable]
+    command = ["bash", str(ROOT / "tools/gpu_check.sh"), str(tmp_path / "out"), "--python", sys.executable]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -305,7 +303,7 @@ echo '{message}' > "$2"
 exit 1
 """)
     ncu.chmod(0o755)
-    command = [sys.executable, str(ROOT / "scripts/gpu_counters.py"), "--ncu", str(ncu)]
+    command = [sys.executable, str(ROOT / "tools/gpu_counters.py"), "--ncu", str(ncu)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == status
     if status == 77:

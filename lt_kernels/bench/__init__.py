@@ -1,5 +1,5 @@
-"""Benchmarks: named cases, providers to compare, a runner that writes records, and the report made from them.
+"""Benchmarks: named cases, providers to compare, and a runner that checks, measures and makes records.
 
-``lt-kernels bench`` is the command; ``benchmarks/`` in the repository holds the pytest-benchmark entry points and the
-committed results.
+``lt-kernels bench`` is the command. ``benchmarks/`` in the repository publishes: it holds the committed results, the
+report, the comparison and the pytest-benchmark entry points.
 """

@@ -1,150 +1,204 @@
-"""Benchmark of ``partitioned_logsumexp`` as the contrastive losses that are made of it: SupCon in a batch, against a
-memory of keys and against momentum contrast's queue, BCL, PaCo and GML; of ``cases.ContrastiveCase`` each has a method.
+"""Contrastive cases and inputs, and the losses in plain PyTorch: the papers' dense form and a lean one with a mask.
 
-The least work that the result needs, of N queries and M keys of D features, whatever a provider does:
-
-    fwd      one product Q K^T, 2 N M D operations    reads queries and keys once
-    bwd      dS K and, where keys learn, dS^T Q,      reads them, writes the gradients of what learns
-             2 N M D each
-    fwd_bwd  6 N M D where all keys learn             reads them once, writes those gradients once
-
-and one exponential per similarity; where the queries are all the keys, one product serves both gradients. Logits beside
-the similarities (PaCo, GML) are read, their gradients written, and each has an exponential. Similarities are no part of
-the bytes: they need not exist in memory. What can be reached is the time of the products alone, by the library that
-PyTorch calls for them: the provider ``gemms``, measured in turns with the others, makes them by ``torch.mm`` into
-outputs that exist already. It computes no loss.
-
-``dense`` is the algorithm of the papers' code, with its masks, one-hots and passes, but for BCL's Python loop over all
-keys, which is one tensor operation here. ``masked`` is what a user would write: one mask, and ``logsumexp``. The losses
-of GML and PaCo include the cross-entropy of the classifier.
+``dense`` is the algorithm of the papers' code, with its masks, one-hots and passes. Only BCL's Python loop over all
+keys is one tensor operation here. ``masked`` is the code that a user would write: one mask, and ``logsumexp``. The
+losses of GML and PaCo include the cross-entropy of the classifier.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from dataclasses import replace
+import dataclasses
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional, losses
-from ..ops.partitioned_logsumexp import plan
-from . import agreement, cases
-from .cases import Case, ContrastiveCase, ContrastiveInputs
-from .providers import Provider, Step, backend_unavailable, eager, first_line, kernels_unavailable, named, ours
-from .records import GEMMS, Cost, Record, Target
-
-OP = "partitioned_logsumexp"
-CASES = cases.CONTRASTS | cases.SMALL_CONTRASTS
-DIRECTIONS = ("fwd", "bwd", "fwd_bwd")  # the last is that of targets, summaries and plots
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-_MEMORY, _FROZEN, _GML = "supcon-512x16384x128", "supcon-512x16384x128-frozen", "gml-128x16384x1024-c8142"
-#: What ``lt-kernels bench compare`` measures, and what it divides our time by.
-COMPARE_CASES = (_MEMORY,)
-REFERENCES = ("dense", "gemms")
-
-FLOOR = GEMMS
-PLOTS = ()
-SHAPE = "N x M x D"
-MEMORY = "Peak memory beside the gradients"
-
-TARGETS = (
-    Target("cpu", _MEMORY, "float32", "dense", 1.6),
-    Target("cpu", _FROZEN, "float32", "dense", 2.0),
-    Target("cpu", _GML, "float32", "dense", 15.0),
-    # a tenth of what the dense form takes, 2.2 GB or 262 times the similarities
-    Target("cpu", _GML, "float32", "memory", at_most=26.0),
-    Target("cuda", _MEMORY, "float32", "dense", 10.0),
-    Target("cuda", _MEMORY, "bfloat16", "dense", 10.0),
-    Target("cuda", _MEMORY, "bfloat16", "static floor", 0.4),
-)
+from ..queues import ClassQueue
+from .cases import BOTH, Case, Inputs, by_name
 
 #: Temperatures of the published settings, and the weight of PaCo's positive keys.
 TEMPERATURE = {"views": 0.07, "supcon": 0.07, "moco": 0.07, "bcl": 0.1, "paco": 0.2}
 COSINE_TEMPERATURE = 1 / 30  # GML's classifier
 ALPHA = 0.05
-#: Float64 losses are made in pieces of about this many similarities.
-PIECE = 2**22
 
 
-def cost(case: ContrastiveCase, dtype: torch.dtype, direction: str) -> Cost:
-    """Counted as in the module's docstring."""
-    n, m, d = case.rows, case.keys, case.width
-    learning = _keys_that_learn(case)
-    of_gradients = 1 if case.method == "views" else 1 + learning / m
-    products = {"fwd": 1.0, "bwd": of_gradients, "fwd_bwd": 1 + of_gradients}[direction]
-    operands = (n + m if case.method != "views" else n) * d
-    gradients = _gradient_elements(case)
-    logits = n * case.classes if case.method in ("paco", "gml") else 0
-    elements = operands + logits + (0 if direction == "fwd" else gradients)
-    return Cost(elements * dtype.itemsize, round(2 * products * case.logits * d), case.logits + logits)
+@dataclass(frozen=True)
+class ContrastiveCase(Case):
+    """A contrastive loss of queries [rows, width] against keys [keys, width]; ``method`` says which.
+
+    views    two views of rows / 2 samples against each other: SupCon in a batch
+    supcon   queries against keys whose first rows are the queries' own, which are left out
+    moco     queries against the batch's keys and a queue that learns nothing: supervised momentum contrast
+    bcl      two views of rows / 2 samples against each other and the centre of each class
+    paco     queries against each other and a queue that learns nothing, and logits of a classifier
+    gml      queries against keys that all learn, some of each class, and logits of a cosine classifier
+    """
+
+    method: str = "supcon"
+    keys: int = 0
+    width: int = 128
+    frozen: bool = False  # supcon alone: the keys learn nothing
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"N": self.rows, "M": self.keys, "D": self.width}
+
+    @property
+    def logits(self) -> int:
+        """The number of similarities."""
+        return self.rows * self.keys
+
+    @property
+    def learning_keys(self) -> int:
+        """The number of keys that learn."""
+        if self.method in ("moco", "paco"):
+            return self.rows
+        return 0 if self.frozen else self.keys
+
+    @property
+    def classifier_logits(self) -> int:
+        return self.rows * self.classes if self.method in ("paco", "gml") else 0
+
+    @property
+    def uncounted(self) -> int:
+        """The elements of all gradients."""
+        vectors = {"views": self.rows, "bcl": self.keys, "moco": 2 * self.rows, "paco": self.rows}
+        return vectors.get(self.method, self.rows + self.learning_keys) * self.width + self.classifier_logits
+
+    def inputs(self, dtype: torch.dtype, device: str) -> ContrastiveInputs:
+        """Make vectors of norm 1; labels of queries and keys are drawn from the class frequencies."""
+        generator = torch.Generator(device).manual_seed(0)
+        n, m, c, counts = self.rows, self.keys, self.classes, self.class_counts()
+
+        def vectors(*shape: int, learn: bool = True) -> Tensor:
+            x = torch.randn(*shape, self.width, generator=generator, device=device)
+            return F.normalize(x, dim=-1).to(dtype).requires_grad_(learn)
+
+        def cosines() -> Tensor:
+            x = torch.rand(n, c, generator=generator, device=device)
+            return x.mul_(2).sub_(1).to(dtype).requires_grad_()
+
+        def labels(size: int) -> Tensor:
+            frequencies = counts.to(device, torch.float32)
+            return torch.multinomial(frequencies, size, replacement=True, generator=generator)
+
+        query_label = labels(n // 2).repeat(2) if self.method in ("views", "bcl") else labels(n)
+        more: dict[str, Tensor] = {}
+        if self.method == "views":
+            key_label, more = query_label, {"features": vectors(n // 2, 2)}
+        elif self.method == "bcl":
+            key_label = torch.cat([query_label, torch.arange(c, device=device)])
+            more = {"features": vectors(n // 2, 2), "centers": vectors(c)}
+        elif self.method == "gml":
+            sizes = ClassQueue(counts, m, 1, base=2).sizes.to(device)
+            key_label = torch.arange(c, device=device).repeat_interleave(sizes)
+            key_id = torch.randperm(4 * m, generator=generator, device=device)[:m]
+            own = (sizes.cumsum(0) - 1)[query_label]  # the slot that a class wrote last
+            more = {"query": vectors(n), "key": vectors(m), "logits": cosines()}
+            more |= {"key_id": key_id, "query_id": key_id[own]}
+            more |= {"log_temperature": torch.full((), math.log(0.07), device=device).requires_grad_()}
+        else:
+            key_label = torch.cat([query_label, labels(m - n)])
+            more = {"query": vectors(n)}
+            if self.method == "supcon":
+                more |= {"key": vectors(m, learn=not self.frozen)}
+            else:
+                more |= {"batch": vectors(n)} if self.method == "moco" else {"logits": cosines()}
+                more |= {"queue": vectors(m - n, learn=False)}
+        log_prior = self.log_prior().to(device, torch.float32)
+        return ContrastiveInputs(query_label, log_prior, counts.to(device, torch.float32), self, key_label, more)
 
 
-def _keys_that_learn(case: ContrastiveCase) -> int:
-    if case.method in ("moco", "paco"):
-        return case.rows
-    return 0 if case.frozen else case.keys
+@dataclass
+class ContrastiveInputs(Inputs):
+    """Vectors and logits by the names that ``ContrastiveCase.inputs`` gives them; ``target`` [N]: queries' labels."""
+
+    case: ContrastiveCase
+    key_label: Tensor  # [M]
+    tensors: dict[str, Tensor]
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
+
+    def converted(self, dtype: torch.dtype) -> ContrastiveInputs:
+        """Return fresh leaves in another dtype."""
+        tensors = {
+            name: tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=tensors, log_prior=self.log_prior.to(dtype))
 
 
-def _gradient_elements(case: ContrastiveCase) -> int:
-    """How many elements the gradients of all leaves have."""
-    vectors = {
-        "views": case.rows, "bcl": case.keys, "moco": 2 * case.rows, "paco": case.rows,
-    }.get(case.method, case.rows + _keys_that_learn(case))  # fmt: skip
-    logits = case.rows * case.classes if case.method in ("paco", "gml") else 0
-    return vectors * case.width + logits
+def _contrast(
+    name: str, method: str, rows: int, keys: int, width: int, classes: int, **options: Any
+) -> ContrastiveCase:
+    options = {"cpu_dtypes": ("float32",), **options}
+    return ContrastiveCase(name, rows, classes, method=method, keys=keys, width=width, **options)
 
 
-def memory(record: Record) -> float | None:
-    """Peak memory of forward and backward, less the gradients' bytes, in multiples of the similarities' bytes."""
-    case = CASES.get(record.case)
-    if record.peak_bytes is None or case is None:
-        return None
-    itemsize = getattr(torch, record.dtype).itemsize
-    return (record.peak_bytes - _gradient_elements(case) * itemsize) / (case.logits * itemsize)
+_INAT18: dict[str, Any] = {"classes": 8142, "counts": "inat18_like"}
+_WITH_BFLOAT16: dict[str, Any] = {"cpu_dtypes": ("float32", "bfloat16")}
+
+#: Contrastive losses, [N, D] queries and [M, D] keys.
+CASES = by_name(
+    _contrast(
+        "supcon-512x16384x128",
+        "supcon",
+        512,
+        16_384,
+        128,
+        headline=BOTH,
+        note="SupCon with a memory of keys that learn",
+        **_INAT18,
+        **_WITH_BFLOAT16,
+    ),
+    _contrast(
+        "gml-128x16384x1024-c8142",
+        "gml",
+        128,
+        16_384,
+        1024,
+        headline=BOTH,
+        note="GML, all keys of the queue learn",
+        **_INAT18,
+    ),
+    _contrast(
+        "supcon-512x16384x128-frozen",
+        "supcon",
+        512,
+        16_384,
+        128,
+        frozen=True,
+        note="the same with keys that learn nothing",
+        **_INAT18,
+    ),
+    _contrast(
+        "supcon-2x256x128", "views", 512, 512, 128, 1000, counts="imagenet_lt", note="SupCon, two views of a batch"
+    ),
+    _contrast("moco-256x65536x128", "moco", 256, 65_536, 128, note="SupCon with momentum contrast's queue", **_INAT18),
+    _contrast("bcl-512x8654x1024", "bcl", 512, 8654, 1024, note="BCL, two views and the class centres", **_INAT18),
+    _contrast("paco-64x16398x128", "paco", 64, 8256, 128, note="PaCo, 8,142 logits and 8,256 keys", **_INAT18),
+)
+
+#: Small ones for tests and for trying the command.
+SMALL = by_name(
+    _contrast("views-10x10x5", "views", 10, 10, 5, 4, devices=()),
+    _contrast("supcon-7x33x5", "supcon", 7, 33, 5, 6, devices=()),
+    _contrast("supcon-7x33x5-frozen", "supcon", 7, 33, 5, 6, frozen=True, devices=()),
+    _contrast("moco-5x41x6", "moco", 5, 41, 6, 7, devices=()),
+    _contrast("bcl-12x17x6", "bcl", 12, 17, 6, 5, devices=()),
+    _contrast("paco-5x32x6", "paco", 5, 21, 6, 11, devices=()),
+    _contrast("gml-9x40x6-c11", "gml", 9, 40, 6, 11, devices=()),
+)
 
 
-def make_inputs(case: ContrastiveCase, dtype: torch.dtype, device: str) -> ContrastiveInputs:
-    return case.inputs(dtype, device)
-
-
-def make_step(provider: str, inputs: ContrastiveInputs) -> Step:
-    """A call without arguments that computes the loss of ``inputs``."""
-    return PROVIDERS[provider].make(inputs)
-
-
-class Agreement(agreement.LossAgreement[ContrastiveInputs]):
-    """Compares the loss and every gradient. Float64 has the masked form, some queries at a time."""
-
-    def __init__(self, inputs: ContrastiveInputs) -> None:
-        super().__init__(OP, inputs, make_step("dense", inputs))
-
-    def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"gradient of {name}": gradient for name, gradient in gradients.items()}
-
-    def _true_values(self) -> dict[str, Tensor]:
-        inputs = self._inputs.converted(torch.float64)
-        n, m = len(inputs.target), len(inputs.key_label)
-        total = inputs.log_prior.new_zeros(())
-        with torch.enable_grad():
-            for rows in torch.arange(n, device=inputs.target.device).split(max(1, PIECE // m)):
-                part = masked_losses(inputs, rows).sum() / n
-                part.backward()
-                total += part.detach()
-        gradients = {name: leaf.grad for name, leaf in inputs.leaves.items()}
-        assert all(gradient is not None for gradient in gradients.values())
-        return {"loss": total, **self._parts(gradients)}  # type: ignore[arg-type]
-
-
-def check_agreement(provider: str, inputs: ContrastiveInputs) -> None:
-    """AssertionError unless ``provider`` agrees with float64 on ``inputs``; see ``Agreement``."""
-    Agreement(inputs).check(provider, make_step(provider, inputs))
-
-
-# What all forms of a loss are given
+# The arguments of every form of a loss
 
 
 def vectors(inputs: ContrastiveInputs) -> tuple[Tensor, Tensor]:
@@ -160,7 +214,7 @@ def vectors(inputs: ContrastiveInputs) -> tuple[Tensor, Tensor]:
 
 
 def leaves_out_own(method: str) -> bool:
-    """Whether key i is query i itself, and left out."""
+    """Say whether key i is query i itself, and left out."""
     return method in ("views", "supcon", "bcl", "paco")
 
 
@@ -320,184 +374,3 @@ def masked_losses(inputs: ContrastiveInputs, rows: Tensor | None = None) -> Tens
 
 def masked_loss(inputs: ContrastiveInputs) -> Tensor:
     return masked_losses(inputs).mean()
-
-
-# Ours
-
-
-def _our_step(inputs: ContrastiveInputs) -> Callable[[], Tensor]:
-    """The public loss of the case's method."""
-    given, case = inputs.tensors, inputs.case
-    counts, label, key_label = inputs.counts.cpu(), inputs.target, inputs.key_label
-    device = label.device
-    if case.method == "views":
-        supcon, samples = losses.SupConLoss(temperature=TEMPERATURE["views"]), label[: case.rows // 2].contiguous()
-        return lambda: supcon(given["features"], samples)
-    if case.method == "bcl":
-        bcl = losses.BalancedContrastiveLoss(counts, temperature=TEMPERATURE["bcl"])
-        samples = label[: case.rows // 2].contiguous()
-        return lambda: bcl(given["features"], samples, given["centers"])
-    if case.method == "paco":
-        paco = losses.PaCoLoss(counts, alpha=ALPHA, temperature=TEMPERATURE["paco"], device=device)
-        own, grad_rows = torch.arange(case.rows, device=device), (0, case.rows)
-
-        def with_queue() -> Tensor:
-            query, key = vectors(inputs)
-            loss: Tensor = paco(query, label, key, key_label, given["logits"], exclude=own, key_grad_rows=grad_rows)
-            return loss
-
-        return with_queue
-    if case.method == "gml":
-        gml = losses.GMLLoss(counts, device=device)
-        ((name, learned),) = gml.named_parameters()
-        shared = {name: given["log_temperature"].view(learned.shape)}  # the leaf of every provider
-        ids = {"query_id": given["query_id"], "key_id": given["key_id"]}
-        arguments = (given["query"], label, given["key"], key_label, given["logits"])
-        return lambda: torch.func.functional_call(gml, shared, arguments, ids)
-    return lambda: _our_supcon(inputs)
-
-
-def _our_supcon(inputs: ContrastiveInputs, **options: Any) -> Tensor:
-    """Of the methods ``supcon`` and ``moco``. options: a strategy, which the loss itself does not take."""
-    case, temperature = inputs.case, TEMPERATURE[inputs.case.method]
-    arguments = (*vectors(inputs), inputs.target, inputs.key_label)
-    given: dict[str, Any] = {"normalized": True}
-    given |= {"exclude": "self"} if leaves_out_own(case.method) else {}
-    given |= {"key_grad_rows": (0, case.rows)} if case.method == "moco" else {}
-    if not options:
-        return functional.supervised_contrastive(*arguments, **{"temperature": temperature, **given})
-    sums = functional.partitioned_logsumexp(*arguments, **{"scale": 1 / temperature, **given, **options})
-    loss = torch.logaddexp(sums.neg, sums.pos) - sums.pos_sum / sums.num_pos.clamp_min(1)
-    return torch.where(sums.num_pos > 0, loss, 0.0).mean()
-
-
-# Providers
-
-
-class _Products:
-    """The matrix products, in the form of a loss: called for the first, ``backward`` for those of the gradients."""
-
-    def __init__(self, inputs: ContrastiveInputs) -> None:
-        self._query, self._key = (x.detach() for x in vectors(inputs))
-        self._similarities = self._query.new_empty(len(self._query), len(self._key))
-        learning = 0 if inputs.case.method == "views" else _keys_that_learn(inputs.case)
-        self._of_query, self._of_key = torch.empty_like(self._query), torch.empty_like(self._key[:learning])
-
-    def __call__(self) -> _Products:
-        torch.mm(self._query, self._key.T, out=self._similarities)
-        return self
-
-    def backward(self) -> None:
-        torch.mm(self._similarities, self._key, out=self._of_query)
-        if len(self._of_key) > 0:
-            torch.mm(self._similarities[:, : len(self._of_key)].T, self._query, out=self._of_key)
-
-
-def _compiled(inputs: ContrastiveInputs) -> Step:
-    function = torch.compile(dense_loss, fullgraph=True, dynamic=False)
-    return lambda: function(inputs)
-
-
-def _first_headline_on_cpu(case: Case, dtype: str, device: str) -> str | None:
-    if device == "cpu" and case.name != _MEMORY:
-        return f"on a CPU it is measured in {_MEMORY} only"
-    return None
-
-
-def _metric_learning(inputs: ContrastiveInputs) -> Step:
-    module, *_ = (importlib.import_module(f"pytorch_metric_learning.{name}") for name in _PML)
-    others = [importlib.import_module(f"pytorch_metric_learning.{name}") for name in _PML[1:]]
-    loss = module.SupConLoss(
-        temperature=TEMPERATURE[inputs.case.method],
-        distance=others[0].DotProductSimilarity(normalize_embeddings=False),
-        reducer=others[1].MeanReducer(),
-    )
-
-    def step() -> Any:
-        query, key = vectors(inputs)
-        if inputs.case.method == "views":
-            return loss(query, inputs.target)
-        return loss(query, inputs.target, ref_emb=key, ref_labels=inputs.key_label)
-
-    return step
-
-
-_PML = ("losses", "distances", "reducers")
-
-
-def _metric_learning_unavailable(device: str) -> str | None:
-    try:
-        for name in _PML:
-            importlib.import_module(f"pytorch_metric_learning.{name}")
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
-    except Exception as error:  # other people's packages fail to import in many ways
-        return f"pytorch_metric_learning cannot be imported: {first_line(error)}"
-    return None
-
-
-def _metric_learning_left_out(case: Case, dtype: str, device: str) -> str | None:
-    assert isinstance(case, ContrastiveCase)
-    if case.method in ("views", "moco"):
-        return None
-    return "it cannot leave out a query's own among other keys" if case.method == "supcon" else "it has no such loss"
-
-
-def _strategy(name: str, unavailable: Callable[[str], str | None]) -> Provider:
-    """One strategy by name, on the backend that the library chooses."""
-
-    def left_out(case: Case, dtype: str, device: str) -> str | None:
-        assert isinstance(case, ContrastiveCase)
-        if case.method not in ("supcon", "moco"):
-            return "its loss leaves the strategy to the library"
-        product = getattr(torch, dtype)
-        reason = plan.tiled_reason(case.width, product)
-        tiled = device == "cuda" and backend_unavailable(OP, "triton", device) is None and reason is None
-        if name == "tiled" and reason is not None:
-            return reason
-        if plan.choose(case.rows, case.keys, product, True, tiled, "auto", 2**31) == name:
-            return "it is what the library chooses here by itself"
-        return None
-
-    return Provider(
-        f"lt-{name}",
-        lambda inputs: lambda: _our_supcon(inputs, strategy=name),
-        unavailable,
-        left_out=left_out,
-    )
-
-
-def _ours_unavailable(device: str) -> str | None:
-    return kernels_unavailable(OP, device)
-
-
-def _tiled_unavailable(device: str) -> str | None:
-    return "it needs CUDA tensors" if device == "cpu" else backend_unavailable(OP, "triton", device)
-
-
-def _ours(backend: str) -> Provider:
-    provider = ours(OP, backend, lambda call: call())
-
-    def make(inputs: ContrastiveInputs) -> Step:
-        return provider.make(_our_step(inputs))
-
-    return replace(provider, make=make)
-
-
-def _inputs(inputs: ContrastiveInputs) -> tuple[ContrastiveInputs]:
-    return (inputs,)
-
-
-PROVIDERS = named(
-    Provider("gemms", _Products, is_loss=False),
-    eager("dense", dense_loss, _inputs),
-    eager("masked", masked_loss, _inputs),
-    Provider("compile", _compiled, left_out=_first_headline_on_cpu, compiler_seconds=15.0),
-    Provider("pml", _metric_learning, _metric_learning_unavailable, left_out=_metric_learning_left_out),
-    _ours("reference"),
-    _ours("native"),
-    _ours("triton"),
-    _strategy("materialize", _ours_unavailable),
-    _strategy("chunked", _ours_unavailable),
-    _strategy("tiled", _tiled_unavailable),
-)

@@ -1,85 +1,110 @@
-"""What can be measured: our backends, plain PyTorch, other libraries. Each op makes its own list of these."""
+"""The code that can be measured: our backends, plain PyTorch, other libraries. Each op lists its own providers."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import info, use_backend
 from .cases import Case
 
-#: Returns a loss (0-dim), or work that has the form of one; of an op without a backward pass, the op's result.
+#: Returns a loss (0-dim), or work that has the form of one; an op without a backward pass returns its result.
 Step = Callable[[], Any]
+#: Says for a device ("cpu" or "cuda") why something does not hold there; None where it holds.
+Reason = Callable[[str], str | None]
+#: The same for one case and dtype on a device.
+CaseReason = Callable[[Case, str, str], str | None]
+
+
+def _no_reason(*_: object) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to compute what the op computes.
-
-    ``make`` turns inputs into a call without arguments. ``unavailable`` says for a device
-    ("cpu" or "cuda") why the provider cannot run there, ``unasked`` why it is measured only when asked for, and
-    ``left_out`` the same for one case and dtype on a device; None where that does not hold.
-    """
+    """A way to compute what the op computes; ``make`` turns inputs into a call without arguments."""
 
     name: str
     make: Callable[[Any], Step]
-    unavailable: Callable[[str], str | None] = lambda device: None
-    unasked: Callable[[str], str | None] = lambda device: None
-    left_out: Callable[[Case, str, str], str | None] = lambda case, dtype, device: None
+    unavailable: Reason = _no_reason  # why it cannot run on a device
+    unasked: Reason = _no_reason  # why it is measured only when asked for
+    left_out: CaseReason = _no_reason  # the same for one case and dtype
     is_loss: bool = True  # False: work to compare times with, which agreement says nothing about
-    compiler_seconds: float = 0.0  # about what its first calls take on a GPU, where that is what a budget is spent on
+    compiler_seconds: float = 0.0  # roughly the time of its first calls on a GPU, if that is worth budgeting
 
     @property
     def backend(self) -> str | None:
-        """reference | native | triton where a provider of ours is one backend, else None."""
+        """reference | native | triton if a provider of ours is one backend, else None."""
         return self.name[3:-1] if self.name.startswith("lt[") else None
 
 
-def eager(name: str, loss: Callable[..., Any], arguments: Callable[[Any], tuple[Any, ...]]) -> Provider:
-    """``loss`` of what ``arguments`` makes of the inputs."""
+Loss = Callable[..., Any]
+Arguments = Callable[[Any], tuple[Any, ...]]
 
-    def make(inputs: Any) -> Step:
-        values = arguments(inputs)
-        return lambda: loss(*values)
 
-    return Provider(name, make)
+def whole(inputs: Any) -> tuple[Any, ...]:
+    """The arguments of a loss that takes the inputs as they are."""
+    return (inputs,)
+
+
+def eager(name: str, loss: Loss, arguments: Arguments) -> Provider:
+    """``loss`` of ``arguments`` of the inputs."""
+    return Provider(name, lambda inputs: partial(loss, *arguments(inputs)))
 
 
 def compiled(
     name: str,
-    loss: Callable[..., Any],
-    arguments: Callable[[Any], tuple[Any, ...]],
+    loss: Loss,
+    arguments: Arguments,
     mode: str | None = None,
-    unasked: Callable[[str], str | None] = lambda device: None,
+    unasked: Reason = _no_reason,
+    left_out: CaseReason = _no_reason,
 ) -> Provider:
     """``torch.compile`` of ``loss`` with static shapes."""
 
     def make(inputs: Any) -> Step:
-        function = torch.compile(loss, fullgraph=True, dynamic=False, mode=mode)
-        values = arguments(inputs)
-        return lambda: function(*values)
+        return partial(torch.compile(loss, fullgraph=True, dynamic=False, mode=mode), *arguments(inputs))
 
-    return Provider(name, make, unasked=unasked, compiler_seconds=15.0 if mode is None else 40.0)
+    seconds = 15.0 if mode is None else 40.0
+    return Provider(name, make, unasked=unasked, left_out=left_out, compiler_seconds=seconds)
 
 
-def ours(op: str, backend: str, loss: Callable[[Any], Any]) -> Provider:
-    """``loss`` of the inputs on one backend."""
+def backends(op: str, make: Callable[[Any], Step]) -> tuple[Provider, ...]:
+    """One call of ours, made by ``make``, on each backend."""
+    return tuple(_backend(op, name, make) for name in ("reference", "native", "triton"))
 
-    def make(inputs: Any) -> Step:
+
+def _backend(op: str, backend: str, make: Callable[[Any], Step]) -> Provider:
+    def make_there(inputs: Any) -> Step:
+        call = make(inputs)
+
         def step() -> Any:
             with use_backend(backend):
-                return loss(inputs)
+                return call()
 
         return step
 
     def unasked(device: str) -> str | None:
         return "it defines the mathematics and is not meant to be fast" if backend == "reference" else None
 
-    return Provider(f"lt[{backend}]", make, lambda device: backend_unavailable(op, backend, device), unasked)
+    return Provider(f"lt[{backend}]", make_there, lambda device: backend_unavailable(op, backend, device), unasked)
+
+
+def strategy(op: str, name: str, loss: Callable[..., Tensor], left_out: CaseReason) -> Provider:
+    """``loss`` of the inputs with one strategy by name, on the backend that the library chooses."""
+
+    def unavailable(device: str) -> str | None:
+        if name != "tiled":
+            return kernels_unavailable(op, device)
+        return "it needs CUDA tensors" if device == "cpu" else backend_unavailable(op, "triton", device)
+
+    return Provider(f"lt-{name}", lambda inputs: partial(loss, inputs, strategy=name), unavailable, left_out=left_out)
 
 
 def backend_unavailable(op: str, backend: str, device: str) -> str | None:
@@ -88,9 +113,9 @@ def backend_unavailable(op: str, backend: str, device: str) -> str | None:
 
 
 def kernels_unavailable(op: str, device: str) -> str | None:
-    """Why the library would choose the reference, of which there is nothing to say; None where it has kernels."""
-    backends = ("native", "triton") if device == "cuda" else ("native",)
-    reasons = [backend_unavailable(op, backend, device) for backend in backends]
+    """Say why the library would choose the reference on ``device``; None where the op has kernels."""
+    names = ("native", "triton") if device == "cuda" else ("native",)
+    reasons = [backend_unavailable(op, name, device) for name in names]
     return None if None in reasons else reasons[-1]
 
 
@@ -98,21 +123,49 @@ def peer(name: str, module: str, make: Callable[[Any, Any], Step]) -> Provider:
     """A library for GPUs, imported when first needed; ``make`` turns the module and inputs into a step."""
 
     def unavailable(device: str) -> str | None:
-        if device != "cuda":
-            return "its kernels need CUDA tensors"
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            return f"{error.name} is not installed"
-        except Exception as error:  # other people's packages fail to import in many ways
-            return f"{module} cannot be imported: {first_line(error)}"
-        return None
+        return import_failure(module) if device == "cuda" else "its kernels need CUDA tensors"
 
     return Provider(name, lambda inputs: make(importlib.import_module(module), inputs), unavailable)
 
 
-def named(*providers: Provider) -> dict[str, Provider]:
-    return {provider.name: provider for provider in providers}
+def import_failure(*modules: str) -> str | None:
+    """Say why one of ``modules`` cannot be imported; None if all can."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            return f"{error.name} is not installed"
+        except Exception as error:  # other people's packages fail to import in many ways
+            return f"{name} cannot be imported: {first_line(error)}"
+    return None
+
+
+def headlines_on_cpu(case: Case, dtype: str, device: str) -> str | None:
+    """For ``Provider.left_out``: on a CPU the provider is too slow, or too slow to compile, for every case."""
+    if device == "cpu" and device not in case.headline:
+        return "on a CPU it is measured in headline cases only"
+    return None
+
+
+class Products:
+    """The matrix products alone, in the form of a loss: X Y^T when called, both gradients' products in ``backward``.
+
+    ``torch.mm`` writes into outputs that exist already. Only the first ``learning`` rows of ``y`` have a gradient.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, learning: int | None = None) -> None:
+        self._x, self._y = x.detach(), y.detach()
+        self.product = self._x.new_empty(len(x), len(y))
+        self.of_x, self.of_y = torch.empty_like(self._x), torch.empty_like(self._y[:learning])
+
+    def __call__(self) -> Products:
+        torch.mm(self._x, self._y.T, out=self.product)
+        return self
+
+    def backward(self) -> None:
+        torch.mm(self.product, self._y, out=self.of_x)
+        if len(self.of_y) > 0:
+            torch.mm(self.product[:, : len(self.of_y)].T, self._x, out=self.of_y)
 
 
 def first_line(error: BaseException) -> str:

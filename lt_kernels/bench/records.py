@@ -1,4 +1,4 @@
-"""What a measurement is, where results live, and the environment they were taken in."""
+"""A measurement, the environment it was taken in, and the files of saved ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .. import __version__
 
-SCHEMA = 2
-_READABLE = (1, 2)  # 1: without static_floor_ms
+SCHEMA = 3
+_READABLE = (1, 2, 3)  # 1: without static_floor_ms; 2: without date
+#: The saved results of a checkout.
+RESULTS = Path("benchmarks/results")
+#: The measured code.
+MEASURED = ("lt_kernels", "csrc", "setup.py")
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,14 @@ class Record:
     bytes_moved: int  # the least that the result needs
     flops: int
     gbps: float  # bytes_moved / ms_median
-    copy_gbps: float | None  # a copy of the logits, read + write, measured in the same rounds; None where gemms is
-    fraction_of_floor: float | None  # time of the op's floor in the same rounds / ms_median; see Floor
+    copy_gbps: float | None  # a copy of the logits, read + write, measured in the same turns; None where gemms is
+    fraction_of_floor: float | None  # time of the op's floor in the same turns / ms_median; see Floor
     device: str
     device_slug: str
     versions: dict[str, str | None]
     git: str | None
     static_floor_ms: float | None = None  # roofline.static_floor_ms; None for a chip it does not know
+    date: str | None = None  # of the measurement, ISO 8601; None in old records
 
     @property
     def kind(self) -> str:
@@ -58,41 +63,12 @@ class Record:
         return (self.op, self.case, self.dtype)
 
 
-class Cost(NamedTuple):
-    """The least work for one direction."""
-
-    bytes_moved: int
-    flops: int
-    exponentials: int
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What an op's times are held against, measured in turns with its providers.
-
-    ``copy``: the time that ``bytes_moved`` take at the bandwidth of a copy of the logits into an existing buffer;
-    ``gemms``: the time of the provider with that name, the matrix products alone.
-    """
-
-    name: str  # copy | gemms
-    heading: str  # of a column with what ``show`` returns
-
-    def show(self, fraction: float | None) -> str:
-        """A ``fraction_of_floor`` as people say it."""
-        if fraction is None:
-            return ""
-        return f"{fraction:.0%}" if self is COPY else f"{1 / fraction:.2f}x"
-
-
-COPY = Floor("copy", "of copy")
-GEMMS = Floor("gemms", "x of gemms")
-
 #: Our providers in the order in which the library chooses among them.
 PREFERRED = {"cuda": ("lt[triton]", "lt[native]", "lt[reference]"), "cpu": ("lt[native]", "lt[reference]")}
 
 
 def by_direction(records: Iterable[Record]) -> list[dict[str, Record]]:
-    """Provider -> record, for each device, op, case, dtype and direction, in order of appearance."""
+    """Group by device, op, case, dtype and direction, in order of appearance; each group is provider -> record."""
     found: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
         key = (record.device_slug, *record.group, record.direction)
@@ -101,39 +77,14 @@ def by_direction(records: Iterable[Record]) -> list[dict[str, Record]]:
 
 
 def ours(providers: dict[str, Record]) -> Record | None:
-    """The record of the backend that the library picks by itself."""
+    """Return the record of the backend that the library picks by itself."""
     first = next(iter(providers.values()))
     return next((providers[name] for name in PREFERRED[first.kind] if name in providers), None)
 
 
 def is_ours(provider: str) -> bool:
-    """Whether it is one of our backends, lt[backend], or of our strategies, lt-strategy."""
+    """Say whether it is one of our backends, lt[backend], or one of our strategies, lt-strategy."""
     return provider.startswith(("lt[", "lt-"))
-
-
-@dataclass(frozen=True)
-class Target:
-    """A goal for the last of the op's directions, of ours: by default the provider that the library picks by itself.
-
-    ``against`` says what the number is:
-
-        the name of a provider   ``at_least``: so many times as fast; ``at_most``: so many times its time
-        "fastest other"          the same against the fastest provider that is neither ours nor a floor
-        "copy"                   that fraction of the copy bandwidth
-        "static floor"           the static floor over our time
-        "memory"                 the op's ``memory``: peak memory in multiples of the logits' bytes
-    """
-
-    device: str  # cpu | cuda
-    case: str
-    dtype: str
-    against: str
-    at_least: float | None = None
-    at_most: float | None = None
-    ours: str | None = None
-
-    def met(self, value: float) -> bool:
-        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 
 
 def device_name(device: str) -> str:
@@ -170,7 +121,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this package is imported from, with "-dirty" where its code changed; None outside one."""
+    """Return the commit of this package's checkout, with "-dirty" if its code changed; None outside one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return os.environ.get("LT_KERNELS_GIT_REVISION")  # a copy of a checkout without its history
@@ -180,14 +131,26 @@ def git_revision() -> str | None:
 
     try:
         revision = git("rev-parse", "--short=12", "HEAD").stdout.strip()
-        changed = git("status", "--porcelain", "--", "lt_kernels", "csrc", "setup.py").stdout.strip()
+        changed = git("status", "--porcelain", "--", *MEASURED).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return None
     return f"{revision}-dirty" if revision and changed else revision or None
 
 
+def find_root(start: Path) -> Path:
+    """Return the nearest folder at or above ``start`` that holds benchmarks/results.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / RESULTS).is_dir():
+            return folder
+    raise FileNotFoundError(f"no {RESULTS} at or above {start.resolve()}: run this in a checkout, or give --root")
+
+
 def load(path: Path) -> list[Record]:
-    """The records of a file.
+    """Read the records of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -204,7 +167,7 @@ def load(path: Path) -> list[Record]:
 
 
 def save(path: Path, records: list[Record]) -> None:
-    """Write ``records`` to ``path``, in place of those of the same groups (op, case, dtype) that are there."""
+    """Write ``records`` to ``path``; they replace records of the same groups (op, case, dtype)."""
     measured = {record.group for record in records}
     kept = [record for record in load(path) if record.group not in measured] if path.exists() else []
     lines = ",\n  ".join(json.dumps(asdict(record)) for record in kept + records)

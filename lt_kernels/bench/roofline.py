@@ -1,4 +1,4 @@
-"""The time that a chip's data sheet and a plain copy allow, whatever the kernel: printed beside measured times.
+"""The time that a chip's data sheet and a plain copy allow any kernel, printed next to measured times.
 
 floor = max(bytes / copy bandwidth, operations / peak FLOP/s, exponentials / special-function rate)
 """
@@ -17,7 +17,7 @@ class Chip(NamedTuple):
 
 
 #: By a part of the device's name. An H100 (SXM5: 3.35e12 bytes and 989e12 operations on its data sheet) copies at
-#: 3.0e12; its processors are those of an H200.
+#: 3.0e12; its processors are an H200's.
 CHIPS = {
     "H200": Chip(bytes=4.3e12, flops=790e12, exponentials=4.18e12),
     "H100 80GB HBM3": Chip(bytes=3.0e12, flops=798e12, exponentials=4.18e12),

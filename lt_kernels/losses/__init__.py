@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._base import MarginCrossEntropyBase
-from ._contrastive_base import ContrastiveLossBase, PixelSample, sample_pixels
+from ._contrastive_base import ContrastiveLossBase
 from ._experts_base import ExpertLossBase
 from .arcface import ArcFaceLoss
 from .balanced_contrastive import BalancedContrastiveLoss
@@ -18,6 +18,7 @@ from .linear_head import LinearHead
 from .logit_adjustment import LogitAdjustmentLoss, post_hoc_logit_adjustment
 from .ncl import NCLLoss
 from .paco import PaCoLoss
+from .pixels import PixelSample, sample_pixels
 from .ride import RIDELoss
 from .sade import SADELoss, fit_expert_weights
 from .supcon import SupConLoss

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
+from .._checks import check_floating
 from ._base import MarginCrossEntropyBase
 
 if TYPE_CHECKING:
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 
 class ExpertLossBase(MarginCrossEntropyBase):
@@ -87,10 +88,7 @@ def stacked(name: str, logits: ExpertLogits) -> Tensor:
             if each.shape != logits[0].shape:
                 raise ValueError(f"{name}[{e}]: got shape {tuple(each.shape)}, expected {tuple(logits[0].shape)}")
         logits = torch.stack(list(logits))
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: got {type(logits).__name__}, expected a Tensor [E, N, C] or a list of E [N, C]")
-    if not logits.is_floating_point():
-        raise TypeError(f"{name}: got dtype {logits.dtype}, expected a floating-point dtype")
+    logits = check_floating(name, logits, "a Tensor [E, N, C] or a list of E [N, C]", "a floating-point dtype")
     if logits.dim() != 3 or 0 in logits.shape[::2]:
         raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected [E, N, C]")
     return logits

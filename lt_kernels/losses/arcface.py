@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..priors import ClassPrior, ClassVector
+from .._checks import ClassVector
+from ..priors import ClassPrior
 from ._base import LossOptions, MarginCrossEntropyBase
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as LF
-from ..priors import ClassPrior, ClassVector
-from ._contrastive_base import check_classes, check_embeddings, count_classes, positive
+from .._checks import ClassVector, check_choice, check_device, check_embeddings, check_positive, check_shape
+from ..priors import ClassPrior
+from ._contrastive_base import check_labels, count_classes
 
 
 class BalancedContrastiveLoss(nn.Module):
@@ -58,9 +59,8 @@ class BalancedContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = len(ClassPrior(class_counts, zero_counts="mask"))
-        self.temperature = positive("temperature", temperature)
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction: got {reduction!r}, expected 'none', 'mean' or 'sum'")
+        self.temperature = check_positive("temperature", temperature)
+        check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
         self.reduction = reduction
 
     def forward(self, features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
@@ -76,12 +76,10 @@ class BalancedContrastiveLoss(nn.Module):
         """
         samples, views, dim = check_embeddings("features", features, "[N, V, D]").shape
         check_embeddings("centers", centers, "[C, D]")
-        if centers.shape != (self.num_classes, dim):
-            raise ValueError(f"centers: got shape {tuple(centers.shape)}, expected ({self.num_classes}, {dim})")
-        if centers.device != features.device:
-            raise ValueError(f"centers: got device {centers.device}, expected {features.device} as features")
+        check_shape("centers", centers, (self.num_classes, dim))
+        check_device("centers", centers, features, " as features")
         # no label means "none": -1 is as much out of range as any other
-        index, is_class = check_classes("labels", labels, (samples,), self.num_classes, features, none=None)
+        index, is_class = check_labels("labels", labels, (samples,), self.num_classes, features, none=None)
         query = features.flatten(0, 1)
         label = index[:, None].expand(samples, views).flatten()
         dtype = torch.promote_types(features.dtype, torch.float32)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..priors import ClassPrior, ClassVector, as_number
+from .._checks import ClassVector, check_choice, check_number
+from ..priors import ClassPrior
 from ._base import LossOptions
 from ._experts_base import ExpertLossBase
 
@@ -86,7 +87,7 @@ class BalPoELoss(ExpertLossBase):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
-        self.eps = as_number("eps", eps, 0.0, expected="a number >= 0")
+        self.eps = check_number("eps", eps, 0.0)
         self._set_counts(class_counts)
         self._set_taus(taus)
 
@@ -103,8 +104,7 @@ class BalPoELoss(ExpertLossBase):
         Raises:
             ValueError: an unknown name.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, cls.PRESETS))}")
+        check_choice("name", name, tuple(cls.PRESETS))
         return cls(class_counts, cls.PRESETS[name].taus, **options)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class BalPoELoss(ExpertLossBase):
         assert self.log_prior is not None
         classes = len(self.log_prior)
         if isinstance(taus, (list, tuple)) and not any(isinstance(tau, (list, tuple)) for tau in taus):
-            held = torch.tensor([as_number(f"taus[{e}]", tau) for e, tau in enumerate(taus)], dtype=torch.float64)
+            held = torch.tensor([check_number(f"taus[{e}]", tau) for e, tau in enumerate(taus)], dtype=torch.float64)
         else:
             try:
                 held = taus.detach() if isinstance(taus, Tensor) else torch.as_tensor(taus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..priors import ClassVector
+from .._checks import ClassVector
 from ._base import LossOptions, MarginCrossEntropyBase
 
 if TYPE_CHECKING:

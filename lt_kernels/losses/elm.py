@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import functional as LF
-from ..priors import ClassPrior, ClassVector, as_class_vector, as_number
-from ._contrastive_base import (
-    ContrastiveLossBase,
-    ContrastiveOptions,
-    at_least_zero,
-    check_classes,
+from .._checks import (
+    ClassVector,
+    as_class_vector,
+    check_choice,
     check_embeddings,
     check_flag,
-    check_integers,
-    positive,
+    check_number,
+    check_positive,
 )
+from ..priors import ClassPrior
+from ._contrastive_base import ContrastiveLossBase, ContrastiveOptions, check_ids, check_labels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,6 +39,14 @@ class ELMTerms(NamedTuple):
     total: Tensor
     logit: Tensor
     embedding: Tensor
+
+
+class ELMKeys(TypedDict, total=False):
+    """What the embeddings are compared with, for type checkers."""
+
+    key: Tensor | None
+    key_label: Tensor | None
+    exclude: Tensor | Literal["self"] | None
 
 
 class ELMLoss(ContrastiveLossBase):
@@ -96,6 +104,9 @@ class ELMLoss(ContrastiveLossBase):
         tensor([0.1623, 0.2887, 0.5000])
     """
 
+    _CLASS_TENSORS = ("class_counts", "class_bias", "margin", "embedding_margin")
+
+    margin: Tensor | None
     embedding_margin: Tensor
 
     def __init__(
@@ -114,18 +125,16 @@ class ELMLoss(ContrastiveLossBase):
         **options: Unpack[ContrastiveOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
-        for name, value, choices in (
-            ("regularizer", regularizer, REGULARIZERS),
-            ("logit_margin", logit_margin, LOGIT_MARGINS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+        check_choice("regularizer", regularizer, REGULARIZERS)
+        check_choice("logit_margin", logit_margin, LOGIT_MARGINS)
         self.regularizer, self.logit_margin = regularizer, logit_margin
-        self.tau, self.max_margin = as_number("tau", tau), at_least_zero("max_margin", max_margin)
-        self.embedding_weight = at_least_zero("embedding_weight", embedding_weight)
-        self.temperature, self.normalize = positive("temperature", temperature), check_flag("normalize", normalize)
-        self._rule = at_least_zero("embedding_margin", embedding_margin) if isinstance(embedding_margin, Real) else None
-        self.register_buffer("embedding_margin", None)
+        self.tau, self.max_margin = check_number("tau", tau), check_number("max_margin", max_margin, 0.0)
+        self.embedding_weight = check_number("embedding_weight", embedding_weight, 0.0)
+        self.temperature = check_positive("temperature", temperature)
+        self.normalize = check_flag("normalize", normalize)
+        self._rule: float | None = None
+        if isinstance(embedding_margin, Real):
+            self._rule = check_number("embedding_margin", embedding_margin, 0.0)
         self._set_counts(class_counts)
         if self._rule is None:
             fixed = as_class_vector("embedding_margin", embedding_margin)  # type: ignore[arg-type]
@@ -140,7 +149,37 @@ class ELMLoss(ContrastiveLossBase):
             return {**derived, "margin": prior.ldam_margins(self.max_margin)}
         return {**derived, "class_bias": prior.log_prior(self.tau)}
 
-    def forward(  # type: ignore[override]
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        return_terms: Literal[False] = False,
+        **keys: Unpack[ELMKeys],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        return_terms: Literal[True],
+        **keys: Unpack[ELMKeys],
+    ) -> ELMTerms: ...
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        return_terms: bool = False,
+        **keys: Unpack[ELMKeys],
+    ) -> Tensor | ELMTerms: ...
+    def forward(
         self,
         logits: Tensor,
         embeddings: Tensor,
@@ -150,8 +189,8 @@ class ELMLoss(ContrastiveLossBase):
         key_label: Tensor | None = None,
         exclude: Tensor | Literal["self"] | None = None,
         return_terms: bool = False,
-    ) -> Any:
-        """The loss, of float16, bfloat16, float32 or float64 logits and embeddings.
+    ) -> Tensor | ELMTerms:
+        """Return the loss of float16, bfloat16, float32 or float64 logits and embeddings.
 
         Args:
             logits: [N, C].
@@ -176,8 +215,8 @@ class ELMLoss(ContrastiveLossBase):
             raise ValueError(f"{missing}: got None with {given}, expected both or neither")
         if key is None and exclude is not None:
             raise ValueError("exclude: got one without key, expected None (embeddings leave themselves out)")
-        target = check_integers("target", target, (len(embeddings),), embeddings)
-        label, is_class = check_classes("target", target, (len(embeddings),), classes, embeddings, self.ignore_index)
+        target = check_ids("target", target, (len(embeddings),), embeddings)
+        label, is_class = check_labels("target", target, (len(embeddings),), classes, embeddings, self.ignore_index)
         of_logits = LF.margin_cross_entropy(
             logits, target, class_bias=self.class_bias, margin=self.margin, scale=self.scale,
             ignore_index=self.ignore_index, reduction=self.reduction,
@@ -188,10 +227,10 @@ class ELMLoss(ContrastiveLossBase):
             key, of_keys, is_key, exclude = query, label, is_class, "self"
         else:
             check_embeddings("key", key, "[M, D]")
-            of_keys, is_key = check_classes("key_label", key_label, (len(key),), classes, embeddings, -1)
+            of_keys, is_key = check_labels("key_label", key_label, (len(key),), classes, embeddings, -1)
             key = F.normalize(key, dim=1) if self.normalize else key
         rows = self._regularizer(query, torch.where(is_class, label, -2), label, key, of_keys, is_key, exclude)
-        embedding = self._reduced(torch.where(is_class, rows, 0.0), is_class)
+        embedding = self._reduce(torch.where(is_class, rows, 0.0), is_class)
         total = of_logits + self.embedding_weight * embedding
         return ELMTerms(total, of_logits, embedding) if return_terms else total
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from ..priors import as_number
+from .._checks import check_flag, check_floating, check_int, check_positive, check_tensor, product_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 
 class ExpertHead(nn.Module):
@@ -70,17 +70,10 @@ class ExpertHead(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("num_classes", num_classes), ("num_experts", num_experts)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected an int >= 1")
-        for name, value in (("shared", shared), ("learn_scale", learn_scale)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
-        start = as_number("scale", scale)
-        if start <= 0:
-            raise ValueError(f"scale: got {scale}, expected a number > 0")
-        self.shared = shared
+            check_int(name, value, 1)
+        self.shared = check_flag("shared", shared)
+        check_flag("learn_scale", learn_scale)
+        start = check_positive("scale", scale)
         self.weight = nn.Parameter(torch.empty(num_experts, num_classes, in_features, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.full((), start, device=device, dtype=dtype)) if learn_scale else start
         self.reset_parameters()
@@ -146,14 +139,16 @@ class ExpertHead(nn.Module):
         return head
 
     def forward(self, features: ExpertLogits) -> Tensor:
-        """Logits [E, N, C] of ``features``: [E, N, D] or a list of E [N, D]; [N, D] if ``shared``.
+        """Return logits [E, N, C] of ``features``: [E, N, D] or a list of E [N, D]; [N, D] if ``shared``.
 
-        With shared features it is a view of [N, E, C]. Under autocast, logits have its dtype.
+        With shared features it is a view of [N, E, C]. Under autocast, logits have its dtype. Features and weight may
+        differ in dtype, as in mixed precision: the product, and the logits, are in the narrower one.
         """
         f = self._features(features)
+        dtype = product_dtype(f, self.weight, "weight", "features")
         # the scale multiplies the features: they are fewer than the logits
-        f = F.normalize(f, dim=-1) * self.scale
-        w = F.normalize(self.weight, dim=-1)
+        f = (F.normalize(f, dim=-1) * self.scale).to(dtype)
+        w = F.normalize(self.weight, dim=-1).to(dtype)
         if not self.shared:
             return torch.matmul(f, w.transpose(1, 2))
         return F.linear(f, w.flatten(0, 1)).unflatten(-1, w.shape[:2]).transpose(0, 1)
@@ -209,17 +204,13 @@ class ExpertHead(nn.Module):
         """[E, N, D], or [N, D] if shared."""
         if isinstance(features, (list, tuple)) and not self.shared:
             for e, each in enumerate(features):
-                if not isinstance(each, Tensor):
-                    raise TypeError(f"features[{e}]: got {type(each).__name__}, expected a Tensor [N, D]")
+                check_tensor(f"features[{e}]", each, "a Tensor [N, D]")
                 if each.shape != features[0].shape:
                     shapes = tuple(each.shape), tuple(features[0].shape)
                     raise ValueError(f"features[{e}]: got shape {shapes[0]}, expected {shapes[1]} as features[0]")
             features = torch.stack(list(features)) if features else torch.empty(0)
         expected = f"[N, {self.in_features}]" if self.shared else f"[{self.num_experts}, N, {self.in_features}]"
-        if not isinstance(features, Tensor):
-            raise TypeError(f"features: got {type(features).__name__}, expected a Tensor {expected}")
-        if not features.is_floating_point():
-            raise TypeError(f"features: got dtype {features.dtype}, expected a floating-point dtype")
+        features = check_floating("features", features, f"a Tensor {expected}", "a floating-point dtype")
         fits = features.dim() == 2 if self.shared else features.dim() == 3 and len(features) == self.num_experts
         if not fits or features.shape[-1] != self.in_features:
             hint = "" if self.shared or features.dim() != 2 else " (features that all experts read: shared=True)"

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from ..priors import ClassPrior, ClassVector
+from .._checks import ClassVector, check_embeddings, check_int, check_number, check_positive
+from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
     ContrastiveOptions,
-    at_least_zero,
-    check_classes,
-    check_embeddings,
-    check_integers,
+    check_ids,
+    check_labels,
     count_classes,
     last_match,
-    positive,
-    sample_pixels,
 )
+from .pixels import sample_pixels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,6 +37,17 @@ class GMLTerms(NamedTuple):
     con: Tensor
     con_temperature: Tensor
     div: Tensor | None  #: None with alpha 0
+
+
+class GMLOptions(TypedDict, total=False):
+    """The optional arguments of a call, for type checkers."""
+
+    target: Tensor | None
+    query_id: Tensor | None
+    key_id: Tensor | None
+    own_key: Tensor | None
+    teacher_logits: Tensor | None
+    generator: torch.Generator | None
 
 
 class GMLLoss(ContrastiveLossBase):
@@ -108,17 +117,15 @@ class GMLLoss(ContrastiveLossBase):
         **options: Unpack[ContrastiveOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
-        self.beta, self.gamma = at_least_zero("beta", beta), at_least_zero("gamma", gamma)
-        self.alpha = at_least_zero("alpha", alpha)
+        self.beta, self.gamma = check_number("beta", beta, 0.0), check_number("gamma", gamma, 0.0)
+        self.alpha = check_number("alpha", alpha, 0.0)
         if pixels_per_class is not None:
-            if isinstance(pixels_per_class, bool) or not isinstance(pixels_per_class, int):
-                raise TypeError(f"pixels_per_class: got {type(pixels_per_class).__name__}, expected an int or None")
-            if pixels_per_class < 1:
-                raise ValueError(f"pixels_per_class: got {pixels_per_class}, expected an int >= 1")
+            check_int("pixels_per_class", pixels_per_class, 1, kind="an int or None")
         self.pixels_per_class = pixels_per_class
         self._set_counts(class_counts)
         assert self.class_bias is not None
-        self.log_temperature = nn.Parameter(self.class_bias.new_tensor(math.log(positive("temperature", temperature))))
+        start = math.log(check_positive("temperature", temperature))
+        self.log_temperature = nn.Parameter(self.class_bias.new_tensor(start))
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
         return {"class_bias": prior.log_prior()}
@@ -128,7 +135,43 @@ class GMLLoss(ContrastiveLossBase):
         """T, 0-dim."""
         return self.log_temperature.exp()
 
-    def forward(  # type: ignore[override]
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        key: Tensor,
+        key_label: Tensor,
+        logits: Tensor,
+        *,
+        return_terms: Literal[False] = False,
+        **options: Unpack[GMLOptions],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        key: Tensor,
+        key_label: Tensor,
+        logits: Tensor,
+        *,
+        return_terms: Literal[True],
+        **options: Unpack[GMLOptions],
+    ) -> GMLTerms: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        query_label: Tensor,
+        key: Tensor,
+        key_label: Tensor,
+        logits: Tensor,
+        *,
+        return_terms: bool = False,
+        **options: Unpack[GMLOptions],
+    ) -> Tensor | GMLTerms: ...
+    def forward(
         self,
         query: Tensor,
         query_label: Tensor,
@@ -143,8 +186,8 @@ class GMLLoss(ContrastiveLossBase):
         teacher_logits: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_terms: bool = False,
-    ) -> Any:
-        """The loss, of float16, bfloat16, float32 or float64 queries and logits.
+    ) -> Tensor | GMLTerms:
+        """Return the loss of float16, bfloat16, float32 or float64 queries and logits.
 
         Args:
             query: [N, D], unit vectors; or [N, D, H, W], of which ``pixels_per_class`` are drawn.
@@ -198,10 +241,10 @@ class GMLLoss(ContrastiveLossBase):
         """L_con and L_con_T."""
         assert self.class_bias is not None
         classes = len(self.class_bias)
-        given = check_integers("query_label", query_label, (len(query),), query)
+        given = check_ids("query_label", query_label, (len(query),), query)
         given = given.masked_fill(given == self.ignore_index, -1)
-        label, is_class = check_classes("query_label", given, (len(query),), classes, query, -1)
-        key_class, is_key = check_classes("key_label", key_label, (len(key),), classes, query, -1)
+        label, is_class = check_labels("query_label", given, (len(query),), classes, query, -1)
+        key_class, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         counts = count_classes(key_class, is_key, classes).to(self.class_bias.dtype)
         bias = (self.class_bias - counts.clamp_min(1).log())[key_class].masked_fill(~is_key, -math.inf)
         if own is not None and len(key) > 0:
@@ -233,7 +276,7 @@ class GMLLoss(ContrastiveLossBase):
         con_temperature = _softplus_where(others, of_scale.neg - (of_others if offset is None else of_others + offset))
         counted = given != -1
         nothing = torch.where(is_class | ~counted, 0.0, math.nan)  # a class out of range, on a GPU
-        return self._reduced(con + nothing, counted), self._reduced(con_temperature + nothing, counted)
+        return self._reduce(con + nothing, counted), self._reduce(con_temperature + nothing, counted)
 
     def _own_key(
         self, query: Tensor, key: Tensor, query_id: Tensor | None, key_id: Tensor | None, own_key: Tensor | None
@@ -245,12 +288,12 @@ class GMLLoss(ContrastiveLossBase):
         if own_key is not None:
             if query_id is not None:
                 raise ValueError("own_key: got both own_key and ids, expected one of them")
-            index, is_key = check_classes("own_key", own_key, (len(query),), len(key), query, -1, "key")
+            index, is_key = check_labels("own_key", own_key, (len(query),), len(key), query, -1, "key")
             return index.masked_fill(~is_key, -1)
         if query_id is None or key_id is None:
             return None
-        ids = check_integers("query_id", query_id, (len(query),), query)
-        return last_match(ids, check_integers("key_id", key_id, (len(key),), query))
+        ids = check_ids("query_id", query_id, (len(query),), query)
+        return last_match(ids, check_ids("key_id", key_id, (len(key),), query))
 
     def _distillation(self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None) -> Tensor | None:
         if (teacher_logits is None) != (self.alpha == 0):
@@ -270,7 +313,7 @@ class GMLLoss(ContrastiveLossBase):
         student, teacher = ((factor * z.to(dtype)).log_softmax(1) for z in (logits, teacher_logits.detach()))
         rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * DISTILLATION_TEMPERATURE**2
         counted = target.to(torch.int64) != self.ignore_index
-        return self._reduced(torch.where(counted, rows, 0.0), counted)
+        return self._reduce(torch.where(counted, rows, 0.0), counted)
 
     def _drawn(
         self,
@@ -295,7 +338,7 @@ class GMLLoss(ContrastiveLossBase):
         )  # fmt: skip
         shape = (query.shape[0], *query.shape[2:])
         taken = [
-            None if value is None else sample.take(check_integers(name, value, shape, query))
+            None if value is None else sample.take(check_ids(name, value, shape, query))
             for name, value in (("query_id", query_id), ("own_key", own_key))
         ]
         return sample.features, sample.labels, query_label if target is None else target, taken[0], taken[1]

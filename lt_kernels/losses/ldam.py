@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..priors import ClassPrior, ClassVector, as_number
+from .._checks import ClassVector, check_number
+from ..priors import ClassPrior
 from ._base import LossOptions, MarginCrossEntropyBase
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class LDAMLoss(MarginCrossEntropyBase):
         self, class_counts: ClassVector, max_margin: float = 0.5, scale: float = 30.0, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(scale=scale, **options)
-        self.max_margin = as_number("max_margin", max_margin, 0.0, expected="a number >= 0")
+        self.max_margin = check_number("max_margin", max_margin, 0.0)
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:

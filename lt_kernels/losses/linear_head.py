@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from ..priors import ClassVector
+from .._checks import ClassVector, check_choice, check_flag, product_dtype
 from ._base import MarginCrossEntropyBase
+from ._class_tensors import ClassTensorLoss
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,20 +80,20 @@ class LinearHead(nn.Linear):
     ) -> None:
         if loss is None:
             loss = MarginCrossEntropyBase()
-        if not isinstance(loss, MarginCrossEntropyBase):
+        if not isinstance(loss, ClassTensorLoss):
             raise TypeError(
                 f"loss: got {getattr(loss, '__name__', type(loss).__name__)}, expected None or a classifier loss of "
                 "lt_kernels.losses, such as LogitAdjustmentLoss(class_counts)"
             )
         for name, value in (("bias", bias), ("normalize", normalize)):
-            if value is not None and not isinstance(value, bool):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected a bool or None")
+            if value is not None:
+                check_flag(name, value, "a bool or None")
+        sizes = loss.class_sizes  # a loss of embeddings or of several experts refuses here
         normalize = loss.cosine if normalize is None else normalize
         if bias and normalize:
             raise ValueError("bias: got True with normalize=True, expected False (cosines have no bias)")
-        if strategy not in get_args(Strategy):
-            raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, get_args(Strategy)))}")
-        for name, classes in loss.class_sizes.items():
+        check_choice("strategy", strategy, get_args(Strategy))
+        for name, classes in sizes.items():
             if classes != out_features:
                 raise ValueError(
                     f"loss: got a {type(loss).__name__} with {classes} classes ({name}), expected {out_features}, "
@@ -177,14 +178,18 @@ class LinearHead(nn.Linear):
         return loss
 
     def logits(self, features: Tensor) -> Tensor:
-        """What to classify by at test time, [..., C]: ``F.linear``, or cosines, times the loss's ``scale``.
+        """Return the logits to classify by at test time, [..., C], the loss's ``scale`` included.
 
         Class biases, class scales (of VS and CDT) and margins act in training alone, as in their papers: the model has
-        learned to be right without them. Differentiable; stores all logits, which ``predict`` does not.
+        learned to be right without them. Differentiable; stores all logits, which ``predict`` does not. Features and
+        weight may differ in dtype, as in the call: the product is in the narrower one.
         """
-        if not self.normalize:
-            return F.linear(features, self.weight, self.bias) * self.loss.scale
-        return F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1)) * self.loss.scale
+        dtype = product_dtype(features, self.weight, "weight", "features")
+        weight: Tensor = self.weight
+        if self.normalize:
+            features, weight = F.normalize(features, dim=-1), F.normalize(weight, dim=-1)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(features.to(dtype), weight.to(dtype), bias) * self.loss.scale
 
     def predict(self, features: Tensor, topk: int = 1, class_shift: Tensor | None = None) -> LF.TopK:
         """The most likely classes of ``logits(features)``, computed block by block.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..priors import ClassPrior, ClassVector, ZeroCounts, as_number
+from .._checks import ClassVector, check_floating, check_number
+from ..priors import ClassPrior, ZeroCounts
 from ._base import LossOptions, MarginCrossEntropyBase
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LogitAdjustmentLoss(MarginCrossEntropyBase):
         self, class_counts: ClassVector, tau: float = 1.0, *, eps: float = 0.0, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(**options)
-        self.tau, self.eps = as_number("tau", tau), as_number("eps", eps, 0.0, expected="a number >= 0")
+        self.tau, self.eps = check_number("tau", tau), check_number("eps", eps, 0.0)
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
@@ -72,9 +73,7 @@ def post_hoc_logit_adjustment(
         >>> post_hoc_logit_adjustment(torch.tensor([[2.0, 1.0, 0.0]]), [900, 90, 10]).argmax(1)
         tensor([2])
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = f"dtype {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits: got {got}, expected a floating-point tensor")
+    check_floating("logits", logits, "a floating-point tensor", "a floating-point tensor")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_prior = ClassPrior(class_counts, zero_counts=zero_counts, device=logits.device, dtype=dtype).log_prior(tau)
     class_dim = min(1, logits.dim() - 1)

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from ..priors import ClassPrior, ClassVector, as_number
+from .._checks import ClassVector, check_int, check_number
+from ..priors import ClassPrior
 from ._base import LossOptions
 from ._experts_base import ExpertLossBase
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 
 class NCLLoss(ExpertLossBase):
@@ -75,20 +76,19 @@ class NCLLoss(ExpertLossBase):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
-        self.ce_factor = as_number("ce_factor", ce_factor)
-        self.hard_factor = as_number("hard_factor", hard_factor)
-        self.divergence_factor = as_number("divergence_factor", divergence_factor)
-        self.hard_divergence_factor = as_number("hard_divergence_factor", hard_divergence_factor)
+        self.ce_factor = check_number("ce_factor", ce_factor)
+        self.hard_factor = check_number("hard_factor", hard_factor)
+        self.divergence_factor = check_number("divergence_factor", divergence_factor)
+        self.hard_divergence_factor = check_number("hard_divergence_factor", hard_divergence_factor)
         self._set_counts(class_counts)
         assert self.class_counts is not None
         classes = len(self.class_counts)
         if hard_classes is None:
             hard_classes = max(1, 3 * classes // 10)
-        if isinstance(hard_classes, bool) or not isinstance(hard_classes, int):
-            raise TypeError(f"hard_classes: got {type(hard_classes).__name__}, expected an int or None")
-        if not 1 <= hard_classes <= classes:
-            raise ValueError(f"hard_classes: got {hard_classes}, expected 1 to {classes}, the number of classes")
-        self.hard_classes = hard_classes
+        expected = f"1 to {classes}, the number of classes"
+        self.hard_classes = check_int(
+            "hard_classes", hard_classes, 1, classes, kind="an int or None", expected=expected
+        )
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
         return {"class_bias": prior.log_counts()}

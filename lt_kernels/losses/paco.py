@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from ..priors import ClassPrior, ClassVector
-from ._contrastive_base import (
-    ContrastiveLossBase,
-    ContrastiveOptions,
-    at_least_zero,
-    check_classes,
-    check_embeddings,
-    check_integers,
-    positive,
-)
+from .._checks import ClassVector, check_embeddings, check_number, check_positive
+from ..priors import ClassPrior
+from ._contrastive_base import ContrastiveLossBase, ContrastiveOptions, check_ids, check_labels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,21 +74,21 @@ class PaCoLoss(ContrastiveLossBase):
         label_smoothing: float = 0.0,
         **options: Unpack[ContrastiveOptions],
     ) -> None:
-        super().__init__(scale=1 / positive("supt", supt), **options)
-        self.label_smoothing = at_least_zero("label_smoothing", label_smoothing)
+        super().__init__(scale=1 / check_positive("supt", supt), **options)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0)
         if self.label_smoothing >= 1:
             raise ValueError(f"label_smoothing: got {label_smoothing}, expected a number in [0, 1)")
         self.supt = float(supt)
-        self.alpha, self.beta = at_least_zero("alpha", alpha), at_least_zero("beta", beta)
-        self.gamma, self.eps = at_least_zero("gamma", gamma), at_least_zero("eps", eps)
-        self.temperature = positive("temperature", temperature)
+        self.alpha, self.beta = check_number("alpha", alpha, 0.0), check_number("beta", beta, 0.0)
+        self.gamma, self.eps = check_number("gamma", gamma, 0.0), check_number("eps", eps, 0.0)
+        self.temperature = check_positive("temperature", temperature)
         if class_counts is not None:
             self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
         return {"class_bias": prior.log_prior(eps=self.eps) / self.supt}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         query_label: Tensor,
@@ -134,16 +127,17 @@ class PaCoLoss(ContrastiveLossBase):
             raise ValueError(
                 f"label_smoothing: got {self.label_smoothing} with {classes} classes, expected at most {most:g}"
             )
-        label = check_integers("query_label", query_label, (rows,), query)
-        _, is_class = check_classes("query_label", label, (rows,), classes, query, self.ignore_index)
+        label = check_ids("query_label", query_label, (rows,), query)
+        _, is_class = check_labels("query_label", label, (rows,), classes, query, self.ignore_index)
         counted = label != self.ignore_index
-        _, is_key = check_classes("key_label", key_label, (len(key),), classes, query, -1)
+        _, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         # C times the same share for all, and less for the target, as this keyword of cross-entropy has it
         smoothing = self.label_smoothing * classes / max(classes - 1, 1)
         of_classes = LF.margin_cross_entropy(
             logits, label, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
             reduction="none", label_smoothing=min(smoothing, 1.0), return_lse=True,
         )  # fmt: skip
+        assert of_classes.lse is not None
         bias = torch.full(key_label.shape, self.gamma, dtype=of_classes.loss.dtype, device=key.device).log()
         sums = LF.partitioned_logsumexp(
             query, key, label, key_label, scale=1 / self.temperature, exclude=exclude,
@@ -157,7 +151,7 @@ class PaCoLoss(ContrastiveLossBase):
         loss = torch.logaddexp(of_classes.lse, of_keys) - pulled / torch.where(weights > 0, weights, 1.0)
         # a class out of range, on a GPU, makes the cross-entropy NaN
         loss = torch.where(counted & is_class, torch.where(weights > 0, loss, 0.0), 0.0 * of_classes.loss)
-        return self._reduced(loss, counted)
+        return self._reduce(loss, counted)
 
     def two_views(
         self,
@@ -188,7 +182,7 @@ class PaCoLoss(ContrastiveLossBase):
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected {[*shape, 'C']}")
         if (queue_features is None) != (queue_labels is None):
             raise ValueError("queue_labels: got one of queue_features and queue_labels, expected both or neither")
-        of_samples = check_integers("labels", labels, (samples,), features)
+        of_samples = check_ids("labels", labels, (samples,), features)
         label = of_samples[:, None].expand(samples, views).flatten()
         own = features.flatten(0, 1)
         # keys of ignored samples count nowhere
@@ -198,7 +192,7 @@ class PaCoLoss(ContrastiveLossBase):
             if queue_features.shape[1] != dim:
                 raise ValueError(f"queue_features: got {queue_features.shape[1]} features, expected {dim} as features")
             key = torch.cat([key, queue_features.detach()])
-            of_queue = check_integers("queue_labels", queue_labels, (len(queue_features),), features)
+            of_queue = check_ids("queue_labels", queue_labels, (len(queue_features),), features)
             key_label = torch.cat([key_label, of_queue])
         query, exclude = own, torch.arange(len(own), device=own.device)
         if not all_views:

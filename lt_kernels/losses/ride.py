@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from ..priors import ClassPrior, ClassVector, as_number
+from .._checks import ClassVector, check_number, check_positive
+from ..priors import ClassPrior
 from ._base import LossOptions
 from ._experts_base import ExpertLossBase, stacked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 
 class RIDELoss(ExpertLossBase):
@@ -77,12 +78,10 @@ class RIDELoss(ExpertLossBase):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
-        self.max_margin = as_number("max_margin", max_margin, 0.0, expected="a number >= 0")
-        self.diversity = as_number("diversity", diversity)
-        self.temperature = as_number("temperature", temperature)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: got {temperature}, expected a number > 0")
-        self.reweight_factor = as_number("reweight_factor", reweight_factor, 0.0, 1.0, expected="a number in [0, 1]")
+        self.max_margin = check_number("max_margin", max_margin, 0.0)
+        self.diversity = check_number("diversity", diversity)
+        self.temperature = check_positive("temperature", temperature)
+        self.reweight_factor = check_number("reweight_factor", reweight_factor, 0.0, 1.0)
         self.register_buffer("class_temperature", None)
         self._set_counts(class_counts)
 

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..priors import ClassPrior, ClassVector, as_number
+from .._checks import ClassVector, check_int, check_number
+from ..priors import ClassPrior
 from ._base import LossOptions
 from ._experts_base import ExpertLossBase, stacked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .._functional_experts import ExpertLogits
+    from ..functional.experts import ExpertLogits
 
 EXPERTS = 3
 
@@ -65,7 +66,7 @@ class SADELoss(ExpertLossBase):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
-        self.tau, self.eps = as_number("tau", tau), as_number("eps", eps, 0.0, expected="a number >= 0")
+        self.tau, self.eps = check_number("tau", tau), check_number("eps", eps, 0.0)
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
@@ -141,15 +142,12 @@ def fit_expert_weights(
         if here != there:
             shown = [tuple(value) if isinstance(value, torch.Size) else value for value in (here, there)]
             raise ValueError(f"view2_logits: got {what} {shown[0]}, expected {shown[1]} as view1_logits")
-    for name, count, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1)):
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name}: got {type(count).__name__}, expected an int")
-        if count < least:
-            raise ValueError(f"{name}: got {count}, expected an int >= {least}")
+    check_int("epochs", epochs, 0)
+    check_int("batch_size", batch_size, 1)
     numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     numbers |= {"entropy_weight": entropy_weight, "min_weight": min_weight}
     for name, value in numbers.items():
-        as_number(name, value, 0.0, expected="a number >= 0")
+        check_number(name, value, 0.0)
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
         raise TypeError(f"generator: got {generator!r}, expected a torch.Generator of the CPU or None")
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from ._contrastive_base import check_embeddings, check_flag, check_integers, positive
+from .._checks import check_choice, check_embeddings, check_flag, check_positive
+from ._contrastive_base import check_ids
 
 
 class SupConLoss(nn.Module):
@@ -54,15 +55,13 @@ class SupConLoss(nn.Module):
         reduction: Literal["none", "mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
-        self.temperature = positive("temperature", temperature)
-        self.base_temperature = None if base_temperature is None else positive("base_temperature", base_temperature)
-        for name, value, choices in (
-            ("contrast_mode", contrast_mode, ("all", "one")),
-            ("form", form, ("out", "in")),
-            ("reduction", reduction, ("none", "mean", "sum")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+        self.temperature = check_positive("temperature", temperature)
+        if base_temperature is not None:
+            base_temperature = check_positive("base_temperature", base_temperature)
+        self.base_temperature = base_temperature
+        check_choice("contrast_mode", contrast_mode, ("all", "one"))
+        check_choice("form", form, ("out", "in"))
+        check_choice("reduction", reduction, ("none", "mean", "sum"))
         self.contrast_mode, self.form, self.reduction = contrast_mode, form, reduction
         self.normalize = check_flag("normalize", normalize)
 
@@ -84,7 +83,7 @@ class SupConLoss(nn.Module):
         if labels is None:
             label = torch.arange(samples, device=views.device)
         else:
-            label = check_integers("labels", labels, (samples,), views)
+            label = check_ids("labels", labels, (samples,), views)
         views = F.normalize(views, dim=-1) if self.normalize else views
         key = views.flatten(0, 1)
         key_label = label[:, None].expand(samples, count).flatten()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..priors import ClassPrior, ClassVector, as_number
+from .._checks import ClassVector, check_number
+from ..priors import ClassPrior
 from ._base import LossOptions, MarginCrossEntropyBase
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class VSLoss(MarginCrossEntropyBase):
         self, class_counts: ClassVector, gamma: float = 0.3, tau: float = 1.0, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(**options)
-        self.gamma, self.tau = as_number("gamma", gamma), as_number("tau", tau)
+        self.gamma, self.tau = check_number("gamma", gamma), check_number("tau", tau)
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:

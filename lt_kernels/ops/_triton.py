@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 
 def interpreting() -> bool:
@@ -31,3 +32,9 @@ def unavailable_reason(device_type: str) -> str | None:
     if interpreting():
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 is set: the interpreter takes CPU tensors"
     return None if device_type == "cuda" else "Triton kernels need CUDA tensors (or TRITON_INTERPRET=1 for testing)"
+
+
+def launch_with(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **others: Any) -> None:
+    """Launch with those of ``arguments`` that the kernel takes, and the others."""
+    named = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    kernel[grid](**(named | others))

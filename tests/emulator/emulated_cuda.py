@@ -67,6 +67,7 @@ def build() -> Path:
 def install() -> None:
     """Make the emulated kernels the native backend of this process."""
     torch.ops.load_library(str(build()))
+    from lt_kernels.ops._registry import flatten
     from lt_kernels.ops.expert_divergence import native as divergence
     from lt_kernels.ops.expert_fusion import native as fusion
     from lt_kernels.ops.margin_cross_entropy import native
@@ -75,11 +76,11 @@ def install() -> None:
     namespace = torch.ops.lt_kernels_emulated
 
     def forward(a, with_prediction, with_grad, *, out=None):
-        *rows, grad = namespace.margin_cross_entropy_fwd(*a, with_prediction, with_grad, out)
+        *rows, grad = namespace.margin_cross_entropy_fwd(*flatten(a), with_prediction, with_grad, out)
         return (*rows, out if with_grad and out is not None else grad)
 
     def backward(grad_loss, grad_lse, rest, a, needs, *, out=None):
-        grads = namespace.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *a, needs, out)
+        grads = namespace.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *flatten(a), needs, out)
         return [out, *grads[1:]] if needs[0] and out is not None else grads
 
     native.forward, native.backward = forward, backward

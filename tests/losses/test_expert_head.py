@@ -132,6 +132,24 @@ def test_half_precision_and_autocast(shared, dtype):
 
 
 @shared_or_not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("narrow", ["features", "weight"])
+@pytest.mark.parametrize("learn_scale", [False, True], ids=["fixed", "learned"])
+def test_features_and_weight_of_two_dtypes(shared, dtype, narrow, learn_scale):
+    head, (features, target) = make(shared=shared, learn_scale=learn_scale), batch(shared)
+    exact = head(features).detach()
+    features, head = (features.to(dtype), head) if narrow == "features" else (features, head.to(dtype))
+    logits = head(features)
+    assert logits.dtype == dtype
+    tolerance = 30 * 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.float(), exact, rtol=0, atol=tolerance)
+    confidence = exact.mean(0).softmax(1).amax(1)
+    torch.testing.assert_close(head.predict(features).confidence, confidence, rtol=tolerance, atol=tolerance)
+    BalPoELoss(COUNTS)(logits, target).backward()
+    assert head.weight.grad.dtype == head.weight.dtype
+
+
+@shared_or_not
 def test_compiles(shared):
     torch._dynamo.reset()
     head, (features, _) = make(shared=shared, learn_scale=True), batch(shared)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_module import COPIES
+from _loss_cases import COPIES
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -183,6 +183,31 @@ class TestInference:
             assert torch.equal(classes, u.topk(k)[1])
             torch.testing.assert_close(lse, u.logsumexp(1))
             assert not confidence.requires_grad
+
+    @some_recipes
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize("narrow", ["features", "weight"])
+    def test_features_and_weight_of_two_dtypes_as_in_the_call(self, name, dtype, narrow):
+        x, target, _ = batch()
+        head = make_head(name)
+        x, head = (x.to(dtype), head) if narrow == "features" else (x, head.to(dtype))
+        logits = head.logits(x)
+        assert logits.dtype == dtype
+        tolerance = 8 * head.loss.scale * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            head.loss(logits / head.loss.scale, target), head(x, target), rtol=tolerance, atol=tolerance
+        )
+        same = logits.float().softmax(1).gather(1, head.predict(x).classes)
+        torch.testing.assert_close(same, head.predict(x).confidence, rtol=tolerance, atol=tolerance)
+        logits.sum().backward()
+        assert head.weight.grad.dtype == head.weight.dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head.logits(x).dtype == torch.bfloat16
+
+    def test_dtypes_without_a_product_are_named(self):
+        x = batch(torch.float64)[0]
+        with pytest.raises(TypeError, match=r"weight: got dtype torch.float32, expected torch.float64 as features"):
+            make_head("vs").logits(x)
 
     def test_predict_one_sample(self):
         head = make_head("ldam")

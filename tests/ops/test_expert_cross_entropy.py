@@ -8,22 +8,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_cases import CASES, LAYOUTS, Case
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from _cases.experts import BY_ID, CASES, LAYOUTS, Case
 from torch import Tensor
 
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
-from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
 from lt_kernels.testing import assert_within_budget, check_expert_cross_entropy
 
 CPU_BACKENDS = ("reference", "native")
-
-
-def by_id(name: str) -> Case:
-    return next(case for case in CASES if case.id == name)
 
 
 def as_list(logits: Tensor, target: Tensor, **options):
@@ -55,7 +48,7 @@ def test_value_and_every_gradient(case, dtype, reduction, expert_reduction, back
 @pytest.mark.parametrize("name", ["balpoe", "inat18 width", "mixup with everything", "one expert", "nine experts"])
 def test_a_list_is_not_stacked(name, reduction, backend, device):
     for dtype in (torch.float32, torch.bfloat16):
-        check_expert_cross_entropy(as_list, by_id(name).sample(dtype, device, reduction=reduction), upstream=0.7)
+        check_expert_cross_entropy(as_list, BY_ID[name].sample(dtype, device, reduction=reduction), upstream=0.7)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(140, 8142), (40, 33_001)])
@@ -87,7 +80,7 @@ def test_gradcheck(case, backend_name):
 
 
 def test_each_expert_is_margin_cross_entropy(backend, device):
-    sample = by_id("mixup with everything").sample(torch.float32, device, expert_reduction="none")
+    sample = BY_ID["mixup with everything"].sample(torch.float32, device, expert_reduction="none")
     options = {k: v.detach() if isinstance(v, Tensor) else v for k, v in sample.options.items()}
     losses = expert_cross_entropy(sample.input.detach(), sample.target, **options)
     prior, taus, bias = (options.pop(name) for name in ("log_prior", "taus", "class_bias"))
@@ -112,7 +105,7 @@ def test_each_expert_is_margin_cross_entropy(backend, device):
     ],
 )
 def test_ensemble(name, reduction, dtype, backend, device):
-    sample = by_id(name).sample(dtype, device, reduction=reduction)
+    sample = BY_ID[name].sample(dtype, device, reduction=reduction)
     output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
     alone = expert_cross_entropy(sample.input, sample.target, **sample.options)
     torch.testing.assert_close(output.loss, alone, rtol=1e-6, atol=0)
@@ -165,27 +158,12 @@ def test_every_policy_is_exact(name, expert_reduction, upstream, policy, backend
     monkeypatch.setattr(_settings, "gradient_policy", policy)
     given = torch.tensor([upstream, 1.0, 0.3], device=device) if expert_reduction == "none" else upstream
     for dtype in (torch.float32, torch.bfloat16):
-        sample = by_id(name).sample(dtype, device, expert_reduction=expert_reduction)
+        sample = BY_ID[name].sample(dtype, device, expert_reduction=expert_reduction)
         check_expert_cross_entropy(expert_cross_entropy, sample, upstream=given)
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
-def test_retained_graph_and_accumulation(listed, backend, device):
-    sample = by_id("balpoe").sample(torch.float32, device)
-    leaves = [x.detach().clone().requires_grad_() for x in sample.input] if listed else sample.input
-    flat = leaves if listed else [leaves]
-    loss = expert_cross_entropy(leaves, sample.target, **sample.options)
-    once = [g.clone() for g in torch.autograd.grad(loss, flat, retain_graph=True)]
-    (2 * loss).backward(retain_graph=True)
-    (-0.5 * loss).backward()
-    for leaf, grad in zip(flat, once, strict=True):
-        torch.testing.assert_close(leaf.grad, 1.5 * grad)
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
-
-
 def test_only_some_experts_learn(backend, device):
-    sample = by_id("balpoe").sample(torch.float32, device)
+    sample = BY_ID["balpoe"].sample(torch.float32, device)
     experts = [x.detach().clone() for x in sample.input]
     experts[1].requires_grad_()
     for reduction in ("mean", "none"):
@@ -195,53 +173,6 @@ def test_only_some_experts_learn(backend, device):
             expert_cross_entropy(sample.input, sample.target, reduction=reduction, **sample.options).sum(), sample.input
         )
         torch.testing.assert_close(grad, expected[1])
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_double_backward_is_a_clear_error(reduction, backend, device):
-    sample = by_id("plain").sample(torch.float32, device, reduction=reduction)
-    loss = expert_cross_entropy(sample.input, sample.target, **sample.options).sum()
-    (grad,) = torch.autograd.grad(loss, sample.input, create_graph=True)
-    with pytest.raises(NotImplementedError, match="differentiable once"):
-        grad.sum().backward()
-
-
-def test_transforms_are_a_clear_error(backend, device):
-    x, y = torch.randn(2, 3, 5, device=device), torch.tensor([0, 1, 2], device=device)
-    call = lambda z: expert_cross_entropy(z, y)  # noqa: E731
-    listed = lambda z: expert_cross_entropy([z[0], z[1]], y)  # noqa: E731
-    for function in (call, listed):
-        for transform in (lambda: torch.func.jvp(function, (x,), (x,)), lambda: torch.func.grad(function)(x)):
-            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-                transform()
-
-
-def test_inputs_are_left_alone(backend, device):
-    for name in ("balpoe", "mixup with everything", "samples first"):
-        sample = by_id(name).sample(torch.float32, device)
-        tensors = [sample.input, sample.target, *(v for v in sample.options.values() if isinstance(v, Tensor))]
-        before = [t.detach().clone() for t in tensors]
-        loss = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options).loss
-        loss.backward()
-        assert all(torch.equal(t.detach(), b) for t, b in zip(tensors, before, strict=True))
-
-
-@pytest.mark.parametrize("name", ["inat18 width, mixed", "vectors that learn", "few rows, many columns"])
-def test_deterministic(name, backend, device):
-    for dtype in (torch.float32, torch.bfloat16):
-        runs = []
-        for threads in (1, 2, 2):
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            try:
-                sample = by_id(name).sample(dtype, device)
-                output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
-                grads = torch.autograd.grad(output.loss, list(sample.differentiable.values()))
-            finally:
-                torch.set_num_threads(before)
-            runs.append([*output, *grads])
-        for other in runs[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ extreme inputs
@@ -272,7 +203,7 @@ def test_nothing_to_average(backend, device):
 
 @pytest.mark.parametrize("name", ["balpoe", "class bias", "mixup", "odd"])
 def test_masked_classes(name, backend, device):
-    sample = by_id(name).sample(torch.float32, device)
+    sample = BY_ID[name].sample(torch.float32, device)
     mask = torch.zeros(sample.input.shape[2], device=device)
     mask[4:30] = -math.inf
     sample.target[(sample.target >= 4) & (sample.target < 30)] = 0
@@ -302,7 +233,7 @@ def test_a_nan_row_stays_alone(backend, device):
 @pytest.mark.parametrize("which", ["target", "mixed_target"])
 @pytest.mark.parametrize("bad", [-1, 33, 2**40])
 def test_a_bad_target_is_an_index_error_that_names_the_row(bad, which, backend, device):
-    sample = by_id("mixup").sample(torch.float32, device)
+    sample = BY_ID["mixup"].sample(torch.float32, device)
     labels = sample.target if which == "target" else sample.options["mixed_target"]
     labels[3] = bad
     if device != "cpu":
@@ -332,115 +263,7 @@ def test_offsets_beyond_32_bits(backend, device):
 # ------------------------------------------------------------------------------------------------- compile and opcheck
 
 
-def op_arguments(name: str, device: str, listed: bool = False) -> tuple:
-    sample = by_id(name).sample(torch.float32, device)
-    o = sample.options
-    e, n, c = sample.input.shape
-    logits = [x.detach().clone().requires_grad_() for x in sample.input] if listed else [sample.input]
-    vector = torch.linspace(0.5, 1.5, c, device=device)
-    mixed = o.get("mixed_target")
-    coefficient = torch.full((1 if mixed is None else 2,), 1 / (e * n), device=device)
-    return Arguments(
-        logits, sample.target, mixed, None if mixed is None else torch.full((), 0.3, device=device), None,
-        o.get("class_bias"), vector.clone() if mixed is not None else None, None, None, o.get("log_prior"), coefficient,
-        coefficient * e, [float(i) for i in range(e)], 1.0, 0.0, False, -100, 0.0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
-@pytest.mark.parametrize("name", ["balpoe", "mixup", "bias per expert"])
-def test_opcheck_forward(name, listed, backend, device):
-    arguments = op_arguments(name, device, listed)
-    for reduce, with_ensemble, with_grad in (("all", True, False), ("rows", False, True), ("none", True, False)):
-        torch.library.opcheck(
-            torch.ops.lt_kernels.expert_cross_entropy_fwd.default,
-            (*arguments, reduce, with_ensemble, with_grad, backend),
-        )
-
-
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
-@pytest.mark.parametrize("name", ["balpoe", "bias per expert"])
-def test_opcheck_backward(name, listed, backend, device):
-    arguments = op_arguments(name, device, listed)
-    forward = torch.ops.lt_kernels.expert_cross_entropy_fwd.default
-    with torch.no_grad():
-        _, rest, *_ = forward(*arguments, "all", False, False, backend)
-    detached = arguments._replace(logits=[x.detach() for x in arguments.logits])
-    needs = [True, arguments.class_bias is not None, False, False, False]
-    torch.library.opcheck(
-        torch.ops.lt_kernels.expert_cross_entropy_bwd.default,
-        (torch.ones((), device=device), rest, *detached, needs, backend),
-    )
-
-
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
-@pytest.mark.parametrize("name", ["balpoe", "mixup with everything"])
-def test_compile_fullgraph(name, listed, backend, device):
-    torch._dynamo.reset()
-    sample = by_id(name).sample(torch.float32, device)
-    function = as_list if listed else expert_cross_entropy
-
-    def loss(x: Tensor) -> Tensor:
-        return function(x, sample.target, **sample.options)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected, actual = loss(sample.input), compiled(sample.input)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, sample.input), torch.autograd.grad(expected, sample.input), rtol=1e-5, atol=1e-7
-    )
-
-
-def test_compile_with_inductor(device):
-    torch._dynamo.reset()
-    sample = by_id("balpoe").sample(torch.float32, device)
-
-    def loss(x: Tensor) -> Tensor:
-        output = expert_cross_entropy(2 * x, sample.target, return_ensemble=True, **sample.options)
-        return output.loss + output.ensemble_loss
-
-    compiled = torch.compile(loss, fullgraph=True)
-    torch.testing.assert_close(compiled(sample.input), loss(sample.input))
-
-
 # ---------------------------------------------------------------------------------------------------------- properties
-
-
-class TestProperties:
-    shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(2, 40))
-
-    @settings(deadline=None, max_examples=20)
-    @given(shape=shapes, seed=st.integers(0, 99))
-    def test_rows_of_the_gradient_sum_to_zero(self, shape, seed):
-        torch.manual_seed(seed)
-        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        prior = torch.randn(shape[2], dtype=torch.float64)
-        y = torch.randint(shape[2], (shape[1],))
-        expert_cross_entropy(x, y, log_prior=prior, taus=[0.5 * e for e in range(shape[0])]).backward()
-        torch.testing.assert_close(x.grad.sum(2), torch.zeros(shape[:2], dtype=torch.float64), rtol=0, atol=1e-12)
-
-    @settings(deadline=None, max_examples=20)
-    @given(shape=shapes, seed=st.integers(0, 99))
-    def test_without_a_prior_it_is_the_mean_of_cross_entropies(self, shape, seed):
-        torch.manual_seed(seed)
-        x, y = torch.randn(shape, dtype=torch.float64), torch.randint(shape[2], (shape[1],))
-        expected = torch.stack([F.cross_entropy(z, y) for z in x]).mean()
-        torch.testing.assert_close(expert_cross_entropy(x, y), expected)
-        zeros = expert_cross_entropy(x, y, log_prior=torch.randn(shape[2]).double(), taus=[0.0] * shape[0])
-        torch.testing.assert_close(zeros, expected)
-
-    @settings(deadline=None, max_examples=20)
-    @given(shape=shapes, seed=st.integers(0, 99))
-    def test_permuting_experts_permutes_the_losses(self, shape, seed):
-        torch.manual_seed(seed)
-        x, y = torch.randn(shape), torch.randint(shape[2], (shape[1],))
-        taus, prior = torch.randn(shape[0]).tolist(), torch.randn(shape[2])
-        order = torch.randperm(shape[0])
-        losses = expert_cross_entropy(x, y, log_prior=prior, taus=taus, expert_reduction="none")
-        moved = expert_cross_entropy(
-            x[order], y, log_prior=prior, taus=[taus[i] for i in order], expert_reduction="none"
-        )
-        assert torch.equal(moved, losses[order])
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -496,11 +319,6 @@ def test_an_infinite_prior_is_found_with_checks_on():
             expert_cross_entropy(X, Y, log_prior=prior, taus=(0, 1, 2))
     finally:
         lt_kernels.set_checks(False)
-
-
-def test_a_backend_asked_for_by_name_is_never_replaced():
-    with lt_kernels.use_backend("triton"), pytest.raises(lt_kernels.BackendUnavailableError, match="triton"):
-        expert_cross_entropy(X, Y)
 
 
 def test_layouts_are_what_they_say():

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_cases import LAYOUTS
+from _cases.experts import LAYOUTS
 from torch import Tensor
 
-import lt_kernels
 from lt_kernels.functional import expert_fusion, linear_expert_fusion
 from lt_kernels.testing import assert_within_budget
 
@@ -126,21 +125,6 @@ def test_masks_and_infinities(backend, device):
     assert result.prediction[2] == 5
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 8142), (2, 2, 100_003)], ids=str)
-def test_deterministic(shape, backend, device):
-    logits = draw(shape, torch.bfloat16, device)
-    runs = []
-    for threads in (1, 2, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            runs.append(expert_fusion(logits, topk=3, return_log_probs=True))
-        finally:
-            torch.set_num_threads(before)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
-
-
 def test_no_rows(backend, device):
     result = expert_fusion(torch.zeros(3, 0, 5, device=device), topk=2, return_log_probs=True)
     assert [tuple(value.shape) for value in result] == [(0,), (0,), (0, 2), (0, 2), (0, 5)]
@@ -157,26 +141,6 @@ def test_offsets_beyond_32_bits(backend, device):
     x.copy_(draw((2, 1, 8142), torch.bfloat16, device))
     for one, other in zip(expert_fusion(x, topk=3)[:4], expert_fusion(x.clone(), topk=3)[:4], strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "list"])
-def test_opcheck(listed, backend, device):
-    logits = draw((3, 4, 33), torch.float32, device)
-    shift = torch.zeros(33, device=device)
-    given = list(logits.clone()) if listed else [logits]
-    for k, with_log_probs in ((1, False), (3, True)):
-        torch.library.opcheck(
-            torch.ops.lt_kernels.expert_fusion.default,
-            (given, None, shift, None, [0.5, 0.25, 0.25], 2.0, k, with_log_probs, backend),
-        )
-
-
-def test_compile_fullgraph(backend, device):
-    torch._dynamo.reset()
-    logits = draw((3, 4, 33), torch.float32, device)
-    call = lambda z: expert_fusion(2 * z, topk=2, return_log_probs=True)  # noqa: E731
-    for one, other in zip(torch.compile(call, fullgraph=True)(logits), call(logits), strict=True):
-        torch.testing.assert_close(one, other)
 
 
 # -------------------------------------------------------------------------------------------------------- linear heads
@@ -276,8 +240,3 @@ def test_bad_input_of_linear_heads(name):
     changes, error, message = BAD_LINEAR[name]
     with pytest.raises(error, match=message):
         linear_expert_fusion(**{"input": D, "linear_weight": W, **changes})
-
-
-def test_a_backend_asked_for_by_name_is_never_replaced():
-    with lt_kernels.use_backend("triton"), pytest.raises(lt_kernels.BackendUnavailableError, match="triton"):
-        expert_fusion(X)

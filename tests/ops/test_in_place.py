@@ -1,180 +1,22 @@
-"""The gradient of the logits written where it is asked for, above all over the logits themselves; the CPU's pool.
-
-``cuda_emulated.py`` and ``triton_interpreted.py`` run ``check_in_place`` on kernels that need a GPU.
-"""
+"""The gradient of the logits written where it is asked for, above all over the logits themselves; the CPU's pool."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from cases import DTYPES
+from _arguments import changed
+from _engines import DTYPES
+from _in_place import LAYOUTS, OPTIONS, arguments, check_in_place, needs_of, strided
+from _layouts import surroundings_are_nan
 from torch import Tensor
 
 from lt_kernels.ops import _native
 from lt_kernels.ops._backend import load
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments
-
-# ------------------------------------------------------------------------------------------------------------- layouts
-
-
-def _window(x: Tensor) -> Tensor:
-    """Rows at odd addresses, between NaN."""
-    room = x.new_full((x.shape[0] + 2, x.shape[1] + 5, x.shape[2]), math.nan)
-    return room[1:-1, 3:-2]
-
-
-def _padded_rows(x: Tensor) -> Tensor:
-    """Rows that begin at multiples of 16 elements."""
-    return x.new_full((x.shape[0], -(-x.shape[1] // 16) * 16, x.shape[2]), math.nan)[:, : x.shape[1]]
-
-
-def _every_other(x: Tensor) -> Tensor:
-    """Neither classes nor positions are contiguous: kernels work on a temporary."""
-    return x.new_full((x.shape[0], 2 * x.shape[1], 2 * x.shape[2]), math.nan)[:, ::2, ::2]
-
-
-#: A tensor like x, strided somehow; what is around it is NaN.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": torch.empty_like,
-    "channels last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "samples contiguous": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-    "padded rows": _padded_rows,
-    "window": _window,
-    "every other": _every_other,
-}
-
-
-def strided(layout: str, values: Tensor) -> Tensor:
-    return LAYOUTS[layout](values).copy_(values)
-
-
-def surroundings_are_nan(x: Tensor) -> bool:
-    if x._base is None:
-        return True
-    room, inside = x._base.clone(), torch.zeros_like(x._base)
-    inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(1)
-    return bool(room[inside == 0].isnan().all())
-
-
-# ------------------------------------------------------------------------------------------------------------- options
-
-
-def _options(n: int, c: int, k: int, dtype: torch.dtype, device: str) -> dict[str, dict]:
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return (torch.rand(*shape, dtype=torch.float64) * (high - low) + low).to(device, dtype)
-
-    def labels() -> Tensor:
-        index = torch.randint(c, (n, k))
-        index.view(-1)[0] = c - 1
-        index.view(-1)[-1] = 0
-        index[torch.rand(n, k) < 0.2] = -100
-        return index.to(device)
-
-    mixed = {"mixed_target": labels(), "mix_lambda": uniform(n, k)}
-    weight, bias, class_scale = uniform(c, low=0.2, high=2.0), uniform(c).log(), uniform(c, low=0.5)
-    vectors = {
-        "class_bias": bias,
-        "class_scale": class_scale,
-        "class_margin": uniform(c, high=0.5),
-        "learned_scale": torch.tensor(1.7, dtype=dtype, device=device),
-    }
-    soft = torch.randn(n, c, k, dtype=torch.float64).softmax(1).to(device, dtype)
-    angular = {"angular": True, "scale": 16.0, "class_scale": uniform(c, low=0.01, high=0.1)}
-    return {
-        "plain": {},
-        "class_bias": {"class_bias": bias},
-        "mixed": {**mixed, "coefficient": uniform(2)},
-        "smoothing, weight": {"weight": weight, "label_smoothing": 0.2, "class_bias": bias},
-        "mixed, smoothing, vectors": {**mixed, **vectors, "weight": weight, "label_smoothing": 0.1},
-        "angular": {**angular, "margin": 0.3},
-        "angular, vectors": {**vectors, **angular, "margin": 0.1},
-        "vectors": {**vectors, "margin": 0.2, "scale": 3.0},
-        "probabilities": {"target": soft, "weight": weight, "label_smoothing": 0.1, "class_scale": class_scale},
-    } | {"": {"target": labels()}}
-
-
-OPTIONS = [name for name in _options(1, 1, 1, torch.float32, "cpu") if name]
-
-
-def arguments(shape: tuple[int, int, int], option: str, dtype: torch.dtype, device: str = "cpu") -> Arguments:
-    torch.manual_seed(sum(shape))
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    drawn = _options(*shape, compute, device)
-    tensors = dict.fromkeys(Arguments._fields[1 : Arguments._fields.index("scale")])
-    numbers = {"scale": 1.0, "margin": 0.0, "angular": False, "ignore_index": -100, "label_smoothing": 0.0}
-    x = (3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
-    return Arguments(x, **{**tensors, **numbers, **drawn[""], **drawn[option]})
-
-
-# --------------------------------------------------------------------------------------------------------------- check
-
-
-def _every_call(
-    module: ModuleType, a: Arguments, buffer: Callable[[], tuple[Tensor, Tensor | None]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Outputs of every kind of call; ``buffer`` gives the logits and ``out`` of the next one."""
-
-    def call(name: str, function: Callable[..., list[Tensor] | tuple[Tensor, ...]]) -> Iterator[tuple[str, Tensor]]:
-        x, out = buffer()
-        values = function(a._replace(input=x), out)
-        if out is not None:
-            assert any(value is out for value in values), name
-            assert surroundings_are_nan(out), name
-        yield from ((f"{name}[{i}]", value) for i, value in enumerate(values))
-
-    for predict in (False, True):
-        yield from call(
-            f"forward, prediction {predict}", lambda b, out, predict=predict: module.forward(b, predict, True, out=out)
-        )
-    rest = module.forward(a, False, False)[3]
-    torch.manual_seed(1)
-    per_row, per_lse = (torch.randn(rest.shape[1:], dtype=rest.dtype).to(rest.device) for _ in range(2))
-    possible = [True, a.target.is_floating_point()] + [
-        getattr(a, name) is not None for name in ("class_bias", "class_scale", "class_margin", "learned_scale")
-    ]
-    only = [True] + [False] * 5
-    for name, needs, upstream in (
-        ("backward", only, (per_row.mean(), None)),
-        ("backward, per row", only, (per_row, per_lse)),
-        ("backward, all", possible, (per_row, per_lse)),
-    ):
-        yield from call(
-            name,
-            lambda b, out, needs=needs, upstream=upstream: module.backward(*upstream, rest, b, needs, out=out),
-        )
-
-
-def check_in_place(module: ModuleType, a: Arguments, layout: str, exact: bool = True) -> None:
-    """Over the logits as into another tensor of the same strides, bit for bit; ``exact``: and as without ``out``."""
-
-    def without() -> tuple[Tensor, None]:
-        return strided(layout, a.input), None
-
-    def twin() -> tuple[Tensor, Tensor]:
-        return strided(layout, a.input), strided(layout, torch.zeros_like(a.input))
-
-    def in_place() -> tuple[Tensor, Tensor]:
-        x = strided(layout, a.input)
-        return x, x
-
-    # compared call by call: `rest` is among what is compared, and each call starts from the logits again
-    with torch.no_grad():
-        for (name, plain), (_, separate), (_, over) in zip(
-            *(_every_call(module, a, buffer) for buffer in (without, twin, in_place)), strict=True
-        ):
-            assert over.shape == plain.shape, name
-            assert torch.equal(over, separate), f"{name}: in place differs from into another tensor"
-            if exact:
-                assert torch.equal(over, plain), f"{name}: in place differs from without out"
-            else:
-                torch.testing.assert_close(over, plain, msg=lambda text, name=name: f"{name}: {text}")
-
 
 # --------------------------------------------------------------------------------------------------------------- tests
 
@@ -245,7 +87,7 @@ def test_expanded_logits_into_a_tensor_of_any_strides(option, layout, dtype, bac
             assert actual[4] is out
             assert surroundings_are_nan(out)
             torch.testing.assert_close(actual, expected)
-            needs = [True, a.target.is_floating_point(), *(v is not None for v in a[5:9])]
+            needs = needs_of(a)
             upstream = torch.tensor(0.7, dtype=expected[0].dtype, device=device)
             wanted = module.backward(upstream, None, expected[3], b, needs)
             out.zero_()
@@ -259,8 +101,8 @@ def test_no_rows_in_place(backend, device):
     module = load("margin_cross_entropy", backend)
     for shape in ((0, 5, 1), (0, 5, 3), (2, 5, 0)):
         a = arguments((2, 5, 1), "class_bias", torch.float32, device)
-        target = a.target.new_zeros(shape[0], shape[2])
-        a = a._replace(input=a.input.new_empty(shape), target=target)
+        target = a.options.target.new_zeros(shape[0], shape[2])
+        a = changed(a, input=a.input.new_empty(shape), target=target)
         result = module.forward(a, True, True, out=a.input)
         assert result[4] is a.input
         needs = [True, False, True, False, False, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,19 +38,21 @@ def ensemble_of(a: Arguments, backend: str) -> tuple[Tensor, Tensor]:
     """Cross-entropy [N] and prediction [N] of the mean of the experts' scaled logits."""
     experts = a.experts
     weights = [1.0 / len(experts)] * len(experts)
-    fusion = FusionArguments(a.logits, None, None, a.learned_scale, weights, a.scale)
+    fusion = FusionArguments(a.logits, None, None, a.options.learned_scale, weights, a.options.scale)
     peak, prediction, mass, _ = load(_FUSION, backend).forward(fusion, 1, False)
     loss = torch.zeros_like(mass)
-    targets = [(a.target, 1.0 if a.mix_lambda is None else a.mix_lambda)]
-    if a.mixed_target is not None:
-        assert a.mix_lambda is not None
-        targets.append((a.mixed_target, 1 - a.mix_lambda))
-    for slot, (target, share) in enumerate(targets):
-        valid = target != a.ignore_index
+    o = a.options
+    share = o.mix_lambda if o.mix_lambda is None or o.mix_lambda.dim() == 0 else o.mix_lambda[:, 0]
+    targets: list[tuple[Tensor, Any]] = [(o.target[:, 0], 1.0 if share is None else share)]
+    if o.mixed_target is not None:
+        assert share is not None
+        targets.append((o.mixed_target[:, 0], 1 - share))
+    for slot, (target, part) in enumerate(targets):
+        valid = target != o.ignore_index
         bad = valid & ((target < 0) | (target >= experts[0].shape[1]))
         column = target.masked_fill(~valid | bad, 0)[:, None]
         own = fused(fusion._replace(logits=[x.gather(1, column) for x in experts]))[:, 0]
-        factor = share * (mass.new_ones(()) if a.ensemble_coefficient is None else a.ensemble_coefficient[slot])
+        factor = part * (mass.new_ones(()) if a.ensemble_coefficient is None else a.ensemble_coefficient[slot])
         term = torch.where(valid, (mass.log() - (own - peak[:, 0])).masked_fill(bad, math.nan), torch.zeros_like(mass))
         loss = loss + factor * term
     return loss, prediction[:, 0]

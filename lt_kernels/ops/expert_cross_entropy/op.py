@@ -24,10 +24,10 @@ from torch import Tensor
 from .._backend import load
 from .._experts import empty_gradient, per_argument, shape_of
 from .._reduce import ordered_sum
-from .._register import define, register_autograd, register_no_double_backward
+from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
-from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
+from .arguments import DIFFERENTIABLE, SIGNATURE
 
 OP = "expert_cross_entropy"
 REDUCE = ("none", "rows", "all")
@@ -38,7 +38,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _forward(*args: Any) -> Result:
     *inputs, reduce, with_ensemble, with_grad, backend = args
     loss, rest, ensemble_loss, prediction, grad = load(OP, backend).forward(
-        Arguments(*inputs), with_ensemble, with_grad
+        SIGNATURE.rebuild(inputs), with_ensemble, with_grad
     )
     if reduce != "none":
         loss = ordered_sum(loss) if reduce == "all" else torch.stack([ordered_sum(each) for each in loss])
@@ -48,7 +48,7 @@ def _forward(*args: Any) -> Result:
 
 def _forward_fake(*args: Any) -> Result:
     *inputs, reduce, with_ensemble, with_grad, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     e, n, _ = shape_of(a.logits)
     rows = a.logits[0].new_empty((n,), dtype=a.compute_dtype)
     ensemble = (n,) if with_ensemble else (0,)
@@ -63,7 +63,7 @@ def _forward_fake(*args: Any) -> Result:
 
 def _backward(grad_loss: Tensor, rest: Tensor, *args: Any) -> list[Tensor]:
     *inputs, needs, backend = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     rows_needs = [needs[0], False, *needs[1:]]  # the rows kernel's second is the gradient of probabilities
     buffer = empty_gradient(a.logits) if needs[0] else rest.new_empty((0,))
     vectors: list[list[Tensor]] = [[] for _ in needs]
@@ -80,28 +80,28 @@ def _backward(grad_loss: Tensor, rest: Tensor, *args: Any) -> list[Tensor]:
             results.append(rest.new_empty((0,)))
         else:
             stacked = torch.stack(vectors[i])
-            per_expert = i == 1 and a.class_bias is not None and a.class_bias.dim() == 2
+            per_expert = i == 1 and a.options.class_bias is not None and a.options.class_bias.dim() == 2
             results.append(stacked if per_expert else stacked.sum(0))
     return results
 
 
 def _backward_fake(grad_loss: Tensor, rest: Tensor, *args: Any) -> list[Tensor]:
     *inputs, needs, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     results = [empty_gradient(a.logits) if needs[0] else rest.new_empty((0,))]
     for name, need in zip(DIFFERENTIABLE[1:], needs[1:], strict=True):
-        results.append(torch.empty_like(getattr(a, name)) if need else rest.new_empty((0,)))
+        results.append(torch.empty_like(getattr(a.options, name)) if need else rest.new_empty((0,)))
     return results
 
 
 FORWARD = define(
-    f"{OP}_fwd({SCHEMA}, str reduce, bool with_ensemble, bool with_grad, str backend)"
+    f"{OP}_fwd({SIGNATURE.schema}, str reduce, bool with_ensemble, bool with_grad, str backend)"
     " -> (Tensor loss, Tensor rest, Tensor ensemble_loss, Tensor ensemble_prediction, Tensor grad_logits)",
     _forward,
     _forward_fake,
 )
 BACKWARD = define(
-    f"{OP}_bwd(Tensor grad_loss, Tensor rest, {SCHEMA}, bool[] needs, str backend) -> Tensor[]",
+    f"{OP}_bwd(Tensor grad_loss, Tensor rest, {SIGNATURE.schema}, bool[] needs, str backend) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -112,15 +112,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, rest, ensemble_loss, prediction, grad = output
     ctx.mark_non_differentiable(rest, ensemble_loss, prediction, grad)
     ctx.set_materialize_grads(False)
-    ctx.scalars, ctx.backend, ctx.logits_are_one = others[N_TENSORS - 1 :], backend, logits[0].dim() == 3
-    of_logits, of_others = ctx.needs_input_grad[2 : 2 + len(logits)], ctx.needs_input_grad[2 + len(logits) :]
-    ctx.needs = [any(of_logits)] + [
-        need for need, name in zip(of_others, Arguments._fields[1:], strict=False) if name in DIFFERENTIABLE
-    ]
-    ctx.logits_need = of_logits
-    # The gradient computed in forward serves the first backward pass; a second one over a retained graph recomputes.
-    ctx.gradient_ready = with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1)
-    ctx.save_for_backward(*logits, *others[: N_TENSORS - 1], rest, grad if ctx.gradient_ready else None)
+    tensors, ctx.others = SIGNATURE.split((None, *others))  # a Tensor[] is not among the tensors
+    ctx.backend, ctx.logits_are_one = backend, logits[0].dim() == 3
+    ctx.logits_need = ctx.needs_input_grad[2 : 2 + len(logits)]
+    ctx.needs = SIGNATURE.needs((any(ctx.logits_need), *ctx.needs_input_grad[2 + len(logits) :]))
+    ctx.gradient = ReadyGradient(with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1))
+    ctx.save_for_backward(*logits, *tensors, rest, grad if ctx.gradient.ready else None)
 
 
 def _scale(gradient: Tensor, factor: Tensor, backend: str) -> None:
@@ -136,24 +133,21 @@ def _scale(gradient: Tensor, factor: Tensor, backend: str) -> None:
 
 def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     *tensors, rest, grad = ctx.saved_tensors
-    logits, others = list(tensors[: ctx.list_length]), tensors[ctx.list_length :]
+    logits, tensors = list(tensors[: ctx.list_length]), tensors[ctx.list_length :]
     gradients: dict[str, Any] = {}
-    # create_graph: the recomputing operator says what is not possible
-    usable = grad_loss is not None and grad_loss.dim() < 2 and not torch.is_grad_enabled()
-    if ctx.gradient_ready and usable and not torch.compiler.is_compiling() and type(grad_loss) is Tensor:
-        # As in margin_cross_entropy: in place, in a buffer private to this node, which compiled code cannot trace.
-        ctx.gradient_ready = False
-        gradients["logits"] = grad.data
-        _scale(gradients["logits"], grad_loss, ctx.backend)
-    elif grad_loss is not None:
+    for ready in ctx.gradient.take([grad], grad_loss if grad_loss is not None and grad_loss.dim() < 2 else None):
+        assert grad_loss is not None
+        _scale(ready, grad_loss, ctx.backend)
+        gradients["logits"] = ready
+    if not gradients and grad_loss is not None:
         values = torch.ops.lt_kernels.expert_cross_entropy_bwd(
-            grad_loss, rest, logits, *others, *ctx.scalars, ctx.needs, ctx.backend
+            grad_loss, rest, logits, *SIGNATURE.join(tensors, ctx.others)[1:], ctx.needs, ctx.backend
         )
         gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
     if "logits" in gradients:
         of_logits = per_argument(gradients["logits"], ctx.logits_are_one)
         gradients["logits"] = [g if need else None for g, need in zip(of_logits, ctx.logits_need, strict=True)]
-    return (*(gradients.get(name) for name in Arguments._fields), None, None, None, None)
+    return (*SIGNATURE.gradients(gradients), None, None, None, None)
 
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)

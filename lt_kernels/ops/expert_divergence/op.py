@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .._backend import load
 from .._experts import compute_dtype, empty_gradient, per_argument, shape_of
-from .._register import define, register_autograd, register_no_double_backward
+from .._registry import define, register_autograd, register_no_double_backward
 
 OP = "expert_divergence"
 KINDS = ("to_mean", "pairwise")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._experts import compute_dtype, experts_of
+from .._registry import Signature
 
 
 class Arguments(NamedTuple):
@@ -29,6 +30,4 @@ class Arguments(NamedTuple):
         return experts_of(self.logits)
 
 
-SCHEMA = (
-    "Tensor[] logits, Tensor? expert_weight, Tensor? class_shift, Tensor? learned_scale, float[] weights, float scale"
-)
+SIGNATURE = Signature(Arguments)

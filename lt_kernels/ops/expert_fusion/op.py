@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .._backend import load
 from .._experts import shape_of
-from .._register import define
-from .arguments import SCHEMA, Arguments
+from .._registry import define
+from .arguments import SIGNATURE
 
 OP = "expert_fusion"
 
@@ -29,13 +29,13 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor]
 def _forward(*args: Any) -> Result:
     *inputs, k, with_log_probs, backend = args
     with torch.no_grad():
-        result: Result = load(OP, backend).forward(Arguments(*inputs), k, with_log_probs)
+        result: Result = load(OP, backend).forward(SIGNATURE.rebuild(inputs), k, with_log_probs)
     return result
 
 
 def _fake(*args: Any) -> Result:
     *inputs, k, with_log_probs, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     _, n, c = shape_of(a.logits)
     values = a.logits[0].new_empty((n, k), dtype=a.compute_dtype)
     return (
@@ -47,7 +47,7 @@ def _fake(*args: Any) -> Result:
 
 
 define(
-    f"{OP}({SCHEMA}, int k, bool with_log_probs, str backend)"
+    f"{OP}({SIGNATURE.schema}, int k, bool with_log_probs, str backend)"
     " -> (Tensor values, Tensor classes, Tensor mass, Tensor log_probs)",
     _forward,
     _fake,

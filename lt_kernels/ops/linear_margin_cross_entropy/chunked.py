@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._rows.options import RowOptions
+from .._rows.row_terms import RowTerms, Slot
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
-from ..margin_cross_entropy.row_terms import RowTerms, Slot
 from . import products
 from .arguments import DIFFERENTIABLE, Arguments
 
@@ -46,9 +47,11 @@ class Head:
         # Whether the buffer is multiplied by 1 / |w|: class_scale cannot carry what differs between positions, and a
         # prediction is taken from the raw logits.
         self.cosines = self.narrow or (a.normalize and (with_prediction or self.k > 1))
-        self.class_scale = a.class_scale
+        self.class_scale = a.options.class_scale
         if self.inverse_norm is not None and not self.cosines:
-            self.class_scale = self.inverse_norm if a.class_scale is None else a.class_scale * self.inverse_norm
+            self.class_scale = (
+                self.inverse_norm if a.options.class_scale is None else a.options.class_scale * self.inverse_norm
+            )
 
     def buffer(self, rows: int, columns: int) -> Tensor:
         return products.buffer(rows, columns, self.a.input.dtype, self.a.input.device)
@@ -82,14 +85,15 @@ class Head:
 
     def row_arguments(self, z: Tensor, rows: slice) -> RowArguments:
         """The rows kernel's arguments for the logits z [n, C * K] of ``rows``."""
-        a = self.a
-        share = a.mix_lambda
-        return a.of_rows(z.unflatten(1, (self.classes, self.k)))._replace(
-            target=a.target[rows],
-            mixed_target=None if a.mixed_target is None else a.mixed_target[rows],
+        o = self.a.options
+        share = o.mix_lambda
+        options = o._replace(
+            target=o.target[rows],
+            mixed_target=None if o.mixed_target is None else o.mixed_target[rows],
             mix_lambda=share if share is None or share.dim() == 0 else share[rows],
             class_scale=self.class_scale,
         )
+        return RowArguments(z.unflatten(1, (self.classes, self.k)), options)
 
 
 class Gradients:
@@ -104,10 +108,10 @@ class Gradients:
         if self.needs["linear_bias"]:
             self.values["linear_bias"] = torch.zeros(head.columns, dtype=a.compute_dtype, device=a.input.device)
         if self.needs["target"]:
-            self.values["target"] = torch.empty_like(a.target)
+            self.values["target"] = torch.empty_like(a.options.target)
         for name in DIFFERENTIABLE[4:]:
             if self.needs[name]:
-                self.values[name] = torch.zeros_like(getattr(a, name))
+                self.values[name] = torch.zeros_like(getattr(a.options, name))
 
     def add_rows(self, dl: Tensor, rows: slice, scale: Tensor | None = None) -> None:
         """From the gradient dl [n, C * K] of the logits of ``rows``, to be multiplied by ``scale`` (0-dim)."""
@@ -168,7 +172,7 @@ class Gradients:
 
 
 def _forward_like(a: Arguments, with_prediction: bool) -> Forward:
-    loss = torch.empty(a.target.shape[0], a.positions, dtype=a.compute_dtype, device=a.input.device)
+    loss = torch.empty(a.options.target.shape[0], a.positions, dtype=a.compute_dtype, device=a.input.device)
     prediction = loss.new_empty(loss.shape if with_prediction else (0,), dtype=torch.int64)
     return Forward(loss, torch.empty_like(loss), prediction, loss.new_empty((2, *loss.shape)))
 
@@ -248,12 +252,14 @@ class _Blocks:
     def __init__(self, head: Head, block: int) -> None:
         self.head, self.block = head, block
         self.room = head.buffer(head.n, min(block, head.classes))
-        a = head.a
-        self.plain = a.of_rows(a.input)._replace(
-            class_margin=None, margin=0.0, angular=False, weight=None, coefficient=None, label_smoothing=0.0,
-            ignore_index=-100, mix_lambda=None if a.mix_lambda is None else a.mix_lambda.new_full((), 0.5),
+        o = head.a.options
+        self.plain = RowOptions.plain(o.target)._replace(
+            mix_lambda=None if o.mix_lambda is None else o.mix_lambda.new_full((), 0.5),
+            class_bias=o.class_bias,
             class_scale=head.class_scale,
-        )  # fmt: skip
+            learned_scale=o.learned_scale,
+            scale=o.scale,
+        )
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         for columns in _chunks(self.head.classes, self.block):
@@ -263,29 +269,29 @@ class _Blocks:
 
     def local(self, target: Tensor, columns: slice) -> Tensor:
         """Targets as columns of a block, -100 elsewhere."""
-        inside = (target >= columns.start) & (target < columns.stop) & (target != self.head.a.ignore_index)
+        inside = (target >= columns.start) & (target < columns.stop) & (target != self.head.a.options.ignore_index)
         return torch.where(inside, target - columns.start, -100)
 
     def arguments(self, z: Tensor, columns: slice, targets: list[Tensor]) -> RowArguments:
-        return self.plain._replace(
-            input=z[:, :, None],
+        options = self.plain._replace(
             target=targets[0],
             mixed_target=targets[1] if len(targets) > 1 else None,
             mix_lambda=self.plain.mix_lambda if len(targets) > 1 else None,
             class_bias=None if self.plain.class_bias is None else self.plain.class_bias[columns],
             class_scale=None if self.plain.class_scale is None else self.plain.class_scale[columns],
         )
+        return RowArguments(z[:, :, None], options)
 
 
 def _targets(a: Arguments) -> list[Tensor]:
-    return [target for target in (a.target, a.mixed_target) if target is not None]
+    return [target for target in (a.options.target, a.options.mixed_target) if target is not None]
 
 
 def _terms(head: Head, raw: list[Tensor]) -> RowTerms:
     """raw: each target's own raw logit, [N, 1]."""
     values = iter(raw)
-    a = head.a.of_rows(head.a.input)._replace(class_scale=head.class_scale)
-    return RowTerms(a, head.classes, lambda index: next(values))
+    options = head.a.options._replace(class_scale=head.class_scale)
+    return RowTerms(options, head.classes, head.a.compute_dtype, lambda index: next(values))
 
 
 def merge(rest: Tensor, peak: Tensor, total: Tensor) -> None:
@@ -320,7 +326,7 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
                 better = torch.ones_like(better)
             results.prediction.copy_(torch.where(better, part.prediction + columns.start, results.prediction))
             best = torch.where(better, here, best)
-        if a.label_smoothing > 0:
+        if a.options.label_smoothing > 0:
             weighted += _weighted_sum(head, z, columns)
     terms = _terms(head, raw)
 
@@ -338,10 +344,10 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
 def _smoothing_slopes(head: Head, columns: slice) -> tuple[Tensor, Tensor]:
     """w_j and d/d(x_j) of u_j, times w_j, for a block; each [c]."""
     a = head.a
-    scale = a.scale if a.learned_scale is None else a.scale * a.learned_scale
+    scale = a.options.scale if a.options.learned_scale is None else a.options.scale * a.options.learned_scale
     weight = torch.ones(columns.stop - columns.start, dtype=a.compute_dtype, device=a.input.device)
-    if a.weight is not None:
-        weight = a.weight[columns]
+    if a.options.weight is not None:
+        weight = a.options.weight[columns]
     slope = scale * weight
     return weight, slope if head.class_scale is None else slope * head.class_scale[columns]
 
@@ -349,8 +355,8 @@ def _smoothing_slopes(head: Head, columns: slice) -> tuple[Tensor, Tensor]:
 def _weighted_sum(head: Head, z: Tensor, columns: slice) -> Tensor:
     weight, slope = _smoothing_slopes(head, columns)
     total = torch.cat([torch.mv(z[rows].to(slope.dtype), slope) for rows in products.blocks(z)] or [z.sum(1)])
-    if head.a.class_bias is not None:
-        total = total + torch.dot(weight, head.a.class_bias[columns])
+    if head.a.options.class_bias is not None:
+        total = total + torch.dot(weight, head.a.options.class_bias[columns])
     return total[:, None]
 
 
@@ -367,7 +373,7 @@ def backward_classes(
     total = None  # the features' gradient, added up in float32 at least
     if gradients.needs["linear_weight"]:
         gradients.weight = products.empty_like(a.linear_weight)
-    nowhere = torch.full_like(a.target, -100)
+    nowhere = torch.full_like(a.options.target, -100)
     ones = torch.stack([rest[0], torch.ones_like(rest[0])])
     sweep = _Blocks(head, block)
     for columns, z in sweep:
@@ -376,7 +382,7 @@ def backward_classes(
             zero[0, 0] if zero.numel() else zero.new_zeros(()), slopes.slope, ones, arguments,
             [True] + [False] * (_ROW_NEEDS - 1), out=arguments.input,
         )  # fmt: skip
-        if a.label_smoothing > 0:
+        if a.options.label_smoothing > 0:
             _, slope = _smoothing_slopes(head, columns)
             for rows in products.blocks(z):
                 z[rows].sub_(slopes.smooth[rows] * slope)
@@ -401,7 +407,7 @@ def _target_logits(head: Head) -> list[Tensor]:
     a = head.a
     raw = []
     for target in _targets(a):
-        index = target[:, 0].masked_fill(target[:, 0] == a.ignore_index, 0).clamp(0, head.classes - 1)
+        index = target[:, 0].masked_fill(target[:, 0] == a.options.ignore_index, 0).clamp(0, head.classes - 1)
         z = (a.input.to(a.compute_dtype) * a.factor[index].to(a.compute_dtype)).sum(1)
         if a.linear_bias is not None:
             z = z + a.linear_bias[index]

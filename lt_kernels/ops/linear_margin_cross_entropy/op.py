@@ -13,19 +13,20 @@ each [0] otherwise. Backward computes from ``rest``, and from ``logits`` if they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._checks import check_classes
 from .._backend import load
 from .._reduce import ordered_sum
-from .._register import define, register_autograd, register_no_double_backward
+from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward, spends_in_place
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
-from ..margin_cross_entropy.row_terms import check_classes
 from . import chunked
-from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
+from .arguments import DIFFERENTIABLE, SIGNATURE, Arguments
 from .plan import Sizes, chunk_plan, padded
 
 OP = "linear_margin_cross_entropy"
@@ -34,7 +35,7 @@ _OWN = ("input", "linear_weight", "linear_bias")  # what forward can have gradie
 
 def sizes(a: Arguments, training: bool, one_pass: bool, learns: bool) -> Sizes:
     """learns: whether class vectors do."""
-    soft = a.target.is_floating_point()
+    soft = a.options.target.is_floating_point()
     return Sizes(
         a.input.shape[0], a.input.shape[1], a.classes, a.positions, a.input.dtype, a.linear_weight.dtype,
         a.input.device.type, training, one_pass, a.positions == 1 and not soft and not learns,
@@ -50,14 +51,14 @@ def _check_targets(a: Arguments) -> None:
     if a.input.device.type != "cpu":
         return
     for name in ("target", "mixed_target"):
-        target: Tensor | None = getattr(a, name)
+        target: Tensor | None = getattr(a.options, name)
         if target is not None and not target.is_floating_point():
-            check_classes(name, target, a.classes, a.ignore_index)
+            check_classes(name, target, a.classes, a.options.ignore_index)
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, strategy, memory_budget, reduce, with_prediction, with_grad, needs, backend = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     logits, *grads = (a.input.new_empty((0,)) for _ in range(1 + len(_OWN)))  # an operator's outputs are distinct
     with torch.autocast(a.input.device.type, enabled=False):  # dtypes have been chosen
         _check_targets(a)
@@ -91,7 +92,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *inputs, strategy, _, reduce, with_prediction, with_grad, needs, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     n, k, columns = a.input.shape[0], a.positions, a.linear_weight.shape[0]
     rows = a.input.new_empty((n, k), dtype=a.compute_dtype)
     logits = a.input.new_empty((0,))
@@ -110,7 +111,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _like(a: Arguments, name: str, wanted: bool) -> Tensor:
-    value = getattr(a, name)
+    value = getattr(a if name in _OWN else a.options, name)
     return value.new_empty(value.shape) if wanted else a.input.new_empty((0,))
 
 
@@ -118,10 +119,14 @@ def _backward(*args: Any) -> list[Tensor]:
     return _gradients(False, *args)
 
 
+def _backward_in_place(*args: Any) -> list[Tensor]:
+    return _gradients(True, *args)
+
+
 def _gradients(overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
-    """overwrite: whether kept logits may be turned into their gradient in place."""
+    """Return the gradients. overwrite: whether kept logits may be turned into their gradient in place."""
     logits, is_gradient, *inputs, strategy, memory_budget, with_prediction, needs, backend = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
         return _gradients_of(
             a, grad_loss, grad_lse, rest, logits, is_gradient, overwrite, strategy, memory_budget, with_prediction,
@@ -156,21 +161,30 @@ def _gradients_of(
 
 def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
     _, _, *inputs, _, _, _, needs, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     return [_like(a, name, need) for name, need in zip(DIFFERENTIABLE, needs, strict=True)]
 
 
 FORWARD = define(
-    f"{OP}_fwd({SCHEMA}, str strategy, int memory_budget, bool reduce, bool with_prediction, bool with_grad,"
+    f"{OP}_fwd({SIGNATURE.schema}, str strategy, int memory_budget, bool reduce, bool with_prediction, bool with_grad,"
     " bool[] needs, str backend) -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, Tensor logits,"
     " Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _forward,
     _forward_fake,
 )
+_AFTER_LOGITS = (
+    f"bool is_gradient, {SIGNATURE.schema}, str strategy, int memory_budget, bool with_prediction, bool[] needs,"
+    " str backend) -> Tensor[]"
+)
 BACKWARD = define(
-    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor? logits, bool is_gradient, {SCHEMA},"
-    " str strategy, int memory_budget, bool with_prediction, bool[] needs, str backend) -> Tensor[]",
+    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor? logits, {_AFTER_LOGITS}",
     _backward,
+    _backward_fake,
+)
+# The same, which turns the logits that forward kept into their gradient. Only called where no graph is recorded.
+define(
+    f"{OP}_bwd_(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor(a!) logits, {_AFTER_LOGITS}",
+    _backward_in_place,
     _backward_fake,
 )
 
@@ -180,60 +194,57 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    ctx.scalars = arguments[N_TENSORS:]
+    tensors, ctx.others = SIGNATURE.split(arguments)
     ctx.settings = (strategy, memory_budget, with_prediction)
     ctx.backend = backend
-    ctx.needs = [
-        need for need, name in zip(ctx.needs_input_grad[1:], Arguments._fields, strict=False) if name in DIFFERENTIABLE
-    ]
-    # What forward kept for the first backward pass. It is spent there, in place, where nothing else can see it; a
-    # second pass over a retained graph computes the logits again.
+    ctx.needs = SIGNATURE.needs(ctx.needs_input_grad[1:])
     _, rest, logits, *grads = others
-    ctx.kept, kept = "nothing", []
-    if strategy == "materialize":
-        ctx.kept, kept = "gradient of logits" if with_grad else "logits", [logits]
-    elif with_grad and ctx.needs[: len(_OWN)] == list(needs) and not any(ctx.needs[len(_OWN) :]):
-        ctx.kept, kept = "gradients", grads
-    ctx.spent = False
-    ctx.save_for_backward(*arguments[:N_TENSORS], rest, *kept)
+    same_needs = ctx.needs[: len(_OWN)] == list(needs) and not any(ctx.needs[len(_OWN) :])
+    ctx.gradients = ReadyGradient(strategy == "chunked" and with_grad and same_needs)
+    ctx.logits = _KeptLogits(strategy == "materialize", with_grad)
+    ctx.save_for_backward(*tensors, rest, *([logits] if ctx.logits.kept else grads if ctx.gradients.ready else []))
+
+
+class _KeptLogits:
+    """The logits that "materialize" keeps, or their gradient. The first backward pass may overwrite the logits."""
+
+    def __init__(self, kept: bool, are_gradient: bool) -> None:
+        self.kept, self.are_gradient, self.spent = kept, are_gradient, False
+
+    def usable(self, scalar: bool) -> bool:
+        """Return whether backward can start from them, given whether the upstream gradient is one factor."""
+        return self.kept and (scalar if self.are_gradient else not self.spent)
 
 
 def _autograd_backward(
     ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    tensors, rest, kept = saved[:N_TENSORS], saved[N_TENSORS], saved[N_TENSORS + 1 :]
+    saved, count = ctx.saved_tensors, SIGNATURE.n_tensors
+    tensors, rest, kept = saved[:count], saved[count], saved[count + 1 :]
     gradients: dict[str, Tensor] = {}
-    scalar = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0
-    compiling = torch.compiler.is_compiling() or type(grad_loss) is not Tensor
-    once = not torch.is_grad_enabled()  # create_graph: the registered operator says what is not possible
-    in_place = once and not compiling
     if grad_loss is None and grad_lse is None:
-        pass
-    elif ctx.kept == "gradients" and scalar and once and not ctx.spent:
-        assert grad_loss is not None
-        gradients = {name: value for name, value, need in zip(_OWN, kept, ctx.needs, strict=False) if need}
-        if in_place:
-            ctx.spent = True
-            gradients = {name: value.data for name, value in gradients.items()}  # scaling is no change of a saved one
-            for value in gradients.values():
-                scale_(value, grad_loss, ctx.backend)
-        else:
-            gradients = {name: (value * grad_loss).to(value.dtype) for name, value in gradients.items()}
+        return (*SIGNATURE.gradients(gradients), *[None] * 7)
+    factor = grad_loss if grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 else None
+    if ctx.gradients.ready and factor is not None and not torch.is_grad_enabled():
+        ready = ctx.gradients.take(kept, factor)
+        for value in ready:
+            scale_(value, factor, ctx.backend)
+        values: Sequence[Tensor] = ready or [(value * factor).to(value.dtype) for value in kept]
     else:
-        if grad_loss is None:
-            grad_loss = rest.new_zeros(())
-        is_gradient = ctx.kept == "gradient of logits" and scalar
-        logits = kept[0] if is_gradient or (ctx.kept == "logits" and not ctx.spent) else None
-        arguments = (*tensors, *ctx.scalars, *ctx.settings, ctx.needs, ctx.backend)
-        if ctx.kept == "logits" and in_place and logits is not None:
-            ctx.spent = True
-            values = _gradients(True, grad_loss, grad_lse, rest, logits.data, False, *arguments)
-        else:
-            operator = torch.ops.lt_kernels.linear_margin_cross_entropy_bwd
-            values = operator(grad_loss, grad_lse, rest, logits, is_gradient, *arguments)
-        gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
-    return (*(gradients.get(name) for name in Arguments._fields), *[None] * 7)
+        grad_loss = rest.new_zeros(()) if grad_loss is None else grad_loss
+        logits, operator = None, torch.ops.lt_kernels.linear_margin_cross_entropy_bwd
+        if ctx.logits.usable(factor is not None):
+            (logits,) = kept
+            if not ctx.logits.are_gradient and spends_in_place(grad_loss):
+                ctx.logits.spent, operator = True, torch.ops.lt_kernels.linear_margin_cross_entropy_bwd_
+                logits = logits.data
+        values = operator(
+            grad_loss, grad_lse, rest, logits, logits is not None and ctx.logits.are_gradient,
+            *SIGNATURE.join(tensors, ctx.others), *ctx.settings, ctx.needs, ctx.backend,
+        )  # fmt: skip
+    # values of the linear layer's own arguments alone where forward computed them
+    gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=False) if need}
+    return (*SIGNATURE.gradients(gradients), *[None] * 7)
 
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)

@@ -27,15 +27,17 @@ from typing import NamedTuple
 
 import torch
 
+from .._device import BYTES_PER_SECOND, PRODUCT_FLOPS
+
 STRATEGIES = ("auto", "materialize", "chunked", "tiled")
 #: Widest features for which "auto" considers "tiled", and the widest that strategy takes.
 TILED_WIDTH, LARGEST_TILED_WIDTH = 256, 512
 
 _RATE = {  # operations per second of the libraries' matrix products
     "cpu": {8: 0.9e11, 4: 1.8e11, 2: 4e11},
-    "cuda": {8: 6e13, 4: 5e13, 2: 7.9e14},
+    "cuda": PRODUCT_FLOPS,
 }
-_BANDWIDTH = {"cpu": 4e10, "cuda": 4.3e12}  # bytes per second
+_BANDWIDTH = {"cpu": 4e10, "cuda": BYTES_PER_SECOND}
 _TILED_EFFICIENCY = 0.6  # of the libraries' rate
 _LINE = 64  # bytes: rows of a buffer start at multiples of this
 #: "chunked" asked for by name where everything would fit: at least this many chunks, of at least this many rows.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .._backend import load
-from .._register import define
+from .._registry import define
+from .._rows.options import RowOptions
 from .._select import GROUPS, group_size, largest
 from .._select import largest_of_all as _largest
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
@@ -51,8 +52,7 @@ def blocks(rows: int, classes: int, k: int, element: int, buffer: int) -> tuple[
 def _statistics(rows: Any, u: Tensor) -> Tensor:
     """Maximum and sum of exp(u - maximum) of each row, [2, n, 1], by the rows kernel."""
     nowhere = torch.full((u.shape[0], 1), -100, dtype=torch.int64, device=u.device)
-    none = (None,) * 8
-    arguments = RowArguments(u[:, :, None], nowhere, *none, 1.0, 0.0, False, -100, 0.0)
+    arguments = RowArguments(u[:, :, None], RowOptions.plain(nowhere))
     rest: Tensor = rows.forward(arguments, False, False)[3]
     return rest
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._registry import flatten
 from .arguments import Arguments
 
 _native.load()
@@ -15,7 +16,7 @@ def forward(
     a: Arguments, with_prediction: bool, with_grad: bool, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``op.py``. ``out``: where grad_input is written; it may be ``a.input`` itself."""
-    *rows, grad = torch.ops.lt_kernels_native.margin_cross_entropy_fwd(*a, with_prediction, with_grad, out)
+    *rows, grad = torch.ops.lt_kernels_native.margin_cross_entropy_fwd(*flatten(a), with_prediction, with_grad, out)
     return (*rows, out if with_grad and out is not None else grad)
 
 
@@ -29,7 +30,7 @@ def backward(
     out: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of ``DIFFERENTIABLE``, each like its input; [0] where not needed. ``out``: as in ``forward``."""
-    grads = torch.ops.lt_kernels_native.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *a, needs, out)
+    grads = torch.ops.lt_kernels_native.margin_cross_entropy_bwd(grad_loss, grad_lse, rest, *flatten(a), needs, out)
     return [out, *grads[1:]] if needs[0] and out is not None else grads
 
 

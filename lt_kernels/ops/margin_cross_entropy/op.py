@@ -22,21 +22,23 @@ from torch import Tensor
 
 from .._backend import load
 from .._reduce import ordered_sum
-from .._register import define, register_autograd, register_no_double_backward
-from .arguments import DIFFERENTIABLE, N_TENSORS, SCHEMA, Arguments
+from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward
+from .arguments import DIFFERENTIABLE, SIGNATURE
 
 OP = "margin_cross_entropy"
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *inputs, reduce, with_prediction, with_grad, backend = args
-    loss, lse, prediction, rest, grad_input = load(OP, backend).forward(Arguments(*inputs), with_prediction, with_grad)
+    loss, lse, prediction, rest, grad_input = load(OP, backend).forward(
+        SIGNATURE.rebuild(inputs), with_prediction, with_grad
+    )
     return (ordered_sum(loss) if reduce else loss), lse, prediction, rest, grad_input
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *inputs, reduce, with_prediction, with_grad, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     n, _, k = a.input.shape
     rows = a.input.new_empty((n, k), dtype=a.compute_dtype)
     return (
@@ -50,14 +52,15 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
     *inputs, needs, backend = args
-    return load(OP, backend).backward(grad_loss, grad_lse, rest, Arguments(*inputs), needs)
+    return load(OP, backend).backward(grad_loss, grad_lse, rest, SIGNATURE.rebuild(inputs), needs)
 
 
 def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
     *inputs, needs, _ = args
-    wanted = zip(DIFFERENTIABLE, needs, strict=True)
+    named = dict(zip(SIGNATURE.names, inputs, strict=True))
     return [
-        torch.empty_like(getattr(Arguments(*inputs), name)) if need else rest.new_empty((0,)) for name, need in wanted
+        torch.empty_like(named[name]) if need else rest.new_empty((0,))
+        for name, need in zip(DIFFERENTIABLE, needs, strict=True)
     ]
 
 
@@ -70,13 +73,14 @@ def scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
 
 
 FORWARD = define(
-    f"{OP}_fwd({SCHEMA}, bool reduce, bool with_prediction, bool with_grad, str backend)"
+    f"{OP}_fwd({SIGNATURE.schema}, bool reduce, bool with_prediction, bool with_grad, str backend)"
     " -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, Tensor grad_input)",
     _forward,
     _forward_fake,
 )
 BACKWARD = define(
-    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, {SCHEMA}, bool[] needs, str backend) -> Tensor[]",
+    f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, {SIGNATURE.schema}, bool[] needs, str backend)"
+    " -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -128,13 +132,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, _, prediction, rest, grad_input = output
     ctx.mark_non_differentiable(prediction, rest, grad_input)
     ctx.set_materialize_grads(False)
-    ctx.scalars, ctx.backend = arguments[N_TENSORS:], backend
-    ctx.needs = [
-        need for need, name in zip(ctx.needs_input_grad[1:], Arguments._fields, strict=False) if name in DIFFERENTIABLE
-    ]
-    # The gradient computed in forward serves the first backward pass; a second one over a retained graph recomputes.
-    ctx.gradient_ready = with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1)
-    ctx.save_for_backward(*arguments[:N_TENSORS], rest, grad_input if ctx.gradient_ready else None)
+    tensors, ctx.others = SIGNATURE.split(arguments)
+    ctx.backend = backend
+    ctx.needs = SIGNATURE.needs(ctx.needs_input_grad[1:])
+    ctx.gradient = ReadyGradient(with_grad and ctx.needs == [True] + [False] * (len(DIFFERENTIABLE) - 1))
+    ctx.save_for_backward(*tensors, rest, grad_input if ctx.gradient.ready else None)
 
 
 def _autograd_backward(
@@ -142,22 +144,19 @@ def _autograd_backward(
 ) -> tuple[Tensor | None, ...]:
     *tensors, rest, grad_input = ctx.saved_tensors
     gradients: dict[str, Tensor] = {}
-    usable = grad_lse is None and grad_loss is not None and grad_loss.dim() == 0
-    usable = usable and not torch.is_grad_enabled()  # create_graph: the recomputing operator says what is not possible
-    if ctx.gradient_ready and usable and not torch.compiler.is_compiling() and type(grad_loss) is Tensor:
-        # In place, and marked on ctx: neither can be traced, so compiled code recomputes. The buffer is private to this
-        # node (.data): scaling it must not count as changing a saved tensor.
-        ctx.gradient_ready = False
-        gradients["input"] = grad_input.data
-        scale_(gradients["input"], grad_loss, ctx.backend)
-    elif grad_loss is not None or grad_lse is not None:
+    factor = grad_loss if grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 else None
+    for ready in ctx.gradient.take([grad_input], factor):
+        assert factor is not None
+        scale_(ready, factor, ctx.backend)
+        gradients["input"] = ready
+    if not gradients and not (grad_loss is None and grad_lse is None):
         if grad_loss is None:
             grad_loss = rest.new_zeros(())
         values = torch.ops.lt_kernels.margin_cross_entropy_bwd(
-            grad_loss, grad_lse, rest, *tensors, *ctx.scalars, ctx.needs, ctx.backend
+            grad_loss, grad_lse, rest, *SIGNATURE.join(tensors, ctx.others), ctx.needs, ctx.backend
         )
         gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
-    return (*(gradients.get(name) for name in Arguments._fields), None, None, None, None)
+    return (*SIGNATURE.gradients(gradients), None, None, None, None)
 
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._rows.row_terms import RowTerms, Slot
 from .arguments import Arguments
-from .row_terms import RowTerms, Slot
 
 
 class _Rows(RowTerms):
@@ -33,9 +33,11 @@ class _Rows(RowTerms):
 
     def __init__(self, a: Arguments) -> None:
         self.x = a.input.to(a.compute_dtype)
-        super().__init__(a, a.input.shape[1], lambda index: self.x.gather(1, index[:, None])[:, 0])
+        super().__init__(
+            a.options, a.input.shape[1], a.compute_dtype, lambda index: self.x.gather(1, index[:, None])[:, 0]
+        )
         self.u = (self.scale * self.class_scale)[:, None] * self.x + self.class_bias[:, None]
-        self.q = a.target.to(a.compute_dtype) if a.target.is_floating_point() else None
+        self.q = a.options.target.to(a.compute_dtype) if a.options.target.is_floating_point() else None
 
     def rest(self) -> Tensor:
         """Maximum (0 if there is none) and sum of exp(u - maximum) over the columns that are no target, [2, N, K]."""
@@ -106,8 +108,8 @@ def backward(
         du = ((factor * soft.sum(1) + grad_lse) / rest[1])[:, None] * exp_u - factor[:, None] * soft
         if needs[1]:
             log_probabilities = (rows.u - peak[:, None]) - rest[1].log()[:, None]
-            slope = (1 - a.label_smoothing) * factor[:, None] * rows.weight[:, None]
-            grads[1] = torch.empty_like(a.target).copy_(-slope * log_probabilities)
+            slope = (1 - a.options.label_smoothing) * factor[:, None] * rows.weight[:, None]
+            grads[1] = torch.empty_like(a.options.target).copy_(-slope * log_probabilities)
     else:
         slope, smooth, targets = rows.slopes(rest, grad_loss, grad_lse)
         du = slope[:, None] * exp_u - smooth[:, None] * rows.weight[:, None]
@@ -134,7 +136,7 @@ def backward(
         per_scale = (du * (class_scale * rows.x)).sum()
         for slot, dv in shifted:
             per_scale = per_scale + (dv * slot.phi).sum()
-        grads[5] = a.scale * per_scale
+        grads[5] = a.options.scale * per_scale
     if needs[0]:  # last: `out` may be what was read above
         grads[0] = (torch.empty_like(a.input) if out is None else out).copy_(class_scale * dc)
     return grads

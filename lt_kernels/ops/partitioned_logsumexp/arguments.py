@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._registry import Signature
+
 
 class Arguments(NamedTuple):
     """One call. ``functional`` validates. Per-key vectors are contiguous, in the compute dtype: float32, or float64 for
@@ -38,12 +40,7 @@ class Arguments(NamedTuple):
 #: Inputs that can receive a gradient, in the order of ``needs`` and of what the backward op returns.
 DIFFERENTIABLE = ("query", "key", "key_bias", "key_scale", "learned_scale")
 
-#: The same list in the schema language of torch.library.
-SCHEMA = ", ".join(
-    f"{Arguments.__annotations__[name].__forward_arg__.replace('Tensor | None', 'Tensor?')} {name}"
-    for name in Arguments._fields
-)
-N_TENSORS = Arguments._fields.index("scale")
+SIGNATURE = Signature(Arguments, DIFFERENTIABLE)
 
 
 class Block(NamedTuple):

@@ -34,12 +34,11 @@ from torch import Tensor
 
 from .._backend import load
 from .._reduce import ordered_sum
-from .._register import define, register_autograd, register_no_double_backward
+from .._registry import define, register_autograd, register_no_double_backward
 from ..linear_margin_cross_entropy.plan import padded
 from . import chunked
 from .arguments import (
     DIFFERENTIABLE,
-    N_TENSORS,
     NEG_MASS,
     NEG_PEAK,
     NEG_SLOPE,
@@ -47,7 +46,7 @@ from .arguments import (
     POS_MASS,
     POS_PEAK,
     POS_SUM,
-    SCHEMA,
+    SIGNATURE,
     Arguments,
 )
 from .plan import blocks
@@ -69,7 +68,7 @@ def _room_for_products(a: Arguments, strategy: str, like: Any) -> Tensor:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, with_slopes, separate, strategy, memory_budget, backend = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     with torch.autocast(a.query.device.type, enabled=False):  # dtypes have been chosen
         kept = _room_for_products(a, strategy, chunked.products.buffer)
         if strategy == "tiled":
@@ -80,7 +79,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
                 a, kernels, _blocks(a, memory_budget), with_slopes, kept if strategy == "materialize" else None
             )
     if backend == "triton":
-        results = load(OP, "triton_rows").results(s, a.learned_scale, a.scale)
+        results = load(OP, "triton").results(s, a.learned_scale, a.scale)
     else:
         results = _results(s, a)
     return (*results, kept, torch.stack(results[:3]) if separate else s.new_empty((0,)))
@@ -102,7 +101,7 @@ def _results(s: Tensor, a: Arguments) -> tuple[Tensor, ...]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *inputs, with_slopes, separate, strategy, _, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     n = a.query.shape[0]
     row = a.query.new_empty((n,), dtype=a.compute_dtype)
 
@@ -122,7 +121,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     *inputs, separate, strategy, memory_budget, all_needs, backend = args
     *needs, need_scale = all_needs
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     upstream = (grad_neg, grad_pos, grad_sum)
     of_scale = rest.new_empty((0,))
     if need_scale:
@@ -130,7 +129,7 @@ def _backward(
         of_scale = a.scale * _of_scale(through, slopes, rest)
     if not any(needs):
         return [*(a.query.new_empty((0,)) for _ in needs), of_scale]
-    terms = load(OP, "triton_rows").terms(*upstream, rest) if backend == "triton" else _terms(*upstream, rest)
+    terms = load(OP, "triton").terms(*upstream, rest) if backend == "triton" else _terms(*upstream, rest)
     with torch.autocast(a.query.device.type, enabled=False):
         if strategy == "tiled":
             grads: list[Tensor] = load(OP, "triton").tiled_backward(a, terms, needs)
@@ -174,7 +173,7 @@ def _backward_fake(
     rest: Tensor, slopes: Tensor, kept: Tensor | None, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
     *inputs, _, _, _, needs, _ = args
-    a = Arguments(*inputs)
+    a = SIGNATURE.rebuild(inputs)
     values = [getattr(a, name) for name in DIFFERENTIABLE]
     return [
         a.query.new_empty((0,))
@@ -185,14 +184,15 @@ def _backward_fake(
 
 
 FORWARD = define(
-    f"{OP}_fwd({SCHEMA}, bool with_slopes, bool separate, str strategy, int memory_budget, str backend) -> (Tensor neg,"
-    " Tensor pos, Tensor pos_sum, Tensor num_pos, Tensor rest, Tensor slopes, Tensor products, Tensor of_scale)",
+    f"{OP}_fwd({SIGNATURE.schema}, bool with_slopes, bool separate, str strategy, int memory_budget, str backend)"
+    " -> (Tensor neg, Tensor pos, Tensor pos_sum, Tensor num_pos, Tensor rest, Tensor slopes, Tensor products,"
+    " Tensor of_scale)",
     _forward,
     _forward_fake,
 )
 BACKWARD = define(
     f"{OP}_bwd(Tensor? grad_neg, Tensor? grad_pos, Tensor? grad_sum, Tensor? grad_of_scale, Tensor rest, Tensor slopes,"
-    f" Tensor? products, {SCHEMA}, bool separate, str strategy, int memory_budget, bool[] needs, str backend)"
+    f" Tensor? products, {SIGNATURE.schema}, bool separate, str strategy, int memory_budget, bool[] needs, str backend)"
     " -> Tensor[]",
     _backward,
     _backward_fake,
@@ -204,19 +204,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *_, num_pos, rest, slopes, kept, of_scale = output
     ctx.mark_non_differentiable(num_pos, rest, slopes, kept, *([] if separate else [of_scale]))
     ctx.set_materialize_grads(False)
-    needed = dict(zip(Arguments._fields, ctx.needs_input_grad[1:], strict=False))
-    ctx.needs = [needed[name] for name in DIFFERENTIABLE]
-    ctx.scalars, ctx.settings = arguments[N_TENSORS:], (separate, strategy, memory_budget)
+    ctx.needs = SIGNATURE.needs(ctx.needs_input_grad[1:])
+    tensors, ctx.others = SIGNATURE.split(arguments)
+    ctx.settings = (separate, strategy, memory_budget)
     ctx.kept, ctx.backend = strategy == "materialize", backend
-    ctx.save_for_backward(*arguments[:N_TENSORS], rest, slopes, *([kept] if ctx.kept else []))
+    ctx.save_for_backward(*tensors, rest, slopes, *([kept] if ctx.kept else []))
 
 
 def _autograd_backward(
     ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, *others: Any
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    tensors, rest, slopes = saved[:N_TENSORS], saved[N_TENSORS], saved[N_TENSORS + 1]
-    kept = saved[N_TENSORS + 2] if ctx.kept else None
+    count = SIGNATURE.n_tensors
+    tensors, rest, slopes = saved[:count], saved[count], saved[count + 1]
+    kept = saved[count + 2] if ctx.kept else None
     separate, of_scale = ctx.settings[0], others[-1]
     of_features = any(grad is not None for grad in (grad_neg, grad_pos, grad_sum))
     needs = [need and of_features for need in ctx.needs]
@@ -225,11 +226,11 @@ def _autograd_backward(
     gradients: dict[str, Tensor] = {}
     if any(needs):
         values = torch.ops.lt_kernels.partitioned_logsumexp_bwd(
-            grad_neg, grad_pos, grad_sum, of_scale, rest, slopes, kept, *tensors, *ctx.scalars, *ctx.settings, needs,
-            ctx.backend,
+            grad_neg, grad_pos, grad_sum, of_scale, rest, slopes, kept, *SIGNATURE.join(tensors, ctx.others),
+            *ctx.settings, needs, ctx.backend,
         )  # fmt: skip
         gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, needs, strict=True) if need}
-    return (*(gradients.get(name) for name in Arguments._fields), *[None] * 5)
+    return (*SIGNATURE.gradients(gradients), *[None] * 5)
 
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)

@@ -1,0 +1,221 @@
+"""Every check of an argument. An error names the argument, what was given and what was expected.
+
+The checks return the value, converted where their docstring says so. ``expected`` and ``note`` replace or extend the
+text of a message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Anything one-dimensional and numeric: list, tuple, numpy array, tensor.
+ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any]"
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+
+
+def check_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, expected: str | None = None
+) -> float:
+    """Return ``value`` as a float: a finite real number, least <= value <= most."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    number = float(value)
+    # math.isfinite does not trace where the number is symbolic; NaN fails these comparisons too
+    if not (-math.inf < number < math.inf and least <= number <= most):
+        if expected is None:
+            below = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
+            expected = "a finite number" if least == -math.inf else below
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+    return number
+
+
+def check_positive(name: str, value: Any, expected: str = "a number > 0") -> float:
+    """Return ``value`` as a float: a finite real number > 0."""
+    number = check_number(name, value, 0.0, expected=expected)
+    if number <= 0:
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+    return number
+
+
+def check_int(
+    name: str,
+    value: Any,
+    least: int | None = None,
+    most: int | None = None,
+    *,
+    kind: str = "an int",
+    expected: str | None = None,
+) -> int:
+    """Return ``value``: an int, least <= value <= most; ``kind`` says what the type should be."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise ValueError(f"{name}: got {value}, expected {expected or f'an int >= {least}'}")
+    return value
+
+
+def check_flag(name: str, value: Any, kind: str = "a bool") -> bool:
+    """Return ``value``: a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str], expected: str | None = None) -> None:
+    """Refuse a ``value`` that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected {expected or f'one of {quoted(choices)}'}")
+
+
+def quoted(choices: Sequence[str]) -> str:
+    return ", ".join(map(repr, choices))
+
+
+def check_tensor(name: str, value: Any, expected: str = "a Tensor") -> Tensor:
+    """Return ``value``: a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    return value
+
+
+def check_floating(
+    name: str, value: Any, expected: str = "a Tensor", kind: str | tuple[torch.dtype, ...] = FLOATING
+) -> Tensor:
+    """Return ``value``: a tensor of one of the dtypes of ``kind``, or, where that is a text, of any floating dtype."""
+    check_tensor(name, value, expected)
+    fits = value.is_floating_point() if isinstance(kind, str) else value.dtype in kind
+    if not fits:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected {kind if isinstance(kind, str) else f'one of {kind}'}"
+        )
+    return value
+
+
+def check_embeddings(name: str, value: Any, shape: str) -> Tensor:
+    """Return ``value``: floating, with as many dimensions as ``shape``, such as "[N, D]"."""
+    check_floating(name, value, f"a Tensor {shape}", "a floating-point dtype")
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
+    return value
+
+
+def check_integers(
+    name: str, value: Any, expected: str = "a Tensor of integers", kind: str = "an integer dtype"
+) -> Tensor:
+    """Return ``value``: a tensor of any integer dtype."""
+    check_tensor(name, value, expected)
+    if value.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {kind}")
+    return value
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int], note: str = "", *, expected: str | None = None) -> None:
+    """Refuse a tensor of another shape."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected or tuple(shape)}{note}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor, note: str = "") -> None:
+    """Refuse a tensor on another device than that of ``like``."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {like.device}{note}")
+
+
+def check_scalar(name: str, value: Tensor, input: Tensor) -> Tensor:
+    """Return ``value``: floating, 0-dim, on the device of ``input``."""
+    if value.dim() != 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a number or a 0-dim tensor")
+    check_floating(name, value, kind="a floating dtype")
+    check_device(name, value, input, " as input")
+    return value
+
+
+def check_class_vector(
+    name: str, value: Any, classes: int, input: Tensor, dtype: torch.dtype, of: str = "class"
+) -> Tensor | None:
+    """Return ``value`` [classes] in ``dtype``, or None; ``of`` names what has one value each."""
+    if value is None:
+        return None
+    check_floating(name, value, f"a Tensor of shape [{classes}]", "a floating dtype")
+    check_shape(name, value, (classes,), f", one value per {of}", expected=f"[{classes}]")
+    check_device(name, value, input, " as input")
+    return value.to(dtype).contiguous()
+
+
+def as_class_vector(name: str, value: ClassVector) -> Tensor:
+    """Return a copy of ``value``, any finite vector, in float64 on the CPU."""
+    if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") or isinstance(value, Tensor)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a 1-D sequence, array or tensor of numbers")
+    try:
+        raw = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        numeric = not (raw.is_complex() or raw.dtype == torch.bool)
+        vector = raw.to("cpu", torch.float64, copy=True) if numeric else raw
+        if numeric and not isinstance(value, Tensor):
+            vector = torch.tensor(value, dtype=torch.float64)  # Python floats would have been rounded to float32
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {type(value).__name__} ({error}), expected numbers [C]") from error
+    if not numeric:
+        raise TypeError(f"{name}: got dtype {raw.dtype}, expected integers or real floating-point numbers")
+    if vector.ndim != 1:
+        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected a 1-D vector [C]")
+    if len(vector) == 0:
+        raise ValueError(f"{name}: got no elements, expected one per class")
+    check_each_class(name, vector, vector.isfinite(), "finite numbers")
+    return vector
+
+
+def check_each_class(name: str, vector: Tensor, holds: Tensor, expected: str) -> None:
+    """Refuse a vector with an entry for which ``holds`` is False, naming the first."""
+    bad = (~holds).nonzero().flatten().tolist()
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked: on the CPU, where nothing has to be waited for, and everywhere with checks on."""
+    return (tensor.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling()
+
+
+def check_classes(
+    name: str, label: Tensor, classes: int, none: int | None = None, hint: str | None = None, what: str = "class"
+) -> None:
+    """Raise IndexError for the first label that is neither a class nor ``none``. Reads values: a GPU is waited for."""
+    label = label.to(torch.int64)
+    bad = (label < 0) | (label >= classes)
+    if none is not None:
+        bad &= label != none
+        hint = f" or ignore_index={none}" if hint is None else hint
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        got = int(label.flatten()[row])
+        raise IndexError(f"{name}: row {row} has {what} {got}, expected 0 <= {what} < {classes}{hint or ''}")
+
+
+def product_dtype(left: Tensor, right: Tensor, name: str, other: str) -> torch.dtype:
+    """Return the dtype of the product of two matrices; ``right`` is the argument ``name``, ``left`` is ``other``."""
+    kinds = {left.dtype, right.dtype}
+    device = left.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in kinds:
+        return torch.get_autocast_dtype(device)
+    if len(kinds) == 2 and (torch.float32 not in kinds or torch.float64 in kinds):
+        raise TypeError(
+            f"{name}: got dtype {right.dtype}, expected {left.dtype} as {other}, or float32 beside float16 or bfloat16"
+        )
+    return min(kinds, key=lambda kind: kind.itemsize)

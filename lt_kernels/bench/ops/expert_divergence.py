@@ -1,0 +1,104 @@
+"""Benchmark of ``expert_divergence``, RIDE's diversity term.
+
+It is the sum over experts of their divergence from the experts' mean. The variant ``pairwise`` sums the divergences of
+all ordered pairs of experts, as in NCL.
+
+Bytes and operations per logit of any expert, for the least work that the result needs:
+
+    fwd      reads each logit once                            itemsize bytes,      6 operations
+    bwd      reads each logit and writes its gradient         2 * itemsize bytes,  4 operations
+    fwd_bwd  reads each logit once, writes its gradient once  2 * itemsize bytes, 10 operations
+
+and one exponential for each. The mean adds N C exponentials. The result needs no work per pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import functional
+from .. import experts
+from ..cases import by_name
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, ExpertInputs
+from ..op import COPY, Cost, Op
+from ..providers import backends, compiled, eager, headlines_on_cpu
+
+NAME = "expert_divergence"
+PAIRWISE = "pairwise"
+_SHAPES = (CPU_CASE, "inat18-e6-n512", GPU_CASE)
+CASES = (
+    {name: experts.EXPERTS[name] for name in _SHAPES}
+    | experts.SMALL_EXPERTS
+    | experts.variants(PAIRWISE, [*_SHAPES, "odd-3x7x123"], "all pairs of experts")
+)
+
+
+def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
+    """Count the work as the module's docstring says."""
+    passes, operations = {"fwd": (1, 6), "bwd": (2, 4), "fwd_bwd": (2, 10)}[direction]
+    means = 0 if case.variant == PAIRWISE else case.logits // case.experts
+    return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits + means)
+
+
+class Agreement(experts.Agreement):
+    def _losses(self, logits: Tensor, samples: Tensor) -> Tensor:
+        own = logits.log_softmax(-1)
+        if self._inputs.case.variant == PAIRWISE:
+            others = own[:, None].expand(-1, len(own), -1, -1)
+            divergences = F.kl_div(own.expand_as(others), others, reduction="none", log_target=True)
+            return divergences.sum((0, 1, 3))
+        mean = logits.mean(0).log_softmax(-1).detach()
+        return F.kl_div(own, mean.expand_as(own), reduction="none", log_target=True).sum((0, 2))
+
+
+# Providers
+
+
+def published_divergence(logits: Sequence[Tensor], pairwise: bool) -> Tensor:
+    """The loops of published training code: every distribution is made where it is needed."""
+    total = logits[0].new_zeros(())
+    if pairwise:
+        for e, one in enumerate(logits):
+            for f, other in enumerate(logits):
+                if e != f:
+                    total = total + F.kl_div(F.log_softmax(one, 1), F.softmax(other, 1), reduction="batchmean")
+        return total
+    mean = torch.stack(logits).mean(0).detach()  # type: ignore[arg-type]
+    for one in logits:
+        total = total + F.kl_div(F.log_softmax(one, 1), F.softmax(mean, 1), reduction="batchmean")
+    return total
+
+
+def _arguments(inputs: ExpertInputs) -> tuple[object, ...]:
+    return inputs.experts, inputs.case.variant == PAIRWISE
+
+
+def _ours(inputs: ExpertInputs) -> Tensor:
+    return functional.expert_divergence(inputs.experts, "pairwise" if inputs.case.variant == PAIRWISE else "to_mean")
+
+
+PROVIDERS = by_name(
+    eager("published", published_divergence, _arguments),
+    compiled("compile", published_divergence, _arguments, left_out=headlines_on_cpu),
+    *backends(NAME, lambda inputs: partial(_ours, inputs)),
+)
+
+
+OP = Op(
+    NAME,
+    cases=CASES,
+    providers=PROVIDERS,
+    cost=cost,
+    agreement=Agreement,
+    floor=COPY,
+    rank=2,
+    shape="E x N x C",
+    compare_cases=(CPU_CASE,),
+    references=("published", "compile"),
+    eager="published",
+)

@@ -1,0 +1,353 @@
+"""Log-sum-exps of similarities by label, and the contrastive losses made of them: validate, run one op, reduce."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import _settings
+from .._checks import (
+    check_choice,
+    check_class_vector,
+    check_device,
+    check_floating,
+    check_integers,
+    check_number,
+    check_positive,
+    check_scalar,
+    check_shape,
+    product_dtype,
+    reads_values,
+)
+from ..ops._backend import BackendUnavailableError, resolve
+from ..ops.partitioned_logsumexp import plan
+from ..ops.partitioned_logsumexp.arguments import Arguments
+from ..ops.partitioned_logsumexp.op import OP, forward
+from ._row_options import REDUCTIONS
+
+#: Labels are compared as int32.
+_LABELS = torch.iinfo(torch.int32)
+#: How far above 1 a norm may be where vectors are said to be normalised, in roundings of their dtype.
+_ROUNDINGS = 8
+
+
+class PartitionedLogSumExp(NamedTuple):
+    """Of each query, float32 [N] (float64 for float64 queries)."""
+
+    neg: Tensor  #: log-sum-exp of the logits of keys of other labels; -inf where there are none
+    pos: Tensor  #: log-sum-exp of the logits of keys of the same label; -inf where there are none
+    pos_sum: Tensor  #: sum of the similarities (without key_scale and key_bias) to keys of the same label
+    num_pos: Tensor  #: how many keys have the same label; not differentiable
+
+
+class SimilarityKeywords(TypedDict, total=False):
+    """The options of ``partitioned_logsumexp``, for type checkers."""
+
+    scale: float | Tensor
+    key_bias: Tensor | None
+    key_scale: Tensor | None
+    exclude: Tensor | Literal["self"] | None
+    key_grad_rows: tuple[int, int] | None
+    normalized: bool
+    strategy: Literal["auto", "materialize", "chunked", "tiled"]
+
+
+@overload
+def partitioned_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    separate_scale: Literal[False] = False,
+    **options: Unpack[SimilarityKeywords],
+) -> PartitionedLogSumExp: ...
+@overload
+def partitioned_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    separate_scale: Literal[True],
+    **options: Unpack[SimilarityKeywords],
+) -> tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...
+@overload
+def partitioned_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    separate_scale: bool = False,
+    **options: Unpack[SimilarityKeywords],
+) -> PartitionedLogSumExp | tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...
+def partitioned_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    key_bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    exclude: Tensor | Literal["self"] | None = None,
+    key_grad_rows: tuple[int, int] | None = None,
+    normalized: bool = False,
+    separate_scale: bool = False,
+    strategy: Literal["auto", "materialize", "chunked", "tiled"] = "auto",
+) -> PartitionedLogSumExp | tuple[PartitionedLogSumExp, PartitionedLogSumExp]:
+    """Return the log-sum-exps of scaled similarities to keys of the query's own label, and of the others, in one sweep.
+
+    With similarities s_ij = scale * <query_i, key_j> and logits u_ij = key_scale_j * s_ij + key_bias_j,
+
+        neg_i     = log sum of exp(u_ij) over the keys j of another label than query i
+        pos_i     = log sum of exp(u_ij) over the keys j of the same label
+        pos_sum_i = sum of s_ij over the keys j of the same label
+        num_pos_i = number of those keys
+
+    each without the key that ``exclude`` leaves out. Every contrastive loss of the library is a function of these. No
+    N x M mask or one-hot is made, and no N x M similarities beyond a block of bounded size.
+
+    Args:
+        query: ``[N, D]``; float16, bfloat16, float32 or float64. Products run in its dtype (in the narrower one where
+            ``key`` differs, in autocast's under autocast); sums and results are float32 (float64 for float64).
+        key: ``[M, D]``. Where it is the same tensor as ``query``, the gradient takes one sweep for both.
+        query_label: ``[N]``, any integer dtype; values of the int32 range.
+        key_label: ``[M]``, likewise; None: the queries' labels. A label that no query has (such as -1) marks keys that
+            are negative for all; with a ``key_bias`` of -inf they count nowhere.
+        scale: a number or 0-dim tensor: the inverse temperature.
+        key_bias: ``[M]``, added to the logits of each key; -inf takes a key out of ``neg`` and ``pos`` (out of
+            ``pos_sum`` and ``num_pos`` its label does).
+        key_scale: ``[M]``, multiplies the similarities of each key in the logits (not in ``pos_sum``).
+        exclude: ``[N]``, any integer dtype: the key that each query leaves out, -1 for none; ``"self"``: query i leaves
+            out key i (M must be N or more).
+        key_grad_rows: ``(begin, end)``: only these rows of ``key`` receive a gradient, the others zero (a queue beside
+            a batch). Default all, or none where ``key`` requires no gradient.
+        normalized: a promise that rows of ``query`` and ``key`` have norm 1 at most, so that scores need no running
+            maximum. Broken promises are found with checks on (``lt_kernels.set_checks(True)``); results are then wrong.
+        separate_scale: with a ``scale`` tensor: return two results of the same values from the one sweep; gradients of
+            the first reach everything but the scale, those of the second the scale alone. Both belong to one graph.
+        strategy: ``"materialize"`` (similarities are kept from forward to backward), ``"chunked"`` (computed again in
+            backward, a block at a time), ``"tiled"`` (Triton: they never leave the chip; D up to 256) or ``"auto"``.
+
+    Returns:
+        [`PartitionedLogSumExp`][lt_kernels.functional.PartitionedLogSumExp], or two with ``separate_scale``.
+
+    Gradients flow to ``query``, ``key``, ``scale``, ``key_bias`` and ``key_scale``, exact for every upstream gradient;
+    work for what requires none is left out.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+        IndexError: ``exclude`` out of range, on the CPU or with checks on; on a GPU without checks it excludes nothing.
+        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
+        BackendUnavailableError: a backend or strategy asked for by name cannot run the call.
+
+    Example:
+        >>> features = F.normalize(torch.randn(8, 32), dim=1).requires_grad_()
+        >>> labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+        >>> sums = partitioned_logsumexp(features, features, labels, scale=1 / 0.07, exclude="self")
+        >>> sums.num_pos
+        tensor([1., 1., 1., 1., 1., 1., 1., 1.])
+        >>> F.softplus(sums.neg - sums.pos).mean().backward()
+    """
+    dtype = _check_vectors(query, key)
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    n, m = query.shape[0], key.shape[0]
+    if key_label is None:
+        if m != n:
+            raise ValueError(f"key_label: got None with {m} keys for {n} queries, expected one label per key")
+        key_label = query_label
+    labels = _labels("query_label", query_label, n, query)
+    of_keys = labels if key_label is query_label else _labels("key_label", key_label, m, query)
+    fixed_scale, learned_scale = 1.0, None
+    if isinstance(scale, Tensor):
+        learned_scale = check_scalar("scale", scale, query).to(compute_dtype)
+    else:
+        fixed_scale = check_number("scale", scale)
+    key_bias = check_class_vector("key_bias", key_bias, m, query, compute_dtype, of="key")
+    key_scale = check_class_vector("key_scale", key_scale, m, query, compute_dtype, of="key")
+    left_out = _exclude(exclude, n, m, query)
+    begin, end = _rows(key_grad_rows, m)
+    for name, value in (("normalized", normalized), ("separate_scale", separate_scale)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+    if separate_scale and learned_scale is None:
+        raise ValueError(f"separate_scale: got True with scale {scale!r}, expected a 0-dim tensor as scale")
+    check_choice("strategy", strategy, plan.STRATEGIES)
+    if normalized:
+        _check_norms("query", query)
+        _check_norms("key", key)
+
+    same = key is query
+    q = query.to(dtype).contiguous()
+    k = None if same and (begin, end) == (0, m) else key.to(dtype).contiguous()
+    backend = resolve(OP, q)
+    reason = f"it needs the backend 'triton', not {backend!r}" if backend != "triton" else None
+    reason = reason or plan.tiled_reason(q.shape[1], dtype)
+    if strategy == "tiled" and reason is not None:
+        raise BackendUnavailableError(f"strategy 'tiled' cannot run {OP}: {reason}")
+    learns = any(t is not None and t.requires_grad for t in (q, k, key_bias, key_scale))
+    training = torch.is_grad_enabled() and learns
+    chosen = plan.choose(n, m, dtype, training, reason is None, strategy, _settings.memory_budget)
+    with_slopes = learned_scale is not None and learned_scale.requires_grad and torch.is_grad_enabled()
+    neg, pos, pos_sum, num_pos, _, _, _, of_scale = forward(
+        *Arguments(
+            q, k, labels, of_keys, left_out, key_bias, key_scale, learned_scale, fixed_scale, begin, end, normalized
+        ),
+        with_slopes, separate_scale, chosen, _settings.memory_budget, backend,
+    )  # fmt: skip
+    result = PartitionedLogSumExp(neg, pos, pos_sum, num_pos)
+    if not separate_scale:
+        return result
+    neg, pos, pos_sum = of_scale.unbind(0)
+    return result, PartitionedLogSumExp(neg, pos, pos_sum, num_pos)
+
+
+def supervised_contrastive(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    form: Literal["out", "in"] = "out",
+    key_bias: Tensor | None = None,
+    exclude: Tensor | Literal["self"] | None = None,
+    key_grad_rows: tuple[int, int] | None = None,
+    normalized: bool = False,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+) -> Tensor:
+    """Supervised contrastive loss of queries against keys (Khosla et al., *Supervised Contrastive Learning*, 2020).
+
+    With u_ij = <query_i, key_j> / temperature + key_bias_j and P_i keys of query i's label,
+
+        out    loss_i = log sum over all j of exp(u_ij) - 1/P_i sum over positives p of <query_i, key_p> / temperature
+        in     loss_i = log sum over all j of exp(u_ij) - log[ 1/P_i sum over positives p of exp(u_ip) ]
+
+    (equations 2 and 3 there, without their factor temperature / base temperature). Without positives it is 0.
+
+    Args:
+        temperature: a number or 0-dim tensor, > 0 (values of a tensor are not checked).
+        form: where the mean over positives is taken: outside or inside the logarithm.
+        reduction: ``"none"`` ([N]), ``"mean"`` (over all queries, those without positives too) or ``"sum"``.
+
+    The other arguments are those of [`partitioned_logsumexp`][lt_kernels.functional.partitioned_logsumexp]; in a batch
+    against itself, ``exclude="self"``.
+
+    Returns:
+        0-dim, or [N]; float32 (float64 for float64 queries).
+
+    Raises:
+        TypeError, ValueError, IndexError, NotImplementedError, BackendUnavailableError: as ``partitioned_logsumexp``.
+
+    Example:
+        >>> features = F.normalize(torch.randn(8, 32), dim=1).requires_grad_()
+        >>> labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+        >>> supervised_contrastive(features, features, labels, temperature=0.07, exclude="self").backward()
+    """
+    check_choice("form", form, ("out", "in"))
+    check_choice("reduction", reduction, REDUCTIONS)
+    if not isinstance(temperature, Tensor):
+        temperature = check_positive("temperature", temperature)
+    sums = partitioned_logsumexp(
+        query, key, query_label, key_label, scale=1 / temperature, key_bias=key_bias, exclude=exclude,
+        key_grad_rows=key_grad_rows, normalized=normalized,
+    )  # fmt: skip
+    some = sums.num_pos > 0
+    count = sums.num_pos.clamp_min(1)
+    if form == "out":
+        loss = torch.logaddexp(sums.neg, sums.pos) - sums.pos_sum / count
+    else:
+        # a softplus, but F.softplus is the identity from 20 on
+        loss = torch.logaddexp(sums.neg - sums.pos, torch.zeros_like(sums.pos)) + count.log()
+    loss = torch.where(some, loss, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def _check_vectors(query: Tensor, key: Tensor) -> torch.dtype:
+    """The dtype of the products."""
+    for name, value in (("query", query), ("key", key)):
+        check_floating(name, value)
+        if value.dim() != 2:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected {'[N, D]' if name == 'query' else '[M, D]'}"
+            )
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"key: got {key.shape[1]} features (shape {tuple(key.shape)}), expected {query.shape[1]} as query"
+        )
+    if query.shape[1] == 0:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected at least one feature")
+    check_device("key", key, query, " as query")
+    return product_dtype(query, key, "key", "query")
+
+
+def _index_vector(name: str, value: Any, size: int, query: Tensor) -> Tensor:
+    check_integers(name, value, f"a Tensor [{size}] of integers")
+    check_shape(name, value, (size,), expected=f"[{size}]")
+    check_device(name, value, query, " as query")
+    return value
+
+
+def _labels(name: str, value: Any, size: int, query: Tensor) -> Tensor:
+    value = _index_vector(name, value, size, query)
+    if value.dtype.itemsize >= 4 and value.dtype != torch.int32 and size > 0 and reads_values(value):
+        low, high = (int(bound) for bound in value.to(torch.int64).aminmax())
+        if not _LABELS.min <= low <= high <= _LABELS.max:
+            bad = low if low < _LABELS.min else high
+            raise ValueError(f"{name}: got {bad}, expected labels from {_LABELS.min} to {_LABELS.max}")
+    return value.detach().to(torch.int32).contiguous()
+
+
+def _exclude(exclude: Any, n: int, m: int, query: Tensor) -> Tensor | None:
+    if exclude is None:
+        return None
+    if isinstance(exclude, str):
+        check_choice("exclude", exclude, ("self",))
+        if m < n:
+            raise ValueError(f"exclude: got 'self' with {m} keys for {n} queries, expected a key for each query")
+        return torch.arange(n, dtype=torch.int32, device=query.device)
+    value = _index_vector("exclude", exclude, n, query).to(torch.int64)
+    if n > 0 and reads_values(value):
+        bad = (value < -1) | (value >= m)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise IndexError(f"exclude: got {int(value[row])} in row {row}, expected a key from 0 to {m - 1}, or -1")
+    # one out of range, on a GPU, excludes nothing
+    return torch.where((value >= 0) & (value < m), value, -1).to(torch.int32).contiguous()
+
+
+def _rows(rows: tuple[int, int] | None, m: int) -> tuple[int, int]:
+    if rows is None:
+        return 0, m
+    if not isinstance(rows, (tuple, list)) or len(rows) != 2:
+        raise TypeError(f"key_grad_rows: got {rows!r}, expected (begin, end)")
+    begin, end = rows
+    for value in (begin, end):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"key_grad_rows: got {type(value).__name__}, expected two ints")
+    if not 0 <= begin <= end <= m:
+        raise ValueError(f"key_grad_rows: got {(begin, end)}, expected 0 <= begin <= end <= {m}")
+    return begin, end
+
+
+def _check_norms(name: str, value: Tensor) -> None:
+    if not _settings.checks or torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    norms = torch.linalg.vector_norm(value.detach(), dim=1, dtype=torch.float64)
+    limit = 1 + _ROUNDINGS * torch.finfo(value.dtype).eps * math.sqrt(value.shape[1])
+    if not bool((norms <= limit).all()):
+        row = int((~(norms <= limit)).nonzero()[0])
+        raise ValueError(
+            f"{name}: got norm {float(norms[row]):g} in row {row}, expected at most 1 with normalized=True"
+        )

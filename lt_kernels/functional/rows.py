@@ -1,0 +1,255 @@
+"""The margin-shifted softmax cross-entropy of logits in memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import _settings
+from .._checks import check_floating
+from ..ops._backend import resolve
+from ..ops._registry import flatten
+from ..ops._rows.options import RowOptions
+from ..ops.margin_cross_entropy.arguments import Arguments
+from ..ops.margin_cross_entropy.op import OP, forward, mean_coefficient
+from ._row_options import compute_dtype, logits_layout, row_options
+
+
+class MarginCrossEntropyOutput(NamedTuple):
+    """What a loss returns when more than it is asked for; fields not asked for are None."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    prediction: Tensor | None = None
+
+
+class RowKeywords(TypedDict, total=False):
+    """The options that every cross-entropy shares, for type checkers."""
+
+    class_scale: Tensor | None
+    margin: float | Tensor | None
+    scale: float | Tensor
+    margin_type: Literal["additive", "angular"]
+    reduction: Literal["none", "mean", "sum"]
+    label_smoothing: float
+    mixed_target: Tensor | None
+    mix_lambda: float | Tensor | None
+
+
+class MarginKeywords(RowKeywords, total=False):
+    """The options of ``margin_cross_entropy``, for type checkers."""
+
+    class_bias: Tensor | None
+    ignore_index: int
+
+
+@overload
+def margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    return_prediction: Literal[False] = False,
+    **options: Unpack[MarginKeywords],
+) -> Tensor: ...
+@overload
+def margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    return_prediction: bool = False,
+    **options: Unpack[MarginKeywords],
+) -> MarginCrossEntropyOutput: ...
+@overload
+def margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    return_prediction: Literal[True],
+    **options: Unpack[MarginKeywords],
+) -> MarginCrossEntropyOutput: ...
+@overload
+def margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    return_prediction: bool = False,
+    **options: Unpack[MarginKeywords],
+) -> Tensor | MarginCrossEntropyOutput: ...
+def margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    class_bias: Tensor | None = None,
+    class_scale: Tensor | None = None,
+    margin: float | Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    margin_type: Literal["additive", "angular"] = "additive",
+    ignore_index: int = -100,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    label_smoothing: float = 0.0,
+    mixed_target: Tensor | None = None,
+    mix_lambda: float | Tensor | None = None,
+    return_lse: bool = False,
+    return_prediction: bool = False,
+) -> Tensor | MarginCrossEntropyOutput:
+    """Softmax cross-entropy of shifted, scaled logits with a margin on the target, in one pass over the logits.
+
+    With every option at its default this equals ``torch.nn.functional.cross_entropy`` for each input that one takes. In
+    general, for a row of logits x with target y,
+
+        u_j  = scale * class_scale_j * x_j + class_bias_j                        every class j
+        v_y  = scale * phi(class_scale_y * x_y, margin_y) + class_bias_y         the target
+        loss = log[ exp(v_y) + sum over j != y of exp(u_j) ] - v_y
+
+    with phi(c, m) = c - m (additive) or cos(arccos(c) + m) (angular; c - m sin(m) once arccos(c) > pi - m; Deng et al.
+    2019). ``weight`` and ``label_smoothing`` act on these shifted logits as they do in ``F.cross_entropy``.
+
+    Args:
+        input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]``; float16, bfloat16, float32 or float64; any
+            strides. They are read in their own dtype; arithmetic and results are float32 (float64 for float64).
+        target: class indices ``[]``, ``[N]`` or ``[N, d1, ..., dk]`` of any integer dtype, or class probabilities
+            shaped like ``input`` in any floating dtype.
+        weight: ``[C]``, class weights as in ``F.cross_entropy``; not differentiable.
+        class_bias: ``[C]``, added to the logits of each class, e.g. a log prior (natural logarithm).
+        class_scale: ``[C]``, multiplies the logits of each class.
+        margin: a number or ``[C]`` (or 0-dim) tensor: the target class's margin, in the units of
+            ``class_scale * input`` (additive) or in radians within [0, pi] (angular; values of a tensor are checked
+            only with checks on). Needs class-index targets.
+        scale: a number or 0-dim tensor: multiplies all logits (the inverse temperature of a cosine head).
+        margin_type: ``"additive"`` (CosFace, LDAM) or ``"angular"`` (ArcFace; ``class_scale * input`` are cosines).
+        ignore_index: rows with this target contribute nothing. Class-index targets only.
+        reduction: ``"none"``, ``"mean"`` (class indices: over the total weight of the targets that are not ignored;
+            probabilities: over rows) or ``"sum"``.
+        label_smoothing: in [0, 1].
+        mixed_target: a second target like ``target`` (class indices): mixup or CutMix pairs in the same pass. The loss
+            is ``mix_lambda * loss(target) + (1 - mix_lambda) * loss(mixed_target)``, each with its own mean.
+        mix_lambda: a number in [0, 1], or a 0-dim tensor, or a tensor shaped like ``target`` (whose values are checked
+            only with checks on): the share of ``target``.
+        return_lse: also return the log-sum-exp of each row's shifted logits (those of ``target`` where there are two;
+            of the plain shifted logits where the row is ignored), float32, shaped like a class-index target.
+            Differentiable.
+        return_prediction: also return the argmax of the raw ``input`` per row, int64, from the same read.
+
+    Returns:
+        The loss (0-dim, or shaped like a class-index target for ``reduction="none"``), or a
+        ``MarginCrossEntropyOutput`` if ``return_lse`` or ``return_prediction``.
+
+    Gradients flow to ``input``, ``class_bias``, ``class_scale``, ``margin``, ``scale`` and probability targets. The
+    derivative of the angular margin is the exact one, with sin(theta) kept above 3e-4.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
+        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``, naming the row in the flattened
+            target; on a GPU without checks that row's loss and gradient are NaN.
+        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
+        BackendUnavailableError: a backend asked for by name cannot run the call.
+
+    Example:
+        >>> logits = torch.randn(4, 8142, requires_grad=True)
+        >>> target = torch.tensor([3, 14, 15, 92])
+        >>> log_prior = torch.full((8142,), 1 / 8142).log()
+        >>> margin_cross_entropy(logits, target, class_bias=log_prior).backward()
+    """
+    _check_logits(input)
+    dtype = compute_dtype(input)
+    options = row_options(
+        tuple(input.shape),
+        input,
+        dtype,
+        target,
+        weight,
+        class_bias=class_bias,
+        class_scale=class_scale,
+        margin=margin,
+        scale=scale,
+        margin_type=margin_type,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        mixed_target=mixed_target,
+        mix_lambda=mix_lambda,
+    )
+    backend = resolve(OP, input)
+    flat, row_shape = logits_layout(tuple(input.shape))
+    one_pass = (
+        input.requires_grad
+        and not torch.compiler.is_compiling()
+        and knows_gradient(options, reduction, return_lse, input.dtype)
+    )
+    options = with_coefficient(options, flat[1], reduction, dtype, backend)
+    loss, lse, prediction, _, _ = forward(
+        *flatten(Arguments(input.reshape(flat), options)),
+        reduction != "none",
+        return_prediction,
+        one_pass,
+        backend,
+    )
+    return row_output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
+
+
+def knows_gradient(options: RowOptions, reduction: str, return_lse: bool, dtype: torch.dtype) -> bool:
+    """Return whether forward knows the gradient of its loss up to a factor."""
+    return (
+        torch.is_grad_enabled()
+        and reduction != "none"
+        and not options.learns
+        and not return_lse
+        and _settings.gradient_policy != "recompute"
+        and (dtype != torch.float16 or _settings.gradient_policy == "one_pass")
+    )
+
+
+def with_coefficient(o: RowOptions, classes: int, reduction: str, dtype: torch.dtype, backend: str) -> RowOptions:
+    """Return the options with the factor that makes a sum over rows the reduction asked for."""
+    if reduction != "mean":
+        return o
+    if o.soft:
+        rows = o.target.shape[0] * o.target.shape[2]
+        return o._replace(coefficient=torch.full((1,), 1 / max(1, rows), dtype=dtype, device=o.target.device))
+    return o._replace(
+        coefficient=mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, classes, dtype, backend)
+    )
+
+
+def row_output(
+    loss: Tensor,
+    lse: Tensor,
+    prediction: Tensor,
+    reduction: str,
+    row_shape: tuple[int, ...],
+    return_lse: bool,
+    return_prediction: bool,
+) -> Tensor | MarginCrossEntropyOutput:
+    """Return the loss as it was asked for, with what was asked for beside it."""
+    if reduction == "none":
+        loss = loss.reshape(row_shape)
+    elif reduction == "mean" and math.prod(row_shape) == 0:
+        loss = loss * math.nan  # the mean of no rows, as torch has it
+    if not (return_lse or return_prediction):
+        return loss
+    return MarginCrossEntropyOutput(
+        loss,
+        lse.reshape(row_shape) if return_lse else None,
+        prediction.reshape(row_shape) if return_prediction else None,
+    )
+
+
+def _check_logits(input: Tensor) -> None:
+    check_floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input: got a 0-dim tensor, expected [C], [N, C] or [N, C, d1, ..., dk]")
+    if (input.shape[0] if input.dim() == 1 else input.shape[1]) == 0:
+        raise ValueError(f"input: got shape {tuple(input.shape)}, expected at least one class")

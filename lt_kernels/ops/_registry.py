@@ -1,0 +1,214 @@
+"""Registration of functional operators under ``torch.ops.lt_kernels``."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Generic, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NAMESPACE = "lt_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+_Arguments = TypeVar("_Arguments")
+_TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str"}
+
+
+def flatten(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the fields of a NamedTuple in order, the fields of a nested NamedTuple in its place."""
+    flat: list[Any] = []
+    for value in arguments:
+        if isinstance(value, tuple):
+            flat.extend(value)
+        else:
+            flat.append(value)
+    return tuple(flat)
+
+
+class Signature(Generic[_Arguments]):
+    """The flat list of arguments that the dispatcher takes for a NamedTuple, derived from its annotations.
+
+    Args:
+        kind: the NamedTuple; a field may be a NamedTuple itself.
+        differentiable: names of the flat arguments that can receive a gradient, in the order of backward's results.
+    """
+
+    def __init__(self, kind: type[_Arguments], differentiable: Sequence[str] = ()) -> None:
+        self.kind: Any = kind
+        self.differentiable = tuple(differentiable)
+        self._spans: list[tuple[Any, slice]] = []  # each nested NamedTuple, None for another field, and its arguments
+        flat: list[tuple[str, Any]] = []
+        for name, annotation in get_type_hints(kind).items():
+            nested = annotation if hasattr(annotation, "_fields") else None
+            fields = [(name, annotation)] if nested is None else [*get_type_hints(nested).items()]
+            self._spans.append((nested, slice(len(flat), len(flat) + len(fields))))
+            flat += fields
+        self.names = tuple(name for name, _ in flat)
+        kinds = [_schema_type(annotation) for _, annotation in flat]
+        #: The arguments in the schema language of torch.library.
+        self.schema = ", ".join(f"{each} {name}" for each, name in zip(kinds, self.names, strict=True))
+        tensors = [place for place, each in enumerate(kinds) if each in ("Tensor", "Tensor?")]
+        others = [place for place, each in enumerate(kinds) if each not in ("Tensor", "Tensor?")]
+        split = [*tensors, *others]
+        self.n_tensors = len(tensors)
+        self._split = itemgetter(*split)
+        self._join = itemgetter(*(split.index(place) for place in range(len(split))))
+        self._position = {name: place for place, name in enumerate(self.names)}
+        self._needs = [self._position[name] for name in self.differentiable]
+
+    def rebuild(self, flat: Sequence[Any]) -> _Arguments:
+        """Return the NamedTuple of flat arguments."""
+        values = [flat[span.start] if nested is None else nested._make(flat[span]) for nested, span in self._spans]
+        arguments: _Arguments = self.kind._make(values)
+        return arguments
+
+    def split(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the tensors (and their Nones) of flat arguments, which autograd saves, and the others."""
+        both = self._split(flat)
+        return both[: self.n_tensors], both[self.n_tensors :]
+
+    def join(self, tensors: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the flat arguments that ``split`` took apart."""
+        flat: tuple[Any, ...] = self._join((*tensors, *others))
+        return flat
+
+    def needs(self, flat: Sequence[bool]) -> list[bool]:
+        """Return which differentiable arguments need a gradient, from the answer for each flat argument."""
+        return [flat[place] for place in self._needs]
+
+    def gradients(self, values: Mapping[str, Any]) -> list[Any]:
+        """Return gradients by name in the order of the flat arguments, None for the others."""
+        flat: list[Any] = [None] * len(self.names)
+        for name, value in values.items():
+            flat[self._position[name]] = value
+        return flat
+
+
+def _schema_type(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, types.UnionType):
+        (inner,) = (each for each in get_args(annotation) if each is not type(None))
+        return f"{_TYPES[inner]}?"
+    if get_origin(annotation) is list:
+        return f"{_TYPES[get_args(annotation)[0]]}[]"
+    return _TYPES[annotation]
+
+
+class ReadyGradient:
+    """The gradient that forward computed beside the loss, for an upstream gradient of 1.
+
+    The first backward pass scales it in place, in a buffer that only its node of the graph holds. A second pass over a
+    retained graph, ``create_graph`` and compiled code, which can trace neither, compute the gradient again.
+    """
+
+    def __init__(self, ready: bool) -> None:
+        self.ready = ready
+
+    def take(self, buffers: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
+        """Return the buffers to be scaled, once and if ``upstream`` can be written into them; else none."""
+        if not self.ready or upstream is None or not spends_in_place(upstream):
+            return []
+        self.ready = False
+        return [buffer.data for buffer in buffers]  # scaling it is no change of a saved tensor
+
+
+def spends_in_place(upstream: Tensor) -> bool:
+    """Return whether a backward pass with this upstream gradient may overwrite what its node keeps."""
+    eager = not torch.compiler.is_compiling() and type(upstream) is Tensor
+    return eager and not torch.is_grad_enabled()  # create_graph: the registered operator says what is not possible
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:
+    """Define one operator for every device (its backends choose the kernels) and return its qualified name."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    return qualified
+
+
+def register_autograd(qualified: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Give an operator its gradient.
+
+    ``torch.library.register_autograd`` does the same, but spends most of a small call on matching the schema's
+    default values, of which our schemas have none.
+
+    Where the first argument is a Tensor[], ``setup_context`` sees it as a list, ``ctx.needs_input_grad`` is that of
+    (keyset, its length, *its tensors, *the others), and ``backward`` returns its gradients as a sequence, or None for
+    none of them, and then those of the others.
+    """
+    name = qualified.removeprefix(f"{NAMESPACE}::")
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    listed = str(overload._schema.arguments[0].type) == "List[Tensor]"
+
+    def below_autograd(keyset: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        if listed:
+            count, *flat = arguments
+            arguments = (flat[:count], *flat[count:])
+            ctx.list_length = count
+        output = below_autograd(keyset, *arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    def backward_of_all(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+            raise NotImplementedError(
+                f"{qualified} takes one upstream gradient at a time: got is_grads_batched=True, "
+                "expected one call of torch.autograd.grad for each gradient"
+            )
+        if listed:
+            of_list, *others = backward(ctx, *grads)
+            return (None, None, *([None] * ctx.list_length if of_list is None else of_list), *others)
+        return (None, *backward(ctx, *grads))
+
+    # forward(ctx, ...) and not a separate setup_context: with one, apply() binds the signature anew at each call
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
+    function = type(f"{name}_autograd", (torch.autograd.Function,), functions)
+
+    def dispatch(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            _refuse_transforms(qualified, arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            if listed:
+                first, *others = arguments
+                return function.apply(keyset, len(first), *first, *others)  # type: ignore[attr-defined]
+            return function.apply(keyset, *arguments)  # type: ignore[attr-defined]
+        return below_autograd(keyset, *arguments)
+
+    _library.impl(name, dispatch, "Autograd", with_keyset=True)
+
+
+def _refuse_transforms(qualified: str, arguments: tuple[Any, ...]) -> None:
+    """Raise where forward-mode differentiation or a torch.func transform would silently lose a derivative."""
+    flat = [each for argument in arguments for each in (argument if isinstance(argument, list) else [argument])]
+    dual = any(
+        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+        for argument in flat
+        if forward_ad._current_level >= 0
+    )
+    if dual or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{qualified} has no forward-mode derivative and takes no part in torch.func transforms: "
+            "use backward() or torch.autograd.grad"
+        )
+
+
+def register_no_double_backward(qualified: str) -> None:
+    """Make differentiating a backward operator a clear error."""
+
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{qualified} has no derivative: lt_kernels losses are differentiable once. For second derivatives "
+            "(create_graph=True, torch.autograd.functional.hessian) write the loss with torch's own operators."
+        )
+
+    torch.library.register_autograd(qualified, backward, lib=_library)

@@ -1,0 +1,164 @@
+"""Scalars of rows in eager PyTorch: what loss and gradient are made of once the columns have been summed.
+
+Everything that a row needs beside its ordinary columns' sums (``rest``) are its targets' own logits. The formulas are
+those of ``reference.py``, which applies them to logits in memory; linear heads apply them where no row is in memory as
+a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._checks import check_classes
+from .options import RowOptions, Slot
+
+_SIN2_MIN = 1e-7  # keeps the angular derivative cot(theta) finite at theta = 0
+
+
+def _softplus(z: Tensor) -> Tensor:
+    return torch.logaddexp(z, torch.zeros_like(z))
+
+
+class Slopes(NamedTuple):
+    """Gradients of rows: d/d(u_j) = slope exp(u_j - peak) - smooth w_j of an ordinary column j; each [N, K]."""
+
+    slope: Tensor
+    smooth: Tensor
+    targets: list[tuple[Slot, Tensor, Tensor]]  # d/d(u_y) through terms in which y is an ordinary column, and d/d(v_t)
+
+
+class RowTerms:
+    """Class vectors with their defaults filled in, and the targets of rows.
+
+    Args:
+        o: the options of the loss.
+        classes: C.
+        dtype: the compute dtype.
+        raw: given a class per row [N, K], the rows' raw logits x of these classes, [N, K] in the compute dtype.
+    """
+
+    def __init__(self, o: RowOptions, classes: int, dtype: torch.dtype, raw: Callable[[Tensor], Tensor]) -> None:
+        ones = torch.ones(classes, dtype=dtype, device=o.target.device)
+        self.classes, self.angular, self.smoothing = classes, o.angular, o.label_smoothing
+        self.scale = ones.new_full((), o.scale) if o.learned_scale is None else o.scale * o.learned_scale
+        self.class_scale = ones if o.class_scale is None else o.class_scale
+        self.class_bias = torch.zeros_like(ones) if o.class_bias is None else o.class_bias
+        self.margin = torch.full_like(ones, o.margin) if o.class_margin is None else o.class_margin + o.margin
+        self.weight = ones if o.weight is None else o.weight
+
+        factor = ones.new_ones(2) if o.coefficient is None else o.coefficient
+        self.factor = factor[0]
+        self.slots: list[Slot] = []
+        if o.target.is_floating_point():
+            return
+        if o.mixed_target is None:
+            self.slots = [self._slot("target", o.target, factor[0].expand(o.target.shape), o.ignore_index, raw)]
+        else:
+            assert o.mix_lambda is not None
+            share = o.mix_lambda.to(dtype).expand(o.target.shape)
+            self.slots = [
+                self._slot("target", o.target, factor[0] * share, o.ignore_index, raw),
+                self._slot("mixed_target", o.mixed_target, factor[1] * (1 - share), o.ignore_index, raw),
+            ]
+
+    def _slot(
+        self, name: str, target: Tensor, factor: Tensor, ignore_index: int, raw: Callable[[Tensor], Tensor]
+    ) -> Slot:
+        valid = target != ignore_index
+        bad = valid & ((target < 0) | (target >= self.classes))
+        if target.device.type == "cpu":
+            check_classes(name, target, self.classes, ignore_index)
+        factor = torch.where(valid, factor, 0 * factor).masked_fill(bad, math.nan)
+        index = target.masked_fill(~valid | bad, 0)
+        x = raw(index)
+        cosine = self.class_scale[index] * x
+        m = self.margin[index]
+        if self.angular:
+            sin2 = 1 - cosine.square()
+            rotated = cosine * m.cos() - sin2.clamp_min(0).sqrt() * m.sin()
+            beyond = cosine < -m.cos()  # theta > pi - m
+            phi = torch.where(beyond, cosine - m * m.sin(), rotated)
+            sin = sin2.clamp_min(_SIN2_MIN).sqrt()
+            dphi_dc = torch.where(beyond, torch.ones_like(m), m.cos() + cosine * m.sin() / sin)
+            dphi_dm = torch.where(
+                beyond, -(m.sin() + m * m.cos()), -(sin2.clamp_min(0).sqrt() * m.cos() + cosine * m.sin())
+            )
+        else:
+            phi, dphi_dc, dphi_dm = cosine - m, torch.ones_like(m), -torch.ones_like(m)
+        bias = self.class_bias[index]
+        return Slot(
+            index,
+            valid,
+            factor,
+            self.weight[index],
+            (self.scale * self.class_scale[index]) * x + bias,
+            self.scale * phi + bias,
+            cosine,
+            phi,
+            dphi_dc,
+            dphi_dm,
+        )
+
+    def others(self, slot: Slot, rest: Tensor) -> Tensor:
+        """L_t - maximum: log-sum-exp over the columns other than the slot's own, from the maximum of the rest."""
+        peak, others = rest[0], rest[1].log()
+        for other in self.slots:
+            if other is not slot:
+                separate = other.valid & ((other.column != slot.column) | ~slot.valid)
+                others = torch.where(separate, torch.logaddexp(others, other.plain - peak), others)
+        return others
+
+    def total(self, slot: Slot, rest: Tensor) -> Tensor:
+        """D_t - maximum; where the row ignores the slot, the log-sum-exp of the plain u - maximum."""
+        others = self.others(slot, rest)
+        return torch.where(slot.valid, torch.logaddexp(others, slot.shifted - rest[0]), others)
+
+    def lse(self, rest: Tensor) -> Tensor:
+        """log-sum-exp of the shifted logits that the (first) target's loss uses, [N, K]."""
+        return rest[0] + (self.total(self.slots[0], rest) if self.slots else rest[1].log())
+
+    def loss(self, rest: Tensor, smooth_sum: Callable[[Slot], Tensor]) -> Tensor:
+        """Of class-index targets, [N, K]. smooth_sum: sum_j w_j (D_t - u_j) with v_t in place of u_y; asked for only
+        where there is smoothing."""
+        loss = torch.zeros_like(rest[0])
+        for slot in self.slots:
+            term = (1 - self.smoothing) * slot.weight * _softplus(self.others(slot, rest) - (slot.shifted - rest[0]))
+            if self.smoothing > 0:
+                term = term + self.smoothing / self.classes * smooth_sum(slot)
+            loss = loss + torch.where(slot.valid, slot.factor * term, slot.factor)
+        return loss
+
+    def slopes(self, rest: Tensor, grad_loss: Tensor, grad_lse: Tensor) -> Slopes:
+        """Of class-index targets, for upstream gradients [N, K]."""
+        peak, zero = rest[0], torch.zeros_like(rest[0])
+        total_weight = self.weight.sum()
+        slope, smooth = zero, zero  # sums over the terms of d/d(D_t) exp(maximum - D_t), and of s_t
+        terms = []  # (slot, d/d(D_t), D_t - maximum, s_t, d/d(v_t))
+        for position, slot in enumerate(self.slots):
+            others, total = self.others(slot, rest), self.total(slot, rest)
+            k = torch.where(slot.valid, grad_loss * slot.factor, zero)
+            h, s = k * (1 - self.smoothing) * slot.weight, k * (self.smoothing / self.classes)
+            upstream_lse = grad_lse if position == 0 else zero
+            wrong = (others - total).exp()  # 1 - p_y without cancellation
+            right = (slot.shifted - peak - total).exp()
+            dv = -h * wrong + s * (total_weight * right - slot.weight) + upstream_lse * right
+            d_total = h + s * total_weight + upstream_lse
+            # without an ordinary column above -inf exp(-total) may overflow; NaN where nothing is finite
+            slope = slope + d_total * torch.where(rest[1] == 0, total - total, (-total).exp())
+            smooth = smooth + s
+            terms.append((slot, d_total, total, s, torch.where(slot.valid, dv, zero)))
+        targets = []
+        for slot, _, _, _, dv in terms:
+            plain = zero
+            for other, d_total, total, s, _ in terms:
+                if other is not slot:
+                    ordinary = ~(other.valid & (other.column == slot.column))
+                    value = d_total * (slot.plain - peak - total).exp() - s * slot.weight
+                    plain = plain + torch.where(ordinary, value, zero)
+            targets.append((slot, plain, dv))
+        return Slopes(slope, smooth, targets)

@@ -1,0 +1,7 @@
+"""The Triton backend of margin_cross_entropy."""
+
+from .backward import backward
+from .forward import forward
+from .mean import mean_coefficient, scale_gradient_
+
+__all__ = ["backward", "forward", "mean_coefficient", "scale_gradient_"]

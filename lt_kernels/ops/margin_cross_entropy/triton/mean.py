@@ -1,0 +1,118 @@
+"""Small kernels around the large ones: the coefficient of a mean, and a gradient times the upstream one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Targets that one program of a mean's coefficient counts, at most.
+_COUNTED = 8192
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def margin_cross_entropy_mean_coefficient_kernel(
+    target_ptr,  # [rows] integers
+    mixed_target_ptr,  # [rows] integers
+    weight_ptr,  # [C]
+    partial_ptr,  # [1 or 2, parts] float32, int32 without weights: total of each part
+    coefficient_ptr,  # [1 or 2], written where there is no partial_ptr
+    rows,
+    classes,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """Programs (part, which target): total weight of the targets that are not ignored, or its reciprocal."""
+    which = tl.program_id(1)
+    if mixed_target_ptr is not None:
+        if which == 1:
+            target_ptr = mixed_target_ptr
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    target = tl.load(target_ptr + row, mask=inside, other=0).to(tl.int64)
+    valid = inside & (target != ignore_index)
+    if weight_ptr is not None:
+        column = tl.minimum(tl.maximum(target, 0), classes - 1)
+        total = tl.sum(tl.load(weight_ptr + column, mask=valid, other=0.0), 0)
+    else:
+        total = tl.sum(valid.to(tl.int32), 0)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + which * tl.num_programs(0) + tl.program_id(0), total)
+    else:
+        tl.store(coefficient_ptr + which, tl.div_rn(1.0, total.to(tl.float32)))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def margin_cross_entropy_reciprocal_sum_kernel(
+    partial_ptr,  # [1 or 2, parts]
+    coefficient_ptr,  # [1 or 2]
+    parts,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1 / sum of the parts; counts are added up exactly."""
+    which = tl.program_id(0)
+    totals = tl.zeros([BLOCK], tl.float32 if WEIGHTED else tl.int64)
+    for begin in range(0, parts, BLOCK):
+        part = begin + tl.arange(0, BLOCK)
+        totals += tl.load(partial_ptr + which * parts + part, mask=part < parts, other=0).to(totals.dtype)
+    tl.store(coefficient_ptr + which, tl.div_rn(1.0, tl.sum(totals, 0).to(tl.float32)))
+
+
+@triton.jit
+def margin_cross_entropy_scale_kernel(
+    grad_ptr,  # [elements]
+    factor_ptr,  # 0-dim
+    elements,
+    BLOCK: tl.constexpr,
+):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        for block in range(tl.program_id(0), (elements + (BLOCK - 1)) // BLOCK, tl.num_programs(0)):
+            offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            pointers, mask = grad_ptr + offsets, offsets < elements
+            values = tl.load(pointers, mask=mask).to(tl.float32)
+            tl.store(pointers, (values * factor).to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def scale_gradient_(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor (0-dim, on the device), reading and writing nothing where it is 1. Any dense ``grad``."""
+    elements, block = grad.numel(), 4096
+    with torch.cuda.device_of(grad):
+        if elements > 0:
+            programs = min(triton.cdiv(elements, block), 1024)
+            margin_cross_entropy_scale_kernel[(programs,)](grad, factor, elements, BLOCK=block, num_warps=8)
+
+
+def mean_coefficient(
+    target: Tensor,
+    mixed_target: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """1 / total weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf where there is none.
+
+    One launch up to 8192 targets, else two. Targets out of range count as the nearest class.
+    """
+    targets = [target.contiguous()] + ([] if mixed_target is None else [mixed_target.contiguous()])
+    rows = target.numel()
+    coefficient = target.new_empty((len(targets),), dtype=dtype)
+    block = min(max(triton.next_power_of_2(rows), 128), _COUNTED)
+    parts = max(triton.cdiv(rows, block), 1)
+    partial = None
+    if parts > 1:
+        partial = target.new_empty((len(targets), parts), dtype=torch.int32 if weight is None else torch.float32)
+    with torch.cuda.device_of(target):
+        margin_cross_entropy_mean_coefficient_kernel[(parts, len(targets))](
+            targets[0], None if mixed_target is None else targets[1], weight, partial, coefficient, rows, classes,
+            ignore_index, BLOCK=block, num_warps=max(block // 256, 1),
+        )  # fmt: skip
+        if partial is not None:
+            block = min(triton.next_power_of_2(parts), 1024)
+            margin_cross_entropy_reciprocal_sum_kernel[(len(targets),)](
+                partial, coefficient, parts, WEIGHTED=weight is not None, BLOCK=block, num_warps=max(block // 256, 1)
+            )
+    return coefficient

@@ -1,0 +1,142 @@
+"""``fit_expert_weights`` against plain PyTorch: SADE's test-time aggregation."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from _loss_cases import C
+from torch import Tensor
+
+import lt_kernels
+from lt_kernels.losses import fit_expert_weights
+
+E = 3
+
+
+def two_views(rows: int = 200, stable: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Two views' logits [E, rows, C]: the expert ``stable`` says nearly the same of both."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = 2 * torch.randn(2, E, rows, C, generator=generator, dtype=torch.float64)
+    second[stable] = first[stable] + 0.1 * second[stable]
+    return first.to(dtype), second.to(dtype)
+
+
+def fitted_in_plain_torch(first: Tensor, second: Tensor, steps: list[Any], min_weight: float = 0.05) -> Tensor:
+    """SGD with Nesterov momentum and weight decay, written out."""
+    a, velocity = torch.full((len(first),), 1 / len(first), dtype=first.dtype), None
+    for rows in steps:
+        a.requires_grad_()
+        w = a.softmax(0)
+        p, q = ((w[:, None, None] * z[:, rows]).sum(0).softmax(1) for z in (first, second))
+        cosine = (p * q).sum(1) / (p.norm(dim=1) * q.norm(dim=1))
+        (gradient,) = torch.autograd.grad(-cosine.mean() - 0.01 * -(w * w.log()).sum(), a)
+        gradient = gradient + 5e-4 * a.detach()
+        velocity = gradient if velocity is None else 0.9 * velocity + gradient
+        a = (a - 0.025 * (gradient + 0.9 * velocity)).detach()
+        if (a.softmax(0) < min_weight).any():
+            break
+    return a.softmax(0)
+
+
+class TestFitExpertWeights:
+    def test_against_plain_torch(self):
+        first, second = two_views(dtype=torch.float64)
+        steps = [slice(start, start + 64) for start in range(0, 200, 64)] * 2
+        ours = fit_expert_weights(first, second, epochs=2, batch_size=64)
+        torch.testing.assert_close(ours, fitted_in_plain_torch(first, second, steps))
+        assert ours.dtype == torch.float64
+        assert not ours.requires_grad
+
+    def test_prefers_the_expert_that_is_stable(self):
+        weight = fit_expert_weights(*two_views(stable=2), epochs=20)
+        assert weight.argmax() == 2
+        assert weight.sum().item() == pytest.approx(1.0)
+        assert weight.dtype == torch.float32
+
+    def test_stops_at_the_smallest_weight(self):
+        views = two_views(dtype=torch.float64)
+        weight = fit_expert_weights(*views, epochs=1000)
+        assert 0.04 < weight.min().item() < 0.05
+        early = fit_expert_weights(*views, epochs=1000, min_weight=0.3)
+        steps = [slice(0, 128), slice(128, 200)] * 1000
+        torch.testing.assert_close(early, fitted_in_plain_torch(*views, steps, min_weight=0.3))
+
+    def test_no_epochs_weigh_equally(self):
+        assert fit_expert_weights(*two_views(), epochs=0).tolist() == pytest.approx([1 / 3] * 3)
+
+    def test_the_same_generator_gives_the_same_weights(self):
+        views = two_views()
+        ours = [
+            fit_expert_weights(*views, batch_size=32, generator=torch.Generator().manual_seed(seed))
+            for seed in (0, 0, 1)
+        ]
+        assert torch.equal(ours[0], ours[1])
+        assert not torch.equal(ours[0], ours[2])
+        assert not torch.equal(ours[0], fit_expert_weights(*views, batch_size=32))
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+        whole = fit_expert_weights(*views, epochs=1, batch_size=32, generator=torch.Generator().manual_seed(0))
+        sorted_views = (view[:, order] for view in views)
+        assert torch.equal(whole, fit_expert_weights(*sorted_views, epochs=1, batch_size=32))
+
+    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+    def test_without_gradients(self, mode):
+        expected = fit_expert_weights(*two_views())
+        with mode():
+            assert torch.equal(fit_expert_weights(*two_views()), expected)
+
+    def test_lists_and_half_precision(self):
+        first, second = (view.bfloat16() for view in two_views())
+        expected = fit_expert_weights(first.float(), second.float())
+        assert torch.equal(fit_expert_weights(list(first), list(second)), expected)
+
+    def test_feeds_expert_fusion(self):
+        first, second = two_views()
+        weight = fit_expert_weights(first, second)
+        fused = lt_kernels.functional.expert_fusion(first, expert_weight=weight)
+        assert torch.equal(fused.prediction, torch.einsum("e,enc->nc", weight, first).argmax(1))
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"view1_logits": torch.zeros(2, 3)}, ValueError, "view1_logits: got shape (2, 3), expected [E, N, C]"),
+            ({"view1_logits": 3}, TypeError, "view1_logits: got int, expected a Tensor [E, N, C]"),
+            ({"view2_logits": torch.zeros(3, 2, 5).long()}, TypeError, "view2_logits: got dtype torch.int64"),
+            (
+                {"view2_logits": [torch.zeros(2, 5), torch.zeros(3, 5)]},
+                ValueError,
+                "view2_logits[1]: got shape (3, 5), expected (2, 5)",
+            ),
+            (
+                {"view2_logits": torch.zeros(3, 4, 6)},
+                ValueError,
+                "view2_logits: got shape (3, 4, 6), expected (3, 4, 5) as view1_logits",
+            ),
+            (
+                {"view2_logits": torch.zeros(3, 4, 5).double()},
+                ValueError,
+                "view2_logits: got dtype torch.float64, expected torch.float32 as view1_logits",
+            ),
+            ({"epochs": -1}, ValueError, "epochs: got -1, expected an int >= 0"),
+            ({"epochs": 1.0}, TypeError, "epochs: got float, expected an int"),
+            ({"batch_size": 0}, ValueError, "batch_size: got 0, expected an int >= 1"),
+            ({"lr": -1.0}, ValueError, "lr: got -1.0, expected a number >= 0"),
+            ({"momentum": "0"}, TypeError, "momentum: got str, expected a number"),
+            ({"weight_decay": math.nan}, ValueError, "weight_decay: got nan, expected a number >= 0"),
+            ({"entropy_weight": -0.1}, ValueError, "entropy_weight: got -0.1, expected a number >= 0"),
+            ({"min_weight": math.inf}, ValueError, "min_weight: got inf, expected a number >= 0"),
+            ({"generator": 3}, TypeError, "generator: got 3, expected a torch.Generator of the CPU or None"),
+        ],
+        ids=lambda value: value.split(", expected")[0].replace(": got ", "=") if isinstance(value, str) else "",
+    )
+    def test_bad_arguments(self, change, error, message):
+        arguments: dict[str, Any] = {
+            "view1_logits": torch.zeros(3, 4, 5),
+            "view2_logits": torch.zeros(3, 4, 5),
+            **change,
+        }
+        with pytest.raises(error, match=re.escape(message)):
+            fit_expert_weights(**arguments)
