@@ -1,8 +1,7 @@
-// Row mathematics of softmax cross-entropy with margins, shared by every native kernel (host and device).
+// Scalars of a row of softmax cross-entropy with margins, for every native kernel (host and device).
 //
-// A row is summarised by two numbers over the columns that are no target of it: their maximum `peak` and
-// `total` = sum of exp(u - peak). Everything below is relative to `peak`. See
-// lt_kernels/ops/margin_cross_entropy/reference.py for the definition.
+// Two numbers summarise a row's columns except its targets': their maximum `peak` and `total` = sum of exp(u - peak).
+// Everything below is relative to `peak`. See lt_kernels/ops/margin_cross_entropy/reference.py for the definition.
 #pragma once
 
 #include <cmath>
@@ -12,16 +11,16 @@
 
 namespace ltk {
 
-// Sums over a range of columns of one row.
+// Sums over a part of one row.
 template <class A>
 struct PartSums {
-  A peak, total;            // as for a row; total 0 and peak 0 where the range has no ordinary column above -inf
+  A peak, total;            // as for a row; total 0 and peak 0 if no ordinary column of the part is above -inf
   double weight, weighted;  // smoothing or probabilities: sum of the weights, and of weight * (u - peak)
   A best;                   // prediction: largest raw logit and its first column
   int64_t best_column;
 };
 
-// The sums of consecutive parts of a row, merged in their order.
+// Merges the sums of consecutive parts of a row, in their order.
 template <class A>
 LTK_INLINE PartSums<A> merge(const PartSums<A>* parts, int64_t count) {
   PartSums<A> all = parts[0];
@@ -75,14 +74,15 @@ LTK_INLINE A log_add_exp(A a, A b) {
 template <class A>
 struct Slot {           // one target of one row
   int64_t column;       // -1: ignored
-  A factor;             // k_t; what an ignored row's loss is where the column is -1
+  A factor;             // k_t; the row's loss where the column is -1
   A weight;             // w_y
   A x, plain, shifted;  // raw logit; u_y and v_y
   A cosine;
   Shift<A> shift;
 };
 
-// Fills in what depends on the target's logit. cosine = class_scale x; plain = scale cosine + bias, as the row has it.
+// Fills in the fields that depend on the target's logit. cosine = class_scale x; plain = scale cosine + bias, as the
+// row has it.
 template <class A>
 LTK_INLINE void set_slot(Slot<A>& slot, A plain, A cosine, A scale, A bias, const Margin<A>& margin, bool angular) {
   slot.plain = plain;
@@ -96,7 +96,7 @@ LTK_INLINE void set_slot(Slot<A>& slot, A plain, A cosine, A scale, A bias, cons
   }
 }
 
-// A row's targets (two where labels are mixed) and the smoothing they share.
+// A row's slots (two where labels are mixed) and the smoothing they share.
 template <class A>
 struct RowSlots {
   int count;
@@ -107,7 +107,7 @@ struct RowSlots {
 };
 
 template <class A>
-LTK_INLINE bool is_separate(const RowSlots<A>& r, int i) {  // is the other target an ordinary column of term i?
+LTK_INLINE bool is_separate(const RowSlots<A>& r, int i) {  // the other target is an ordinary column of term i
   const int64_t other = r.count == 2 ? r.slot[1 - i].column : -1;
   return other >= 0 && other != r.slot[i].column;
 }
@@ -130,7 +130,8 @@ LTK_INLINE A softplus(A z) {
   return z > A(0) ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
 }
 
-// Loss of a row. weighted_rest = sum over the ordinary columns of w_j (u_j - peak); read only where smoothing > 0.
+// Returns the loss of a row. weighted_rest = sum over the ordinary columns of w_j (u_j - peak); read only where
+// smoothing > 0.
 template <class A>
 LTK_INLINE A compute_loss(const RowSlots<A>& r, A peak, A log_total, A weighted_rest) {
   A loss = 0;

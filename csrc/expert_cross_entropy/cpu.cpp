@@ -1,5 +1,5 @@
-// The experts' cross-entropy on the CPU: the rows kernel for every expert of a few samples, and the ensemble's from the
-// same rows while they are in a core's cache.
+// The experts' cross-entropy on the CPU: the rows kernel for every expert of a few samples, then the ensemble's
+// cross-entropy from the same rows while they are in a core's cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -15,7 +15,7 @@
 namespace ltk {
 namespace {
 
-constexpr int64_t kChunk = 262144;  // bytes of logits that are visited twice: what stays in a core's own cache
+constexpr int64_t kChunk = 262144;  // bytes of logits that are visited twice in a core's own cache
 
 // Returns what an expert adds to its logits, [C], or nothing.
 OptionalTensor add_prior(int64_t expert, const OptionalTensor& class_bias, const OptionalTensor& log_prior,

@@ -1,4 +1,4 @@
-// What the host code hands to the kernels that are compiled once per instruction set. The formulas are in
+// Arguments of the CPU kernels, which are compiled once per instruction set. The formulas are in
 // lt_kernels/ops/expert_divergence/op.py.
 #pragma once
 

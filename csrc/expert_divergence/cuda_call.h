@@ -1,4 +1,4 @@
-// What cuda.cpp hands to the kernels of the experts' divergences.
+// Arguments of the CUDA kernels of the experts' divergences.
 #pragma once
 
 #include "../common/cuda/experts.h"

@@ -12,7 +12,7 @@
 namespace ltk {
 namespace {
 
-constexpr int64_t kPositions = 2048;  // positions per piece of a panel's gradient
+constexpr int64_t kPositions = 2048;  // positions of a panel whose gradient is written together
 
 template <class A>
 ForwardResult forward(const Tensor& input, const RowOptions& o, bool with_prediction, bool with_grad,

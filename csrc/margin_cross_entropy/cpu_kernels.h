@@ -1,9 +1,9 @@
-// Vector kernels of the rows kernel, compiled once per instruction set (see cpu_vectors.h).
+// Vector kernels of the rows kernel, compiled once per instruction set.
 //
 // Memory sees one read and one write per logit. A row's exponentials are taken from a guess of its peak, which a sample
 // gives, into `scratch`; a second sweep writes its gradient from there. Where sums relative to the peak are needed
-// (label smoothing, class probabilities) and where rows are split, a block is swept twice in the first-level cache:
-// maximum first, then exponentials. All functions have internal linkage (see online_logsumexp.h).
+// (label smoothing, class probabilities) and where rows are cut, a block is swept twice in the first-level cache:
+// maximum first, then exponentials.
 
 #include "../common/cpu/vectors.h"
 #include "cpu_call.h"
@@ -34,7 +34,7 @@ LTK_INLINE A weight_of(const Call<A>& call, int64_t column) {
   return call.weight ? call.weight[column] : A(1);
 }
 
-// The targets of a row whose logits start at x (columns `stride` apart).
+// Loads the slots of a row whose logits start at x, columns `stride` apart.
 template <class T, class A>
 LTK_INLINE RowSlots<A> load_slots(const Call<A>& call, int64_t row, const T* x, int64_t stride) {
   RowSlots<A> r = {};
@@ -62,7 +62,7 @@ LTK_INLINE RowSlots<A> load_slots(const Call<A>& call, int64_t row, const T* x, 
   return r;
 }
 
-// First column of the largest raw logit in a range; a NaN counts as largest, as in torch.
+// Finds the first column of a part's largest raw logit; a NaN counts as largest, as in torch.
 template <class T, class A>
 LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, PartSums<A>* result) {
   constexpr int64_t W = Simd<A>::W;
@@ -87,8 +87,8 @@ LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, PartSums<A>*
   result->best_column = begin + first;
 }
 
-// Sweeps 1 and 2 over `count` columns from `begin` of one row: exp(u - peak) in scratch (0 at targets and in the
-// padding). `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
+// Sums `count` columns from `begin` of one row in two sweeps. Leaves exp(u - peak) in scratch, 0 at targets and in the
+// padding. `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
 template <class T, class A>
 LTK_INLINE PartSums<A> statistics(const Call<A>& call, const RowSlots<A>& slots, const T* x, int64_t row, int64_t begin,
                                   int64_t count, A* scratch, const T* next, T* grad) {
@@ -192,7 +192,7 @@ LTK_INLINE PartSums<A> statistics(const Call<A>& call, const RowSlots<A>& slots,
   return result;
 }
 
-// Loss and statistics of a row from its sums; returns its targets' gradient for an upstream gradient of 1.
+// Writes a row's loss and statistics from its sums; returns its gradient for an upstream gradient of 1.
 template <class A>
 LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowSlots<A>& slots, int64_t row, const PartSums<A>& s) {
   const A log_total = std::log(s.total);
@@ -226,7 +226,7 @@ struct Pending {
   T* grad;  // the row's, or null: nothing is pending
   RowGradient<A> row;
 
-  // Head and tail are written now, the whole vectors between them later.
+  // Writes head and tail now; the whole vectors between them follow later.
   static inline Pending make(const Call<A>& call, const RowGradient<A>& g, A slope, const A* exponentials, T* grad) {
     constexpr int64_t W = Simd<A>::W;
     const Vec<A> scaled = splat(slope * call.scale);
@@ -259,8 +259,8 @@ struct Pending {
   }
 };
 
-// One sweep over a row with a guess of its peak: exp(u - guess) in scratch (0 at targets and in the padding), their sum
-// returned, the true peak in *peak. `fetch`: memory that will be written next, or null. Writes what is pending.
+// Sweeps over a row once with a guess of its peak, and writes the pending row. Leaves exp(u - guess) in scratch, 0 at
+// targets and in the padding, and the true peak in *peak; returns the sum. `fetch`: memory to be written next, or null.
 template <class T, class A>
 LTK_INLINE A guessed_sweep(const Call<A>& call, const RowSlots<A>& slots, const T* x, A guess, A* scratch,
                            const T* fetch, A* peak, Pending<T, A>* pending) {
@@ -327,7 +327,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowSlots<A>& slots, const 
   });
 }
 
-// Gradient of the columns [begin, end) from their exponentials times `slope`.
+// Writes the gradient of the columns [begin, end) from their exponentials times `slope`.
 template <class T, class A>
 LTK_INLINE void write_gradient(const Call<A>& call, const RowGradient<A>& g, A slope, const A* q, const A* exponentials,
                                int64_t begin, int64_t end, T* grad) {
@@ -485,7 +485,7 @@ void write_part_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t r
     if (j < to) step(j, to - j, plain);
   };
   const bool plain = g.smooth == A(0) && g.soft == A(0) && !grad_q && !column_du;
-  auto ordinary = [&](int64_t from, int64_t to) {  // columns none of which is a target
+  auto ordinary = [&](int64_t from, int64_t to) {  // columns without a target
     plain ? sweep(from, to, Flag<true>{}) : sweep(from, to, Flag<false>{});
   };
   const bool swapped = g.column[1] >= 0 && (g.column[0] < 0 || g.column[1] < g.column[0]);

@@ -14,7 +14,7 @@
 
 namespace ltk {
 
-constexpr int64_t kPanelScratch = 262144;  // bytes of a panel: what stays in a core's own cache
+constexpr int64_t kPanelScratch = 262144;  // bytes of a panel that stay in a core's own cache
 
 template <class A>
 struct Prepared : PreparedRows<A, Call<A>> {
@@ -58,7 +58,7 @@ struct Prepared : PreparedRows<A, Call<A>> {
   }
 };
 
-// Whether rows are cut into parts of columns.
+// Returns whether rows are cut into parts of columns.
 template <class A>
 bool is_cut(const Prepared<A>& prepared) {
   const int64_t largest = prepared.layout.rows < kFewRows ? kPart : kLargestRow / static_cast<int64_t>(sizeof(A));

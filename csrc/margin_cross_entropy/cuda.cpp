@@ -21,8 +21,8 @@ using cuda::Kernels;
 using cuda::RowsShape;
 
 constexpr int64_t kGroupBytes = 16;
-constexpr int64_t kPartGroups = 2048;        // of a block that reads part of a row
-constexpr int64_t kBlocks = 1024;            // where their number is free: several per processor of any chip
+constexpr int64_t kPartGroups = 2048;        // groups of a block that reads a part of a row
+constexpr int64_t kBlocks = 1024;            // if their number is free: several per processor of any chip
 constexpr int64_t kShortRows = 64;           // at least this many rows per sum over rows
 constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that the system takes
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
@@ -71,7 +71,7 @@ struct Prepared : PreparedRows<A, Call<A>> {
 
   bool general() const { return call.class_scale || call.q || call.smoothing > A(0) || call.prediction; }
 
-  // Whether positions can be read 8 bytes at a time: every class of every sample starts on such an address.
+  // Returns whether positions can be read 8 bytes at a time: every class of every sample is so aligned.
   bool wide_panels() const {
     const int64_t count = 8 / layout.input.element_size();
     auto fits = [&](const void* data, int64_t n, int64_t c) {
@@ -80,7 +80,7 @@ struct Prepared : PreparedRows<A, Call<A>> {
     return layout.k % count == 0 && fits(call.x, call.x_n, call.x_c) && fits(call.grad, call.grad_n, call.grad_c);
   }
 
-  // Whether two 16-bit columns can be read at once in every row.
+  // Returns whether two 16-bit columns can be read at once in every row.
   bool paired_columns() const {
     auto fits = [](const void* data, int64_t n, int64_t k) {
       return data == nullptr || (reinterpret_cast<uintptr_t>(data) % 4 == 0 && n % 2 == 0 && k % 2 == 0);

@@ -1,4 +1,4 @@
-// What the host code prepares alike for the kernels of every device.
+// The part of a call of the rows kernel that the host prepares alike for every device.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -18,7 +18,7 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Positions of the gradients in `needs` and in what backward returns.
 enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };
 
-// Fills in what calls of all devices have by the same names, and owns what it points to.
+// Fills in the fields that the calls of all devices share by name, and owns the tensors that they point into.
 template <class A, class Call>
 struct PreparedRows : KeptTensors {
   Layout layout;
@@ -88,7 +88,7 @@ struct PreparedRows : KeptTensors {
     return {loss, lse, prediction, rest, result};
   }
 
-  // Points the call at what forward saved and at the upstream gradients.
+  // Points the call at the saved statistics and at the upstream gradients.
   void set_upstream(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& rest) {
     set_rest(keep(rest.contiguous()));
     call.grad_loss = upstream(grad_loss, &call.grad_loss_stride);
@@ -110,7 +110,7 @@ struct PreparedRows : KeptTensors {
     return written;
   }
 
-  // One value for all rows, with stride 0, or one per row.
+  // Returns one value for all rows, with stride 0, or one per row.
   const A* upstream(const Tensor& grad, int64_t* stride) {
     const bool single = grad.dim() == 0 || (grad.numel() > 0 && grad.stride(0) == 0 && grad.stride(1) == 0);
     *stride = single ? 0 : 1;

@@ -1,4 +1,4 @@
-// Vector kernels of the partitioned log-sum-exp, compiled once per instruction set (see cpu_vectors.h).
+// Vector kernels of the partitioned log-sum-exp, compiled once per instruction set.
 //
 // Forward reads a row once from memory: in stretches that are swept twice in the first-level cache, for the maxima and
 // for the exponentials. Columns come in groups of vectors. Most groups are *plain*: whole, without a key of the row's

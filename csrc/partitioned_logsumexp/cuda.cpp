@@ -1,5 +1,5 @@
-// The partitioned log-sum-exp of a block on a GPU: memory and launches. Nothing here waits for the device or looks at a
-// value on it.
+// The partitioned log-sum-exp of a block on a GPU: memory and launches. The host never waits for the device nor
+// reads a value on it.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
@@ -15,8 +15,8 @@
 namespace ltk {
 namespace {
 
-constexpr int64_t kManyBlocks = 512;     // rows are split until there are about so many
-constexpr int64_t kShortestPart = 4096;  // columns of a row that are not worth a part
+constexpr int64_t kManyBlocks = 512;     // rows are cut until there are about so many
+constexpr int64_t kShortestPart = 4096;  // fewer columns are not worth a part
 constexpr int64_t kAlignment = 16;       // bytes that are read at a time
 
 bool aligned(const Tensor& t) {
@@ -28,7 +28,7 @@ template <class A>
 struct Prepared : KeptTensors {
   cuda::PartitionedCall<A> call = {};
   Dtype dtype;
-  int64_t rows, columns, group;  // elements of 16 bytes
+  int64_t rows, columns, group;  // group: elements of 16 bytes
 
   explicit Prepared(const Block& block)
       : dtype(kernel_dtype(block.z.scalar_type())),

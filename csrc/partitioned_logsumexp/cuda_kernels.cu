@@ -3,8 +3,7 @@
 // Forward: a block of threads per row, or several for each of few long rows. Each thread keeps maxima and sums of
 // exponentials of both sides; they are merged in a fixed order. A group of columns is added to the negatives with its
 // positive columns masked; positive columns, if the group has any, are added one by one. Backward: a thread has the
-// same columns of kRowsTogether rows, so that what belongs to a column is read once for them, and sums over rows need
-// no atomics.
+// same columns of kRowsTogether rows: it reads the columns' vectors once for them, and sums over rows need no atomics.
 #include "../common/cuda/reductions.h"
 #include "cuda_call.h"
 #include "statistics.h"
@@ -13,8 +12,8 @@ namespace ltk::cuda {
 namespace {
 
 constexpr int kAhead = 4;  // groups of a thread that are read before the first one is used
-constexpr int kBlocks =
-    2;  // per processor that registers must leave room for: the compiler's own choice spills doubles
+// Blocks per processor that registers must leave room for: the compiler's own choice spills doubles.
+constexpr int kBlocks = 2;
 
 template <class T, int kCount>
 LTK_DEVICE void load_columns(const typename T::Stored* from, typename T::A (&to)[kCount]) {
@@ -43,7 +42,7 @@ LTK_DEVICE A load_scale(const PartitionedCall<A>& call) {
   return static_cast<A>(call.learned_scale ? call.scale * static_cast<double>(*call.learned_scale) : call.scale);
 }
 
-// What belongs to some columns that follow each other.
+// The labels, scales and biases of consecutive columns.
 template <class A, int kCount>
 struct Keys {
   int32_t label[kCount];
@@ -57,11 +56,11 @@ struct Keys {
     if (call.key_bias) load_values<kCount>(call.key_bias + column, bias);
   }
 
-  // Of one expression in both directions, which must agree on it to the last bit.
+  // One expression for both directions, which must agree to the last bit.
   LTK_MEMBER A logit(int i, A z, A scale) const { return std::fma(z, scale * own_scale[i], bias[i]); }
 };
 
-// The column that a row leaves out, -1 if that is not in the block.
+// Returns the column that a row leaves out, -1 if it is not in the block.
 template <class A>
 LTK_DEVICE int excluded_column(const PartitionedCall<A>& call, int64_t row) {
   if (call.exclude == nullptr) return -1;
@@ -95,7 +94,7 @@ struct Side {
     mass += added, slope += added_slope;
   }
 
-  // Makes the sums relative to another peak that is at least theirs.
+  // Makes the sums relative to a peak at least as high.
   LTK_MEMBER void move_to(A higher) {
     if (peak != -infinity<A>()) {
       const A kept = std::exp(peak - reference(higher));
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(kPartitionedThreads, kBlocks)
   }
 }
 
-// A thread per row.
+// Merges a row's parts; a thread per row.
 template <class A>
 __global__ void __launch_bounds__(kPartitionedThreads)
     partitioned_merge_kernel(const __grid_constant__ PartitionedCall<A> call) {
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(kPartitionedThreads)
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
-// What backward needs of a row.
+// The scalars of a row that backward needs.
 template <class A>
 struct RowTerms {
   A peak, slope, positive_peak, positive_slope;

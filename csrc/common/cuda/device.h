@@ -213,7 +213,8 @@ template <class Argument>
 Error launch(void (*kernel)(Argument), const Launch& l, const Argument& argument) {
   const Error error = allow_shared_memory(kernel, l.shared_bytes);
   if (error != cudaSuccess) return error;
-  return cudaLaunchKernelEx(&Config(l).value, kernel, argument);
+  const Config config(l);
+  return cudaLaunchKernelEx(&config.value, kernel, argument);
 }
 
 #endif  // __CUDACC__
