@@ -24,6 +24,8 @@ namespace ltk::device {
 using Stream = cudaStream_t;
 using Error = cudaError_t;
 
+constexpr int kLargestCluster = 8;  // blocks, on every chip that has clusters
+
 #if defined(__CUDACC__)
 
 #define LTK_DEVICE static __device__ __forceinline__  // a function
@@ -144,8 +146,6 @@ struct Launch {
   int cluster;  // blocks per cluster; 1: none
   Stream stream;
 };
-
-constexpr int kLargestCluster = 8;  // of blocks, on every chip that has clusters
 
 // CUDA's description of a launch. It points into itself.
 struct Config {
