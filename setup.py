@@ -5,6 +5,7 @@ LT_KERNELS_BUILD = auto (default) | none | cpu | cuda. An explicit request that 
 can and otherwise installs the package without an extension (its reference and Triton backends), with one clear line.
 """
 
+import glob
 import os
 import re
 import shutil
@@ -14,20 +15,9 @@ import sys
 from setuptools import setup
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES = [
-    *(f"csrc/{name}.cpp" for name in ("library", "cpu_host", "cpu_default", "cpu_avx2", "cpu_avx512")),
-    *(f"csrc/{op}/cpu.cpp" for op in ("margin_cross_entropy", "partitioned_logsumexp")),
-    *(f"csrc/expert_{op}/cpu.cpp" for op in ("cross_entropy", "divergence", "fusion")),
-]
-CUDA_SOURCES = [
-    "csrc/margin_cross_entropy/cuda.cpp",
-    *(f"csrc/margin_cross_entropy/cuda_{dtype}.cu" for dtype in ("float", "bfloat16", "half", "double")),
-    *(
-        f"csrc/{op}/cuda{part}"
-        for op in ("expert_divergence", "expert_fusion", "partitioned_logsumexp")
-        for part in (".cpp", "_kernels.cu")
-    ),
-]
+FOUND = sorted(glob.glob("csrc/**/*.c*", recursive=True, root_dir=HERE))
+CUDA_SOURCES = [path for path in FOUND if os.path.basename(path).startswith("cuda")]
+SOURCES = [path for path in FOUND if path not in CUDA_SOURCES]
 CUDA_FLAGS = ["-O3"]
 #: Compute capabilities that are built for where neither TORCH_CUDA_ARCH_LIST nor a GPU says which.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"

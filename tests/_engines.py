@@ -50,7 +50,7 @@ ENGINES = {
         ("native",),
         chips=(
             ("sm_90", "8 232448 233472"),
-            ("clusters of 2 to 8 blocks", "8 8192 16384"),
+            ("clusters of 4 and 8 blocks", "8 16384 32768"),
             ("two passes", "1 8192 12000"),
         ),
         orders=("forward", "reversed"),

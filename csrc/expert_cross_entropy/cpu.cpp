@@ -1,7 +1,5 @@
-// The experts' cross-entropy on the CPU: the rows kernel for every expert of a few samples, and the ensemble's from the
-// same rows while they are in a core's cache.
-#include "arguments.h"
-
+// The experts' cross-entropy on the CPU: the rows kernel for every expert of a few samples, then the ensemble's
+// cross-entropy from the same rows while they are in a core's cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -10,18 +8,18 @@
 #include <optional>
 #include <vector>
 
-#include "../cpu_experts.h"
-#include "../cpu_host.h"
+#include "../common/cpu/experts.h"
 #include "../expert_fusion/cpu_prepared.h"
 #include "../margin_cross_entropy/cpu_prepared.h"
 
 namespace ltk {
 namespace {
 
-constexpr int64_t kChunk = 262144;  // bytes of logits that are visited twice: what stays in a core's own cache
+constexpr int64_t kChunk = 262144;  // bytes of logits that are visited twice in a core's own cache
 
-// What an expert adds to its logits, [C], or nothing.
-OptionalTensor bias_of(int64_t expert, const OptionalTensor& class_bias, const OptionalTensor& log_prior, double tau) {
+// Returns what an expert adds to its logits, [C], or nothing.
+OptionalTensor add_prior(int64_t expert, const OptionalTensor& class_bias, const OptionalTensor& log_prior,
+                         double tau) {
   OptionalTensor bias = class_bias;
   if (bias.has_value() && bias->dim() == 2) bias = bias->select(0, expert);
   if (!log_prior.has_value() || tau == 0) return bias;
@@ -53,7 +51,9 @@ struct Ensemble {
 };
 
 template <class A>
-ExpertForwardResult forward(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS) {
+ForwardResult forward(at::TensorList logits, const RowOptions& o, const OptionalTensor& log_prior,
+                      const OptionalTensor& ensemble_coefficient, at::ArrayRef<double> taus, bool with_ensemble,
+                      bool with_grad) {
   const ExpertRows experts(logits);
   const int64_t count = experts.experts, rows = experts.rows, classes = experts.classes;
   const auto options = at::TensorOptions().dtype(dtype_of<A>());
@@ -64,19 +64,19 @@ ExpertForwardResult forward(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS) {
   if (with_grad) gradient.emplace(logits, experts);
   const auto result = [&] {
     return std::make_tuple(loss, rest, ensemble_loss, prediction,
-                           with_grad ? gradient->finished() : at::empty({0}, logits[0].options()));
+                           with_grad ? gradient->finish() : at::empty({0}, logits[0].options()));
   };
   if (rows == 0) return result();
 
-  Prepared<A> prepared(experts.each[0].unsqueeze(2), target, mixed_target, mix_lambda, weight, std::nullopt,
-                       class_scale, class_margin, learned_scale, coefficient, scale, margin, angular, ignore_index,
-                       label_smoothing);
+  RowOptions shared = o;
+  shared.class_bias = std::nullopt;
+  Prepared<A> prepared(experts.each[0].unsqueeze(2), shared);
   const Tensor unused = at::empty({rows}, options);
   std::vector<Call<A>> calls(count, prepared.call);
   for (int64_t e = 0; e < count; ++e) {
     Call<A>& call = calls[e];
     call.x = experts.x[e], call.x_n = experts.x_stride[e];
-    call.class_bias = prepared.pointer(bias_of(e, class_bias, log_prior, taus[e]));
+    call.class_bias = prepared.template pointer<A>(add_prior(e, o.class_bias, log_prior, taus[e]));
     call.loss = loss.mutable_data_ptr<A>() + e * rows;
     call.lse = unused.mutable_data_ptr<A>();
     call.peak = rest.mutable_data_ptr<A>() + 2 * e * rows;
@@ -87,14 +87,14 @@ ExpertForwardResult forward(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS) {
   }
   std::optional<Ensemble<A>> ensemble;
   if (with_ensemble)
-    ensemble.emplace(Ensemble<A>{{experts.each, std::nullopt, std::nullopt, learned_scale,
-                                  std::vector<double>(count, 1.0 / static_cast<double>(count)), scale, 1},
+    ensemble.emplace(Ensemble<A>{{experts.each, std::nullopt, std::nullopt, o.learned_scale,
+                                  std::vector<double>(count, 1.0 / static_cast<double>(count)), o.scale, 1},
                                  calls[0],
-                                 prepared.pointer(ensemble_coefficient),
+                                 prepared.template pointer<A>(ensemble_coefficient),
                                  ensemble_loss.mutable_data_ptr<A>(),
                                  prediction.mutable_data_ptr<int64_t>()});
 
-  if (is_split(prepared)) {
+  if (is_cut(prepared)) {
     for (const Call<A>& call : calls) {
       prepared.call = call;
       run_forward(prepared);
@@ -116,13 +116,15 @@ ExpertForwardResult forward(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS) {
   return result();
 }
 
-}  // namespace
-
-ExpertForwardResult expert_cross_entropy_fwd_cpu(LTK_EXPERT_CROSS_ENTROPY_PARAMETERS) {
+// Returns loss, rest, the ensemble's loss and prediction, and the gradient of the logits.
+ForwardResult expert_cross_entropy_fwd(at::TensorList logits LTK_ROW_OPTIONS(LTK_PARAMETER),
+                                       const OptionalTensor& log_prior, const OptionalTensor& ensemble_coefficient,
+                                       at::ArrayRef<double> taus, bool with_ensemble, bool with_grad) {
   const auto run = logits[0].scalar_type() == at::kDouble ? forward<double> : forward<float>;
-  return run(logits, target, mixed_target, mix_lambda, weight, class_bias, class_scale, class_margin, learned_scale,
-             log_prior, coefficient, ensemble_coefficient, taus, scale, margin, angular, ignore_index, label_smoothing,
-             with_ensemble, with_grad);
+  return run(logits, {LTK_ROW_OPTIONS(LTK_VALUE)}, log_prior, ensemble_coefficient, taus, with_ensemble, with_grad);
 }
 
+}  // namespace
 }  // namespace ltk
+
+TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) { m.impl("expert_cross_entropy_fwd", &ltk::expert_cross_entropy_fwd); }

@@ -1,6 +1,4 @@
 // The divergences between experts on the CPU; the arithmetic is in cpu_kernels.h.
-#include "arguments.h"
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -8,30 +6,24 @@
 #include <cmath>
 #include <vector>
 
-#include "../cpu_experts.h"
-#include "../cpu_host.h"
+#include "../common/cpu/experts.h"
+#include "../common/cpu/host.h"
+#include "../common/registration.h"
 #include "cpu_call.h"
 
 namespace ltk {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 template <class A>
-struct Prepared {
+struct Prepared : KeptTensors {
   ExpertRows rows;
-  Tensor temperatures;
   DivergenceCall<A> call = {};
   const DivergenceKernels<A>* kernels;
 
   Prepared(at::TensorList logits, const OptionalTensor& temperature, bool pairwise) : rows(logits) {
     call.experts = rows.experts, call.rows = rows.rows, call.classes = rows.classes;
     call.x = rows.x.data(), call.x_stride = rows.x_stride.data();
-    if (temperature.has_value()) {
-      temperatures = temperature->to(dtype_of<A>()).contiguous();
-      call.temperature = temperatures.const_data_ptr<A>();
-    }
+    call.temperature = this->template pointer<A>(temperature);
     call.pairwise = pairwise;
     kernels = &kernels_of<A>(LTK_TABLES_HERE(expert_divergence), logits[0].scalar_type());
   }
@@ -68,7 +60,7 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
   if (rows == 0) return {value, saved};
   A* values = value.mutable_data_ptr<A>();
   call.saved = saved.mutable_data_ptr<A>();
-  if (rows >= kFewRows || classes <= kRange) {
+  if (rows >= kFewRows || classes <= kPart) {
     at::parallel_for(0, rows, grain(experts * classes), [&](int64_t begin, int64_t end) {
       std::vector<A> peaks(count);
       std::vector<ExpertSums> sums(count);
@@ -81,29 +73,28 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
     });
     return {value, saved};
   }
-  const int64_t ranges = (classes + kRange - 1) / kRange;
-  const auto last = [&](int64_t i) { return std::min(classes, (i % ranges + 1) * kRange); };
-  std::vector<A> peaks(rows * ranges * count);
-  std::vector<ExpertSums> sums(rows * ranges * count);
-  at::parallel_for(0, rows * ranges, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels.peaks(call, i / ranges, i % ranges * kRange, last(i), &peaks[i * count]);
+  const int64_t parts = ceil_div(classes, kPart);
+  const auto last = [&](int64_t i) { return std::min(classes, (i % parts + 1) * kPart); };
+  std::vector<A> peaks(rows * parts * count);
+  std::vector<ExpertSums> sums(rows * parts * count);
+  at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels.peaks(call, i / parts, i % parts * kPart, last(i), &peaks[i * count]);
   });
-  for (int64_t i = 0; i < rows * ranges * count; ++i) {  // into those of the row's first range
-    A& all = peaks[i / (ranges * count) * ranges * count + i % count];
+  for (int64_t i = 0; i < rows * parts * count; ++i) {  // into those of the row's first range
+    A& all = peaks[i / (parts * count) * parts * count + i % count];
     all = std::max(all, peaks[i]);
   }
-  at::parallel_for(0, rows * ranges, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
     A* buffer = scratch<A>(divergence_scratch(experts));
     for (int64_t i = begin; i < end; ++i)
-      kernels.sums(call, i / ranges, i % ranges * kRange, last(i), &peaks[i / ranges * ranges * count],
-                   &sums[i * count], buffer);
+      kernels.sums(call, i / parts, i % parts * kPart, last(i), &peaks[i / parts * parts * count], &sums[i * count],
+                   buffer);
   });
   for (int64_t row = 0; row < rows; ++row) {
-    ExpertSums* all = &sums[row * ranges * count];
-    for (int64_t i = count; i < ranges * count; ++i)
+    ExpertSums* all = &sums[row * parts * count];
+    for (int64_t i = count; i < parts * count; ++i)
       all[i % count].mass += all[i].mass, all[i % count].weighted += all[i].weighted;
-    finish(call, row, &peaks[row * ranges * count], all, values);
+    finish(call, row, &peaks[row * parts * count], all, values);
   }
   return {value, saved};
 }
@@ -122,26 +113,30 @@ Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, 
   call.grad_e = upstream.stride(0), call.grad_n = upstream.stride(1);
   call.out = gradient.out.data(), call.out_stride = gradient.out_stride.data();
   call.stream = gradient.written.nbytes() >= kStream;
-  const int64_t pieces = (call.classes + kRange - 1) / kRange;
-  at::parallel_for(0, call.rows * pieces, grain(call.experts * std::min(call.classes, kRange)),
+  const int64_t pieces = ceil_div(call.classes, kPart);
+  at::parallel_for(0, call.rows * pieces, grain(call.experts * std::min(call.classes, kPart)),
                    [&](int64_t begin, int64_t end) {
-                     prepared.kernels->gradient(call, begin, end, kRange, scratch<A>(divergence_scratch(call.experts)));
+                     prepared.kernels->gradient(call, begin, end, kPart, scratch<A>(divergence_scratch(call.experts)));
                    });
-  return gradient.finished();
+  return gradient.finish();
+}
+
+std::tuple<Tensor, Tensor> expert_divergence_fwd(at::TensorList logits, const OptionalTensor& temperature,
+                                                 bool pairwise) {
+  const auto run = logits[0].scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  return run(logits, temperature, pairwise);
+}
+
+Tensor expert_divergence_bwd(const Tensor& grad, const Tensor& saved, at::TensorList logits,
+                             const OptionalTensor& temperature, bool pairwise, bool detach) {
+  const auto run = logits[0].scalar_type() == at::kDouble ? backward<double> : backward<float>;
+  return run(grad, saved, logits, temperature, pairwise, detach);
 }
 
 }  // namespace
-
-std::tuple<Tensor, Tensor> expert_divergence_fwd_cpu(at::TensorList logits, const OptionalTensor& temperature,
-                                                     bool pairwise) {
-  return logits[0].scalar_type() == at::kDouble ? forward<double>(logits, temperature, pairwise)
-                                                : forward<float>(logits, temperature, pairwise);
-}
-
-Tensor expert_divergence_bwd_cpu(const Tensor& grad, const Tensor& saved, at::TensorList logits,
-                                 const OptionalTensor& temperature, bool pairwise, bool detach) {
-  return logits[0].scalar_type() == at::kDouble ? backward<double>(grad, saved, logits, temperature, pairwise, detach)
-                                                : backward<float>(grad, saved, logits, temperature, pairwise, detach);
-}
-
 }  // namespace ltk
+
+TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
+  m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd);
+  m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd);
+}

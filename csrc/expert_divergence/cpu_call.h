@@ -1,10 +1,10 @@
-// What the host code hands to the kernels that are compiled once per instruction set. The formulas are in
+// Arguments of the CPU kernels, which are compiled once per instruction set. The formulas are in
 // lt_kernels/ops/expert_divergence/op.py.
 #pragma once
 
 #include <cstdint>
 
-#include "../cpu_tables.h"
+#include "../common/cpu/tables.h"
 
 namespace ltk {
 

@@ -1,11 +1,11 @@
-// Vector kernels of the divergences between experts, compiled once per instruction set (see cpu_vectors.h).
+// Vector kernels of the divergences between experts, compiled once per instruction set.
 //
 // Memory sees one read per logit, and one write in backward: the rows of a sample are visited together, for their
 // maxima and again while they are in the caches; then block by block, in sweeps over the first-level cache. The next
 // row is fetched by the sweep that computes most: arithmetic hides what memory takes. Differences are taken between
 // exponents relative to each distribution's maximum.
 
-#include "../cpu_vectors.h"
+#include "../common/cpu/vectors.h"
 #include "cpu_call.h"
 
 namespace ltk {

@@ -1,14 +1,11 @@
-// Divergences between experts on a GPU: memory and launches. Nothing here waits for the device or looks at a value on
-// it.
-#include "../cuda_experts_host.h"
-#include "arguments.h"
+// Divergences between experts on a GPU: memory and launches. The host never waits for the device nor reads
+// a value on it.
+#include "../common/cuda/experts_host.h"
+#include "../common/registration.h"
 #include "cuda_call.h"
 
 namespace ltk {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 template <class A>
 std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& temperature, bool pairwise) {
@@ -30,7 +27,7 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
     call.tile = cuda::tile_shape(call.x, x.itemsize, std::min(cuda::kTileBytes, room_of_two(facts) - sums));
   const int64_t shared = call.tile.bytes + sums + cuda::kTileScratch;
   check_room(shared, facts, count);
-  device::check(cuda::divergence_forward(call, x.kernel_dtype(), shared, device::current_stream()));
+  device::check(cuda::divergence_forward(call, x.dtype, shared, device::current_stream()));
   return {value, saved};
 }
 
@@ -56,29 +53,33 @@ Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, 
   call.tile = cuda::tile_shape(call.x, x.itemsize, std::min(cuda::kTileBytes, room_of_two(facts) - scalars));
   const int64_t shared = call.tile.bytes + scalars;
   check_room(shared, facts, count);
-  const int64_t chunks = (classes + call.tile.columns - 1) / call.tile.columns;
+  const int64_t chunks = ceil_div(classes, call.tile.columns);
   TORCH_CHECK_VALUE(n * chunks <= std::numeric_limits<int32_t>::max(), "logits: got ", n, " rows of ", classes,
                     " classes, too many for one call");
   call.chunks = static_cast<int>(chunks);
-  device::check(cuda::divergence_backward(call, x.kernel_dtype(), shared, device::current_stream()));
+  device::check(cuda::divergence_backward(call, x.dtype, shared, device::current_stream()));
   if (!out.is_same(result)) result.copy_(out);
   return result;
 }
 
+std::tuple<Tensor, Tensor> expert_divergence_fwd(at::TensorList logits, const OptionalTensor& temperature,
+                                                 bool pairwise) {
+  const device::Guard guard(logits[0].device());
+  const auto run = logits[0].scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  return run(logits, temperature, pairwise);
+}
+
+Tensor expert_divergence_bwd(const Tensor& grad, const Tensor& saved, at::TensorList logits,
+                             const OptionalTensor& temperature, bool pairwise, bool detach) {
+  const device::Guard guard(logits[0].device());
+  const auto run = logits[0].scalar_type() == at::kDouble ? backward<double> : backward<float>;
+  return run(grad, saved, logits, temperature, pairwise, detach);
+}
+
 }  // namespace
-
-std::tuple<Tensor, Tensor> expert_divergence_fwd_cuda(at::TensorList logits, const OptionalTensor& temperature,
-                                                      bool pairwise) {
-  const device::Guard guard(logits[0].device());
-  return logits[0].scalar_type() == at::kDouble ? forward<double>(logits, temperature, pairwise)
-                                                : forward<float>(logits, temperature, pairwise);
-}
-
-Tensor expert_divergence_bwd_cuda(const Tensor& grad, const Tensor& saved, at::TensorList logits,
-                                  const OptionalTensor& temperature, bool pairwise, bool detach) {
-  const device::Guard guard(logits[0].device());
-  return logits[0].scalar_type() == at::kDouble ? backward<double>(grad, saved, logits, temperature, pairwise, detach)
-                                                : backward<float>(grad, saved, logits, temperature, pairwise, detach);
-}
-
 }  // namespace ltk
+
+TORCH_LIBRARY_IMPL(LTK_LIBRARY, LTK_CUDA, m) {
+  m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd);
+  m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd);
+}

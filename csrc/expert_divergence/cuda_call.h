@@ -1,7 +1,7 @@
-// What cuda.cpp hands to the kernels of the experts' divergences.
+// Arguments of the CUDA kernels of the experts' divergences.
 #pragma once
 
-#include "../cuda_experts.h"
+#include "../common/cuda/experts.h"
 
 namespace ltk::cuda {
 

@@ -1,17 +1,17 @@
 // Divergences between experts, as in lt_kernels/ops/expert_divergence/op.py. Forward: a block per sample, which goes
 // over the columns twice, for the maxima and for the sums; where a sample fits one tile, it is read from memory once.
 // Backward: a block per tile, no sums over columns.
-#include "../cuda_experts_tile.h"
+#include "../common/cuda/experts_tile.h"
 #include "cuda_call.h"
 
 namespace ltk::cuda {
 namespace {
 
-constexpr int kBatch = 8;  // experts whose sums a thread has at a time; more of them are more sweeps
+constexpr int kBatch = 8;  // experts whose sums a thread has at a time; more experts take more sweeps
 
-// x / temperature, rounded as a division is. In float there is one division for all experts: the inverse is two
-// numbers, rounded and what rounding took from it; the second multiplies a finite x, so that what is infinite stays so.
-// In double that takes too many registers.
+// x / temperature, rounded like a division. In float one division serves all experts: the inverse is two numbers, its
+// rounded value and the rounding error. The error multiplies a finite x, so that an infinite x stays infinite. In
+// double that takes too many registers.
 template <class A>
 struct Divided {
   static constexpr bool kDivides = sizeof(A) == sizeof(double);
@@ -32,7 +32,7 @@ struct Divided {
   }
 };
 
-// 0 where the probability is 0, whatever the difference.
+// Returns 0 where the probability is 0, whatever the difference.
 template <class A>
 LTK_DEVICE A times(A p, A difference) {
   return p == A(0) ? A(0) : p * difference;

@@ -1,18 +1,20 @@
 // The experts' fusion on the CPU; the arithmetic is in cpu_kernels.h.
 #include <ATen/ATen.h>
 
-#include "../cpu_memory.h"
-#include "arguments.h"
+#include "../common/cpu/memory.h"
+#include "../common/registration.h"
 #include "cpu_prepared.h"
 
 namespace ltk {
 namespace {
 
-using at::Tensor;
-
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor> fusion(PreparedFusion<A> prepared, bool with_log_probs) {
-  const int64_t rows = prepared.rows.rows, classes = prepared.rows.classes, k = prepared.k;
+std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const OptionalTensor& expert_weight,
+                                                const OptionalTensor& class_shift, const OptionalTensor& learned_scale,
+                                                at::ArrayRef<double> weights, double scale, int64_t k,
+                                                bool with_log_probs) {
+  PreparedFusion<A> prepared(logits, expert_weight, class_shift, learned_scale, weights, scale, k);
+  const int64_t rows = prepared.rows.rows, classes = prepared.rows.classes;
   const auto options = at::TensorOptions().dtype(dtype_of<A>());
   Tensor values = at::empty({rows, k}, options), found = at::empty({rows, k}, options.dtype(at::kLong));
   Tensor mass = at::empty({rows}, options), log_probs = at::empty({0}, options);
@@ -30,19 +32,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fusion(PreparedFusion<A> prepared, bo
   return {values, found, mass, log_probs};
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion_cpu(at::TensorList logits,
-                                                             const std::optional<Tensor>& expert_weight,
-                                                             const std::optional<Tensor>& class_shift,
-                                                             const std::optional<Tensor>& learned_scale,
-                                                             at::ArrayRef<double> weights, double scale, int64_t k,
-                                                             bool with_log_probs) {
-  if (logits[0].scalar_type() == at::kDouble)
-    return fusion(PreparedFusion<double>(logits, expert_weight, class_shift, learned_scale, weights, scale, k),
-                  with_log_probs);
-  return fusion(PreparedFusion<float>(logits, expert_weight, class_shift, learned_scale, weights, scale, k),
-                with_log_probs);
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion(at::TensorList logits, const OptionalTensor& expert_weight,
+                                                         const OptionalTensor& class_shift,
+                                                         const OptionalTensor& learned_scale,
+                                                         at::ArrayRef<double> weights, double scale, int64_t k,
+                                                         bool with_log_probs) {
+  const auto run = logits[0].scalar_type() == at::kDouble ? fuse<double> : fuse<float>;
+  return run(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs);
 }
 
+}  // namespace
 }  // namespace ltk
+
+TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) { m.impl("expert_fusion", &ltk::expert_fusion); }

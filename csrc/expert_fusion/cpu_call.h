@@ -1,11 +1,11 @@
-// What the host code hands to the kernels that are compiled once per instruction set.
+// Arguments of the CPU kernels, which are compiled once per instruction set.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "../cpu_tables.h"
-#include "../online_logsumexp.h"
+#include "../common/cpu/tables.h"
+#include "../common/inline.h"
 
 namespace ltk {
 
@@ -20,8 +20,8 @@ struct FusionCall {
   A* log_probs;  // [rows, classes], or null
 };
 
-// A sum of exponentials relative to the largest exponent.
-struct LogSum {  // its logarithm: peak + log(total)
+// A sum of exponentials relative to the largest exponent; its logarithm is peak + log(total).
+struct LogSum {
   double peak, total;
 };
 
@@ -41,7 +41,7 @@ struct Candidate {
   int64_t column;
 };
 
-// The first k of the candidates offered so far, as a heap whose root is the last of them.
+// The first k candidates offered so far, as a heap whose root is the last of them.
 template <class A>
 struct Top {
   Candidate<A>* items;
@@ -55,7 +55,7 @@ LTK_INLINE bool precedes(const Candidate<A>& a, const Candidate<A>& b) {  // NaN
   return a.value > b.value || ((a_nan || a.value == b.value) && a.column < b.column);
 }
 
-// Puts c at the root of a heap of that size without one.
+// Puts c into a heap of that size in place of its root.
 template <class A>
 LTK_INLINE void sift_down(Candidate<A>* items, int64_t size, const Candidate<A>& c) {
   int64_t place = 0;
@@ -81,7 +81,7 @@ LTK_INLINE void offer(Top<A>& top, const Candidate<A>& c) {
 }
 
 template <class A>
-LTK_INLINE void sort(Top<A>& top) {  // in their order; a heap no more
+LTK_INLINE void sort(Top<A>& top) {  // the items are then no heap
   for (int64_t size = top.size - 1; size > 0; --size) {
     const Candidate<A> last = top.items[0];
     sift_down(top.items, size, Candidate<A>(top.items[size]));
@@ -91,11 +91,11 @@ LTK_INLINE void sort(Top<A>& top) {  // in their order; a heap no more
 
 template <class A>
 struct FusionKernels {
-  // Columns [begin, end) of a row: their log-sum-exp; offers them to `top`, and writes u to log_probs where asked for.
+  // Returns the log-sum-exp of columns [begin, end) of a row; offers them to `top`, and writes u to log_probs, if any.
   LogSum (*range)(const FusionCall<A>&, int64_t row, int64_t begin, int64_t end, Top<A>& top);
   // Turns u into u - log-sum-exp in log_probs.
   void (*subtract)(const FusionCall<A>&, int64_t row, int64_t begin, int64_t end, const LogSum&);
-  // u of one column.
+  // Returns u of one column.
   A (*value)(const FusionCall<A>&, int64_t row, int64_t column);
 };
 

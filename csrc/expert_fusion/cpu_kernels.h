@@ -1,10 +1,9 @@
-// Vector kernels of the experts' fusion, compiled once per instruction set (see cpu_vectors.h).
+// Vector kernels of the experts' fusion, compiled once per instruction set.
 //
 // Memory sees one read per logit. A block of columns is fused into the first-level cache and swept there once more for
-// its exponentials, while the next block is fetched; a third sweep looks for candidates where the block's maximum says
-// that there are any.
+// its exponentials, while the next block is fetched; a third sweep looks for candidates if the block's maximum is one.
 
-#include "../cpu_vectors.h"
+#include "../common/cpu/vectors.h"
 #include "cpu_call.h"
 
 namespace ltk {
@@ -13,7 +12,7 @@ namespace {
 
 constexpr int64_t kFusionBlock = 2048;  // columns
 
-// u of W * `vectors` columns from `column`; of the first `count` columns where that is less than W.
+// Computes u of W * `vectors` columns from `column`, or of the first `count` columns if these are fewer than W.
 template <int vectors, class T, class A>
 LTK_INLINE void fuse(const FusionCall<A>& call, int64_t row, int64_t column, int64_t count, Vec<A>* u) {
   constexpr int64_t W = Simd<A>::W;
@@ -28,7 +27,7 @@ LTK_INLINE void fuse(const FusionCall<A>& call, int64_t row, int64_t column, int
   }
 }
 
-// u of `count` columns from `first`, and their maximum (NaN aside).
+// Writes u of `count` columns from `first`; returns their maximum (NaN aside).
 template <class T, class A>
 LTK_INLINE A fuse_block(const FusionCall<A>& call, int64_t row, int64_t first, int64_t count, A* out) {
   constexpr int64_t W = Simd<A>::W;
@@ -51,7 +50,7 @@ LTK_INLINE A fuse_block(const FusionCall<A>& call, int64_t row, int64_t first, i
   return max_lanes<A>(high);
 }
 
-// Sum of exp(u - peak); `fetch(j)` is called along the way.
+// Returns the sum of exp(u - peak); calls `fetch(j)` along the way.
 template <class A, class Fetch>
 LTK_INLINE A exp_sum(const A* u, int64_t count, A peak, Fetch fetch) {
   constexpr int64_t W = Simd<A>::W;

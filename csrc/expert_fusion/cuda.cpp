@@ -1,21 +1,19 @@
-// The experts' fusion on a GPU: memory and launches. Nothing here waits for the device or looks at a value on it.
-#include "../cuda_experts_host.h"
-#include "arguments.h"
+// The experts' fusion on a GPU: memory and launches. The host never waits for the device nor
+// reads a value on it.
+#include "../common/cuda/experts_host.h"
+#include "../common/registration.h"
 #include "cuda_call.h"
 
 namespace ltk {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kMostRounds = 64;  // classes that the kernel selects; more are sorted
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor> fusion(at::TensorList logits, const OptionalTensor& expert_weight,
-                                                  const OptionalTensor& class_shift,
-                                                  const OptionalTensor& learned_scale, at::ArrayRef<double> weights,
-                                                  double scale, int64_t k, bool with_log_probs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const OptionalTensor& expert_weight,
+                                                const OptionalTensor& class_shift, const OptionalTensor& learned_scale,
+                                                at::ArrayRef<double> weights, double scale, int64_t k,
+                                                bool with_log_probs) {
   Experts x(logits);
   const int64_t n = x.rows.rows, classes = x.rows.classes, count = x.rows.count;
   const auto options = logits[0].options().dtype(x.compute_dtype);
@@ -61,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fusion(at::TensorList logits, const O
       shared += kept;
     }
   }
-  device::check(cuda::expert_fusion(call, x.kernel_dtype(), shared, device::current_stream()));
+  device::check(cuda::expert_fusion(call, x.dtype, shared, device::current_stream()));
   if (sorted) {
     const auto [all_values, all_classes] = at::sort(u, /*stable=*/true, /*dim=*/1, /*descending=*/true);
     values.copy_(all_values.narrow(1, 0, k));
@@ -70,15 +68,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fusion(at::TensorList logits, const O
   return {values, chosen, mass, log_probs};
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion_cuda(
-    at::TensorList logits, const OptionalTensor& expert_weight, const OptionalTensor& class_shift,
-    const OptionalTensor& learned_scale, at::ArrayRef<double> weights, double scale, int64_t k, bool with_log_probs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion(at::TensorList logits, const OptionalTensor& expert_weight,
+                                                         const OptionalTensor& class_shift,
+                                                         const OptionalTensor& learned_scale,
+                                                         at::ArrayRef<double> weights, double scale, int64_t k,
+                                                         bool with_log_probs) {
   const device::Guard guard(logits[0].device());
-  return logits[0].scalar_type() == at::kDouble
-             ? fusion<double>(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs)
-             : fusion<float>(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs);
+  const auto run = logits[0].scalar_type() == at::kDouble ? fuse<double> : fuse<float>;
+  return run(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs);
 }
 
+}  // namespace
 }  // namespace ltk
+
+TORCH_LIBRARY_IMPL(LTK_LIBRARY, LTK_CUDA, m) { m.impl("expert_fusion", &ltk::expert_fusion); }

@@ -1,7 +1,7 @@
-// What cuda.cpp hands to the kernels of the experts' fusion.
+// Arguments of the CUDA kernel of the experts' fusion.
 #pragma once
 
-#include "../cuda_experts.h"
+#include "../common/cuda/experts.h"
 
 namespace ltk::cuda {
 
@@ -15,7 +15,7 @@ struct FusionCall {
   const A* learned_scale;  // 0-dim factor of scale, or null
   A scale;
 
-  int k;  // largest classes that are written
+  int k;  // how many of the largest classes are written
   A* values;
   int64_t* chosen;  // [rows, k] like values
   A* mass;          // [rows]

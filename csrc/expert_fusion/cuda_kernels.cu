@@ -1,9 +1,9 @@
 // The experts' fusion: a block per sample reads its logits once, a tile of columns at a time.
 //
-// Each thread has every threads-th column, in order, and keeps the largest u and the sum of exp(u - largest). Where
-// more is wanted than the first class, the row of u is kept too: then the k largest are found in k rounds, in each of
-// which the block compares the threads' candidates and the thread that gave the winner looks for its next one.
-#include "../cuda_experts_tile.h"
+// Each thread has every threads-th column, in order, and keeps the largest u and the sum of exp(u - largest). For
+// more classes than the first, the row of u is kept too, and k rounds find the k largest. In each round the block
+// compares the threads' candidates, and the winner's thread looks for its next one.
+#include "../common/cuda/experts_tile.h"
 #include "cuda_call.h"
 
 namespace ltk::cuda {
@@ -22,13 +22,13 @@ LTK_DEVICE bool larger(A a, A b) {  // NaN is the largest
   return !(a <= b) && b == b;
 }
 
-// Whether a comes before b: the larger first, of equal ones the lower column.
+// Returns whether a comes before b: the larger first, the lower column if equal.
 template <class A>
 LTK_DEVICE bool before(const Candidate<A>& a, const Candidate<A>& b) {
   return larger(a.value, b.value) || (!larger(b.value, a.value) && a.column < b.column);
 }
 
-// The first of all threads' candidates. places: one for each warp; free again after the next barrier.
+// Returns the first of all threads' candidates. places: one for each warp; free again after the next barrier.
 template <class A>
 LTK_DEVICE Candidate<A> first_of_block(Candidate<A> mine, Candidate<A>* places, int threads) {
   const int thread = thread_index();

@@ -1,17 +1,17 @@
-// What cpu.cpp hands to the kernels that are compiled once per instruction set.
+// Arguments of the CPU kernels, which are compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "../cpu_tables.h"
-#include "../online_logsumexp.h"
+#include "../common/cpu/tables.h"
+#include "../common/row_terms.h"
 
 namespace ltk {
 
 template <class A>
 struct Call {
-  // Logits [n, classes, k]; strides in elements. "Rows" kernels need stride_c == 1, "panel" kernels stride_k == 1.
+  // Logits [n, classes, k]; strides in elements. Rows have x_c == 1, panels x_k == 1.
   int64_t n, classes, k;
   const void* x;
   int64_t x_n, x_c, x_k;
@@ -65,29 +65,30 @@ struct RowGradients {
 
 template <class A>
 struct Kernels {
-  // Whole rows [begin, end): loss, lse, statistics and, where call.grad, the gradient. scratch: 2 (classes + kPadding).
+  // Writes losses, statistics and, where call.grad, gradients of rows [begin, end). scratch: 2 (classes + kPadding).
   void (*forward_rows)(const Call<A>&, int64_t begin, int64_t end, A* scratch);
-  // One range of columns of one row. scratch: its length + kPadding.
-  Partial<A> (*range_statistics)(const Call<A>&, int64_t row, int64_t begin, int64_t end, A* scratch);
-  // Outputs of a row from the sums over its ranges; returns its gradient for an upstream gradient of 1.
-  RowGradient<A> (*finish)(const Call<A>&, int64_t row, const Partial<A>&);
-  // Gradients of rows [begin, end) for the upstream gradients in the call, from the saved peak and total.
-  void (*row_gradients)(const Call<A>&, int64_t begin, int64_t end, RowGradient<A>* out);
-  // Gradient of the columns [begin, end) of one row; column_du and column_dx (of length end - begin, both or neither)
-  // collect du and dc * x.
-  void (*range_gradient)(const Call<A>&, const RowGradient<A>&, int64_t row, int64_t begin, int64_t end, A* column_du,
-                         A* column_dx);
-  // Positions [begin, begin + count) of sample n, count <= kPanel. scratch: classes * (count rounded up to kPadding).
+  // Sums one part of one row. scratch: its length + kPadding.
+  PartSums<A> (*sum_part)(const Call<A>&, int64_t row, int64_t begin, int64_t end, A* scratch);
+  // Writes a row's outputs from the sums over its parts; returns its gradient for an upstream gradient of 1.
+  RowGradient<A> (*finish_row)(const Call<A>&, int64_t row, const PartSums<A>&);
+  // Computes the gradients of rows [begin, end) from the saved peak and total and the upstream gradients.
+  void (*compute_gradients)(const Call<A>&, int64_t begin, int64_t end, RowGradient<A>* out);
+  // Writes the gradient of columns [begin, end) of one row, and adds du and dc * x to column_du and column_dx (of
+  // length end - begin, both or neither).
+  void (*write_part_gradient)(const Call<A>&, const RowGradient<A>&, int64_t row, int64_t begin, int64_t end,
+                              A* column_du, A* column_dx);
+  // Runs forward for positions [begin, begin + count) of sample n, count <= kPanel. scratch: classes * (count rounded
+  // up to kPadding).
   void (*forward_panel)(const Call<A>&, int64_t n, int64_t begin, int64_t count, A* scratch);
-  // Gradient of one class of one sample at positions [begin, end); adds the sums of du and dc * x to *du, *dx where not
-  // null.
-  void (*class_gradient)(const Call<A>&, const RowGradients<A>&, int64_t n, int64_t column, int64_t begin, int64_t end,
-                         double* du, double* dx);
+  // Writes the gradient of one class of one sample at positions [begin, end), and adds the sums of du and dc * x to *du
+  // and *dx where these are not null.
+  void (*write_class_gradient)(const Call<A>&, const RowGradients<A>&, int64_t n, int64_t column, int64_t begin,
+                               int64_t end, double* du, double* dx);
 };
 
 constexpr int64_t kPadding = 16;
 constexpr int64_t kPanel = 256;
-constexpr int64_t kLargestRow = 1 << 20;  // bytes of scratch for a row that is not split
+constexpr int64_t kLargestRow = 1 << 20;  // bytes of scratch for a row that is not cut
 
 LTK_DECLARE_TABLES(Kernels, margin_cross_entropy)
 

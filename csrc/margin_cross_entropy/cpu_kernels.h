@@ -1,11 +1,11 @@
-// Vector kernels of the rows kernel, compiled once per instruction set (see cpu_vectors.h).
+// Vector kernels of the rows kernel, compiled once per instruction set.
 //
 // Memory sees one read and one write per logit. A row's exponentials are taken from a guess of its peak, which a sample
 // gives, into `scratch`; a second sweep writes its gradient from there. Where sums relative to the peak are needed
-// (label smoothing, class probabilities) and where rows are split, a block is swept twice in the first-level cache:
-// maximum first, then exponentials. All functions have internal linkage (see online_logsumexp.h).
+// (label smoothing, class probabilities) and where rows are cut, a block is swept twice in the first-level cache:
+// maximum first, then exponentials.
 
-#include "../cpu_vectors.h"
+#include "../common/cpu/vectors.h"
 #include "cpu_call.h"
 
 namespace ltk {
@@ -34,10 +34,10 @@ LTK_INLINE A weight_of(const Call<A>& call, int64_t column) {
   return call.weight ? call.weight[column] : A(1);
 }
 
-// The targets of a row whose logits start at x (columns `stride` apart).
+// Loads the slots of a row whose logits start at x, columns `stride` apart.
 template <class T, class A>
-LTK_INLINE RowTargets<A> targets_of(const Call<A>& call, int64_t row, const T* x, int64_t stride) {
-  RowTargets<A> r = {};
+LTK_INLINE RowSlots<A> load_slots(const Call<A>& call, int64_t row, const T* x, int64_t stride) {
+  RowSlots<A> r = {};
   r.smoothing = call.smoothing;
   r.smoothing_share = call.smoothing / static_cast<A>(call.classes);
   r.total_weight = call.total_weight;
@@ -45,26 +45,26 @@ LTK_INLINE RowTargets<A> targets_of(const Call<A>& call, int64_t row, const T* x
   r.count = call.mixed ? 2 : 1;
   const A share = call.mixed ? call.share[row * call.share_stride] : A(1);
   for (int i = 0; i < r.count; ++i) {
-    Target<A>& t = r.t[i];
+    Slot<A>& slot = r.slot[i];
     const int64_t column = (i ? call.mixed : call.target)[row];
-    t.column = column == call.ignore_index ? -1 : column;
-    t.factor = call.coefficient[i] * A(0);  // NaN where the mean is over no weight at all, as in torch
-    if (t.column < 0) continue;
-    t.factor = call.coefficient[i] * (i ? A(1) - share : share);
-    t.weight = weight_of(call, column);
-    t.x = IO<T>::get(x + column * stride);
+    slot.column = column == call.ignore_index ? -1 : column;
+    slot.factor = call.coefficient[i] * A(0);  // NaN where the mean is over no weight at all, as in torch
+    if (slot.column < 0) continue;
+    slot.factor = call.coefficient[i] * (i ? A(1) - share : share);
+    slot.weight = weight_of(call, column);
+    slot.x = IO<T>::get(x + column * stride);
     const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0);
     const A m = call.class_margin ? call.class_margin[column] : call.margin;
     const Margin<A> margin = {m, call.angular ? std::cos(m) : A(1), call.angular ? std::sin(m) : A(0)};
-    const A cosine = call.class_scale ? call.cosine_scale[column] * t.x : t.x;
-    set_target(t, affine(t.x, a, bias), cosine, call.scale, bias, margin, call.angular);
+    const A cosine = call.class_scale ? call.cosine_scale[column] * slot.x : slot.x;
+    set_slot(slot, affine(slot.x, a, bias), cosine, call.scale, bias, margin, call.angular);
   }
   return r;
 }
 
-// First column of the largest raw logit in a range; a NaN counts as largest, as in torch.
+// Finds the first column of a part's largest raw logit; a NaN counts as largest, as in torch.
 template <class T, class A>
-LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, Partial<A>* result) {
+LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, PartSums<A>* result) {
   constexpr int64_t W = Simd<A>::W;
   const A lowest = minus_infinity<A>();
   Vec<A> best = splat(lowest);
@@ -87,11 +87,11 @@ LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, Partial<A>* 
   result->best_column = begin + first;
 }
 
-// Sweeps 1 and 2 over `count` columns from `begin` of one row: exp(u - peak) in scratch (0 at targets and in the
-// padding). `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
+// Sums `count` columns from `begin` of one row in two sweeps. Leaves exp(u - peak) in scratch, 0 at targets and in the
+// padding. `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
 template <class T, class A>
-LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targets, const T* x, int64_t row,
-                                 int64_t begin, int64_t count, A* scratch, const T* next, T* grad) {
+LTK_INLINE PartSums<A> statistics(const Call<A>& call, const RowSlots<A>& slots, const T* x, int64_t row, int64_t begin,
+                                  int64_t count, A* scratch, const T* next, T* grad) {
   constexpr int64_t W = Simd<A>::W;
   const A lowest = minus_infinity<A>();
   const T* logits = x + begin;
@@ -124,13 +124,13 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
   });
   const int64_t padded = (count + W - 1) / W * W;
 
-  Partial<A> result = {};
+  PartSums<A> result = {};
   if (call.prediction) find_best(x, begin, count, &result);
 
   bool again = false;
-  for (int i = 0; i < targets.count; ++i) {
-    const int64_t j = targets.t[i].column - begin;
-    if (targets.t[i].column < 0 || j < 0 || j >= count) continue;
+  for (int i = 0; i < slots.count; ++i) {
+    const int64_t j = slots.slot[i].column - begin;
+    if (slots.slot[i].column < 0 || j < 0 || j >= count) continue;
     again |= !(scratch[j] < peak);
     scratch[j] = lowest;
   }
@@ -143,9 +143,9 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
   result.peak = peak;
 
   if (call.q || call.smoothing > A(0)) {
-    for (int i = 0; i < targets.count; ++i) {  // a target adds nothing to the sum here
-      const int64_t j = targets.t[i].column - begin;
-      if (targets.t[i].column >= 0 && j >= 0 && j < count) scratch[j] = peak;
+    for (int i = 0; i < slots.count; ++i) {  // a target adds nothing to the sum here
+      const int64_t j = slots.slot[i].column - begin;
+      if (slots.slot[i].column >= 0 && j >= 0 && j < count) scratch[j] = peak;
     }
     const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
     const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k + begin : nullptr;
@@ -165,11 +165,11 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
     }
     result.weight += sum_lanes<A>(weights);
     result.weighted += sum_lanes<A>(weighted);
-    for (int i = 0; i < targets.count; ++i) {
-      const int64_t j = targets.t[i].column - begin;
-      if (targets.t[i].column < 0 || j < 0 || j >= count) continue;
-      if (scratch[j] == peak && !(i == 1 && targets.t[0].column == targets.t[1].column))
-        result.weight -= targets.t[i].weight;
+    for (int i = 0; i < slots.count; ++i) {
+      const int64_t j = slots.slot[i].column - begin;
+      if (slots.slot[i].column < 0 || j < 0 || j >= count) continue;
+      if (scratch[j] == peak && !(i == 1 && slots.slot[0].column == slots.slot[1].column))
+        result.weight -= slots.slot[i].weight;
       scratch[j] = lowest;
     }
   }
@@ -192,10 +192,9 @@ LTK_INLINE Partial<A> statistics(const Call<A>& call, const RowTargets<A>& targe
   return result;
 }
 
-// Loss and statistics of a row from its sums; returns its targets' gradient for an upstream gradient of 1.
+// Writes a row's loss and statistics from its sums; returns its gradient for an upstream gradient of 1.
 template <class A>
-LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& targets, int64_t row,
-                                     const Partial<A>& s) {
+LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowSlots<A>& slots, int64_t row, const PartSums<A>& s) {
   const A log_total = std::log(s.total);
   call.peak[row] = s.peak;
   call.total[row] = s.total;
@@ -209,10 +208,10 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowTargets<A>& t
         s.peak, k * static_cast<A>(s.weight) / s.total, k * share, k * (A(1) - call.smoothing), {-1, -1}, {}, {}, {},
         0};
   }
-  call.loss[row] = row_loss(targets, s.peak, log_total, static_cast<A>(s.weighted));
-  call.lse[row] = s.peak + term_of(targets, 0, s.peak, log_total).total;
+  call.loss[row] = compute_loss(slots, s.peak, log_total, static_cast<A>(s.weighted));
+  call.lse[row] = s.peak + sum_term(slots, 0, s.peak, log_total).total;
   if (!call.grad) return {};
-  return row_gradient(targets, s.peak, log_total, A(1), A(0));
+  return compute_gradient(slots, s.peak, log_total, A(1), A(0));
 }
 
 // A row's gradient that is still to be written, vector by vector, while the next row's exponentials are computed:
@@ -227,7 +226,7 @@ struct Pending {
   T* grad;  // the row's, or null: nothing is pending
   RowGradient<A> row;
 
-  // Head and tail are written now, the whole vectors between them later.
+  // Writes head and tail now; the whole vectors between them follow later.
   static inline Pending make(const Call<A>& call, const RowGradient<A>& g, A slope, const A* exponentials, T* grad) {
     constexpr int64_t W = Simd<A>::W;
     const Vec<A> scaled = splat(slope * call.scale);
@@ -260,17 +259,17 @@ struct Pending {
   }
 };
 
-// One sweep over a row with a guess of its peak: exp(u - guess) in scratch (0 at targets and in the padding), their sum
-// returned, the true peak in *peak. `fetch`: memory that will be written next, or null. Writes what is pending.
+// Sweeps over a row once with a guess of its peak, and writes the pending row. Leaves exp(u - guess) in scratch, 0 at
+// targets and in the padding, and the true peak in *peak; returns the sum. `fetch`: memory to be written next, or null.
 template <class T, class A>
-LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, const T* x, A guess, A* scratch,
+LTK_INLINE A guessed_sweep(const Call<A>& call, const RowSlots<A>& slots, const T* x, A guess, A* scratch,
                            const T* fetch, A* peak, Pending<T, A>* pending) {
   constexpr int64_t W = Simd<A>::W;
   const int64_t count = call.classes;
   const int64_t last = count / W * W;
   int64_t careful[3] = {last, last, last};  // vectors with lanes to leave out: the last, and the targets'
-  for (int i = 0; i < targets.count; ++i)
-    if (targets.t[i].column >= 0) careful[i + 1] = targets.t[i].column / W * W;
+  for (int i = 0; i < slots.count; ++i)
+    if (slots.slot[i].column >= 0) careful[i + 1] = slots.slot[i].column / W * W;
   const int order[3] = {0, 1, 0};  // a sort of three
   for (const int i : order)
     if (careful[i] > careful[i + 1]) {
@@ -313,8 +312,9 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
       if constexpr (decltype(biased)::on) b = get_some<A>(call.class_bias + j, count - j, A(0));
       Vec<A> u = affine(get_some<A>(x + j, count - j, A(0)), a, b);
       for (int64_t i = count - j; i < W; ++i) u[i] = minus_infinity<A>();
-      for (int i = 0; i < targets.count; ++i)
-        if (targets.t[i].column >= j && targets.t[i].column < j + W) u[targets.t[i].column - j] = minus_infinity<A>();
+      for (int i = 0; i < slots.count; ++i)
+        if (slots.slot[i].column >= j && slots.slot[i].column < j + W)
+          u[slots.slot[i].column - j] = minus_infinity<A>();
       add(j, u);
       j += W;
     }
@@ -327,7 +327,7 @@ LTK_INLINE A guessed_sweep(const Call<A>& call, const RowTargets<A>& targets, co
   });
 }
 
-// Gradient of the columns [begin, end) from their exponentials times `slope`.
+// Writes the gradient of the columns [begin, end) from their exponentials times `slope`.
 template <class T, class A>
 LTK_INLINE void write_gradient(const Call<A>& call, const RowGradient<A>& g, A slope, const A* q, const A* exponentials,
                                int64_t begin, int64_t end, T* grad) {
@@ -345,7 +345,7 @@ LTK_INLINE void write_gradient(const Call<A>& call, const RowGradient<A>& g, A s
 template <class T, class A>
 void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
   const int64_t count = call.classes, blocks = (count + kBlock - 1) / kBlock;
-  Partial<A> parts[kLargestRow / sizeof(A) / kBlock + 1];
+  PartSums<A> parts[kLargestRow / sizeof(A) / kBlock + 1];
   Pending<T, A> pending = {};
   A* const buffers[2] = {scratch, scratch + (count + kPadding)};
   for (int64_t row = begin; row < end; ++row) {
@@ -353,9 +353,9 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
     const T* x = row_pointer<T>(call, row);
     T* grad =
         call.grad ? static_cast<T*>(call.grad) + (row / call.k) * call.grad_n + (row % call.k) * call.grad_k : nullptr;
-    const RowTargets<A> targets = targets_of(call, row, x, int64_t(1));
+    const RowSlots<A> slots = load_slots(call, row, x, int64_t(1));
     const bool guessing = !call.q && call.smoothing == A(0);
-    Partial<A> sums = {};
+    PartSums<A> sums = {};
     A guess = 0;
     if (guessing) {
       // A sample of the row gives the guess. Where the peak is too far from it for exponentials to stay in range (a
@@ -370,13 +370,13 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
       }
       const A most = max_lanes<A>(high);
       guess = most > lowest && most < -lowest ? most : A(0);
-      A total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
+      A total = guessed_sweep(call, slots, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
                               &sums.peak, &pending);
       if (sums.peak == lowest) {
         sums.peak = guess = 0;
       } else if (sums.peak > guess + A(60) || sums.peak < guess - A(60)) {
         guess = sums.peak;
-        total = guessed_sweep(call, targets, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
+        total = guessed_sweep(call, slots, x, guess, scratch, call.stream ? nullptr : static_cast<const T*>(grad),
                               &sums.peak, &pending);
       }
       sums.total = static_cast<A>(total * std::exp(static_cast<double>(guess) - static_cast<double>(sums.peak)));
@@ -384,13 +384,13 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
     } else {
       const T* next_row = row + 1 < end ? row_pointer<T>(call, row + 1) : x;
       for (int64_t b = 0; b < blocks; ++b)
-        parts[b] = statistics(call, targets, x, row, b * kBlock, b + 1 < blocks ? kBlock : count - b * kBlock,
+        parts[b] = statistics(call, slots, x, row, b * kBlock, b + 1 < blocks ? kBlock : count - b * kBlock,
                               scratch + b * kBlock, b + 1 < blocks ? x + (b + 1) * kBlock : next_row,
                               grad ? grad + b * kBlock : nullptr);
       sums = merge(parts, blocks);
     }
     pending.finish(call);
-    const RowGradient<A> g = finish_row(call, targets, row, sums);
+    const RowGradient<A> g = finish_row(call, slots, row, sums);
     if (!grad) continue;
     if (guessing && !call.class_scale) {
       pending = Pending<T, A>::make(call, g, g.slope * std::exp(guess - g.peak), scratch, grad);
@@ -413,19 +413,19 @@ void forward_rows(const Call<A>& call, int64_t begin, int64_t end, A* scratch) {
 }
 
 template <class T, class A>
-Partial<A> range_statistics(const Call<A>& call, int64_t row, int64_t begin, int64_t end, A* scratch) {
+PartSums<A> sum_part(const Call<A>& call, int64_t row, int64_t begin, int64_t end, A* scratch) {
   const T* x = row_pointer<T>(call, row);
-  return statistics(call, targets_of(call, row, x, int64_t(1)), x, row, begin, end - begin, scratch, x + begin,
+  return statistics(call, load_slots(call, row, x, int64_t(1)), x, row, begin, end - begin, scratch, x + begin,
                     static_cast<T*>(nullptr));
 }
 
 template <class T, class A>
-RowGradient<A> finish(const Call<A>& call, int64_t row, const Partial<A>& sums) {
-  return finish_row(call, targets_of(call, row, row_pointer<T>(call, row), call.x_c), row, sums);
+RowGradient<A> finish_cut_row(const Call<A>& call, int64_t row, const PartSums<A>& sums) {
+  return finish_row(call, load_slots(call, row, row_pointer<T>(call, row), call.x_c), row, sums);
 }
 
 template <class T, class A>
-void row_gradients(const Call<A>& call, int64_t begin, int64_t end, RowGradient<A>* out) {
+void compute_gradients(const Call<A>& call, int64_t begin, int64_t end, RowGradient<A>* out) {
   for (int64_t row = begin; row < end; ++row) {
     const A peak = call.peak[row], total = call.total[row];
     const A grad_loss = call.grad_loss[row * call.grad_loss_stride];
@@ -439,14 +439,14 @@ void row_gradients(const Call<A>& call, int64_t begin, int64_t end, RowGradient<
       out[row] = {peak, (k * static_cast<A>(weights) + grad_lse) / total, k * share, k * kept, {-1, -1}, {}, {}, {}, 0};
     } else {
       const T* x = row_pointer<T>(call, row);
-      out[row] = row_gradient(targets_of(call, row, x, call.x_c), peak, A(std::log(total)), grad_loss, grad_lse);
+      out[row] = compute_gradient(load_slots(call, row, x, call.x_c), peak, A(std::log(total)), grad_loss, grad_lse);
     }
   }
 }
 
 template <class T, class A>
-void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, int64_t begin, int64_t end, A* column_du,
-                    A* column_dx) {
+void write_part_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, int64_t begin, int64_t end,
+                         A* column_du, A* column_dx) {
   constexpr int64_t W = Simd<A>::W;
   const T* x = row_pointer<T>(call, row);
   T* grad =
@@ -485,7 +485,7 @@ void range_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t row, i
     if (j < to) step(j, to - j, plain);
   };
   const bool plain = g.smooth == A(0) && g.soft == A(0) && !grad_q && !column_du;
-  auto ordinary = [&](int64_t from, int64_t to) {  // columns none of which is a target
+  auto ordinary = [&](int64_t from, int64_t to) {  // columns without a target
     plain ? sweep(from, to, Flag<true>{}) : sweep(from, to, Flag<false>{});
   };
   const bool swapped = g.column[1] >= 0 && (g.column[0] < 0 || g.column[1] < g.column[0]);
@@ -517,7 +517,7 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
   A slope[kPanel], smooth[kPanel], soft[kPanel];
   Int<A> index[kPanel] = {};
   A best[kPanel];
-  RowTargets<A> targets[kPanel];
+  RowSlots<A> slots[kPanel];
 
   for (int64_t p = 0; p < padded; ++p) peak[p] = best[p] = lowest;
   for (int64_t c = 0; c < call.classes; ++c) {
@@ -539,10 +539,10 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
 
   bool again = false;
   for (int64_t p = 0; p < count; ++p) {
-    targets[p] = targets_of(call, first_row + p, x + p, call.x_c);
-    for (int i = 0; i < targets[p].count; ++i) {
-      if (targets[p].t[i].column < 0) continue;
-      A& u = scratch[targets[p].t[i].column * padded + p];
+    slots[p] = load_slots(call, first_row + p, x + p, call.x_c);
+    for (int i = 0; i < slots[p].count; ++i) {
+      if (slots[p].slot[i].column < 0) continue;
+      A& u = scratch[slots[p].slot[i].column * padded + p];
       again |= !(u < peak[p]);
       u = lowest;
     }
@@ -559,8 +559,8 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
   if (call.q || call.smoothing > A(0)) {
     auto set_targets = [&](bool to_peak) {
       for (int64_t p = 0; p < count; ++p)
-        for (int i = 0; i < targets[p].count; ++i)
-          if (targets[p].t[i].column >= 0) scratch[targets[p].t[i].column * padded + p] = to_peak ? peak[p] : lowest;
+        for (int i = 0; i < slots[p].count; ++i)
+          if (slots[p].slot[i].column >= 0) scratch[slots[p].slot[i].column * padded + p] = to_peak ? peak[p] : lowest;
     };
     const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
     set_targets(true);
@@ -594,8 +594,8 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
 
   RowGradient<A> gradients[kPanel];
   for (int64_t p = 0; p < count; ++p) {
-    const Partial<A> s = {peak[p], total[p], weight[p], weighted[p], best[p], index[p]};
-    gradients[p] = finish_row(call, targets[p], first_row + p, s);
+    const PartSums<A> s = {peak[p], total[p], weight[p], weighted[p], best[p], index[p]};
+    gradients[p] = finish_row(call, slots[p], first_row + p, s);
     slope[p] = gradients[p].slope, smooth[p] = gradients[p].smooth, soft[p] = gradients[p].soft;
   }
   if (!call.grad) return;
@@ -619,8 +619,8 @@ void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count,
 }
 
 template <class T, class A>
-void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, int64_t begin,
-                    int64_t end, double* du_sum, double* dx_sum) {
+void write_class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, int64_t begin,
+                          int64_t end, double* du_sum, double* dx_sum) {
   constexpr int64_t W = Simd<A>::W, kFlush = kTerms * W;
   using IVec = typename Simd<A>::I;
   const T* x = static_cast<const T*>(call.x) + n * call.x_n + column * call.x_c;
@@ -669,9 +669,9 @@ void class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n,
 
 }  // namespace
 
-#define LTK_TABLE(T, A)                                                                    \
-  {forward_rows<T, A>,   range_statistics<T, A>, finish<T, A>,        row_gradients<T, A>, \
-   range_gradient<T, A>, forward_panel<T, A>,    class_gradient<T, A>}
+#define LTK_TABLE(T, A)                                                                                \
+  {forward_rows<T, A>,        sum_part<T, A>,      finish_cut_row<T, A>,      compute_gradients<T, A>, \
+   write_part_gradient<T, A>, forward_panel<T, A>, write_class_gradient<T, A>}
 const Tables<Kernels> margin_cross_entropy = LTK_TABLES;
 #undef LTK_TABLE
 

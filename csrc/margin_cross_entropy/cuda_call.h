@@ -1,37 +1,35 @@
-// What cuda.cpp hands to the CUDA kernels, which are compiled once per dtype of the logits.
+// Arguments of the CUDA kernels, which are compiled once per dtype of the logits.
 #pragma once
 
 #include <cstdint>
 
-#include "../device.h"
-#include "../online_logsumexp.h"
+#include "../common/cuda/device.h"
+#include "../common/dtypes.h"
+#include "../common/row_terms.h"
 
 namespace ltk::cuda {
 
-enum Dtype { kFloat, kBFloat16, kHalf, kDouble };  // of class probabilities
-
-// Sums over some columns of a row that are no targets. peak: their largest shifted logit, -inf where there is none
-// above it; total, weighted: relative to peak, or to 0 where peak is -inf. The others as in Partial.
+// Sums over some columns of a row without its targets' columns. peak: the largest shifted logit, or -inf; total and
+// weighted are relative to it, or to 0 where it is -inf. The other fields are those of PartSums.
 template <class A>
 struct Sums {
   A peak, total, weight, weighted, best;
   int best_column;
 };
 
-// A row's gradient, and where its margins' gradients go. With class probabilities soft is the factor of their weights
-// and smooth is 0.
+// A row's gradient, and the classes that its margins' gradients belong to. With class probabilities, soft is the factor
+// of their weights and smooth is 0.
 template <class A>
 struct alignas(16) Record {
   A peak, slope, smooth, soft;
-  int column[2], target[2];  // -1: none; as in RowGradient, and the classes that dm belongs to
+  int column[2], target[2];  // as in RowGradient; the classes that dm belongs to, -1: none
   A du[2], dc[2], dm[2], z;
   A log_total;
 };
 
 template <class A>
 struct Call {
-  // Logits [n, classes, k], a row for each (n, k); strides in elements. Kernels of rows need stride_c == 1, those of
-  // panels stride_k == 1.
+  // Logits [n, classes, k], a row for each (n, k); strides in elements. Rows have x_c == 1, panels x_k == 1.
   int64_t rows, k;
   int classes;
   const void* x;
@@ -72,23 +70,23 @@ struct Call {
   const A* grad_lse;  // or null
   int64_t grad_lse_stride;
 
-  Sums<A>* parts;      // [rows, splits]
+  Sums<A>* part_sums;  // [rows, parts]
   Record<A>* records;  // [rows]
   A* z;                // [rows]: RowGradient's, or null
   A* column_sums;      // [chunks, 3, classes]: sums over a chunk's rows of du, dc * x and dm, or null
-  int splits, chunks;
+  int parts, chunks;
   int64_t panel_room;  // bytes of shared memory that a block of panels may take
   bool keep_panel;     // set at launch: a panel's logits stay there until its gradient is written
 };
 
-// How one row is cut up. threads x groups of 16 bytes stay in registers; groups == 0: in shared memory, over the blocks
-// of a cluster.
+// Where one row stays on the chip: threads x groups of 16 bytes in registers, or (groups == 0) the shared memory of the
+// blocks of a cluster.
 struct RowsShape {
   int threads, groups, cluster;
 };
 
 constexpr int kSharedThreads = 512;      // of a block that keeps its part of a row in shared memory
-constexpr int kSplitThreads = 256;       // of the two-pass kernels
+constexpr int kPartThreads = 256;        // of the two-pass kernels
 constexpr int kChunkGroups = 4;          // groups of 16 bytes per thread where only a gradient is written
 constexpr int kPanelWarps = 8;           // of a panel: each takes every 8th class
 constexpr int kColumnThreads = 128;      // of a block that sums over rows
@@ -97,23 +95,22 @@ constexpr int kRowBytesReserved = 4096;  // shared memory beside the logits, at 
 // The kernels of one dtype of logits. Each launches on the stream and returns CUDA's error.
 template <class A>
 struct Kernels {
-  // Most blocks of a cluster: 1 where the code that runs on the current device has none, whatever the chip could.
-  int (*largest_cluster)();
-  // Loss, statistics and, where call.grad, the gradient in one pass.
+  // Returns the most blocks per cluster that the current device can place, with so much shared memory each.
+  int (*largest_cluster)(bool general, int64_t shared_bytes);
+  // Writes losses, statistics and, where call.grad, gradients in one pass.
   device::Error (*rows_forward)(const Call<A>&, RowsShape, bool general, device::Stream);
-  // The same for rows too wide for that: sums over call.splits ranges of columns; from them the outputs and records.
+  // The same for wider rows, in steps: sums over call.parts parts of each row; from them the outputs and records.
   device::Error (*rows_statistics)(const Call<A>&, bool general, device::Stream);
   device::Error (*rows_finish)(const Call<A>&, device::Stream);
-  // Records from what forward saved and the upstream gradients.
+  // Writes records from the saved statistics and the upstream gradients.
   device::Error (*rows_records)(const Call<A>&, device::Stream);
-  // Gradients of logits and probabilities from records.
+  // Writes the gradients of logits and probabilities from records.
   device::Error (*rows_gradient)(const Call<A>&, bool general, device::Stream);
-  // The same and sums over rows, by columns; `paired`: two 16-bit columns per thread, where every row is 4-byte
-  // aligned.
+  // The same with sums over rows, by columns. `paired`: every row is 4-byte aligned, two 16-bit columns per thread.
   device::Error (*columns_gradient)(const Call<A>&, bool paired, device::Stream);
-  // Forward, or everything of backward, where positions are contiguous; `wide`: 8 bytes of positions per thread.
+  // Runs forward or all of backward where positions are contiguous. `wide`: 8 bytes of positions per thread.
   device::Error (*panels)(const Call<A>&, bool backward, bool wide, bool general, device::Stream);
-  // elements of data (16-byte aligned) *= *factor, unless that is 1.
+  // Multiplies elements of data (16-byte aligned) by *factor, unless that is 1.
   device::Error (*scale)(void* data, int64_t elements, const A* factor, int64_t blocks, device::Stream);
 };
 

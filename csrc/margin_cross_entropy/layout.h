@@ -1,4 +1,4 @@
-// How kernels see [N, C, K] tensors: rows (classes next to each other) or panels (positions next to each other).
+// The layouts of [N, C, K] tensors: rows (classes are contiguous) or panels (positions are contiguous).
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,16 +7,16 @@
 
 #include <limits>
 
-#include "arguments.h"
+#include "../common/tensors.h"
 
 namespace ltk {
 
 struct Layout {
-  Tensor input;           // that of the call, or a contiguous copy where neither layout fits it
+  Tensor input;           // the given one, or a contiguous copy where neither layout fits
   int64_t classes, rows;  // rows of the call: N * K
   int64_t n, k;           // as the kernels count them
-  bool is_rows,
-      swapped = false;  // swapped: [N, C, 1] with samples next to each other, run as one sample of N positions
+  bool is_rows;
+  bool swapped = false;  // [N, C, 1] with contiguous samples, run as one sample of N positions
 
   explicit Layout(const Tensor& given) : input(given), classes(given.size(1)), rows(given.size(0) * given.size(2)) {
     const int64_t samples = given.size(0), positions = given.size(2);
@@ -43,7 +43,7 @@ struct Layout {
     *s_k = swapped ? t.stride(0) : t.stride(2);
   }
 
-  // A tensor like t whose strides fit: t itself, or a fresh one.
+  // Returns a tensor like t whose strides fit: t itself, or a fresh one.
   Tensor fitting(const Tensor& t) const {
     if (fits(t)) return t;
     if (is_rows) return at::empty({t.size(0), t.size(2), t.size(1)}, t.options()).transpose(1, 2);
@@ -52,21 +52,13 @@ struct Layout {
   }
 };
 
-// The gradient of `input` goes to `out`: the same tensor, or one that shares no memory with it.
+// Refuses an `out` for the gradient of `input` that is neither the same memory nor apart from it.
 inline void check_out(const Tensor& out, const Tensor& input) {
   TORCH_CHECK_VALUE(
       out.sizes() == input.sizes() && out.scalar_type() == input.scalar_type() && out.device() == input.device(),
       "out: got ", out.toString(), " ", out.sizes(), ", expected like input ", input.toString(), " ", input.sizes());
   at::assert_no_internal_overlap(out);
   at::assert_no_partial_overlap(out, input);
-}
-
-// Positions of the gradients in `needs` and in what backward returns.
-enum { kInput, kTarget, kClassBias, kClassScale, kClassMargin, kLearnedScale };
-
-// Whether an upstream gradient is one value for all rows.
-inline bool is_single(const Tensor& grad) {
-  return grad.dim() == 0 || (grad.numel() > 0 && grad.stride(0) == 0 && grad.stride(1) == 0);
 }
 
 }  // namespace ltk

@@ -1,6 +1,4 @@
 // The partitioned log-sum-exp of a block on the CPU; the arithmetic is in cpu_kernels.h.
-#include "arguments.h"
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -9,15 +7,13 @@
 #include <limits>
 #include <vector>
 
-#include "../cpu_host.h"
+#include "../common/cpu/host.h"
+#include "block.h"
 #include "cpu_call.h"
 #include "statistics.h"
 
 namespace ltk {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kStrip = 512;  // columns whose sums over rows are kept in the first-level cache
 constexpr int64_t kFewColumns = 2048;
@@ -25,32 +21,26 @@ constexpr int64_t kNarrowStrip = 128;  // where there are few, so that all threa
 constexpr int64_t kShortSums = 64;     // rows that are added up in the compute dtype; their sums are, in double
 
 template <class A>
-struct Prepared {
-  std::vector<Tensor> kept;
+struct Prepared : KeptTensors {
   PartitionedCall<A> call = {};
   const PartitionedKernels<A>* kernels;
 
-  explicit Prepared(LTK_PARTITIONED_BLOCK_PARAMETERS) {
+  explicit Prepared(const Block& block) {
+    const Tensor& z = block.z;
     call.rows = z.size(0), call.columns = z.size(1);
-    kept.push_back(call.columns > 1 && z.stride(1) != 1 ? z.contiguous() : z);
+    keep(call.columns > 1 && z.stride(1) != 1 ? z.contiguous() : z);
     call.z = kept[0].const_data_ptr(), call.z_stride = kept[0].stride(0);
-    call.query_label = pointer<int32_t>(query_label), call.key_label = pointer<int32_t>(key_label);
-    if (exclude.has_value()) call.exclude = pointer<int32_t>(*exclude);
-    call.first = first;
-    if (key_bias.has_value()) call.key_bias = pointer<A>(*key_bias);
-    if (key_scale.has_value()) call.key_scale = pointer<A>(*key_scale);
-    call.scale = static_cast<A>(learned_scale.has_value() ? scale * learned_scale->item<double>() : scale);
+    call.query_label = pointer<int32_t>(block.query_label), call.key_label = pointer<int32_t>(block.key_label);
+    call.exclude = pointer<int32_t>(block.exclude);
+    call.first = block.first;
+    call.key_bias = pointer<A>(block.key_bias), call.key_scale = pointer<A>(block.key_scale);
+    const double learned = block.learned_scale.has_value() ? block.learned_scale->item<double>() : 1.0;
+    call.scale = static_cast<A>(block.scale * learned);
     kernels = &kernels_of<A>(LTK_TABLES_HERE(partitioned_logsumexp), z.scalar_type());
-  }
-
-  template <class V>
-  const V* pointer(const Tensor& t) {
-    kept.push_back(t.contiguous());
-    return kept.back().template const_data_ptr<V>();
   }
 };
 
-// The statistics of one row from the sums over its ranges of columns, in their order.
+// The statistics of one row from the sums over its parts, in their order.
 template <class A>
 void finish(const PartitionedSums<A>* parts, int64_t count, bool with_slopes, A* statistics, int64_t stride) {
   double sum = 0, positives = 0;
@@ -77,39 +67,40 @@ void finish(const PartitionedSums<A>* parts, int64_t count, bool with_slopes, A*
 }
 
 template <class A>
-Tensor forward(LTK_PARTITIONED_BLOCK_PARAMETERS, bool with_slopes) {
-  Prepared<A> prepared(LTK_PARTITIONED_BLOCK_ARGUMENTS);
+Tensor forward(const Block& block, bool with_slopes) {
+  Prepared<A> prepared(block);
   PartitionedCall<A>& call = prepared.call;
   call.with_slopes = with_slopes;
   const int64_t rows = call.rows, columns = call.columns;
-  Tensor result = at::empty({kStatistics + (with_slopes ? kSlopes : 0), rows}, z.options().dtype(dtype_of<A>()));
+  Tensor result = at::empty({kStatistics + (with_slopes ? kSlopes : 0), rows}, block.z.options().dtype(dtype_of<A>()));
   A* statistics = result.template mutable_data_ptr<A>();
-  const int64_t ranges = std::max<int64_t>(1, (columns + kRange - 1) / kRange);
-  std::vector<PartitionedSums<A>> parts(ranges > 1 ? rows * ranges : 0);
-  at::parallel_for(0, rows * ranges, grain(std::min(columns, kRange)), [&](int64_t begin, int64_t end) {
+  const int64_t parts = std::max<int64_t>(1, ceil_div(columns, kPart));
+  std::vector<PartitionedSums<A>> part_sums(parts > 1 ? rows * parts : 0);
+  at::parallel_for(0, rows * parts, grain(std::min(columns, kPart)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / ranges, from = i % ranges * kRange;
-      const auto sums = prepared.kernels->sums(call, row, from, std::min(columns, from + kRange));
-      if (ranges > 1) {
-        parts[i] = sums;
+      const int64_t row = i / parts, from = i % parts * kPart;
+      const auto sums = prepared.kernels->sums(call, row, from, std::min(columns, from + kPart));
+      if (parts > 1) {
+        part_sums[i] = sums;
       } else {
         finish(&sums, 1, with_slopes, statistics + row, rows);
       }
     }
   });
-  if (ranges > 1)
-    for (int64_t row = 0; row < rows; ++row) finish(&parts[row * ranges], ranges, with_slopes, statistics + row, rows);
+  if (parts > 1)
+    for (int64_t row = 0; row < rows; ++row)
+      finish(&part_sums[row * parts], parts, with_slopes, statistics + row, rows);
   return result;
 }
 
 template <class A>
-std::tuple<Tensor, Tensor> backward(LTK_PARTITIONED_BLOCK_PARAMETERS, const Tensor& terms, const c10::List<bool>& needs,
+std::tuple<Tensor, Tensor> backward(const Block& block, const Tensor& terms, const c10::List<bool>& needs,
                                     const OptionalTensor& out) {
-  Prepared<A> prepared(LTK_PARTITIONED_BLOCK_ARGUMENTS);
+  Prepared<A> prepared(block);
   PartitionedCall<A>& call = prepared.call;
   const int64_t rows = call.rows, columns = call.columns;
   const bool need_sum = needs.get(1), need_weighted = needs.get(2);
-  const auto options = z.options().dtype(dtype_of<A>());
+  const auto options = block.z.options().dtype(dtype_of<A>());
   Tensor sum = at::zeros({need_sum ? columns : 0}, options);
   Tensor weighted_sum = at::zeros({need_weighted ? columns : 0}, options);
   if (rows == 0 || columns == 0) return {sum, weighted_sum};
@@ -120,11 +111,11 @@ std::tuple<Tensor, Tensor> backward(LTK_PARTITIONED_BLOCK_PARAMETERS, const Tens
     call.out = out->mutable_data_ptr(), call.out_stride = out->stride(0);
   }
   if (!need_sum && !need_weighted) {
-    const int64_t ranges = (columns + kRange - 1) / kRange;
-    at::parallel_for(0, rows * ranges, grain(std::min(columns, kRange)), [&](int64_t begin, int64_t end) {
+    const int64_t parts = ceil_div(columns, kPart);
+    at::parallel_for(0, rows * parts, grain(std::min(columns, kPart)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t from = i % ranges * kRange;
-        prepared.kernels->gradient(call, i / ranges, from, std::min(columns, from + kRange), nullptr, nullptr);
+        const int64_t from = i % parts * kPart;
+        prepared.kernels->gradient(call, i / parts, from, std::min(columns, from + kPart), nullptr, nullptr);
       }
     });
     return {sum, weighted_sum};
@@ -132,7 +123,7 @@ std::tuple<Tensor, Tensor> backward(LTK_PARTITIONED_BLOCK_PARAMETERS, const Tens
   A* sums = need_sum ? sum.template mutable_data_ptr<A>() : nullptr;
   A* weighted_sums = need_weighted ? weighted_sum.template mutable_data_ptr<A>() : nullptr;
   const int64_t width = columns < kFewColumns ? kNarrowStrip : kStrip;
-  at::parallel_for(0, (columns + width - 1) / width, grain(rows * width), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, ceil_div(columns, width), grain(rows * width), [&](int64_t begin, int64_t end) {
     A* short_sum = scratch<A>(2 * kStrip);
     A* short_weighted = short_sum + kStrip;
     std::vector<double> total(2 * kStrip);
@@ -156,17 +147,21 @@ std::tuple<Tensor, Tensor> backward(LTK_PARTITIONED_BLOCK_PARAMETERS, const Tens
   return {sum, weighted_sum};
 }
 
+Tensor partitioned_logsumexp_fwd(const Tensor& z LTK_BLOCK(LTK_PARAMETER), bool with_slopes) {
+  const auto run = z.scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  return run({z, LTK_BLOCK(LTK_VALUE)}, with_slopes);
+}
+
+std::tuple<Tensor, Tensor> partitioned_logsumexp_bwd(const Tensor& z LTK_BLOCK(LTK_PARAMETER), const Tensor& terms,
+                                                     const c10::List<bool>& needs, const OptionalTensor& out) {
+  const auto run = z.scalar_type() == at::kDouble ? backward<double> : backward<float>;
+  return run({z, LTK_BLOCK(LTK_VALUE)}, terms, needs, out);
+}
+
 }  // namespace
-
-Tensor partitioned_logsumexp_fwd_cpu(LTK_PARTITIONED_BLOCK_PARAMETERS, bool with_slopes) {
-  return z.scalar_type() == at::kDouble ? forward<double>(LTK_PARTITIONED_BLOCK_ARGUMENTS, with_slopes)
-                                        : forward<float>(LTK_PARTITIONED_BLOCK_ARGUMENTS, with_slopes);
-}
-
-std::tuple<Tensor, Tensor> partitioned_logsumexp_bwd_cpu(LTK_PARTITIONED_BLOCK_PARAMETERS, const Tensor& terms,
-                                                         const c10::List<bool>& needs, const OptionalTensor& out) {
-  return z.scalar_type() == at::kDouble ? backward<double>(LTK_PARTITIONED_BLOCK_ARGUMENTS, terms, needs, out)
-                                        : backward<float>(LTK_PARTITIONED_BLOCK_ARGUMENTS, terms, needs, out);
-}
-
 }  // namespace ltk
+
+TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
+  m.impl("partitioned_logsumexp_fwd", &ltk::partitioned_logsumexp_fwd);
+  m.impl("partitioned_logsumexp_bwd", &ltk::partitioned_logsumexp_bwd);
+}

@@ -1,11 +1,11 @@
-// Vector kernels of the partitioned log-sum-exp, compiled once per instruction set (see cpu_vectors.h).
+// Vector kernels of the partitioned log-sum-exp, compiled once per instruction set.
 //
 // Forward reads a row once from memory: in stretches that are swept twice in the first-level cache, for the maxima and
 // for the exponentials. Columns come in groups of vectors. Most groups are *plain*: whole, without a key of the row's
 // label and without the column left out; these are a softmax. In the others each lane is told which side it is on.
 // Each lane has its own maxima and sums, which are merged at the end.
 
-#include "../cpu_vectors.h"
+#include "../common/cpu/vectors.h"
 #include "cpu_call.h"
 
 namespace ltk {

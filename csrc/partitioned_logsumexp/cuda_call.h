@@ -1,15 +1,15 @@
-// What cuda.cpp hands to the CUDA kernels of the partitioned log-sum-exp.
+// Arguments of the CUDA kernels of the partitioned log-sum-exp.
 #pragma once
 
 #include <cstdint>
 
-#include "../device.h"
-#include "../margin_cross_entropy/cuda_call.h"  // Dtype
+#include "../common/cuda/device.h"
+#include "../common/dtypes.h"
 
 namespace ltk::cuda {
 
 constexpr int kPartitionedThreads = 256;  // of a block, at most
-constexpr int kRowsTogether = 32;         // of which a thread has the same columns in backward
+constexpr int kRowsTogether = 32;         // rows of which a thread has the same columns in backward
 
 template <class A>
 struct PartitionedCall {
@@ -20,7 +20,7 @@ struct PartitionedCall {
   const int32_t* query_label;  // [rows]
   const int32_t* key_label;    // [columns]
   const int32_t* exclude;      // [rows], or null
-  int64_t first;               // column 0 is that of `exclude`'s numbers
+  int64_t first;               // the number of column 0 in `exclude`
   const A* key_bias;           // [columns], or null: 0
   const A* key_scale;          // [columns], or null: 1
   const A* learned_scale;      // 0-dim factor of scale, or null
@@ -30,8 +30,8 @@ struct PartitionedCall {
 
   A* statistics;  // [kStatistics, rows], with kSlopes more where with_slopes
   bool with_slopes;
-  int splits, split_columns;  // a row's columns over so many blocks, a multiple of 16 bytes each
-  A* parts;                   // [8, rows, splits] where splits > 1
+  int parts, part_columns;  // blocks per row, and columns of each: a multiple of 16 bytes
+  A* part_sums;             // [rows, parts, 8] where parts > 1
 
   const A* terms;  // [5, rows], the rows of each terms_stride apart
   int64_t terms_stride;

@@ -3,9 +3,8 @@
 // Forward: a block of threads per row, or several for each of few long rows. Each thread keeps maxima and sums of
 // exponentials of both sides; they are merged in a fixed order. A group of columns is added to the negatives with its
 // positive columns masked; positive columns, if the group has any, are added one by one. Backward: a thread has the
-// same columns of kRowsTogether rows, so that what belongs to a column is read once for them, and sums over rows need
-// no atomics.
-#include "../cuda_experts_tile.h"  // sums over a block
+// same columns of kRowsTogether rows: it reads the columns' vectors once for them, and sums over rows need no atomics.
+#include "../common/cuda/reductions.h"
 #include "cuda_call.h"
 #include "statistics.h"
 
@@ -13,8 +12,8 @@ namespace ltk::cuda {
 namespace {
 
 constexpr int kAhead = 4;  // groups of a thread that are read before the first one is used
-constexpr int kBlocks =
-    2;  // per processor that registers must leave room for: the compiler's own choice spills doubles
+// Blocks per processor that registers must leave room for: the compiler's own choice spills doubles.
+constexpr int kBlocks = 2;
 
 template <class T, int kCount>
 LTK_DEVICE void load_columns(const typename T::Stored* from, typename T::A (&to)[kCount]) {
@@ -39,11 +38,11 @@ LTK_DEVICE void store_columns(typename T::Stored* to, const typename T::A (&from
 }
 
 template <class A>
-LTK_DEVICE A full_scale(const PartitionedCall<A>& call) {
+LTK_DEVICE A load_scale(const PartitionedCall<A>& call) {
   return static_cast<A>(call.learned_scale ? call.scale * static_cast<double>(*call.learned_scale) : call.scale);
 }
 
-// What belongs to some columns that follow each other.
+// The labels, scales and biases of consecutive columns.
 template <class A, int kCount>
 struct Keys {
   int32_t label[kCount];
@@ -57,11 +56,11 @@ struct Keys {
     if (call.key_bias) load_values<kCount>(call.key_bias + column, bias);
   }
 
-  // Of one expression in both directions, which must agree on it to the last bit.
+  // One expression for both directions, which must agree to the last bit.
   LTK_MEMBER A logit(int i, A z, A scale) const { return std::fma(z, scale * own_scale[i], bias[i]); }
 };
 
-// The column that a row leaves out, -1 if that is not in the block.
+// Returns the column that a row leaves out, -1 if it is not in the block.
 template <class A>
 LTK_DEVICE int excluded_column(const PartitionedCall<A>& call, int64_t row) {
   if (call.exclude == nullptr) return -1;
@@ -95,7 +94,7 @@ struct Side {
     mass += added, slope += added_slope;
   }
 
-  // Makes the sums relative to another peak that is at least theirs.
+  // Makes the sums relative to a peak at least as high.
   LTK_MEMBER void move_to(A higher) {
     if (peak != -infinity<A>()) {
       const A kept = std::exp(peak - reference(higher));
@@ -170,12 +169,12 @@ __global__ void __launch_bounds__(kPartitionedThreads, kBlocks)
   using A = typename T::A;
   constexpr int kCount = kWide ? T::kGroup : 1;
   const int thread = thread_index(), threads = call.threads;
-  const int64_t row = divide(block_index(), call.splits);
-  const int split = static_cast<int>(block_index() - row * call.splits);
-  const int begin = split * call.split_columns;
-  const int columns = call.columns - begin < call.split_columns ? call.columns - begin : call.split_columns;
+  const int64_t row = divide(block_index(), call.parts);
+  const int part = static_cast<int>(block_index() - row * call.parts);
+  const int begin = part * call.part_columns;
+  const int columns = call.columns - begin < call.part_columns ? call.columns - begin : call.part_columns;
   const auto* z = static_cast<const typename T::Stored*>(call.z) + row * call.z_stride;
-  const A scale = full_scale(call);
+  const A scale = load_scale(call);
   const int32_t label = call.query_label[row];
   const int excluded = excluded_column(call, row);
 
@@ -209,28 +208,28 @@ __global__ void __launch_bounds__(kPartitionedThreads, kBlocks)
   sums.negatives.mass = result[0], sums.negatives.slope = result[1];
   sums.positives.mass = result[2], sums.positives.slope = result[3];
   sums.sum = result[4], sums.count = result[5];
-  if (call.splits == 1) {
+  if (call.parts == 1) {
     write_statistics(call, row, sums);
   } else {
-    reinterpret_cast<RowSums<A>*>(call.parts)[block_index()] = sums;
+    reinterpret_cast<RowSums<A>*>(call.part_sums)[block_index()] = sums;
   }
 }
 
-// A thread per row.
+// Merges a row's parts; a thread per row.
 template <class A>
 __global__ void __launch_bounds__(kPartitionedThreads)
     partitioned_merge_kernel(const __grid_constant__ PartitionedCall<A> call) {
   const int64_t row = block_index() * kPartitionedThreads + thread_index();
   if (row >= call.rows) return;
-  const auto* parts = reinterpret_cast<const RowSums<A>*>(call.parts) + row * call.splits;
+  const auto* parts = reinterpret_cast<const RowSums<A>*>(call.part_sums) + row * call.parts;
   RowSums<A> all = parts[0];
-  for (int i = 1; i < call.splits; ++i) all.merge(parts[i]);
+  for (int i = 1; i < call.parts; ++i) all.merge(parts[i]);
   write_statistics(call, row, all);
 }
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
-// What backward needs of a row.
+// The scalars of a row that backward needs.
 template <class A>
 struct RowTerms {
   A peak, slope, positive_peak, positive_slope;
@@ -245,7 +244,7 @@ LTK_DEVICE void write_columns(const PartitionedCall<typename T::A>& call, const 
   using A = typename T::A;
   using Stored = typename T::Stored;
   const Keys<A, kCount> keys(call, column);
-  const A scale = full_scale(call);
+  const A scale = load_scale(call);
   const Stored* z = static_cast<const Stored*>(call.z) + first * call.z_stride + column;
   Stored* out = call.out ? static_cast<Stored*>(call.out) + first * call.out_stride + column : nullptr;
   A sum[kCount] = {}, weighted[kCount] = {};
@@ -298,7 +297,7 @@ __global__ void __launch_bounds__(kPartitionedThreads, kBlocks)
                      from[call.terms_stride],
                      from[2 * call.terms_stride],
                      from[3 * call.terms_stride],
-                     full_scale(call) * from[4 * call.terms_stride],
+                     load_scale(call) * from[4 * call.terms_stride],
                      call.query_label[row],
                      excluded_column(call, row)};
   }
@@ -319,10 +318,10 @@ template <class T>
 Error launch_forward(const PartitionedCall<typename T::A>& call, Stream stream) {
   using A = typename T::A;
   const size_t shared = (call.threads / 32 + 1) * 6 * sizeof(A);
-  const Launch l = {call.rows * call.splits, call.threads, shared, 1, stream};
+  const Launch l = {call.rows * call.parts, call.threads, shared, 1, stream};
   const Error error = call.wide ? launch(&partitioned_forward_kernel<T, true>, l, call)
                                 : launch(&partitioned_forward_kernel<T, false>, l, call);
-  if (call.splits == 1 || error != Error{}) return error;
+  if (call.parts == 1 || error != Error{}) return error;
   const int64_t blocks = (call.rows + kPartitionedThreads - 1) / kPartitionedThreads;
   return launch(&partitioned_merge_kernel<A>, {blocks, kPartitionedThreads, 0, 1, stream}, call);
 }

@@ -1,4 +1,4 @@
-// Rows of the statistics that forward returns; those of the terms that backward takes are the first five.
+// Rows of the statistics that forward returns; backward takes terms in the order of the first five.
 #pragma once
 
 #include <cstdint>

@@ -64,7 +64,7 @@ def _architecture_reason(architectures: list[str]) -> str | None:
 def empty_pooled(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised contiguous CPU tensor for a buffer of every step: large ones keep their pages between steps.
 
-    Its memory returns to a pool when it dies (csrc/cpu_memory.h has its bound). Only where the extension loads.
+    Its memory returns to a pool when it dies (csrc/common/cpu/memory.h has its bound). Only where the extension loads.
     """
     return torch.ops.lt_kernels_native.empty_pooled(size, dtype)
 

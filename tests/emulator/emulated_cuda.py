@@ -20,7 +20,10 @@ from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (*sorted(ROOT.glob("csrc/*/cuda*.c*")), ROOT / "tests/emulator/emulator.cpp")
+SOURCES = (
+    *(path for pattern in ("cuda*.c*", "schema.cpp") for path in sorted(ROOT.glob(f"csrc/*/{pattern}"))),
+    ROOT / "tests/emulator/emulator.cpp",
+)
 # the compiler cannot see that what is read was filled in under the same condition
 FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized -DLTK_EMULATED".split()
 CPUINFO = Path("/proc/cpuinfo")

@@ -1,13 +1,15 @@
-// csrc/device.h for a machine without a GPU: every thread of a block (of all blocks of a cluster) is a fiber of this
-// thread, which runs until it has to wait for others. LTK_EMULATED_ORDER=reversed runs them, and the blocks, in the
-// opposite order: a kernel that lacks a barrier then gives other results.
+// csrc/common/cuda/device.h for a machine without a GPU: every thread of a block (of all blocks of a cluster) is a
+// fiber of this thread, which runs until it has to wait for others. LTK_EMULATED_ORDER=reversed runs them, and the
+// blocks, in the opposite order: a kernel that lacks a barrier then gives other results.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 
 #define __global__
 #define __grid_constant__
@@ -76,10 +78,34 @@ To bits_as(const From& from) {
   return to;
 }
 
-template <class Kernel>
-int largest_cluster(Kernel*) {
-  const char* device = std::getenv("LTK_EMULATED_DEVICE");
-  return device == nullptr ? 8 : std::atoi(device);
+constexpr int kLargestCluster = 8;
+
+// LTK_EMULATED_DEVICE="clusters shared_per_block shared_per_processor processors", the last three optional: the largest
+// cluster that code may use, bytes of shared memory, and the processors that share a cluster. Default: sm_90.
+struct Chip {
+  int64_t clusters = kLargestCluster, shared_per_block = 232448, shared_per_processor = 233472, processors = 16;
+
+  Chip() {
+    if (const char* given = std::getenv("LTK_EMULATED_DEVICE")) {
+      std::istringstream in(given);
+      for (int64_t* number : {&clusters, &shared_per_block, &shared_per_processor, &processors})
+        if (int64_t value; in >> value) *number = value;
+    }
+  }
+};
+
+inline bool can_place(int cluster, int threads, size_t shared_bytes) {
+  const Chip chip;
+  const int64_t reserved = 1024;  // bytes per block, for the system
+  const int64_t blocks = std::min<int64_t>(chip.shared_per_processor / (shared_bytes + reserved), 2048 / threads);
+  return cluster == 1 || (cluster <= chip.clusters && cluster <= blocks * chip.processors);
+}
+
+template <auto kernel>
+int largest_cluster(int threads, size_t shared_bytes) {
+  int cluster = kLargestCluster;
+  while (!can_place(cluster, threads, shared_bytes)) cluster /= 2;
+  return cluster;
 }
 
 struct Launch {

@@ -1,12 +1,8 @@
-// csrc/cuda_host.h for a machine without a GPU. LTK_EMULATED_DEVICE="largest_cluster shared_per_block
-// shared_per_processor" chooses the chip (default: that of sm_90).
+// csrc/common/cuda/host.h for a machine without a GPU.
 #pragma once
 
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
-
-#include <cstdlib>
-#include <sstream>
 
 namespace ltk::device {
 
@@ -22,11 +18,8 @@ struct Facts {
 };
 
 inline Facts facts() {
-  Facts f = {232448, 233472};
-  int largest_cluster = 0;
-  if (const char* given = std::getenv("LTK_EMULATED_DEVICE"))
-    std::istringstream(given) >> largest_cluster >> f.shared_per_block >> f.shared_per_processor;
-  return f;
+  const Chip chip;
+  return {chip.shared_per_block, chip.shared_per_processor};
 }
 
 }  // namespace ltk::device

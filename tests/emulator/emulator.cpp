@@ -1,4 +1,4 @@
-// The fibers behind emulated_device.h, and the CUDA operators as CPU operators under torch.ops.lt_kernels_emulated.
+// The fibers behind emulated_device.h.
 #include <setjmp.h>
 #include <torch/library.h>
 #include <ucontext.h>
@@ -8,11 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "device.h"
-#include "expert_divergence/arguments.h"
-#include "expert_fusion/arguments.h"
-#include "margin_cross_entropy/arguments.h"
-#include "partitioned_logsumexp/arguments.h"
+#include "common/cuda/device.h"
 
 namespace ltk::device {
 
@@ -46,6 +42,7 @@ std::vector<std::vector<Copy>> copies;  // per fiber: arrive when waited for
 Fiber* running = nullptr;
 jmp_buf scheduler;
 const Launch* launched = nullptr;
+int launched_cluster = 1;
 void (*entry)(const void*) = nullptr;
 const void* entry_argument = nullptr;
 bool reversed = false;
@@ -150,9 +147,10 @@ uint32_t pack_bfloat16s(float low, float high) {
 Error run_blocks(const Launch& l, void (*body)(const void*), const void* argument) {
   TORCH_CHECK(l.blocks > 0 && l.blocks <= 2147483647 && l.blocks % l.cluster == 0, "emulator: ", l.blocks, " blocks");
   TORCH_CHECK(l.threads % 32 == 0 && l.threads <= 1024, "emulator: ", l.threads, " threads");
+  if (!can_place(l.cluster, l.threads, l.shared_bytes)) return 1;
   const char* order = std::getenv("LTK_EMULATED_ORDER");
   reversed = order != nullptr && std::strcmp(order, "reversed") == 0;
-  launched = &l, entry = body, entry_argument = argument;
+  launched = &l, launched_cluster = l.cluster, entry = body, entry_argument = argument;
   const int count = l.threads * l.cluster;
   if (static_cast<int>(fibers.size()) < count) {
     fibers.clear();
@@ -184,20 +182,7 @@ Error run_blocks(const Launch& l, void (*body)(const void*), const void* argumen
 
 }  // namespace ltk::device
 
-TORCH_LIBRARY(lt_kernels_emulated, m) {
-  LTK_MARGIN_CROSS_ENTROPY_SCHEMAS(m);
-  LTK_EXPERT_FUSION_SCHEMAS(m);
-  LTK_EXPERT_DIVERGENCE_SCHEMAS(m);
-  LTK_PARTITIONED_LOGSUMEXP_SCHEMAS(m);
-}
-
-TORCH_LIBRARY_IMPL(lt_kernels_emulated, CPU, m) {
-  m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd_cuda);
-  m.impl("margin_cross_entropy_bwd", &ltk::margin_cross_entropy_bwd_cuda);
-  m.impl("scale_gradient_", &ltk::scale_gradient_cuda);
-  m.impl("expert_fusion", &ltk::expert_fusion_cuda);
-  m.impl("expert_divergence_fwd", &ltk::expert_divergence_fwd_cuda);
-  m.impl("expert_divergence_bwd", &ltk::expert_divergence_bwd_cuda);
-  m.impl("partitioned_logsumexp_fwd", &ltk::partitioned_logsumexp_fwd_cuda);
-  m.impl("partitioned_logsumexp_bwd", &ltk::partitioned_logsumexp_bwd_cuda);
+// Returns the blocks per cluster of the latest launch.
+TORCH_LIBRARY_FRAGMENT(lt_kernels_emulated, m) {
+  m.def("last_cluster() -> int", [] { return static_cast<int64_t>(ltk::device::launched_cluster); });
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._registry import flatten
 from .arguments import Arguments
 from .looped import forward as _looped
 
@@ -17,14 +18,6 @@ def forward(a: Arguments, with_ensemble: bool, with_grad: bool) -> tuple[Tensor,
     if a.options.target.device.type != "cpu":
         return _looped(a, with_ensemble, with_grad, "native")
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.lt_kernels_native.expert_cross_entropy_fwd(
-        a.logits,
-        *a.options[:8],
-        a.log_prior,
-        a.options.coefficient,
-        a.ensemble_coefficient,
-        a.taus,
-        *a.options[9:],
-        with_ensemble,
-        with_grad,
+        *flatten(a), with_ensemble, with_grad
     )
     return result

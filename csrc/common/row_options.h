@@ -1,0 +1,35 @@
+// The options of a row's loss, in the order of lt_kernels/ops/_rows/options.py.
+#pragma once
+
+#include <type_traits>
+
+#include "registration.h"
+#include "tensors.h"
+
+#define LTK_ROW_OPTIONS(X)                           \
+  X(const Tensor&, "Tensor", target)                 \
+  X(const OptionalTensor&, "Tensor?", mixed_target)  \
+  X(const OptionalTensor&, "Tensor?", mix_lambda)    \
+  X(const OptionalTensor&, "Tensor?", weight)        \
+  X(const OptionalTensor&, "Tensor?", class_bias)    \
+  X(const OptionalTensor&, "Tensor?", class_scale)   \
+  X(const OptionalTensor&, "Tensor?", class_margin)  \
+  X(const OptionalTensor&, "Tensor?", learned_scale) \
+  X(const OptionalTensor&, "Tensor?", coefficient)   \
+  X(double, "float", scale)                          \
+  X(double, "float", margin)                         \
+  X(bool, "bool", angular)                           \
+  X(int64_t, "int", ignore_index)                    \
+  X(double, "float", label_smoothing)
+
+#define LTK_ROW_OPTIONS_SCHEMA LTK_ROW_OPTIONS(LTK_SCHEMA)
+
+namespace ltk {
+
+struct RowOptions {
+  LTK_ROW_OPTIONS(LTK_FIELD)
+
+  bool soft() const { return target.is_floating_point(); }
+};
+
+}  // namespace ltk

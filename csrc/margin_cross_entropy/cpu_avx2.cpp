@@ -1,0 +1,2 @@
+#define LTK_KERNELS "../../margin_cross_entropy/cpu_kernels.h"
+#include "../common/cpu/avx2.h"
