@@ -38,7 +38,7 @@ struct DivergenceKernels {
   // Sums [experts + 1] over the same columns, given the maxima over all. scratch: divergence_scratch(experts).
   void (*sums)(const DivergenceCall<A>&, int64_t row, int64_t begin, int64_t end, const A* peaks, ExpertSums* sums,
                A* scratch);
-  // Gradient, from what forward saved, of the pieces [begin, end) that rows cut every `width` columns have.
+  // Gradient, from what forward saved, of parts [begin, end): rows are cut every `width` columns.
   void (*gradient)(const DivergenceCall<A>&, int64_t begin, int64_t end, int64_t width, A* scratch);
 };
 
