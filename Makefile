@@ -12,10 +12,11 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LT_KERNELS_BUILD ?= cpu
 SOURCES := $(shell find csrc -type f 2>/dev/null)
+QUICK := tests/test_imports.py tests/test_typing.py tests/ops/test_registry.py tests/ops/test_bad_input.py tests/kernels/test_launches.py
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench results report docs aot cuda clean
+.PHONY: help setup demo check test lint format bench results report docs aot cuda clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ test: setup
 	for engine in default avx2 interpreter emulator; do \
 	    $(BIN)/python -m pytest --numprocesses auto --engine=$$engine tests/kernels tests/ops || exit 1; \
 	done
+
+## make check    lint and the quick tests, in about a minute
+check: lint
+	$(BIN)/python -m pytest --numprocesses auto --quiet $(QUICK)
 
 ## make lint     ruff, clang-format, mypy, import-linter, and that generated tables and figures are up to date
 lint: setup

@@ -39,8 +39,8 @@ def check_number(
     # math.isfinite does not trace where the number is symbolic; NaN fails these comparisons too
     if not (-math.inf < number < math.inf and least <= number <= most):
         if expected is None:
-            below = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
-            expected = "a finite number" if least == -math.inf else below
+            bounds = f"a number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
+            expected = "a finite number" if least == -math.inf else bounds
         raise ValueError(f"{name}: got {value}, expected {expected}")
     return number
 
@@ -97,7 +97,7 @@ def check_tensor(name: str, value: Any, expected: str = "a Tensor") -> Tensor:
 def check_floating(
     name: str, value: Any, expected: str = "a Tensor", kind: str | tuple[torch.dtype, ...] = FLOATING
 ) -> Tensor:
-    """Return ``value``: a tensor of one of the dtypes of ``kind``, or, where that is a text, of any floating dtype."""
+    """Return ``value``: a tensor of a dtype in ``kind``, or of any floating dtype if that is a text."""
     check_tensor(name, value, expected)
     fits = value.is_floating_point() if isinstance(kind, str) else value.dtype in kind
     if not fits:

@@ -29,7 +29,7 @@ def _distribution_version(name: str) -> str | None:
 
 
 def _unavailable_reason(op: str, backend: str, device: str) -> str | None:
-    """The reason to act on comes first: a package or a build that is missing, and only then the device."""
+    """Return the reason to act on: a missing package or build comes before a missing device."""
     reason = unavailable_reason(op, backend, device)
     if reason is None and device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device here"

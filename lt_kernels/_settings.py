@@ -99,8 +99,8 @@ def set_memory_budget(bytes: int) -> None:
     """Bound the buffer that linear heads compute logits in (``LT_KERNELS_MEMORY_BUDGET``; default 2 GiB).
 
     Args:
-        bytes: at most this large is the logits' buffer of ``linear_margin_cross_entropy`` and ``linear_topk`` (one row
-            is the least). Logits that fit are kept from forward to backward; others are computed in chunks.
+        bytes: bound of the logits' buffer of ``linear_margin_cross_entropy`` and ``linear_topk`` (at least one row
+            is held). Logits that fit are kept from forward to backward; others are computed in chunks.
 
     Raises:
         TypeError, ValueError: if ``bytes`` is not a positive int.

@@ -38,12 +38,12 @@ _FORMATS = ("counts", "labels", "path_label", "annotations")
 
 
 def available() -> list[str]:
-    """Names that ``class_counts`` knows."""
+    """Return the names that ``class_counts`` knows."""
     return sorted(_FILES)
 
 
 def class_counts(name: str) -> Tensor:
-    """Samples per class of a data set, int64 [C] on the CPU.
+    """Return the samples per class of a data set, int64 [C] on the CPU.
 
     Args:
         name: ``"imagenet_lt"``, ``"places_lt"``, ``"cifar100_lt_if100"`` / ``50`` / ``10``, ``"cifar10_lt_if100"``,
@@ -70,7 +70,7 @@ def class_counts(name: str) -> Tensor:
 
 
 def class_supercategories(name: str = "inat18") -> list[str]:
-    """Super-category of each class, by class index: iNaturalist 2018's 14 names over its 8,142 classes.
+    """Return the super-category of each class: iNaturalist 2018's 14 names over its 8,142 classes.
 
     Raises:
         ValueError: another name than ``"inat18"``.
@@ -91,7 +91,7 @@ def class_counts_from_file(
     num_classes: int | None = None,
     unit: Literal["annotations", "images"] = "annotations",
 ) -> Tensor:
-    """Samples per class from a train list of your own, int64 [C] on the CPU.
+    """Count the samples per class in a train list of your own, int64 [C] on the CPU.
 
     Args:
         path: a text file (blank lines are skipped) or an annotation JSON.
@@ -137,7 +137,7 @@ def _lines(file: str) -> list[str]:
 
 
 def _integers(path: Path, last_field: bool) -> list[int]:
-    """The non-negative integer of each line."""
+    """Return the non-negative integer of each line."""
     expected = "'path label'" if last_field else "one integer"
     values = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
@@ -180,7 +180,7 @@ def _from_annotations(path: Path, num_classes: int | None, unit: str) -> Tensor:
 
 
 def _field(path: Path, content: Any, table: str, key: str) -> list[Any]:
-    """``key`` of every entry of ``content[table]``."""
+    """Return ``key`` of every entry of ``content[table]``."""
     entries = content.get(table) if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ValueError(f"{path}: got no list {table!r}, expected a JSON object with 'annotations' and 'categories'")

@@ -119,11 +119,11 @@ class ShotGroupAccuracy(Metric):
         self.correct = self.correct.scatter_add(0, index, (kept & (preds == target)).long())
 
     def per_class(self) -> Tensor:
-        """Recall of each class, float32 [C]; NaN for a class without test samples. Of this process's samples."""
+        """Return this process's recall of each class, float32 [C]; NaN for a class without test samples."""
         return (self.correct.double() / self.total).float()
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Return the values that the class describes."""
         recall = self.correct.double() / self.total
 
         def mean(classes: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class ShotGroupAccuracy(Metric):
         }
 
     def _classes(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted and true classes as flat int64."""
+        """Return predicted and true classes as flat int64."""
         check_tensor("preds", preds)
         check_integers("target", target, "a Tensor")
         if preds.is_floating_point():
@@ -244,11 +244,11 @@ class WithinClassSpread(Metric):
         self.squares = self.squares.index_put((index,), z.square().sum(1), accumulate=True)
 
     def per_class(self) -> Tensor:
-        """Spread of each class, float32 [C]; NaN for a class with fewer than two samples. Of this process's samples."""
+        """Return this process's spread of each class, float32 [C]; NaN for a class with fewer than two samples."""
         return self._spread().float()
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Return the values that the class describes."""
         spread = self._spread()
         measured = self.count > 1
         values = {name: spread[measured & (self.shot_group == group)] for group, name in enumerate(SHOT_GROUPS)}
@@ -270,7 +270,7 @@ def within_class_spread(
     few_below: float = 20,
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
-    """Mean squared distance of embeddings to the mean of their class, by shot group.
+    """Return the mean squared distance of embeddings to the mean of their class, by shot group.
 
     Args:
         embeddings: [N, D], floating.
@@ -370,12 +370,12 @@ class CalibrationError(Metric):
         self.sums = self.sums + _bin_sums(*counted, self.bins)
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Return the values that the class describes."""
         return _errors(self.sums)._asdict()
 
 
 def calibration_error(preds: Tensor, target: Tensor, bins: int = 15, *, ignore_index: int = -100) -> CalibrationErrors:
-    """Expected and maximum calibration error, as of [`CalibrationError`][lt_kernels.metrics.CalibrationError].
+    """Return expected and maximum calibration error, as [`CalibrationError`][lt_kernels.metrics.CalibrationError].
 
     Args:
         preds: probabilities [N, C], or confidences [N].
@@ -404,7 +404,7 @@ def calibration_error(preds: Tensor, target: Tensor, bins: int = 15, *, ignore_i
 def reliability_diagram(
     confidence: Tensor, correct: Tensor, path_or_axis: str | os.PathLike[str] | Axes, bins: int = 15
 ) -> Axes:
-    """Accuracy against confidence, one bar for each bin, with the gaps and both calibration errors.
+    """Draw accuracy against confidence, one bar for each bin, with the gaps and both calibration errors.
 
     Args:
         confidence: [N], of the predicted classes.
@@ -460,7 +460,7 @@ def _check_confidence(name: str, confidence: Tensor) -> None:
 def _confidence_and_correct(
     preds: Tensor, target: Tensor, ignore_index: int, names: tuple[str, str] = ("preds", "target")
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[N] each: confidence (float64, 0 for ignored samples), whether it was right, whether it counts (bool)."""
+    """Return confidence (float64, 0 if ignored), whether it was right and whether it counts (bool), [N] each."""
     of_preds, of_target = names
     check_tensor(of_target, target)
     check_floating(of_preds, preds, kind="a floating-point dtype")
@@ -482,7 +482,7 @@ def _confidence_and_correct(
 
 
 def _bin_sums(confidence: Tensor, correct: Tensor, kept: Tensor, bins: int) -> Tensor:
-    """[bins, 3]: samples, sum of their confidences, how many are right."""
+    """Return samples, the sum of their confidences and the number of right ones by bin, [bins, 3]."""
     borders = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)[1:-1]
     index = torch.bucketize(confidence, borders)
     # a matrix product: deterministic on a GPU, which adding into bins is not

@@ -29,7 +29,7 @@ class MixedBatch(NamedTuple):
 
 
 def mixup(x: Tensor, y: Tensor, alpha: float, *, generator: torch.Generator | None = None) -> MixedBatch:
-    """Convex combinations of pairs of samples.
+    """Combine pairs of samples convexly.
 
     Zhang, Cisse, Dauphin, Lopez-Paz, *mixup: Beyond Empirical Risk Minimization*, ICLR 2018: with one lambda ~
     Beta(alpha, alpha) for the batch and a random permutation,
@@ -61,7 +61,7 @@ def mixup(x: Tensor, y: Tensor, alpha: float, *, generator: torch.Generator | No
 
 
 def cutmix(x: Tensor, y: Tensor, alpha: float, *, generator: torch.Generator | None = None) -> MixedBatch:
-    """Images with a rectangle from another image.
+    """Paste a rectangle from another image into each image.
 
     Yun, Han, Oh, Chun, Choe, Yoo, *CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
     Features*, ICCV 2019: with one lambda ~ Beta(alpha, alpha) for the batch and a random permutation, a rectangle with
@@ -110,8 +110,8 @@ def _check(x: Tensor, y: Tensor) -> None:
 
 
 def _draw(x: Tensor, alpha: float, generator: torch.Generator | None) -> tuple[float, Tensor]:
-    """Lambda, and the order of the samples that are mixed in, on x's device."""
-    alpha = check_number("alpha", alpha, 0.0)
+    """Draw lambda, and the order of the samples that are mixed in, on x's device."""
+    alpha = check_number("alpha", alpha, 0.0, expected="a number >= 0")
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
@@ -124,6 +124,6 @@ def _draw(x: Tensor, alpha: float, generator: torch.Generator | None) -> tuple[f
 
 
 def _span(size: int, length: int, generator: torch.Generator | None) -> tuple[int, int]:
-    """A stretch of ``length`` with its centre anywhere in [0, size), cut off at both ends."""
+    """Draw a stretch of ``length`` with its centre anywhere in [0, size), cut off at both ends."""
     start = int(torch.randint(size, (), generator=generator)) - length // 2
     return max(start, 0), min(start + length, size)

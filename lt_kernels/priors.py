@@ -54,7 +54,7 @@ class ClassPrior:
     Args:
         class_counts: training samples per class, [C]; list, tuple, numpy array or tensor of any real dtype.
         zero_counts: what a class without samples means: ``"error"``, ``"mask"`` or a positive number (see the module).
-        device: of the results; default that of ``class_counts``.
+        device: device of the results; by default that of ``class_counts``.
         dtype: of the results; default ``torch.get_default_dtype()``.
 
     Raises:
@@ -112,7 +112,7 @@ class ClassPrior:
         return self._give(self._counts / self._counts.sum())
 
     def log_prior(self, tau: float = 1.0, *, eps: float = 0.0, form: Literal["prior", "power"] = "prior") -> Tensor:
-        """tau * log(pi + eps), or log(pi^tau + eps) with ``form="power"``; [C]. Without eps the two are one.
+        """Return tau * log(pi + eps), or log(pi^tau + eps) with ``form="power"``; [C]. Without eps both agree.
 
         ``eps=1e-9`` is what BalPoE's published code adds; ``form="power", eps=1e-12`` is that of logit adjustment.
         Masked classes are -inf whatever tau and eps.
@@ -124,9 +124,9 @@ class ClassPrior:
         return self._give(value.masked_fill(~self._present, -math.inf))
 
     def reversed_log_prior(self, tau: float = 1.0, *, eps: float = 0.0) -> Tensor:
-        """tau * log(pi_rev + eps): pi with its ranks reversed, the largest class has that of the smallest (SADE); [C].
+        """Return tau * log(pi_rev + eps): pi with its ranks reversed, the largest class has the least (SADE); [C].
 
-        Of classes with equal counts the first in order ranks lower, so that even they may get different pi_rev. Masked
+        The first of several classes with equal counts ranks lower, so that even they may get different pi_rev. Masked
         classes are -inf; the ranks of the others are reversed among themselves.
         """
         tau, eps = check_number("tau", tau), check_number("eps", eps, 0.0)
@@ -136,11 +136,11 @@ class ClassPrior:
         return self._give((tau * (pi + eps).log()).masked_fill(~self._present, -math.inf))
 
     def log_counts(self) -> Tensor:
-        """log n (balanced softmax); [C]."""
+        """Return log n (balanced softmax); [C]."""
         return self._give(self._counts.log())
 
     def effective_numbers(self, beta: float = 0.9999) -> Tensor:
-        """(1 - beta^n) / (1 - beta), the effective number of samples (Cui et al., 2019); [C]."""
+        """Return (1 - beta^n) / (1 - beta), the effective number of samples (Cui et al., 2019); [C]."""
         return self._give(self._effective_numbers(beta))
 
     def _effective_numbers(self, beta: float) -> Tensor:
@@ -151,32 +151,32 @@ class ClassPrior:
         return torch.where(self._present, -torch.expm1(self._counts * log_beta) / (1 - beta), 0.0)
 
     def class_balanced_weight(self, beta: float = 0.9999) -> Tensor:
-        """1 / effective number, normalised to mean 1 over the classes that have samples; [C]. beta = 0: all ones."""
+        """Return 1 / effective number, with mean 1 over the classes that have samples; [C]. beta = 0: all ones."""
         present = self._present
         weight = torch.where(present, 1 / self._effective_numbers(beta), 0.0)
         return self._give(weight * (present.sum() / weight.sum()))
 
     def _at_least_the_rarest(self) -> Tensor:
-        """n; a class without samples counts as the rarest one."""
+        """Return n; a class without samples counts as the rarest one."""
         return self._counts.clamp_min(self._counts[self._present].min().item())
 
     def _inverse_power(self, power: float) -> Tensor:
         return self._at_least_the_rarest().pow(-power)
 
     def ldam_margins(self, max_margin: float = 0.5) -> Tensor:
-        """max_margin * n^-1/4 / max(n^-1/4): the rarest class has ``max_margin`` (Cao et al., 2019); [C]."""
+        """Return max_margin * n^-1/4 / max(n^-1/4): the rarest class has ``max_margin`` (Cao et al., 2019); [C]."""
         max_margin = check_number("max_margin", max_margin, 0.0)
         root = self._inverse_power(0.25)
         return self._give(max_margin * root / root.max())
 
     def vs_scales(self, gamma: float = 0.3) -> Tensor:
-        """(n / max(n))^gamma: the multiplicative part of the VS loss (Kini et al., 2021) and of CDT; [C]."""
+        """Return (n / max(n))^gamma: the multiplicative part of the VS loss (Kini et al., 2021) and of CDT; [C]."""
         gamma = check_number("gamma", gamma)
         scales = (self._counts / self._counts.max()).pow(gamma)
         return self._give(scales.masked_fill(~self._present, 0.0))
 
     def arcface_margins(self, bounds: tuple[float, float] = (0.05, 0.5), power: float = 0.25) -> Tensor:
-        """a * n^-power + b, the largest class at ``bounds[0]`` and the smallest at ``bounds[1]``; [C].
+        """Return a * n^-power + b, the largest class at ``bounds[0]`` and the smallest at ``bounds[1]``; [C].
 
         Where all counts are equal, every class has ``bounds[1]``.
         """
@@ -188,7 +188,7 @@ class ClassPrior:
         return self._give(lower + (upper - lower) * rarity)
 
     def ride_temperatures(self, temperature: float = 1.0, reweight_factor: float = 0.05) -> Tensor:
-        """temperature * w / max(w), w = C pi reweight_factor + 1 - reweight_factor (Wang et al., 2021); [C].
+        """Return temperature * w / max(w), w = C pi reweight_factor + 1 - reweight_factor (Wang et al., 2021); [C].
 
         A class without samples counts as the rarest one.
         """
@@ -199,7 +199,7 @@ class ClassPrior:
         return self._give(temperature * w / w.max())
 
     def shot_groups(self, many_above: float = 100, few_below: float = 20) -> Tensor:
-        """Group of each class, int64 [C], indexing ``SHOT_GROUPS``.
+        """Return the group of each class, int64 [C], an index of ``SHOT_GROUPS``.
 
         0 many: n > many_above. 2 few: n < few_below. 1 medium: the rest (20..100 by default).
         """
@@ -213,7 +213,7 @@ class ClassPrior:
 
 
 def margin_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    """``bounds`` as (lower, upper) floats; ValueError if they are not two finite numbers in order."""
+    """Return ``bounds`` as (lower, upper) floats; ValueError if they are not two finite numbers in order."""
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise ValueError(f"margin_bounds: got {bounds!r}, expected (lower, upper)")
     lower, upper = (check_number("margin_bounds", bound) for bound in bounds)
@@ -230,41 +230,41 @@ def log_prior(
     form: Literal["prior", "power"] = "prior",
     zero_counts: ZeroCounts = "error",
 ) -> Tensor:
-    """tau * log(pi + eps), or log(pi^tau + eps); see ``ClassPrior.log_prior``."""
+    """Return tau * log(pi + eps), or log(pi^tau + eps); see ``ClassPrior.log_prior``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).log_prior(tau, eps=eps, form=form)
 
 
 def reversed_log_prior(
     class_counts: ClassVector, tau: float = 1.0, *, eps: float = 0.0, zero_counts: ZeroCounts = "error"
 ) -> Tensor:
-    """tau * log(pi + eps) with the ranks of pi reversed; see ``ClassPrior.reversed_log_prior``."""
+    """Return tau * log(pi + eps) with the ranks of pi reversed; see ``ClassPrior.reversed_log_prior``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).reversed_log_prior(tau, eps=eps)
 
 
 def log_counts(class_counts: ClassVector, *, zero_counts: ZeroCounts = "error") -> Tensor:
-    """log n; see ``ClassPrior.log_counts``."""
+    """Return log n; see ``ClassPrior.log_counts``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).log_counts()
 
 
 def effective_numbers(class_counts: ClassVector, beta: float = 0.9999, *, zero_counts: ZeroCounts = "error") -> Tensor:
-    """(1 - beta^n) / (1 - beta); see ``ClassPrior.effective_numbers``."""
+    """Return (1 - beta^n) / (1 - beta); see ``ClassPrior.effective_numbers``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).effective_numbers(beta)
 
 
 def class_balanced_weight(
     class_counts: ClassVector, beta: float = 0.9999, *, zero_counts: ZeroCounts = "error"
 ) -> Tensor:
-    """1 / effective number with mean 1; see ``ClassPrior.class_balanced_weight``."""
+    """Return 1 / effective number with mean 1; see ``ClassPrior.class_balanced_weight``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).class_balanced_weight(beta)
 
 
 def ldam_margins(class_counts: ClassVector, max_margin: float = 0.5, *, zero_counts: ZeroCounts = "error") -> Tensor:
-    """max_margin * n^-1/4 / max(n^-1/4); see ``ClassPrior.ldam_margins``."""
+    """Return max_margin * n^-1/4 / max(n^-1/4); see ``ClassPrior.ldam_margins``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).ldam_margins(max_margin)
 
 
 def vs_scales(class_counts: ClassVector, gamma: float = 0.3, *, zero_counts: ZeroCounts = "error") -> Tensor:
-    """(n / max(n))^gamma; see ``ClassPrior.vs_scales``."""
+    """Return (n / max(n))^gamma; see ``ClassPrior.vs_scales``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).vs_scales(gamma)
 
 
@@ -275,7 +275,7 @@ def arcface_margins(
     *,
     zero_counts: ZeroCounts = "error",
 ) -> Tensor:
-    """a * n^-power + b within ``bounds``; see ``ClassPrior.arcface_margins``."""
+    """Return a * n^-power + b within ``bounds``; see ``ClassPrior.arcface_margins``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).arcface_margins(bounds, power)
 
 
@@ -286,12 +286,12 @@ def ride_temperatures(
     *,
     zero_counts: ZeroCounts = "error",
 ) -> Tensor:
-    """RIDE's temperature of each class; see ``ClassPrior.ride_temperatures``."""
+    """Return RIDE's temperature of each class; see ``ClassPrior.ride_temperatures``."""
     return ClassPrior(class_counts, zero_counts=zero_counts).ride_temperatures(temperature, reweight_factor)
 
 
 def shot_groups(class_counts: ClassVector, many_above: float = 100, few_below: float = 20) -> Tensor:
-    """0 many, 1 medium, 2 few; see ``ClassPrior.shot_groups``.
+    """Return 0 for many, 1 for medium, 2 for few; see ``ClassPrior.shot_groups``.
 
     A class without training samples is a few-shot class here, never an error.
     """

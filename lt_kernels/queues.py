@@ -52,7 +52,7 @@ class ClassQueue(nn.Module):
         dim: D.
         base: published: 2 (CIFAR-100-LT), 3 (ImageNet-LT).
         fill: ``"empty"``, or ``"random"``: start with random unit vectors of every class, as the published code does.
-        device: of the buffers; default that of ``class_counts``.
+        device: device of the buffers; by default that of ``class_counts``.
         dtype: of ``features``; default ``torch.get_default_dtype()``.
 
     Raises:
@@ -157,7 +157,7 @@ class ClassQueue(nn.Module):
 
     @torch.no_grad()
     def update_counts(self, class_counts: ClassVector) -> None:
-        """Apportion the slots anew, in place; of a class that has fewer, the newest features are kept.
+        """Apportion the slots anew, in place; a class that gets fewer keeps its newest features.
 
         Raises:
             TypeError, ValueError: as the constructor, or for another number of classes.
@@ -191,12 +191,12 @@ class ClassQueue(nn.Module):
         return f"num_classes={self.num_classes}, size={self.size}, dim={self.dim}, base={self.base}"
 
     def _owners(self) -> Tensor:
-        """The class that each slot belongs to, [M]."""
+        """Return the class that each slot belongs to, [M]."""
         slots = torch.arange(self.size, device=self.starts.device)
         return torch.searchsorted(self.starts + self.sizes, slots, right=True)
 
     def _apportioned(self, prior: ClassPrior) -> Tensor:
-        """Slots of each class, int64 [C] on the CPU."""
+        """Return the number of slots of each class, int64 [C] on the CPU."""
         free = self.size - len(prior) * self.base
         if free < 0:
             least = len(prior) * self.base
@@ -256,7 +256,7 @@ class FeatureQueue(nn.Module):
         """Store features in the places of the oldest ones.
 
         Args:
-            features: [N, D], floating; stored in the queue's dtype, without gradient. Of more than M the last M stay.
+            features: [N, D], floating; stored in the queue's dtype, without gradient. The last M stay.
             labels: [N], any integer dtype; 0 or more.
 
         Returns:
@@ -324,7 +324,7 @@ def momentum_update(target: nn.Module, source: nn.Module, momentum: float, *, bu
 
 
 def _rank_within(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """How many earlier elements of ``group`` [N] have the same value; how many elements have each value, [groups]."""
+    """Count the earlier elements of ``group`` [N] with the same value, and the elements with each value, [groups]."""
     order = group.argsort(stable=True)
     counts = torch.zeros(groups, dtype=torch.int64, device=group.device)
     counts = counts.scatter_add_(0, group, torch.ones_like(group))

@@ -67,7 +67,7 @@ class DeferredReweighting:
         self._apply()
 
     def weight(self, epoch: int) -> Tensor:
-        """The class weights at ``epoch``, [C], in the default dtype on the CPU."""
+        """Return the class weights at ``epoch``, [C], in the default dtype on the CPU."""
         beta = self.beta if check_int("epoch", epoch, 0, expected="an epoch >= 0") >= self.switch_epoch else 0.0
         return self._prior.class_balanced_weight(beta).to(torch.get_default_dtype())
 
@@ -77,7 +77,7 @@ class DeferredReweighting:
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, settings and counts, as plain Python values."""
+        """Return epoch, settings and counts as plain Python values."""
         return {
             "epoch": self.epoch,
             "switch_epoch": self.switch_epoch,

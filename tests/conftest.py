@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported: OpenMP's threads sleep while they wait. Those of several test processes on the same
@@ -27,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     _engines.start(config.getoption("--engine"))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Do not import files of which an engine runs nothing."""
+    is_file = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    return True if is_file and not _engines.runs(collection_path) else None
 
 
 def _directly_parametrized(metafunc: pytest.Metafunc) -> set[str]:

@@ -44,6 +44,11 @@ def test_the_gate_finds(changes, expected):
     assert any(expected in problem for problem in gate.problems(record(**changes)))
 
 
+@pytest.mark.parametrize("pattern", [pattern for pattern, _, _ in gate.WIDTHS])
+def test_every_rule_has_a_kernel(pattern):
+    assert any(gate.covers(pattern, row) for row in gate.read_table()["rows"] if row["architecture"] == "sm_90")
+
+
 def test_the_gate_covers_every_source():
     """setup.py builds every file whose name begins with cuda."""
     built = set((ROOT / "csrc").rglob("cuda*.c*"))

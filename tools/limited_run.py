@@ -159,8 +159,7 @@ class LimitedRun:
             path.write_text(json.dumps(self.record(), indent=1) + "\n")
 
     def record(self) -> dict[str, Any]:
-        import lt_kernels
-
+        package = sys.modules.get("lt_kernels")
         backends = dict.fromkeys(result["backend"] for result in self.results.values())
         counts = {
             backend: {
@@ -180,7 +179,7 @@ class LimitedRun:
                 for state in STATES[1:]
             },
             "slowest": [{"name": name, **result} for name, result in slowest],
-            "info": lt_kernels.info(),
+            "info": package.info() if package else None,
         }
 
     def pytest_unconfigure(self) -> None:

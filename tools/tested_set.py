@@ -7,7 +7,8 @@ dataclass) is recorded beside them with everything but its sizes: which options 
     python tools/tested_set.py compare before.json after.json renamed.json         exit status 1 if a test was lost
 
 The file of renamed tests holds two lists: "renamed" of [pattern, replacement] and "gone" of [pattern, reason]. Patterns
-are regular expressions, applied in order to the lines of the first record.
+are regular expressions, applied in order to the lines of the first record. ``tested_set_renamed.json`` leads from
+revision c1eb8b1 to the suite with engines.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SIZES = ("id", "rows", "classes", "positions", "width", "keys", "experts", "spre
 
 
 def line(engine: str, file: str, function: str, ids: str) -> str:
-    words = sorted(filter(None, ids.split("-")))
+    words = sorted(filter(None, re.split(r"[-\s]+", ids)))
     return f"{engine} | {file}::{function} | {' '.join(words)}"
 
 

@@ -66,7 +66,7 @@ def row_options(
     soft = _check_target("target", target, shape, index_shape, input)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("margin_type", margin_type, MARGIN_TYPES)
-    label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    label_smoothing = _check_share("label_smoothing", label_smoothing)
     check_int("ignore_index", ignore_index)
     weight = check_class_vector("weight", weight, classes, input, dtype)
     if weight is not None and weight.requires_grad:
@@ -135,6 +135,11 @@ def row_options(
     )
 
 
+def _check_share(name: str, value: float) -> float:
+    """Return a number in [0, 1]; one that is not finite has a message of its own."""
+    return check_number(name, check_number(name, value), 0.0, 1.0)
+
+
 def _check_target(
     name: str, target: Tensor, shape: tuple[int, ...], index_shape: tuple[int, ...], input: Tensor
 ) -> bool:
@@ -178,7 +183,7 @@ def _check_mixture(
     if _check_target("mixed_target", mixed_target, shape, index_shape, input):
         raise TypeError(f"mixed_target: got dtype {mixed_target.dtype}, expected class indices of an integer dtype")
     if not isinstance(mix_lambda, Tensor):
-        share = check_number("mix_lambda", mix_lambda, 0.0, 1.0)
+        share = _check_share("mix_lambda", mix_lambda)
         return torch.full((), share, dtype=dtype, device=input.device)
     check_device("mix_lambda", mix_lambda, input, " as input")
     if not mix_lambda.is_floating_point():

@@ -253,7 +253,7 @@ def supervised_contrastive(
     check_choice("form", form, ("out", "in"))
     check_choice("reduction", reduction, REDUCTIONS)
     if not isinstance(temperature, Tensor):
-        temperature = check_positive("temperature", temperature)
+        temperature = check_positive("temperature", check_number("temperature", temperature))
     sums = partitioned_logsumexp(
         query, key, query_label, key_label, scale=1 / temperature, key_bias=key_bias, exclude=exclude,
         key_grad_rows=key_grad_rows, normalized=normalized,

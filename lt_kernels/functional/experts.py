@@ -446,7 +446,7 @@ def expert_divergence(
         assert vector is not None
         if _settings.checks and not torch.compiler.is_compiling() and not bool((vector > 0).all()):
             raise ValueError("temperature: got values that are not positive, expected numbers > 0")
-    elif check_positive("temperature", temperature) != 1.0:
+    elif check_positive("temperature", check_number("temperature", temperature)) != 1.0:
         vector = torch.full((first.shape[1],), temperature, dtype=dtype, device=first.device)
     value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
@@ -558,7 +558,7 @@ def _expert_weights(
 
 def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     """scale / temperature as a number and a tensor that multiplies it."""
-    inverse = 1.0 / check_positive("temperature", temperature)
+    inverse = 1.0 / check_positive("temperature", check_number("temperature", temperature))
     if isinstance(scale, Tensor):
         return inverse, check_scalar("scale", scale, input).detach().to(dtype)
     return check_number("scale", scale) * inverse, None

@@ -113,7 +113,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         return loss
 
     def keywords(self) -> dict[str, Any]:
-        """Class tensors and options, as keywords of ``margin_cross_entropy`` and ``linear_margin_cross_entropy``."""
+        """Return class tensors and options as keywords of ``margin_cross_entropy`` and of its linear form."""
         return {
             "weight": self.weight,
             "class_bias": self.class_bias,

@@ -57,7 +57,7 @@ class ClassTensorLoss(nn.Module):
 
     @property
     def class_sizes(self) -> dict[str, int]:
-        """How many classes each class tensor has, by name."""
+        """The number of classes of each class tensor, by name."""
         named = {name: getattr(self, name) for name in self._CLASS_TENSORS}
         return {name: len(value) for name, value in named.items() if isinstance(value, Tensor)}
 

@@ -94,13 +94,13 @@ def check_ids(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
 
 
 def count_classes(label: Tensor, counted: Tensor, classes: int) -> Tensor:
-    """How many of the ``counted`` labels each class has, int64 [classes]; deterministic, and no wait for a GPU."""
+    """Count the ``counted`` labels of each class, int64 [classes]; deterministic, and nothing waits for a GPU."""
     counts = torch.zeros(classes, dtype=torch.int64, device=label.device)
     return counts.scatter_add_(0, label, counted.to(torch.int64))
 
 
 def last_match(ids: Tensor, among: Tensor) -> Tensor:
-    """Where each id [N] last occurs ``among`` others [M]; -1 where it does not, or is negative."""
+    """Return where each id [N] last occurs ``among`` others [M]; -1 if it does not, or is negative."""
     if len(among) == 0:
         return torch.full_like(ids, -1)
     ordered, order = among.sort(stable=True)

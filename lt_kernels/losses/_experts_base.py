@@ -24,7 +24,7 @@ class ExpertLossBase(MarginCrossEntropyBase):
     ``update_counts`` derives them anew.
     """
 
-    #: What becomes of the experts' cross-entropies.
+    #: How the experts' cross-entropies are combined.
     expert_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
 
     log_prior: Tensor | None
@@ -42,7 +42,7 @@ class ExpertLossBase(MarginCrossEntropyBase):
         mixed_target: Tensor | None = None,
         mix_lambda: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of the experts' ``logits``, float16, bfloat16, float32 or float64.
+        """Return the loss of the experts' ``logits``, float16, bfloat16, float32 or float64.
 
         Args:
             logits: [E, N, C] with any strides, or a list or tuple of E tensors [N, C].
@@ -56,18 +56,18 @@ class ExpertLossBase(MarginCrossEntropyBase):
         return self.loss(logits, target, mixed_target=mixed_target, mix_lambda=mix_lambda)
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
-        """What ``forward`` computes: the recipe; ``mixed`` are its ``mixed_target`` and ``mix_lambda``."""
+        """Compute the recipe for ``forward``; ``mixed`` are its ``mixed_target`` and ``mix_lambda``."""
         value: Tensor = LF.expert_cross_entropy(logits, target, **mixed, **self.keywords())
         return value
 
     def keywords(self) -> dict[str, Any]:
-        """Class tensors and options, as keywords of ``expert_cross_entropy``."""
+        """Return class tensors and options as keywords of ``expert_cross_entropy``."""
         own = {"log_prior": self.log_prior, "taus": self.taus, "expert_reduction": self.expert_reduction}
         return {**super().keywords(), **own}
 
     @property
     def class_sizes(self) -> dict[str, int]:
-        """Refused: what asks joins the loss to one classifier."""
+        """Refused: only the loss of one classifier joins a head."""
         raise TypeError(
             f"loss: got a {type(self).__name__}, which takes the logits of several experts, expected the loss of one "
             "classifier (experts: ExpertHead)"
@@ -82,7 +82,7 @@ class ExpertLossBase(MarginCrossEntropyBase):
 
 
 def stacked(name: str, logits: ExpertLogits) -> Tensor:
-    """[E, N, C] of the experts' logits; TypeError or ValueError if they are no such logits."""
+    """Return the experts' logits as one tensor [E, N, C]; TypeError or ValueError if they are no such logits."""
     if isinstance(logits, (list, tuple)) and logits and all(isinstance(each, Tensor) for each in logits):
         for e, each in enumerate(logits):
             if each.shape != logits[0].shape:

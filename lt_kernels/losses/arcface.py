@@ -58,7 +58,9 @@ class ArcFaceLoss(MarginCrossEntropyBase):
         scale: float = 64.0,
         **options: Unpack[LossOptions],
     ) -> Self:
-        """A margin per class, m_c = a n_c^-power + b: the largest class has the lower bound, the smallest the upper.
+        """Make a loss with a margin per class, m_c = a n_c^-power + b.
+
+        The largest class has the lower bound, the smallest class the upper bound.
 
         Args:
             class_counts: training samples per class, [C].

@@ -64,7 +64,7 @@ class BalancedContrastiveLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-        """The loss of ``features``, float16, bfloat16, float32 or float64.
+        """Return the loss of ``features``, float16, bfloat16, float32 or float64.
 
         Args:
             features: [N, V, D], V views of N samples (two in the paper); unit vectors.

@@ -93,13 +93,13 @@ class BalPoELoss(ExpertLossBase):
 
     @classmethod
     def preset(cls, name: str, class_counts: ClassVector, **options: Any) -> Self:
-        """The loss with the published taus of a data set.
+        """Make a loss with the published taus of a data set.
 
         Args:
             name: a key of ``BalPoELoss.PRESETS``: ``"cifar100-lt"``, ``"imagenet-lt"`` (which warns: its taus have mean
                 1.25) or ``"inat2018"``. Mixup's alpha and the batch size there are for the caller to use.
             class_counts: training samples per class, [C]; of any data set.
-            options: as the constructor's, beside ``taus``.
+            options: as the constructor's, except ``taus``.
 
         Raises:
             ValueError: an unknown name.

@@ -244,7 +244,7 @@ class ELMLoss(ContrastiveLossBase):
         is_key: Tensor,
         exclude: Tensor | Literal["self"] | None,
     ) -> Tensor:
-        """R of each row [N]; ``query_label`` is -2 where ``label`` stands for no class."""
+        """Return R of each row [N]; ``query_label`` is -2 where ``label`` stands for no class."""
         scale = 1 / self.temperature
         key_bias = torch.zeros_like(key_label, dtype=self.embedding_margin.dtype)
         of_class = self.class_bias if self.regularizer == "contrastive" else None
@@ -281,7 +281,7 @@ class ELMLoss(ContrastiveLossBase):
         exclude: Tensor | None,
         against: Tensor,
     ) -> Tensor:
-        """Of each row, the sum over positives p of softplus(against - s_ip); [N]."""
+        """Return the sum over positives p of softplus(against - s_ip) for each row, [N]."""
         columns = torch.arange(len(key), device=key.device)
 
         def chunk(query: Tensor, label: Tensor, against: Tensor, key: Tensor, left_out: Tensor | None) -> Tensor:

@@ -95,7 +95,7 @@ class ExpertHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random directions anew; a learned scale stays."""
+        """Draw random directions anew; a learned scale stays."""
         self.weight.uniform_(-1.0, 1.0)
         self.weight.copy_(F.normalize(self.weight, dim=-1))
 
@@ -103,7 +103,7 @@ class ExpertHead(nn.Module):
     def from_linears(
         cls, linears: Sequence[nn.Linear], *, shared: bool = False, scale: float = 30.0, learn_scale: bool = False
     ) -> Self:
-        """A head with copies of the weights of ``linears``, one for each expert.
+        """Make a head with copies of the weights of ``linears``, one for each expert.
 
         Args:
             linears: layers without bias, all of one shape. A checkpoint whose class weights are the columns of [D, C]
@@ -161,10 +161,10 @@ class ExpertHead(nn.Module):
         temperature: float = 1.0,
         expert_weight: Sequence[float] | Tensor | None = None,
     ) -> LF.ExpertFusion:
-        """The most likely classes of the product of experts, without storing the logits as a whole.
+        """Return the most likely classes of the product of experts, without storing the logits as a whole.
 
         Args:
-            features: as those of ``forward``.
+            features: as in ``forward``.
             topk: how many classes.
             log_prior_shift: [C], log pi_test for a known test prior, -inf to mask a class.
             temperature: the mean of the logits is divided by it (calibration).
@@ -186,7 +186,7 @@ class ExpertHead(nn.Module):
         )
 
     def to_linears(self) -> list[nn.Linear]:
-        """Copies of the experts' weights as layers without bias, one for each expert; the scale is not theirs."""
+        """Copy the experts' weights into layers without bias, one for each expert; they leave out the scale."""
         layers = []
         for weight in self.weight.detach():
             layer = nn.Linear(self.in_features, self.num_classes, bias=False, device="meta")
@@ -201,7 +201,7 @@ class ExpertHead(nn.Module):
         return f"{sizes}{shared}, scale={scale}"
 
     def _features(self, features: ExpertLogits) -> Tensor:
-        """[E, N, D], or [N, D] if shared."""
+        """Return the features as [E, N, D], or [N, D] if shared."""
         if isinstance(features, (list, tuple)) and not self.shared:
             for e, each in enumerate(features):
                 check_tensor(f"features[{e}]", each, "a Tensor [N, D]")

@@ -70,8 +70,8 @@ class GMLLoss(ContrastiveLossBase):
 
     ``log_temperature`` = log T is a parameter, 0-dim; leave it out of weight decay, as published. Keys are those
     of a [`ClassQueue`][lt_kernels.queues.ClassQueue], after the enqueue of the batch, perhaps through a network that
-    learns. Classes without keys take no part. A query without keys of its class (but its own, for L_con_T) contributes
-    0 to that term (the published code gives NaN) and counts in its mean. Predict with the cosines alone.
+    learns. Classes without keys take no part. A query without keys of its class (in L_con_T: other than its own)
+    contributes 0 to that term (the published code gives NaN) and counts in its mean. Predict with the cosines alone.
 
     Args:
         class_counts: training samples per class, [C].
@@ -238,7 +238,7 @@ class GMLLoss(ContrastiveLossBase):
     def _contrastive(
         self, query: Tensor, query_label: Tensor, key: Tensor, key_label: Tensor, own: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """L_con and L_con_T."""
+        """Return L_con and L_con_T."""
         assert self.class_bias is not None
         classes = len(self.class_bias)
         given = check_ids("query_label", query_label, (len(query),), query)
@@ -281,7 +281,7 @@ class GMLLoss(ContrastiveLossBase):
     def _own_key(
         self, query: Tensor, key: Tensor, query_id: Tensor | None, key_id: Tensor | None, own_key: Tensor | None
     ) -> Tensor | None:
-        """[N]: each query's own key, -1 for none; None if nobody says."""
+        """Return each query's own key [N], -1 for none; None without ids and ``own_key``."""
         if (query_id is None) != (key_id is None):
             given, missing = ("key_id", "query_id") if query_id is None else ("query_id", "key_id")
             raise ValueError(f"{missing}: got None with {given}, expected both or neither")
@@ -324,7 +324,7 @@ class GMLLoss(ContrastiveLossBase):
         own_key: Tensor | None,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Pixels as queries: their features, labels, ids and own keys; and the classes of the logits."""
+        """Return pixels as queries: their features, labels, the classes of the logits, their ids and own keys."""
         assert self.class_bias is not None
         if self.pixels_per_class is None:
             raise ValueError(
@@ -351,5 +351,5 @@ class GMLLoss(ContrastiveLossBase):
 
 
 def _softplus_where(condition: Tensor, value: Tensor) -> Tensor:
-    """softplus(value), 0 where not ``condition``."""
+    """Return softplus(value), and 0 where not ``condition``."""
     return torch.where(condition, F.softplus(value), 0.0)

@@ -31,7 +31,7 @@ class LinearHead(nn.Linear):
 
     Parameters are those of ``nn.Linear``, ``weight`` [C, D] and ``bias`` [C]. ``loss`` is a submodule: its tensors
     travel as ``loss.*`` in ``state_dict`` and stay float32 under ``.half()`` and ``.bfloat16()``. A ``state_dict``
-    without any ``loss.*``, such as that of an ``nn.Linear``, loads with ``strict=True`` and leaves them as they are.
+    without any ``loss.*``, such as the one of an ``nn.Linear``, loads with ``strict=True`` and leaves them as they are.
 
     Args:
         in_features: D.
@@ -114,7 +114,7 @@ class LinearHead(nn.Linear):
         normalize: bool | None = None,
         strategy: Strategy = "auto",
     ) -> Self:
-        """A head with the very parameters of ``linear`` (shared, not copied).
+        """Make a head with the parameters of ``linear``, shared and not copied.
 
         Args:
             linear: its ``weight`` and ``bias`` become the head's; it goes on working, and learns with the head.
@@ -149,7 +149,7 @@ class LinearHead(nn.Linear):
         mixed_target: Tensor | None = None,
         mix_lambda: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of ``features``, [D] or [N, D], of float16, bfloat16, float32 or float64.
+        """Return the loss of ``features``, [D] or [N, D], of float16, bfloat16, float32 or float64.
 
         Args:
             features: inputs of the linear layer.
@@ -192,7 +192,7 @@ class LinearHead(nn.Linear):
         return F.linear(features.to(dtype), weight.to(dtype), bias) * self.loss.scale
 
     def predict(self, features: Tensor, topk: int = 1, class_shift: Tensor | None = None) -> LF.TopK:
-        """The most likely classes of ``logits(features)``, computed block by block.
+        """Return the most likely classes of ``logits(features)``, computed block by block.
 
         Args:
             features: [D] or [N, D].

@@ -53,7 +53,7 @@ class LogitAdjustmentLoss(MarginCrossEntropyBase):
 def post_hoc_logit_adjustment(
     logits: Tensor, class_counts: ClassVector, tau: float = 1.0, *, zero_counts: ZeroCounts = "error"
 ) -> Tensor:
-    """z - tau log pi: balanced predictions from a model that was trained with plain cross-entropy (Menon et al., 2021).
+    """Return z - tau log pi: balanced predictions of a model trained with plain cross-entropy (Menon et al., 2021).
 
     Args:
         logits: [C], [N, C] or [N, C, d1, ..., dk], floating.

@@ -119,7 +119,7 @@ class NCLLoss(ExpertLossBase):
 
     @torch.no_grad()
     def _hard(self, first: Tensor, target: Tensor, mixed_target: Tensor | None) -> Tensor:
-        """[N, C], whether a class is hard for a sample: the K largest logits of the first expert and the targets."""
+        """Return whether a class is hard for a sample [N, C]: the first expert's K largest logits and the targets."""
         classes = first.shape[1]
         ranked = first.detach().clone()
         for labels in (target, mixed_target):

@@ -99,7 +99,7 @@ class PaCoLoss(ContrastiveLossBase):
         exclude: Tensor | Literal["self"] | None = None,
         key_grad_rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The loss of each query, float16, bfloat16, float32 or float64.
+        """Return the loss of the queries, float16, bfloat16, float32 or float64.
 
         Args:
             query: [N, D]; unit vectors.
@@ -108,7 +108,7 @@ class PaCoLoss(ContrastiveLossBase):
             key_label: [M]; keys of label -1, such as empty slots of a queue, count nowhere.
             logits: [N, C], of the queries' samples.
             exclude: [N], the key that each query leaves out, -1 for none; ``"self"``: key i of query i.
-            key_grad_rows: ``(begin, end)``: the other rows of ``key`` receive no gradient (a queue beside a batch).
+            key_grad_rows: ``(begin, end)``: the other rows of ``key``, such as a queue's, receive no gradient.
 
         Returns:
             0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64). The mean is over the queries that
@@ -161,7 +161,7 @@ class PaCoLoss(ContrastiveLossBase):
         queue_features: Tensor | None = None,
         queue_labels: Tensor | None = None,
     ) -> Tensor:
-        """The published layouts: views of a batch are queries and keys, beside the keys of a queue.
+        """Return the loss in the published layouts: views of a batch are queries and keys, together with a queue.
 
         Args:
             features: [N, V, D]; in PaCo the first view comes from the encoder that is trained, the second from its

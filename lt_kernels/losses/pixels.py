@@ -19,7 +19,7 @@ class PixelSample(NamedTuple):
     position: Tensor  #: int64 [R]: where in [N, H, W], flattened; -1 in the rows of no pixel
 
     def take(self, values: Tensor) -> Tensor:
-        """What ``values``, integers [N, H, W], has at the pixels: [R], -1 in the rows of no pixel."""
+        """Return ``values``, integers [N, H, W], at the pixels: [R], -1 in the rows of no pixel."""
         return values.flatten()[self.position.clamp_min(0)].masked_fill(self.position < 0, -1)
 
 
@@ -34,7 +34,7 @@ def sample_pixels(
 ) -> PixelSample:
     """Draw pixels of every class, for the contrastive part of a segmentation loss.
 
-    Of each class up to ``per_class`` pixels of the batch are drawn at random, without replacement; a class with fewer
+    Up to ``per_class`` pixels of each class in the batch are drawn at random, without replacement; a class with fewer
     gives all it has. The result has ``num_classes * per_class`` rows whatever the batch holds, so that nothing waits
     for a GPU; rows of no pixel have label -1, which the losses and queues of this package leave out.
 

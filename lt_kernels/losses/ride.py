@@ -92,7 +92,7 @@ class RIDELoss(ExpertLossBase):
         }
 
     def keywords(self) -> dict[str, Any]:
-        """Class tensors and options, as keywords of ``expert_cross_entropy``; the logits contain the scale."""
+        """Return class tensors and options as keywords of ``expert_cross_entropy``; the logits contain the scale."""
         return {**super().keywords(), "scale": 1.0}
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:

@@ -30,8 +30,8 @@ class SADELoss(ExpertLossBase):
 
         loss = CE(z_0, y) + CE(z_1 + log(pi + eps), y) + CE(z_2 + log(pi + eps) - tau log(pi_rev + eps), y)
 
-    pi_rev are the same priors with their ranks reversed: the largest class has the prior of the smallest. Of classes
-    with equal counts the first in order ranks lower, so that even they may get different pi_rev. Sets ``class_bias``,
+    pi_rev are the same priors with their ranks reversed: the largest class has the prior of the smallest. The first
+    of several classes with equal counts ranks lower, so that even they may get different pi_rev. Sets ``class_bias``,
     float32 [3, C]. At test time weigh the experts by [`fit_expert_weights`][lt_kernels.losses.fit_expert_weights], or
     equally, in [`expert_fusion`][lt_kernels.functional.expert_fusion].
 
@@ -98,7 +98,7 @@ def fit_expert_weights(
     min_weight: float = 0.05,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Weights of experts, fitted to unlabelled test data of an unknown class distribution.
+    """Fit weights of experts to unlabelled test data of an unknown class distribution.
 
     SADE's test-time aggregation (Zhang et al., NeurIPS 2022): weights w = softmax(a), with a equal for all experts at
     first, such that two augmented views of a sample get similar predictions,
@@ -113,7 +113,7 @@ def fit_expert_weights(
 
     Args:
         view1_logits: the experts' logits of one view, [E, N, C] or a list of E [N, C].
-        view2_logits: those of the other view.
+        view2_logits: the same for the other view.
         epochs: passes over the samples.
         batch_size: samples per step; the last batch may be smaller.
         lr: of SGD.

@@ -66,7 +66,7 @@ class SupConLoss(nn.Module):
         self.normalize = check_flag("normalize", normalize)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The loss of ``features``, float16, bfloat16, float32 or float64.
+        """Return the loss of ``features``, float16, bfloat16, float32 or float64.
 
         Args:
             features: [N, V, D], V views of N samples; or [N, D].

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
+    """Return whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -25,7 +25,7 @@ def _import_error() -> str | None:
 
 
 def unavailable_reason(device_type: str) -> str | None:
-    """None where Triton kernels can run on tensors of that device type, else the reason why not."""
+    """Return None where Triton kernels can run on tensors of that device type, else the reason why not."""
     reason = _import_error()
     if reason is not None:
         return reason

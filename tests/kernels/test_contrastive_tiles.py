@@ -19,7 +19,7 @@ from lt_kernels.ops.partitioned_logsumexp import arguments as contract
 from lt_kernels.ops.partitioned_logsumexp import reference
 from lt_kernels.ops.partitioned_logsumexp import triton as backend
 from lt_kernels.ops.partitioned_logsumexp.arguments import Arguments, Block
-from lt_kernels.ops.partitioned_logsumexp.triton import launch as table
+from lt_kernels.ops.partitioned_logsumexp.triton.launch import bounds_exponents, is_symmetric
 from lt_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.backends("triton")
@@ -156,7 +156,7 @@ def check_block(
 
 @pytest.fixture(params=["one split", "splits"])
 def splits(request, monkeypatch):
-    forced.contrastive_splits(monkeypatch, 2 if request.param == "splits" else None)
+    forced.splits(monkeypatch, "partitioned_logsumexp", 2 if request.param == "splits" else None)
 
 
 @pytest.mark.usefixtures("splits")
@@ -288,20 +288,20 @@ class TestSmallTiles:
     @pytest.mark.parametrize("scale", [14.0, 30.0, -14.0, 31.0])
     def test_bounded_logits(self, option, scale):
         a = arguments(Sample(20, 32, OPTIONS[option], 4, scale), 17, normalized=True)
-        assert table.bounds_exponents(a) == (abs(scale) <= 30 and a.learned_scale is None)
+        assert bounds_exponents(a) == (abs(scale) <= 30 and a.learned_scale is None)
         check(a)
 
     @pytest.mark.parametrize("normalized", [False, True])
     @pytest.mark.parametrize("option", OPTIONS)
     def test_the_queries_are_the_keys(self, option, normalized):
         a = arguments(Sample(21, 21, OPTIONS[option], 5, 2.0), 17, normalized=normalized, alone=True)
-        assert table.is_symmetric(a) == (a.key_bias is None and a.key_scale is None)
+        assert is_symmetric(a) == (a.key_bias is None and a.key_scale is None)
         check(a)
 
     def test_the_queries_are_the_keys_under_other_labels(self):
         sample = Sample(20, 20, ("self",), 5, 2.0)
         a = arguments(sample, 17, alone=True)._replace(key_label=sample.key_label)
-        assert not table.is_symmetric(a)
+        assert not is_symmetric(a)
         check(a)
         check(arguments(sample, 17, alone=True, begin=3, end=19))
 

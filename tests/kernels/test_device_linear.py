@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _cases.linear import Case
+from _cases.linear import BY_ID, Case
 from _device import (
     DTYPES,
     HALF_AND_SINGLE,
@@ -78,6 +78,11 @@ def check_value_and_gradients(case: Case, mode: str, dtype: torch.dtype, device:
             sample,
             upstream=upstream,
         )
+
+
+@parametrized(case=BY_ID, mode=MODES, dtype=HALF_AND_SINGLE)
+def test_value_and_every_gradient(device: str, case: Case, mode: str, dtype: torch.dtype) -> None:
+    check_value_and_gradients(case, mode, dtype, device)
 
 
 @parametrized(case=REAL, mode=MODES, dtype=DTYPES, reduction=REDUCTIONS)

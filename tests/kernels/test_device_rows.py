@@ -378,3 +378,16 @@ def test_every_element_is_written(device: str, case: Case, reduction: str) -> No
     with poisoned_memory():
         assert_same_bits(step(sample), expected, "poisoned memory")
     assert_same_bits(step(sample), expected, "second run")
+
+
+@parametrized(case=WAYS, dtype=DTYPES)
+def test_every_output(device: str, case: Case, dtype: torch.dtype) -> None:
+    sample = case.sample(dtype, device)
+    output = margin_cross_entropy(
+        sample.input, sample.target, return_prediction=True, return_lse=True, **sample.options
+    )
+    assert torch.equal(output.prediction.cpu(), sample.input.cpu().argmax(1)), "the prediction is not the argmax"
+    assert output.lse.shape == output.prediction.shape
+    assert bool(output.lse.isfinite().all())
+    alone = margin_cross_entropy(sample.input, sample.target, **sample.options)
+    torch.testing.assert_close(output.loss, alone)

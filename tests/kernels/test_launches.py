@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
@@ -14,20 +12,14 @@ pytest.importorskip("triton", reason="the launch tables are those of the Triton 
 import torch
 from torch import Tensor
 
-from lt_kernels.ops._gemm import launch as gemm
+from lt_kernels.ops._gemm import launch as products
+from lt_kernels.ops._rows import triton_experts as common
 from lt_kernels.ops._rows.options import RowOptions
-from lt_kernels.ops._rows.triton_experts import layout_of
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
 from lt_kernels.ops.expert_cross_entropy.triton import launch as expert_rows
-from lt_kernels.ops.expert_divergence import triton as divergence_backend
 from lt_kernels.ops.expert_divergence.triton import launch as divergence
-from lt_kernels.ops.expert_fusion import triton as fusion_backend
-from lt_kernels.ops.expert_fusion.arguments import Arguments as FusionArguments
 from lt_kernels.ops.expert_fusion.triton import launch as fusion
 from lt_kernels.ops.linear_margin_cross_entropy.triton import launch as linear
-from lt_kernels.ops.margin_cross_entropy import triton as margin_backend
-from lt_kernels.ops.margin_cross_entropy.arguments import DIFFERENTIABLE
-from lt_kernels.ops.margin_cross_entropy.arguments import Arguments as RowArguments
 from lt_kernels.ops.margin_cross_entropy.triton import launch as margin
 from lt_kernels.ops.partitioned_logsumexp import arguments as contract
 from lt_kernels.ops.partitioned_logsumexp.arguments import Arguments as ContrastiveArguments
@@ -137,64 +129,6 @@ def test_class_vector_gradients_are_split_into_a_bounded_number_of_programs(bloc
     assert programs * class_tiles <= max(margin.PARTIAL_PROGRAMS, class_tiles)
 
 
-class Stub:
-    """Stand in for a kernel: keep the grids that it is launched on."""
-
-    def __init__(self, kernel: object, grids: list[tuple[int, ...]]) -> None:
-        self.arg_names, self.grids = kernel.arg_names, grids
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        self.grids.append(grid)
-        return lambda *args, **named: None
-
-
-@pytest.fixture
-def grids(monkeypatch):
-    """The grids of every launch; no kernel runs."""
-    found: list[tuple[int, ...]] = []
-    for name, module in list(sys.modules.items()):
-        if re.match(r"lt_kernels\.ops\.\w+\.triton\.", name):
-            for each, kernel in list(vars(module).items()):
-                if each.endswith("_kernel"):
-                    monkeypatch.setattr(module, each, Stub(kernel, found))
-    return found
-
-
-def fits_a_device(grid: tuple[int, ...]) -> bool:
-    return grid[0] < 2**31 and all(0 < size <= 65535 for size in grid[1:])
-
-
-@pytest.mark.parametrize("classes", [1_048_560, 1_048_561, 2_097_153, 2**27])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("needs", [("input",), ("input", "class_bias"), ("input", "target")])
-def test_rows_of_very_many_classes_fit_a_grid(classes, transposed, needs, grids):
-    """A grid of a GPU has at most 65,535 programs along its second dimension."""
-    n = 256
-    x = torch.empty(classes, n, device="meta").T if transposed else torch.empty(n, classes, device="meta")
-    target = torch.empty(n, 1, dtype=torch.int64, device="meta")
-    if "target" in needs:
-        target = torch.empty_like(x).unsqueeze(2)
-    options = RowOptions.plain(target)._replace(class_bias=torch.empty(classes, device="meta"))
-    a = RowArguments(x.unsqueeze(2), options)
-    margin_backend.forward(a, False, True)
-    rest = torch.empty(2, n, 1, device="meta")
-    margin_backend.backward(torch.empty((), device="meta"), None, rest, a, [name in needs for name in DIFFERENTIABLE])
-    assert len(grids) >= 2
-    assert all(fits_a_device(grid) for grid in grids), grids
-
-
-@pytest.mark.parametrize("experts", [1, 3, 9, 65])
-@pytest.mark.parametrize("classes", [8_388_609, 2**26])
-def test_experts_of_very_many_classes_fit_a_grid(classes, experts, grids):
-    logits = [torch.empty(experts, 2, classes, dtype=torch.bfloat16, device="meta")]
-    saved, grad = torch.empty(3 * experts + 2, 2, device="meta"), torch.empty(experts, 2, device="meta")
-    divergence_backend.forward(logits, None, "to_mean")
-    divergence_backend.backward(grad, saved, logits, None, "to_mean", False)
-    fusion_backend.forward(FusionArguments(logits, None, None, None, [1.0] * experts, 1.0), 1, False)
-    assert len(grids) >= 3
-    assert all(fits_a_device(grid) for grid in grids), grids
-
-
 # ------------------------------------------------------------------------------------------ linear_margin_cross_entropy
 
 
@@ -208,10 +142,10 @@ def test_linear_tiles_are_possible(width, architecture):
                 for size in (launch.block_n, launch.block_c, launch.num_warps):
                     assert size & (size - 1) == 0
                 assert min(launch.block_n, launch.block_c) >= 16
-                assert gemm.PADDING % launch.block_n == 0
+                assert products.PADDING % launch.block_n == 0
             for launch in (launches.forward, launches.grad_input):  # what the pipeline and the resident block take
                 vectors = launch.block_c * max(launch.num_stages - 1, 1)
-                assert vectors * gemm.block_d(width) * itemsize <= SHARED[architecture] * 1024
+                assert vectors * products.block_d(width) * itemsize <= SHARED[architecture] * 1024
 
 
 def test_more_linear_features_than_the_table_has_are_refused():
@@ -224,7 +158,7 @@ def test_more_linear_features_than_the_table_has_are_refused():
 def test_splits_cover_the_tiles(tiles, blocks):
     for together in (1, 2):
         for most in (1, 64):
-            per_split = gemm.tiles_per_split(blocks, tiles, together, most)
+            per_split = products.tiles_per_split(blocks, tiles, together, most)
             splits = -(-tiles // per_split)
             assert 1 <= splits <= most
             assert (splits - 1) * per_split < tiles <= splits * per_split
@@ -234,13 +168,13 @@ def test_few_rows_fill_the_machine():
     for rows, classes in ((128, 100_000), (256, 8142), (1024, 8142)):
         launch = linear.launches_of(128, 2, False, 0, 90).forward
         blocks, tiles = -(-rows // launch.block_n), -(-classes // launch.block_c)
-        splits = -(-tiles // gemm.tiles_per_split(blocks, tiles, launch.together))
+        splits = -(-tiles // products.tiles_per_split(blocks, tiles, launch.together))
         assert blocks * splits >= 0.9 * min(132, 64 * blocks)
 
 
 def test_partial_gradients_have_a_bound():
-    assert gemm.most_splits(8192 * 128) == 64
-    assert gemm.most_splits(1_000_000 * 256) == 1
+    assert products.most_splits(8192 * 128) == 64
+    assert products.most_splits(1_000_000 * 256) == 1
 
 
 def test_float32_products_are_as_exact_as_those_of_torch():
@@ -248,8 +182,8 @@ def test_float32_products_are_as_exact_as_those_of_torch():
     try:
         for allowed, precision in ((False, "ieee"), (True, "tf32")):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            assert gemm.product_precision(torch.float32) == precision
-            assert gemm.product_precision(torch.bfloat16) == "ieee"
+            assert products.product_precision(torch.float32) == precision
+            assert products.product_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -297,12 +231,12 @@ def test_contrastive_tiles_are_possible(width, architecture):
             for size in (launch.block_n, launch.block_c, launch.num_warps):
                 assert size & (size - 1) == 0
             assert min(launch.block_n, launch.block_c) >= 16
-            assert gemm.PADDING % launch.block_n == gemm.PADDING % launch.block_c == 0
+            assert products.PADDING % launch.block_n == products.PADDING % launch.block_c == 0
             resident, moving = sorted((launch.block_n, launch.block_c), reverse=True)
             vectors = resident + moving * max(launch.num_stages, 1)
             if architecture == 0:  # what is resident is in registers
                 vectors = moving
-            assert vectors * gemm.block_d(width) * itemsize <= SHARED[architecture] * 1024
+            assert vectors * products.block_d(width) * itemsize <= SHARED[architecture] * 1024
 
 
 def test_more_contrastive_features_than_the_table_has_are_refused():
@@ -333,8 +267,8 @@ def test_exponentials_are_relative_to_a_bound_only_where_there_is_one():
 
 
 def test_the_kernels_number_statistics_as_the_contract_does():
-    for name in ("neg_peak", "neg_mass", "pos_peak", "pos_mass", "pos_sum", "num_pos", "neg_slope", "pos_slope"):
-        assert getattr(keys, name.upper()).value == getattr(contract, name.upper())
+    for name in ("NEG_PEAK", "NEG_MASS", "POS_PEAK", "POS_MASS", "POS_SUM", "NUM_POS", "NEG_SLOPE", "POS_SLOPE"):
+        assert getattr(keys, name).value == getattr(contract, name)
 
 
 # -------------------------------------------------------------------------------------------------------------- experts
@@ -459,7 +393,7 @@ def test_groups_are_as_wide_as_the_strides_allow():
     assert room.data_ptr() % 16 == 0
 
     def group(shape: tuple[int, int, int], strides: tuple[int, int, int], offset: int = 0, *outputs: Tensor) -> int:
-        return layout_of([room.as_strided(shape, strides, offset)], *outputs).group
+        return common.layout_of([room.as_strided(shape, strides, offset)], *outputs).group
 
     assert group((3, 4, 8142), (4 * 8142, 8142, 1)) == 8
     assert group((3, 3, 8142), (3 * 8142, 8142, 1)) == 2
@@ -470,5 +404,5 @@ def test_groups_are_as_wide_as_the_strides_allow():
     assert group((3, 4, 8142), (4 * 8142, 8142, 1), 0, torch.zeros(3, 4, 8142)) == 8
     assert group((3, 4, 7000), (4 * 7004, 7004, 1), 0, torch.zeros(4, 7000)) == 4
     experts = [room[e * 33000 :][:32568].view(4, 8142) for e in range(3)]
-    assert layout_of(experts).group == 8
-    assert layout_of(experts).expert_stride == 0
+    assert common.layout_of(experts).group == 8
+    assert common.layout_of(experts).expert_stride == 0

@@ -64,7 +64,7 @@ SHAPES = {
     "2x9 panel": (2, 9, (5, 7)),
     "1x19 panel": (1, 19, (4, 64)),
     "1x150 panel": (1, 150, (130,)),
-    "2x8142 panel": (2, 8142, (33,)),
+    "1x8142 panel": (1, 8142, (9,)),
 }
 HALF_AND_SINGLE = ("fp32", "bf16")
 KINDS = of_backends(

@@ -37,8 +37,8 @@ def each_operator(operators: list[Operator] = OPERATORS) -> Any:
     return pytest.mark.parametrize("operator", operators, ids=lambda operator: operator.name)
 
 
-def grads_of(operator: Operator, sample: Any, factor: float = 1.0) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(factor * operator.loss(sample), list(sample.differentiable.values()))
+def grads_of(operator: Operator, sample: Any, **options: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(operator.loss(sample, **options), list(sample.differentiable.values()))
 
 
 def same_bits(one: Any, other: Any) -> bool:
@@ -92,8 +92,13 @@ def compare_with_eager(operator: Operator, case: Any, device: str, backend: str,
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@of_operators("compiled")
+@of_operators("compiled", [operator for operator in OPERATORS if not operator.products])
 def test_compile_fullgraph(operator, case, backend, device):
+    compare_with_eager(operator, case, device, "aot_eager")
+
+
+@of_operators("compiled", [operator for operator in OPERATORS if operator.products])
+def test_compile_fullgraph_of_products(operator, case, device):
     compare_with_eager(operator, case, device, "aot_eager")
 
 
@@ -163,16 +168,17 @@ def test_transforms_are_refused(operator, backend, device):
 
 @of_operators("cases", DIFFERENTIABLE)
 def test_retained_graphs_and_accumulation(operator, case, backend, device):
-    sample = case.sample(torch.float32, device)
-    leaves = list(sample.differentiable.values())
-    once = [grad.clone() for grad in grads_of(operator, sample)]
-    loss = operator.loss(sample)
-    for factor, total in ((2.0, 2.0), (-0.25, 1.75), (0.0, 1.75)):
-        (factor * loss).backward(retain_graph=factor != 0)
-        for leaf, grad in zip(leaves, once, strict=True):
-            torch.testing.assert_close(leaf.grad, total * grad)
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
+    for options in ({}, operator.per_row) if operator.per_row else ({},):
+        sample = case.sample(torch.float32, device)
+        leaves = list(sample.differentiable.values())
+        once = [grad.clone() for grad in grads_of(operator, sample, **options)]
+        loss = operator.loss(sample, **options)
+        for factor, total in ((2.0, 2.0), (-0.25, 1.75), (0.0, 1.75)):
+            (factor * loss).backward(retain_graph=factor != 0)
+            for leaf, grad in zip(leaves, once, strict=True):
+                torch.testing.assert_close(leaf.grad, total * grad)
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
 
 
 @each_operator(DIFFERENTIABLE)

@@ -65,7 +65,9 @@ def test_wide_rows_in_place(shape, option, dtype, backend, device):
 @pytest.mark.parametrize("option", ["class_bias", "mixed", "vectors"])
 def test_gradients_too_large_for_the_caches_in_place(option, backend, device):
     """Elsewhere the CPU kernels write these past the caches."""
+    few = backend == "reference"  # which has no path of its own for them
     for shape, kind in (((410, 8142, 1), torch.float32), ((100, 65_537, 1), torch.bfloat16)):
+        shape = (4, *shape[1:]) if few else shape
         a = arguments(shape, option, kind, device)
         module = load("margin_cross_entropy", backend)
         expected = module.forward(a, False, True)

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases.contrastive import vectors
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import lt_kernels
@@ -17,6 +15,9 @@ from lt_kernels.functional import (
     margin_cross_entropy,
     partitioned_logsumexp,
 )
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 CPU_BACKENDS = ("reference", "native")
 linear_shapes = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 40))

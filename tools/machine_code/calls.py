@@ -38,6 +38,7 @@ class Work(NamedTuple):
     logits: int
     trips: int = 1  # how often its loops run for these logits
     one_trip: bool = False  # count the instructions of one trip round the loop only
+    wide: bool = True  # moves 16 bytes at a time if the configuration allows it
 
 
 class Op(NamedTuple):
@@ -204,7 +205,7 @@ def _rows_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
     if kernel.endswith("_tiles_forward_kernel"):
         return Work(a["classes"] * a["BLOCK_K"], triton.cdiv(a["classes"], a["REPEAT"] * a["LANES"]))
     if kernel.endswith("_soft_mass_kernel"):
-        return Work(a["classes"] * a["BLOCK_K"], triton.cdiv(a["classes"], a["BLOCK_C"]))
+        return Work(a["classes"] * a["BLOCK_K"], triton.cdiv(a["classes"], a["BLOCK_C"]), wide=False)
     if kernel.endswith("_tiles_backward_kernel"):
         return Work(a["blocks_per_program"] * a["BLOCK_C"] * a["BLOCK_K"], a["blocks_per_program"])
     return None

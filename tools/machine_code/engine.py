@@ -177,7 +177,7 @@ class Task:
 
     def _wide(self) -> tuple[str, ...]:
         """Return which accesses move 16 bytes at a time."""
-        if self.work is None or not getattr(self.config, "wide", self.by_target):
+        if self.work is None or not (self.work.wide and getattr(self.config, "wide", self.by_target)):
             return ()
         if self.by_target:
             return ("loads",) if self.key.kernel.endswith("_forward_kernel") else ("loads", "stores")
@@ -371,7 +371,7 @@ def main() -> int:
         if why in (ledger.NEW, ledger.CHANGED):
             print(f"  {why}: {chosen[index].key.case}, {chosen[index].key.kernel}")
     if options.write:
-        write({**committed, **rows}, options.tables)
+        write({**read_tables(options.tables), **rows}, options.tables)
     elif options.check:
         problems += check(rows, committed, options)
     for problem in problems:

@@ -4,7 +4,7 @@ Each row (for CUDA: each source file and architecture) carries a seal, a hash ov
 and over the numbers recorded for it. A row whose seal fits was compiled from the same kernel, configuration and
 compiler when it was written, and its numbers have not been edited since: a run may take it from the table. The
 committed table is thus the record of the last verified revision. A seal can be forged on purpose, so every run also
-compiles one twentieth of the other rows, a different one at each commit.
+compiles one twentieth of the other rows. The number of commits chooses it: twenty successive commits check every row.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def current_turn(root: Path = ROOT) -> int:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     whole = git("rev-parse", "--is-shallow-repository") == "false"
-    commits = git("rev-list", "--count", "HEAD") if whole else ""
+    commits = git("rev-list", "--count", "--first-parent", "HEAD") if whole else ""
     return (int(commits) if commits else int(time.time() // 86400)) % TURNS
 
 

@@ -24,9 +24,11 @@ compiled ahead of time with Triton {triton} and not run: this needs no GPU. Noth
 
 `make aot` holds every row to its limits, but does not compile every row. Each row carries a seal: a hash of the kernel
 with everything it calls, its specialised arguments, the compiler's version and options, and the recorded numbers. A
-check compiles the rows whose seal does not fit, and one twentieth of the others. The twentieth changes with every
-commit, so a forged seal is found after twenty commits at the latest. `--all` compiles every row. A check prints how
-many rows it compiled, how many it took from the table, and why.
+check compiles the rows whose seal does not fit, and one twentieth of the others. The number of commits chooses the
+twentieth, so twenty successive commits check every row, and find a forged seal. `--all` compiles every row. A check
+prints how many rows it compiled, how many it took from the table, and why.
+
+After a change of a kernel, `python -m tools.machine_code --write` compiles the rows that it concerns and rewrites them.
 
 One rule is checked on the compiled code and not recorded. The tiles kernel passes a row's sums through the memory of
 the log-sum-exp. A barrier must stand between the loads of these sums and the store of the result.
@@ -116,26 +118,23 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> str:
     """Return the tables as Markdown."""
     import triton
 
-    losses = tables["expert_cross_entropy"]
-    logits = [*tables["expert_fusion"], *tables["expert_divergence"]]
+    def lines(op: str) -> list[str]:
+        return _lines(op, tables[op])
+
+    losses, budgets = "expert_cross_entropy", {"one_tile": limits.ONE_TILE_BUDGET, "memory": limits.MEMORY_BUDGET}
+    together = {"most": experts_launch.MOST_EXPERTS, "ahead": experts_launch.MOST_AHEAD}
     sections = [
         (_PATHS.format(triton=triton.__version__), _path_lines()),
-        (
-            _CODE.format(one_tile=limits.ONE_TILE_BUDGET, memory=limits.MEMORY_BUDGET),
-            _lines(tables["margin_cross_entropy"]),
-        ),
-        (
-            _LOSSES.format(most=experts_launch.MOST_EXPERTS, ahead=experts_launch.MOST_AHEAD),
-            _with_prediction(_lines(losses), losses),
-        ),
-        (_EXPERTS.format(read=limits.READ_BUDGET), _lines(logits)),
-        (_TILED, _tile_lines(tables["linear_margin_cross_entropy"], "linear, ", counted=False)),
-        (_KEYS, _tile_lines(tables["partitioned_logsumexp"], "keys, ", counted=True)),
+        (_CODE.format(**budgets), lines("margin_cross_entropy")),
+        (_LOSSES.format(**together), _with_prediction(lines(losses), tables[losses])),
+        (_EXPERTS.format(read=limits.READ_BUDGET), [*lines("expert_fusion"), *lines("expert_divergence")[2:]]),
+        (_TILED, _tile_lines("linear_margin_cross_entropy", tables, "linear, ", counted=False)),
+        (_KEYS, _tile_lines("partitioned_logsumexp", tables, "keys, ", counted=True)),
     ]
     return "\n\n".join(f"{prose.strip()}\n\n" + "\n".join(lines) for prose, lines in sections) + "\n"
 
 
-def _lines(rows: list[dict[str, Any]]) -> list[str]:
+def _lines(op: str, rows: list[dict[str, Any]]) -> list[str]:
     """Return a table of kernels that all GPUs launch in the same way."""
     lines = [
         "| case | kernel | warps | registers sm_80 / 90 / 100 / gfx942 | per logit | loads | stores | shared |",
@@ -147,7 +146,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
         moved = (", ".join(f"{n}x{width}" for width, n in sm90[kind].items()) for kind in ("loads", "stores"))
         cells = [
             row["case"],
-            _short(row["kernel"]),
+            _short(row["kernel"], op),
             row["num_warps"],
             registers,
             _per_logit(row),
@@ -169,12 +168,12 @@ def _with_prediction(lines: list[str], rows: list[dict[str, Any]]) -> list[str]:
     return [line + cell for line, cell in zip(lines, cells, strict=True)]
 
 
-def _tile_lines(rows: list[dict[str, Any]], prefix: str, counted: bool) -> list[str]:
+def _tile_lines(op: str, tables: dict[str, list[dict[str, Any]]], prefix: str, counted: bool) -> list[str]:
     """Return a table of kernels that each GPU launches in its own way."""
     heads = ["case", "kernel", *(["per logit"] if counted else []), *TARGETS]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        cells = [row["case"].removeprefix(prefix), _short(row["kernel"]), *([_per_logit(row)] if counted else [])]
+    for row in tables[op]:
+        cells = [row["case"].removeprefix(prefix), _short(row["kernel"], op), *([_per_logit(row)] if counted else [])]
         lines.append(f"| {' | '.join([*cells, *(_tile_cell(row[target]) for target in TARGETS)])} |")
     return lines
 
@@ -183,8 +182,9 @@ def _per_logit(row: dict[str, Any]) -> str:
     return f"{row.get('per_logit', '-')}" + (f" (<= {row['budget']})" if "budget" in row else "")
 
 
-def _short(kernel: str) -> str:
-    return kernel.strip("_").removesuffix("_kernel")
+def _short(kernel: str, op: str) -> str:
+    """Return a kernel's name in the table of an operator."""
+    return kernel.removesuffix("_kernel").removeprefix(f"{op}_")
 
 
 def _tile_cell(code: dict[str, Any]) -> str:

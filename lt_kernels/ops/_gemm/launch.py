@@ -31,7 +31,7 @@ class Launch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
+        """Return keyword arguments of the launch."""
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_C": self.block_c,
@@ -73,8 +73,10 @@ def tiles_of(
 
 @functools.cache
 def tiles_per_split(blocks: int, tiles: int, together: int, most: int = 64) -> int:
-    """Tiles of a split, where each of ``blocks`` programs would have ``tiles``: what takes the fewest rounds of tiles
-    when every multiprocessor has ``together`` programs at a time."""
+    """Return the tiles of a split, if each of ``blocks`` programs would have ``tiles``.
+
+    The number takes the fewest rounds of tiles with ``together`` programs at a time on every multiprocessor.
+    """
 
     def rounds(splits: int) -> int:
         each = triton.cdiv(tiles, splits)
@@ -93,7 +95,7 @@ def architecture_of(device: torch.device) -> int:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """Of the matrix products: float32 as torch's own."""
+    """Return the precision of matrix products: float32 as torch's own."""
     matmul = torch.backends.cuda.matmul
     if dtype != torch.float32:
         return "ieee"
@@ -112,15 +114,15 @@ def readable_rows(x: Tensor) -> Tensor:
 
 
 def most_splits(elements: int) -> int:
-    """As many as partial gradients of that many elements may have."""
+    """Return how many splits partial gradients of so many elements may have."""
     return max(1, min(64, _PARTIAL_BYTES // (4 * elements)))
 
 
 def partial_gradients(splits: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the splits of a [N, D] or [C, D] gradient go: one is the gradient itself."""
+    """Return room for the splits of a [N, D] or [C, D] gradient; a single split is the gradient itself."""
     return like.new_empty((splits, *like.shape), dtype=dtype if splits == 1 else torch.float32)
 
 
 def add_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of the splits, in a fixed order."""
+    """Return the sum of the splits, in a fixed order."""
     return (partial[0] if len(partial) == 1 else partial.sum(0)).to(dtype)

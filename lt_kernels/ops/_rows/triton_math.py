@@ -57,7 +57,7 @@ class Slopes(NamedTuple):
 
 
 class TargetValues(NamedTuple):
-    """What replaces an ordinary column's value in the columns of both targets."""
+    """The values in the columns of both targets, in place of an ordinary column's."""
 
     column_a: Any
     value_a: Any

@@ -248,6 +248,35 @@ def best_of_sum(
     return highest, tl.min(tl.where(same, head + offsets, NO_COLUMN), 0)
 
 
+@triton.jit
+def write_ensemble(
+    loss_ptr,  # [N]
+    prediction_ptr,  # [N] int64
+    logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, sum_edge, edge, edge_mask, rest_mask,
+    mean_a, mean_b, weight_total, plain, mean_scale, GROUP: tl.constexpr, LANES: tl.constexpr, SWEEP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Write the cross-entropy and the prediction of the experts' mean."""
+    peaks, masses, bests, groups_of_bests = sweep_sum(
+        logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, mean_scale, GROUP, LANES,
+        SWEEP, EXPERTS,
+    )  # fmt: skip
+    z_edge = tl.where(edge_mask, affine(sum_edge, mean_scale, None), -INF)
+    z_rest = tl.where(rest_mask, z_edge, -INF)
+    peak = tl.maximum(tl.max(z_rest, 0), tl.max(peaks, 0))
+    masses, _ = rescale_sums(peaks, masses, masses, masses, peak)
+    peak = finite_reference(peak)
+    mass = tl.sum(masses, 0) + tl.sum(fast_exp(z_rest - peak), 0)
+    loss, _ = row_loss(peak, mass, 0.0, mean_a, mean_b, weight_total, 0.0, plain)
+    tl.store(loss_ptr + row, loss)
+    best, column = best_of_sum(
+        logits_ptrs, row, expert_stride, row_stride, head, bests, groups_of_bests, mean_scale, GROUP, EXPERTS
+    )
+    edge_best, edge_column = first_best(z_edge, edge, edge_mask)
+    _, column = merge_best(edge_best, edge_column, best, column)
+    tl.store(prediction_ptr + row, column.to(tl.int64))
+
+
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,24 +387,11 @@ def expert_cross_entropy_forward_kernel(
             dx = body_gradient(exp, exp, slopes, head, offsets, mask, o, scale, WIDE)
             tl.store(grad_body_ptr + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
     if ENSEMBLE:
-        peaks, masses, bests, groups_of_bests = sweep_sum(
-            logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, mean_scale, GROUP, LANES,
-            SWEEP, EXPERTS,
+        write_ensemble(
+            ensemble_loss_ptr, ensemble_prediction_ptr, logits_ptrs, row, expert_stride, row_stride, head,
+            groups, group_a, group_b, sum_edge, edge, edge_mask, rest_mask, mean_a, mean_b, weight_total, plain,
+            mean_scale, GROUP, LANES, SWEEP, EXPERTS,
         )  # fmt: skip
-        z_edge = tl.where(edge_mask, affine(sum_edge, mean_scale, None), -INF)
-        z_rest = tl.where(rest_mask, z_edge, -INF)
-        peak = tl.maximum(tl.max(z_rest, 0), tl.max(peaks, 0))
-        masses, _ = rescale_sums(peaks, masses, masses, masses, peak)
-        peak = finite_reference(peak)
-        mass = tl.sum(masses, 0) + tl.sum(fast_exp(z_rest - peak), 0)
-        loss, _ = row_loss(peak, mass, 0.0, mean_a, mean_b, weight_total, 0.0, plain)
-        tl.store(ensemble_loss_ptr + row, loss)
-        best, column = best_of_sum(
-            logits_ptrs, row, expert_stride, row_stride, head, bests, groups_of_bests, mean_scale, GROUP, EXPERTS
-        )
-        edge_best, edge_column = first_best(z_edge, edge, edge_mask)
-        _, column = merge_best(edge_best, edge_column, best, column)
-        tl.store(ensemble_prediction_ptr + row, column.to(tl.int64))
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------

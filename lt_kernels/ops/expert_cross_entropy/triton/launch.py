@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 @functools.cache
 def experts_launch(classes: int, itemsize: int, group: int, options: int) -> Shape | None:
-    """Of rows that a program keeps in registers; None if it cannot.
+    """Return the launch for rows that a program keeps in registers, None if it cannot.
 
     options: how many need registers of their own; with two of them the rows kernel does better.
     """
@@ -55,7 +55,8 @@ class Part(NamedTuple):
 
 
 def count_options(a: Arguments) -> int:
-    """How many options need registers: what is read for every column beside one prior or bias; two others are one."""
+    """Return how many options need registers: those read for every column besides one prior or bias; two others count
+    as one."""
     o = a.options
     smooth, mixed = o.label_smoothing > 0, o.mixed_target is not None
     two_biases = o.class_bias is not None and a.log_prior is not None
@@ -65,7 +66,7 @@ def count_options(a: Arguments) -> int:
 
 
 def parts_of(a: Arguments, outputs: list[Tensor]) -> list[Part] | None:
-    """The launches of a call; None if the kernel does not take it. outputs: the gradient, if there is one."""
+    """Return the launches of a call, None if the kernel does not take it. outputs: the gradient, if there is one."""
     experts, _, classes = shape_of(a.logits)
     tensors = [*a.logits, *outputs]
     if not all(contiguous_rows(x) for x in tensors) or len({row_stride(x) for x in a.logits}) > 1:

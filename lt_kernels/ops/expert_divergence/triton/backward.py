@@ -20,8 +20,8 @@ def load_row_terms(
     upstream_ptr, saved_ptr, row, rows, upstream_stride_e, upstream_stride_n, EXPERTS: tl.constexpr,
     PAIRWISE: tl.constexpr,
 ):  # fmt: skip
-    """Of a row: each expert's maximum, 1 / sum of exponentials, A and upstream gradient; maximum of the mean, 1 / its
-    sum of exponentials (not used where PAIRWISE)."""
+    """Load each expert's maximum, 1 / sum of exponentials, A and upstream gradient; and the mean's maximum and
+    1 / sum of exponentials (not used where PAIRWISE)."""
     peaks = ()
     inverses = ()
     averages = ()
@@ -38,7 +38,7 @@ def load_row_terms(
 
 @triton.jit
 def compute_gradients(us, terms, PAIRWISE: tl.constexpr, DETACH: tl.constexpr):
-    """Of every expert's u."""
+    """Return the gradients of every expert's u."""
     EXPERTS: tl.constexpr = len(us)
     peaks, inverses, averages, grads, mean_peak, mean_inverse = terms
     vs = ()
@@ -105,7 +105,7 @@ def expert_divergence_backward_kernel(
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
 ):
-    """Programs (row, tile); that of tile 0 also does the edge."""
+    """Compute the gradients of all experts' logits, programs (row, tile); the one of tile 0 also does the edge."""
     EXPERTS: tl.constexpr = len(x_ptrs)
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     tile = tl.program_id(1)

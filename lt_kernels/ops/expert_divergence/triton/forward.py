@@ -28,13 +28,13 @@ from .tiles import add_up, load_exponents, multiply
 
 @triton.jit
 def rescale_factor(before, after):
-    """Of a sum of exponentials relative to ``before``: relative to ``after``, as large at least where it is not 0."""
+    """Return the factor that makes a sum of exponentials relative to ``before`` relative to the larger ``after``."""
     return fast_exp(tl.minimum(finite_reference(before) - finite_reference(after), 0.0))
 
 
 @triton.jit
 def raise_peaks(peaks, masses, sums, mean_peak, mean_mass, to, mean_to, PAIRWISE: tl.constexpr):
-    """The sums relative to the maxima ``to`` and ``mean_to``."""
+    """Return the sums relative to the maxima ``to`` and ``mean_to``."""
     EXPERTS: tl.constexpr = len(peaks)
     moves = ()
     for e in tl.static_range(EXPERTS):
@@ -56,7 +56,7 @@ def raise_peaks(peaks, masses, sums, mean_peak, mean_mass, to, mean_to, PAIRWISE
 
 @triton.jit
 def add_tile(us, peaks, masses, sums, mean_peak, mean_mass, PAIRWISE: tl.constexpr):
-    """Maxima and sums with one tile more."""
+    """Return maxima and sums with one tile more."""
     EXPERTS: tl.constexpr = len(us)
     new_peaks = ()
     for e in tl.static_range(EXPERTS):

@@ -26,27 +26,27 @@ class DivergenceLaunch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """Return keyword arguments of a launch."""
         return {
             "GROUP": self.group, "LANES": 32 * self.num_warps, "REPEAT": self.repeat, "num_warps": self.num_warps,
         }  # fmt: skip
 
 
 def power_of_two(limit: int) -> int:
-    """The largest one up to ``limit``, at least 1."""
+    """Return the largest power of two up to ``limit``, at least 1."""
     return 1 << (max(limit, 1).bit_length() - 1)
 
 
 @functools.cache
 def split_tile(experts: int, group: int) -> tuple[int, int]:
-    """Columns of a group, at most ``group``, and groups of a thread: at most 16 columns."""
+    """Return the columns of a group, at most ``group``, and the groups of a thread: at most 16 columns."""
     group = min(group, power_of_two(PER_THREAD // experts))
     return group, min(power_of_two(PER_THREAD // (experts * group)), max(16 // group, 1))
 
 
 @functools.cache
 def forward_launch(experts: int, rows: int, classes: int, group: int) -> DivergenceLaunch:
-    """Few warps for each row, as their sums are brought together at its end; more where there are few rows."""
+    """Return few warps for each row, as their sums are brought together at its end; more if there are few rows."""
     group, repeat = split_tile(experts, group)
     warps = min(power_of_two(classes // 4096), 8)
     while warps < 8 and rows * warps < _BUSY_WARPS and classes >= 1024 * warps:

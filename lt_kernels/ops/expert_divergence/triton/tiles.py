@@ -12,7 +12,7 @@ from ..._rows.triton_math import INF
 
 @triton.jit
 def load_inverse(temperature_ptr, first, offsets, mask, WIDE: tl.constexpr, AGAIN: tl.constexpr):
-    """1 / t of the columns first + offsets, rounded, and what rounding took from it."""
+    """Return 1 / t of the columns first + offsets, rounded, and what rounding took from it."""
     temperature = load_class_values(temperature_ptr, first, offsets, mask, 1.0, WIDE, AGAIN)
     inverse = tl.div_rn(1.0, temperature)
     return inverse, tl.fma(-inverse, temperature, 1.0) * inverse
@@ -20,13 +20,13 @@ def load_inverse(temperature_ptr, first, offsets, mask, WIDE: tl.constexpr, AGAI
 
 @triton.jit
 def divide(x, inverse, rest):
-    """x / t rounded as a division is, which there is one of for all experts; infinite where x is."""
+    """Return x / t rounded as a division is; infinite where x is. All experts share one division."""
     return tl.fma(x, inverse, tl.clamp(x, -1e20, 1e20) * rest)
 
 
 @triton.jit
 def load_exponents(x_ptrs, begins, first, offsets, mask, temperature_ptr, WIDE: tl.constexpr):
-    """Every expert's u of the columns first + offsets, which it has at begins[e] + offsets; -inf outside the mask."""
+    """Return every expert's u of the columns first + offsets, read at begins[e] + offsets; -inf outside the mask."""
     us = ()
     if temperature_ptr is not None:
         inverse, rest = load_inverse(temperature_ptr, first, offsets, mask, WIDE, False)
@@ -48,5 +48,5 @@ def add_up(xs):
 
 @triton.jit
 def multiply(p, difference):
-    """p * difference; 0 where p is 0."""
+    """Return p * difference; 0 where p is 0."""
     return tl.where(p == 0.0, 0.0, p * difference)

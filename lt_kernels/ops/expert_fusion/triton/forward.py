@@ -33,7 +33,7 @@ NAN_KEY = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def add_expert(u, x_ptrs, begins, e: tl.constexpr, offsets, mask, weights, expert_weight_ptr):
-    """u (None: 0) and expert e's share."""
+    """Return u (None: 0) plus expert e's share."""
     x = tl.load(x_ptrs[e] + begins[e] + offsets, mask=mask, other=0.0).to(tl.float32)
     weight = weights[e]
     if expert_weight_ptr is not None:
@@ -46,7 +46,7 @@ def fuse_columns(
     x_ptrs, begins, first, offsets, mask, weights, expert_weight_ptr, class_shift_ptr, scale, HAS_SCALE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """u of the columns first + offsets, which expert e has at begins[e] + offsets; -inf outside the mask."""
+    """Return u of the columns first + offsets, which expert e has at begins[e] + offsets; -inf outside the mask."""
     u = None
     for e in tl.static_range(len(x_ptrs)):
         u = add_expert(u, x_ptrs, begins, e, offsets, mask, weights, expert_weight_ptr)
@@ -66,8 +66,11 @@ def fuse_part(
     row_stride, scale, HAS_SCALE: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """A program's columns, tile by tile, so that registers hold the logits of one at a time, and the edge last: u,
-    columns from the body's begin (the edge: from the row's), masks. Columns before the body."""
+    """Return u, columns and masks of a program's tiles and edge, and the number of columns before the body.
+
+    Tiles come one by one, so that registers hold the logits of one at a time; the edge comes last. Columns count from
+    the body's begin, those of the edge from the row's.
+    """
     part = tl.program_id(1)
     begins, bodies, head, groups = locate_rows(row, expert_stride, row_stride, classes, len(x_ptrs), GROUP)
     scale = load_scale(scale, learned_scale_ptr)
@@ -94,7 +97,7 @@ def fuse_part(
 
 @triton.jit
 def write_part(out_ptr, row, row_stride, values, columns, masks, classes, GROUP: tl.constexpr):
-    """A part's values to out_ptr [N, C]."""
+    """Write a part's values to out_ptr [N, C]."""
     begin, body = locate_row(row, row_stride, classes, GROUP)
     for tile in tl.static_range(len(values)):
         origin = body if tile < len(values) - 1 else begin
@@ -124,7 +127,7 @@ def key_value(key):
 
 @triton.jit
 def lane_places(tile: tl.constexpr, GROUP: tl.constexpr, REPEAT: tl.constexpr):
-    """Of a lane's columns of a body: 0, 1, ... in order, over its tiles."""
+    """Return the places 0, 1, ... of a lane's columns of a body, in order over its tiles."""
     if REPEAT_AXIS == 0:
         repeat = tl.arange(0, REPEAT)[:, None, None]
     else:
@@ -134,8 +137,8 @@ def lane_places(tile: tl.constexpr, GROUP: tl.constexpr, REPEAT: tl.constexpr):
 
 @triton.jit
 def take_largest(keys, edge_keys, edge_columns, first, GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr):
-    """The largest key of the tiles ``keys``, which begin in column ``first``, and of the edge; its first column; the
-    keys without it. Places, not columns, are compared: they are constants."""
+    """Return the largest key of the edge and of the tiles ``keys``, which begin in column ``first``; its first column;
+    and the keys without it. Places, not columns, are compared: they are constants."""
     best = edge_keys
     for tile in tl.static_range(len(keys)):
         best = tl.maximum(best, lane_max(keys[tile]))
@@ -156,7 +159,7 @@ def take_largest(keys, edge_keys, edge_columns, first, GROUP: tl.constexpr, LANE
 
 @triton.jit
 def known_mass(peak, mass):
-    """The sum of exponentials relative to the maximum; NaN where all are -inf, as in log_softmax."""
+    """Return the sum of exponentials relative to the maximum; NaN where all are -inf, as in log_softmax."""
     return tl.where(peak == -INF, float("nan"), mass)
 
 
@@ -245,7 +248,7 @@ def expert_fusion_merge_kernel(
     PARTS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """What expert_fusion_forward_kernel found in the parts of a row, together."""
+    """Merge the results of expert_fusion_forward_kernel for the parts of a row."""
     row = tl.program_id(0).to(tl.int64)
     size = tl.num_programs(0).to(tl.int64) * parts
     part = tl.arange(0, PARTS)
@@ -291,7 +294,7 @@ def expert_fusion_log_probs_kernel(
     REPEAT: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Of one part of a row whose maximum and sum of exponentials are known."""
+    """Write the log-probabilities of one part of a row whose maximum and sum of exponentials are known."""
     row = tl.program_id(0).to(tl.int64)
     us, columns, masks, _ = fuse_part(
         x_ptrs, row, weights, expert_weight_ptr, class_shift_ptr, learned_scale_ptr, classes, part_groups,

@@ -34,7 +34,7 @@ class FusionLaunch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """Return keyword arguments of a launch."""
         named = {"GROUP": self.group, "LANES": 32 * self.num_warps, "REPEAT": self.repeat, "TILES": self.tiles}
         named["num_warps"] = self.num_warps
         return named if torch.version.hip else {**named, "maxnreg": _REGISTERS}

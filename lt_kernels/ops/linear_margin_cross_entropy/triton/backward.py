@@ -33,10 +33,10 @@ from .tiles import common_arguments, launches_for, load_class_vectors, load_targ
 
 #: Rows and classes of a tile of linear_margin_cross_entropy_target_sums_kernel.
 _TARGET_SUMS = (128, 32)
-#: Rows of the terms. Of every row: the maximum, slope, smooth, and the gradient of the scale without the products.
+#: The terms of every row: the maximum, slope, smooth, and the gradient of the scale without the products.
 PEAK, SLOPE, SMOOTH, TO_SCALE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-#: Of each target: the gradient of class_scale_y x_y over the scale, the gradient of class_bias without it, and the
-#: gradient of margin_y over the scale.
+#: The terms of each target: the gradient of class_scale_y x_y over the scale, the gradient of class_bias without it,
+#: and the gradient of margin_y over the scale.
 THROUGH, TO_BIAS, TO_MARGIN = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 SLOT_TERMS = tl.constexpr(3)  # from one target's to the other's
 
@@ -369,8 +369,10 @@ def backward(
     inverse_norm: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of ``DIFFERENTIABLE``; [0] where not needed. linear_weight's is that through the products alone: of
-    what ``inverse_norm`` owes to it the caller takes care. Upstream: 0-dim or [N, 1]."""
+    """Return the gradients of ``DIFFERENTIABLE``; [0] where not needed. Upstream gradients are 0-dim or [N, 1].
+
+    linear_weight's gradient is the one through the products alone: the caller adds the part through ``inverse_norm``.
+    """
     n, classes = a.input.shape[0], a.classes
     sources = [a.input, a.linear_weight, a.linear_bias, *(getattr(a.options, name) for name in DIFFERENTIABLE[3:])]
     needs = [need and name != "target" for need, name in zip(needs, DIFFERENTIABLE, strict=True)]
@@ -416,7 +418,7 @@ def backward(
 def _class_gradients(
     a: Arguments, needs: list[bool], grads: list[Tensor], arguments: dict[str, Any], launch: Launch
 ) -> None:
-    """Everything but the gradient of the input, into ``grads``."""
+    """Put every gradient except the input's into ``grads``."""
     n, classes, rest = a.input.shape[0], a.classes, arguments["rest_ptr"]
     _, need_weight, need_linear, _, need_bias, need_scale, need_margin, need_learned = needs
     product = need_scale or need_learned

@@ -5,7 +5,7 @@ Bytes per logit (b = itemsize), without class vectors and scalars: 2b.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,16 @@ from ..._triton import launch_with
 from ..arguments import DIFFERENTIABLE, Arguments
 from . import launch as table
 from .launch import Layout, in_place, layout_of, readable
+
+
+class TileVectors(NamedTuple):
+    """The class vectors of a tile's columns."""
+
+    slope_x: Any  # du/dx
+    class_bias: Any  # None if there is none
+    weight: Any
+    class_scale: Any
+
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -278,6 +288,46 @@ def place_terms(values, columns, column_a, column_b, terms_ptr, size, MIXED: tl.
     return tl.where(columns == column_a, tl.load(terms_ptr)[None, :], values)
 
 
+@triton.jit
+def load_tile_vectors(columns, real, o, scale):
+    """Load the class vectors of a tile's columns."""
+    slope_x = scale  # du/dx
+    class_scale = 1.0
+    if o.class_scale_ptr is not None:
+        class_scale = tl.load(o.class_scale_ptr + columns, mask=real, other=1.0)
+        slope_x = scale * class_scale
+    class_bias = None
+    if o.class_bias_ptr is not None:
+        class_bias = tl.load(o.class_bias_ptr + columns, mask=real, other=0.0)
+    weight = 1.0
+    if o.weight_ptr is not None and (o.smooth or o.soft):
+        weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
+    return TileVectors(slope_x, class_bias, weight, class_scale)
+
+
+@triton.jit
+def store_sums(
+    partial_ptr, sum_bias, sum_scale, sum_margin, sum_learned, scale, classes, NEED_BIAS: tl.constexpr,
+    NEED_SCALE: tl.constexpr, NEED_MARGIN: tl.constexpr, NEED_LEARNED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store a program's sums over its rows in the order of their kinds."""
+    NEEDED: tl.constexpr = NEED_BIAS + NEED_SCALE + NEED_MARGIN + NEED_LEARNED
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * NEEDED * classes + column
+    if NEED_BIAS:
+        tl.store(out_ptr, tl.sum(sum_bias, 1), mask=column < classes)
+    if NEED_SCALE:
+        tl.store(out_ptr + NEED_BIAS * classes, scale * tl.sum(sum_scale, 1), mask=column < classes)
+    if NEED_MARGIN:
+        tl.store(out_ptr + (NEED_BIAS + NEED_SCALE) * classes, scale * tl.sum(sum_margin, 1), mask=column < classes)
+    if NEED_LEARNED:
+        tl.store(
+            out_ptr + (NEED_BIAS + NEED_SCALE + NEED_MARGIN) * classes,
+            tl.sum(sum_learned, 1),
+            mask=column < classes,
+        )
+
+
 @triton.jit(do_not_specialize=["rows", "blocks", "blocks_per_program"])
 def margin_cross_entropy_tiles_backward_kernel(
     input_ptr,  # [N, C, K]
@@ -325,16 +375,7 @@ def margin_cross_entropy_tiles_backward_kernel(
     real = columns < classes // ALIGN * ALIGN
     scale = load_scale(o.scale, o.learned_scale_ptr)
     size = tl.cast(rows, tl.int64)
-    slope_x = scale  # du/dx
-    if o.class_scale_ptr is not None:
-        class_scale = tl.load(o.class_scale_ptr + columns, mask=real, other=1.0)
-        slope_x = scale * class_scale
-    class_bias = None
-    if o.class_bias_ptr is not None:
-        class_bias = tl.load(o.class_bias_ptr + columns, mask=real, other=0.0)
-    weight = 1.0
-    if o.weight_ptr is not None and (o.smooth or o.soft):
-        weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
+    slope_x, class_bias, weight, class_scale = load_tile_vectors(columns, real, o, scale)
     sum_bias = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)  # rows are added up at the end: no exchange in the loop
     sum_scale = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     sum_margin = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
@@ -400,20 +441,10 @@ def margin_cross_entropy_tiles_backward_kernel(
                 values = place_terms(values, columns, column_a, column_b, own_ptr + 3 * size, size, MIXED)
             sum_learned += tl.where(mask, values, 0.0)
     if NEEDED > 0:
-        column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        out_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * NEEDED * classes + column
-        if NEED_BIAS:
-            tl.store(out_ptr, tl.sum(sum_bias, 1), mask=column < classes)
-        if NEED_SCALE:
-            tl.store(out_ptr + NEED_BIAS * classes, scale * tl.sum(sum_scale, 1), mask=column < classes)
-        if NEED_MARGIN:
-            tl.store(out_ptr + (NEED_BIAS + NEED_SCALE) * classes, scale * tl.sum(sum_margin, 1), mask=column < classes)
-        if NEED_LEARNED:
-            tl.store(
-                out_ptr + (NEED_BIAS + NEED_SCALE + NEED_MARGIN) * classes,
-                tl.sum(sum_learned, 1),
-                mask=column < classes,
-            )
+        store_sums(
+            partial_ptr, sum_bias, sum_scale, sum_margin, sum_learned, scale, classes, NEED_BIAS, NEED_SCALE,
+            NEED_MARGIN, NEED_LEARNED, BLOCK_C,
+        )  # fmt: skip
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ registers up to 32,768 classes; beyond, its second read should hit L2.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -69,6 +69,16 @@ from ..arguments import Arguments
 from . import launch as table
 from .backward import launch_rows_backward
 from .launch import Layout, in_place, layout_of, readable
+
+
+class BodyTile(NamedTuple):
+    """A row's body as one tile."""
+
+    offsets: Any
+    mask: Any
+    e: Any  # exp(u - peak)
+    q: Any  # soft weights, where the options are soft
+
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
@@ -212,6 +222,55 @@ def margin_cross_entropy_rows_statistics_kernel(
 
 
 @triton.jit
+def sum_one_tile(
+    body_ptr, q_body, head, groups, group_a, group_b, edge_peak, smooth_share, o, scale, PREDICT: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """Return the statistics of a body that is one tile, relative to the maximum of body and edge, and the tile."""
+    WIDE: tl.constexpr = GROUP >= 4
+    group, inside, offsets, mask = body_tile(0, groups, group_a, group_b, GROUP, LANES, REPEAT)
+    x = tl.load(body_ptr + offsets, mask=mask, other=-INF).to(tl.float32)
+    u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
+    peak = finite_reference(tl.maximum(edge_peak, tl.max(tl.max(tl.max(u, 2), 0), 0)))
+    e = fast_exp(u - peak)
+    mass = tl.sum(lane_sum(e), 0)
+    weighted, visited, q = 0.0, 0.0, e
+    if o.soft:
+        q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
+        visited = tl.sum(lane_sum(q), 0)
+        weighted = tl.sum(lane_sum(tl.where(mask, q * (u - peak), 0.0)), 0)
+    elif o.smooth:
+        weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, o, WIDE)), 0)
+    best, column = peak, head  # not used
+    if PREDICT:
+        bests, groups_of_bests = best_groups(x, group, inside)
+        best, column = best_of_lanes(body_ptr, head, bests, groups_of_bests, GROUP)
+    return Statistics(peak, mass, weighted, visited, best, column), BodyTile(offsets, mask, e, q)
+
+
+@triton.jit
+def finish_row(
+    peak, mass, weighted, visited, u_edge, q_row, edge, edge_mask, rest_mask, a, b, factor, weight_total, smooth_share,
+    o,
+):  # fmt: skip
+    """Add the edge to the body's sums. Return them, the edge's exponentials and soft weights, loss and log-sum-exp."""
+    e_edge = fast_exp(tl.where(rest_mask, u_edge, -INF) - peak)
+    mass += tl.sum(e_edge, 0)
+    q_edge = e_edge
+    if o.soft:
+        q_edge = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
+        visited += tl.sum(q_edge, 0)
+        weighted += tl.sum(tl.where(edge_mask, q_edge * (u_edge - peak), 0.0), 0)
+        log_mass = tl.log(mass)
+        loss, lse = factor * (visited * log_mass - weighted), peak + log_mass
+    else:
+        if o.smooth:
+            weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, o, False), 0)
+        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
+    return mass, visited, e_edge, q_edge, loss, lse
+
+
+@triton.jit
 def write_body_gradient(
     body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share, o,
     scale, GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr,
@@ -270,7 +329,6 @@ def margin_cross_entropy_rows_forward_kernel(
     BODY: one "tile" that stays in registers; a "loop" over tiles, twice if there is a gradient; or "parts", which
     margin_cross_entropy_rows_statistics_kernel has summed. IN_PLACE: grad_ptr is input_ptr.
     """
-    WIDE: tl.constexpr = GROUP >= 4
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
     PREDICT: tl.constexpr = prediction_ptr is not None
     rows = tl.num_programs(0)
@@ -291,9 +349,10 @@ def margin_cross_entropy_rows_forward_kernel(
         q_aligned, _, _ = split_groups(q_offset, classes, GROUP)
         q_body = o.target_ptr + q_aligned
         factor = load_factor(o)
-        a, b = factor, factor  # not used
+        a, b, weight_total = factor, factor, factor  # not used
     else:
         weight_total = load_weight_total(o, classes)
+        factor = weight_total  # not used
         a, b = load_slots(row_ptr, row, o, scale, classes, 1, ignore_index)
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
 
@@ -308,24 +367,11 @@ def margin_cross_entropy_rows_forward_kernel(
     peak = tl.max(tl.where(rest_mask, u_edge, -INF), 0)
 
     if BODY == "tile":
-        group, inside, offsets, mask = body_tile(0, groups, group_a, group_b, GROUP, LANES, REPEAT)
-        x = tl.load(body_ptr + offsets, mask=mask, other=-INF).to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
-        peak = finite_reference(tl.maximum(peak, tl.max(tl.max(tl.max(u, 2), 0), 0)))
-        e = fast_exp(u - peak)
-        mass = tl.sum(lane_sum(e), 0)
-        weighted = 0.0
-        visited = 0.0
-        q = e
-        if o.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
-            visited = tl.sum(lane_sum(q), 0)
-            weighted = tl.sum(lane_sum(tl.where(mask, q * (u - peak), 0.0)), 0)
-        elif o.smooth:
-            weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, o, WIDE)), 0)
-        if PREDICT:
-            bests, groups_of_bests = best_groups(x, group, inside)
-            best, prediction = best_of_lanes(body_ptr, head, bests, groups_of_bests, GROUP)
+        found, tile = sum_one_tile(
+            body_ptr, q_body, head, groups, group_a, group_b, peak, smooth_share, o, scale, PREDICT, GROUP, LANES,
+            REPEAT,
+        )  # fmt: skip
+        peak, mass, weighted = found.peak, found.mass, found.weighted
     else:
         if BODY == "loop":
             found = sum_body(
@@ -334,30 +380,20 @@ def margin_cross_entropy_rows_forward_kernel(
             )  # fmt: skip
         else:
             found = merge_parts(partial_ptr, partial_column_ptr, row, rows, parts, PREDICT, o.soft or o.smooth, PARTS)
-        visited, best, prediction = found.visited, found.best, found.column
         peak = tl.maximum(peak, found.peak)
-        mass, weighted = rescale_sums(found.peak, found.mass, found.weighted, visited, peak)
+        mass, weighted = rescale_sums(found.peak, found.mass, found.weighted, found.visited, peak)
         peak = finite_reference(peak)
     if PREDICT:
         edge_best, edge_column = first_best(x_edge, edge, edge_mask)
-        _, prediction = merge_best(edge_best, edge_column, best, prediction)
+        _, prediction = merge_best(edge_best, edge_column, found.best, found.column)
         tl.store(prediction_ptr + row, prediction.to(tl.int64))
 
-    e_edge = fast_exp(tl.where(rest_mask, u_edge, -INF) - peak)
-    mass += tl.sum(e_edge, 0)
-    q_edge = e_edge
-    if o.soft:
-        q_edge = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
-        visited += tl.sum(q_edge, 0)
-        weighted += tl.sum(tl.where(edge_mask, q_edge * (u_edge - peak), 0.0), 0)
-        log_mass = tl.log(mass)
-        loss, lse = factor * (visited * log_mass - weighted), peak + log_mass
-        if soft_mass_ptr is not None:
-            tl.store(soft_mass_ptr + row, visited)
-    else:
-        if o.smooth:
-            weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, o, False), 0)
-        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
+    mass, visited, e_edge, q_edge, loss, lse = finish_row(
+        peak, mass, weighted, found.visited, u_edge, q_row, edge, edge_mask, rest_mask, a, b, factor, weight_total,
+        smooth_share, o,
+    )  # fmt: skip
+    if o.soft and soft_mass_ptr is not None:
+        tl.store(soft_mass_ptr + row, visited)
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
     tl.store(rest_ptr + row, peak)
@@ -375,8 +411,8 @@ def margin_cross_entropy_rows_forward_kernel(
         dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge, edge_mask, o, scale)
         tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
         if BODY == "tile":
-            dx = body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE)
-            tl.store(grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
+            dx = body_gradient(tile.e, tile.q, slopes, head, tile.offsets, tile.mask, o, scale, GROUP >= 4)
+            tl.store(grad_ptr + grad_aligned + tile.offsets, dx.to(grad_ptr.dtype.element_ty), mask=tile.mask)
         else:
             write_body_gradient(
                 body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share,
@@ -392,52 +428,14 @@ def tile_columns(begin, REPEAT: tl.constexpr, LANES: tl.constexpr):
     return repeat_lanes(begin, REPEAT, LANES)[:, :, None]
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
-def margin_cross_entropy_tiles_forward_kernel(
-    input_ptr,  # [N, C, K]
-    o,  # KernelOptions
-    loss_ptr,  # [N, K]
-    lse_ptr,  # [N, K]
-    prediction_ptr,  # [N, K] int64
-    rest_ptr,  # [2, N, K]
-    grad_ptr,  # [N, C, K]
-    rows,
-    classes,
-    positions,
-    input_stride_n,
-    input_stride_c,
-    input_stride_k,
-    target_stride_n,
-    target_stride_c,
-    target_stride_k,
-    grad_stride_n,
-    grad_stride_c,
-    grad_stride_k,
-    ignore_index,
-    REPEAT: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Compute the results of BLOCK_K rows, visited in tiles [REPEAT, LANES, BLOCK_K].
-
-    REPEAT is inside one thread where positions are contiguous. Sums over tiles are kept per lane, so that the loop has
-    no exchange between threads.
-    """
+@triton.jit
+def sum_tiles(
+    tile_ptr, q_ptr, a, b, inside, classes, input_stride_c, target_stride_c, smooth_share, o, scale,
+    PREDICT: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the statistics of BLOCK_K rows over all tiles, and the lanes' largest logits."""
     BLOCK_C: tl.constexpr = REPEAT * LANES
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
-    n, k, inside, row = block_rows(tl.program_id(0), positions, BLOCK_K)
-    row_ptr = input_ptr + n * input_stride_n + tl.minimum(k, positions - 1) * input_stride_k
-    tile_ptr = input_ptr + n * input_stride_n + k[None, None, :] * input_stride_k
-    q_ptr = o.target_ptr
-    scale = load_scale(o.scale, o.learned_scale_ptr)
-    smooth_share = o.label_smoothing / classes
-    if o.soft:
-        q_ptr = o.target_ptr + n * target_stride_n + k[None, None, :] * target_stride_k
-        factor = load_factor(o)
-    else:
-        weight_total = load_weight_total(o, classes)
-        a, b = load_slots(row_ptr, row, o, scale, classes, input_stride_c, ignore_index)
-
     peaks = tl.full([LANES, BLOCK_K], -INF, tl.float32)
     masses = tl.zeros([LANES, BLOCK_K], tl.float32)
     weighteds = tl.zeros([LANES, BLOCK_K], tl.float32)
@@ -471,7 +469,7 @@ def margin_cross_entropy_tiles_forward_kernel(
             weighteds += tl.sum(weigh(z, 0, columns, counted, o, False), REPEAT_AXIS)
             ones = tl.full(x.shape, 1.0, tl.float32)
             visiteds += tl.sum(weigh(ones, 0, columns, counted, o, False), REPEAT_AXIS)
-        if prediction_ptr is not None:
+        if PREDICT:
             tile_bests = largest(x, REPEAT_AXIS)  # what is masked is -inf, and no earlier column
             has_it = same_number(x, tl.expand_dims(tile_bests, REPEAT_AXIS))
             first = tl.min(tl.where(has_it, columns, NO_COLUMN), REPEAT_AXIS)
@@ -479,7 +477,98 @@ def margin_cross_entropy_tiles_forward_kernel(
     peak = tl.max(peaks, 0)
     masses, weighteds = rescale_sums(peaks, masses, weighteds, visiteds, peak[None, :])
     peak = finite_reference(peak)
-    mass, weighted, visited = tl.sum(masses, 0), tl.sum(weighteds, 0), tl.sum(visiteds, 0)
+    return (
+        Statistics(peak, tl.sum(masses, 0), tl.sum(weighteds, 0), tl.sum(visiteds, 0), None, best_columns),
+        bests,
+    )
+
+
+@triton.jit
+def write_tiles_gradient(
+    tile_ptr, q_ptr, grad_tile_ptr, inside, classes, input_stride_c, target_stride_c, grad_stride_c, peak, slope,
+    smooth, targets, smooth_share, o, scale, REPEAT: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of BLOCK_K rows."""
+    BLOCK_C: tl.constexpr = REPEAT * LANES
+    tiles = (classes + (BLOCK_C - 1)) // BLOCK_C
+    for visit in range(tiles):  # last tile first: it was read last, so it is in the cache if anything is
+        columns = tile_columns((tiles - 1 - visit) * BLOCK_C, REPEAT, LANES)
+        real = columns < classes
+        mask = real & inside[None, None, :]
+        offsets = columns.to(tl.int64) * input_stride_c
+        x = tl.load(tile_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_first").to(tl.float32)
+        u = shift_logits(x, 0, columns, real, o, scale, False)
+        e = fast_exp(u - peak[None, None, :])
+        q = e
+        if o.soft:
+            q_offsets = columns.to(tl.int64) * target_stride_c
+            q = load_soft_weights(q_ptr, q_offsets, 0, columns, mask, smooth_share, o, False)
+        du = ordinary_gradient(e, slope[None, None, :], smooth, q, 0, columns, real, o, False)
+        if not o.soft:
+            expanded = TargetValues(
+                targets.column_a[None, None, :],
+                targets.value_a[None, None, :],
+                targets.column_b[None, None, :],
+                targets.value_b[None, None, :],
+            )
+            du = place_targets(columns, du, expanded, o)
+        dx = undo_scale(du, 0, columns, real, o, scale, False)
+        offsets = columns.to(tl.int64) * grad_stride_c
+        tl.store(
+            grad_tile_ptr + offsets, dx.to(grad_tile_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+        )
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def margin_cross_entropy_tiles_forward_kernel(
+    input_ptr,  # [N, C, K]
+    o,  # KernelOptions
+    loss_ptr,  # [N, K]
+    lse_ptr,  # [N, K]
+    prediction_ptr,  # [N, K] int64
+    rest_ptr,  # [2, N, K]
+    grad_ptr,  # [N, C, K]
+    rows,
+    classes,
+    positions,
+    input_stride_n,
+    input_stride_c,
+    input_stride_k,
+    target_stride_n,
+    target_stride_c,
+    target_stride_k,
+    grad_stride_n,
+    grad_stride_c,
+    grad_stride_k,
+    ignore_index,
+    REPEAT: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute the results of BLOCK_K rows, visited in tiles [REPEAT, LANES, BLOCK_K].
+
+    REPEAT is inside one thread where positions are contiguous. Sums over tiles are kept per lane, so that the loop has
+    no exchange between threads.
+    """
+    n, k, inside, row = block_rows(tl.program_id(0), positions, BLOCK_K)
+    row_ptr = input_ptr + n * input_stride_n + tl.minimum(k, positions - 1) * input_stride_k
+    tile_ptr = input_ptr + n * input_stride_n + k[None, None, :] * input_stride_k
+    q_ptr = o.target_ptr
+    scale = load_scale(o.scale, o.learned_scale_ptr)
+    smooth_share = o.label_smoothing / classes
+    if o.soft:
+        q_ptr = o.target_ptr + n * target_stride_n + k[None, None, :] * target_stride_k
+        factor = load_factor(o)
+        a, b = factor, factor  # not used
+    else:
+        weight_total = load_weight_total(o, classes)
+        a, b = load_slots(row_ptr, row, o, scale, classes, input_stride_c, ignore_index)
+
+    found, bests = sum_tiles(
+        tile_ptr, q_ptr, a, b, inside, classes, input_stride_c, target_stride_c, smooth_share, o, scale,
+        prediction_ptr is not None, REPEAT, LANES, BLOCK_K,
+    )  # fmt: skip
+    peak, mass, weighted, visited = found.peak, found.mass, found.weighted, found.visited
 
     # Every thread of a column of lanes has its rows' sums. By way of memory they reach one thread per row, so that the
     # rows' arithmetic is done once (it is most of the work where classes are few). From the barrier on, each thread
@@ -504,44 +593,21 @@ def margin_cross_entropy_tiles_forward_kernel(
     tl.store(lse_ptr + row, lse, mask=inside)
     if prediction_ptr is not None:
         best = largest(bests, 0)
-        best_columns = tl.where(same_number(bests, best[None, :]), best_columns, NO_COLUMN)
+        best_columns = tl.where(same_number(bests, best[None, :]), found.column, NO_COLUMN)
         tl.store(prediction_ptr + row, tl.min(best_columns, 0).to(tl.int64), mask=inside)
 
     if grad_ptr is not None:
         grad_tile_ptr = grad_ptr + n * grad_stride_n + k[None, None, :] * grad_stride_k
         if o.soft:
-            slope, smooth = factor * visited / mass, factor
+            slope, smooth, targets = factor * visited / mass, factor, factor
         else:
             slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
             slope, smooth = slopes.slope, slopes.smooth[None, None, :]
             targets = target_gradient(a, b, slopes, o)
-        tiles = (classes + (BLOCK_C - 1)) // BLOCK_C
-        for visit in range(tiles):  # last tile first: it was read last, so it is in the cache if anything is
-            columns = tile_columns((tiles - 1 - visit) * BLOCK_C, REPEAT, LANES)
-            real = columns < classes
-            mask = real & inside[None, None, :]
-            offsets = columns.to(tl.int64) * input_stride_c
-            x = tl.load(tile_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_first").to(tl.float32)
-            u = shift_logits(x, 0, columns, real, o, scale, False)
-            e = fast_exp(u - peak[None, None, :])
-            q = e
-            if o.soft:
-                q_offsets = columns.to(tl.int64) * target_stride_c
-                q = load_soft_weights(q_ptr, q_offsets, 0, columns, mask, smooth_share, o, False)
-            du = ordinary_gradient(e, slope[None, None, :], smooth, q, 0, columns, real, o, False)
-            if not o.soft:
-                expanded = TargetValues(
-                    targets.column_a[None, None, :],
-                    targets.value_a[None, None, :],
-                    targets.column_b[None, None, :],
-                    targets.value_b[None, None, :],
-                )
-                du = place_targets(columns, du, expanded, o)
-            dx = undo_scale(du, 0, columns, real, o, scale, False)
-            offsets = columns.to(tl.int64) * grad_stride_c
-            tl.store(
-                grad_tile_ptr + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
-            )
+        write_tiles_gradient(
+            tile_ptr, q_ptr, grad_tile_ptr, inside, classes, input_stride_c, target_stride_c, grad_stride_c, peak,
+            slope, smooth, targets, smooth_share, o, scale, REPEAT, LANES,
+        )  # fmt: skip
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------

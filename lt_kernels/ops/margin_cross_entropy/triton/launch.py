@@ -37,7 +37,7 @@ class TilesLaunch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Keyword arguments of the forward kernel's launch."""
+        """Return keyword arguments of the forward kernel's launch."""
         return {"REPEAT": self.repeat, "LANES": self.lanes, "BLOCK_K": self.block_k, "num_warps": self.num_warps}
 
 
@@ -52,19 +52,19 @@ def group_of(itemsize: int, aligned: bool) -> int:
 
 
 def one_tile(classes: int, group: int, hungry_options: int) -> RowsLaunch | None:
-    """The launch that keeps a row in registers, if it fits."""
+    """Return the launch that keeps a row in registers, None if it does not fit."""
     largest, per_thread = _ONE_TILE[min(hungry_options, 2)]
     block = max(triton.next_power_of_2(max(classes // group, 1)) * group, 512)
     return RowsLaunch("tile", group, *split_tile(block, group, per_thread)) if block <= largest else None
 
 
 def traffic(working_set: float, with_grad: bool) -> float:
-    """How often the bytes of the logits cross the memory bus: read, written, and read again where L2 lost them."""
+    """Return how often the logits' bytes cross the memory bus: read, written, and read again where L2 lost them."""
     return 2 + max(0.0, 1 - L2_BYTES / working_set) if with_grad else 1
 
 
 def rows_body(rows: int, row_bytes: int, with_grad: bool) -> str:
-    """How to visit rows that no program can keep: whole ("loop") or in parts ("parts"), by what they cost in time.
+    """Return how to visit rows that no program can keep, "loop" (whole) or "parts", by their estimated time.
 
     "loop": a program for each row, so time is in whole waves of rows, one row per multiprocessor. The second read of a
     wave's rows comes out of L2 as far as they fit there together: 132 rows of 100,000 bfloat16 logits are 26 MB and do;
@@ -79,10 +79,13 @@ def rows_body(rows: int, row_bytes: int, with_grad: bool) -> str:
 
 
 def loop_warps(row_bytes: int, options: int) -> tuple[int, int | None]:
-    """Warps and registers of a looping program: as few warps as keep the rows of all programs that run together in L2,
-    but no more than fill a multiprocessor. 32 warps leave each thread 64 registers, enough for what is simple. With one
-    or two options more, 16 warps fill one (and are told so: the compiler would rather spill than have a program run
-    alone). With many, arithmetic takes longer than memory anyhow."""
+    """Return the warps of a looping program, and its registers if the compiler is told them.
+
+    Few warps keep the rows of all programs that run together in L2; more fill a multiprocessor. 32 warps leave each
+    thread 64 registers, enough without further options. With one or two options 16 warps fill a multiprocessor; the
+    compiler is told, as it would rather spill than have a program run alone. With many options arithmetic takes longer
+    than memory.
+    """
     if options > 2:
         return 8, 255
     for warps in (8, 16):
@@ -96,8 +99,10 @@ def rows_launch(
     rows: int, classes: int, itemsize: int, aligned: bool, hungry_options: int = 0, options: int = 0,
     with_grad: bool = True, arrays: int = 1,
 ) -> RowsLaunch:  # fmt: skip
-    """Sizes and options alone decide, so that no bit depends on the device. options: how many there are beside
-    class_bias, scale and margin; arrays: how many tensors like the logits are read."""
+    """Return the launch of the rows kernels.
+
+    options: how many there are besides class_bias, scale and margin; arrays: how many tensors like the logits are read.
+    """
     group = group_of(itemsize, aligned)
     launch = one_tile(classes, group, hungry_options)
     if launch is not None:
@@ -113,7 +118,7 @@ def rows_launch(
 
 @functools.cache
 def rows_backward_launch(classes: int, itemsize: int, aligned: bool) -> RowsLaunch:
-    """No reduction, so a row may be split over programs of at most 4096 columns."""
+    """Return the launch of the rows' backward kernel: it has no reduction, so that several programs share a row."""
     group = group_of(itemsize, aligned)
     block = min(max(triton.next_power_of_2(max(classes // group, 1)) * group, 512), 4096)
     while triton.cdiv(classes, block) > MOST_GRID_Y:
@@ -126,8 +131,7 @@ def rows_backward_launch(classes: int, itemsize: int, aligned: bool) -> RowsLaun
 
 @functools.cache
 def tiles_launch(classes: int, positions: int, classes_contiguous: bool, itemsize: int) -> TilesLaunch:
-    """Of the forward kernel: a thread reads 16 bytes along the contiguous axis, and has all its rows' classes but for
-    what other lanes have."""
+    """Return the tiles of the forward kernel: a thread reads 16 bytes along the contiguous axis."""
     vector = 16 // itemsize
     if classes_contiguous and classes <= _TILED_CLASSES:  # a row for each thread
         block_k = min(triton.next_power_of_2(positions), 128)
@@ -149,7 +153,7 @@ def tiles_launch(classes: int, positions: int, classes_contiguous: bool, itemsiz
 
 @functools.cache
 def sums_launch(classes: int, positions: int, classes_contiguous: bool) -> SumsLaunch:
-    """Of the kernels that add up rows or classes: long side along the contiguous axis."""
+    """Return the tiles of the kernels that add up rows or classes, their long side along the contiguous axis."""
     if classes_contiguous:
         block_c = min(triton.next_power_of_2(classes), 1024)
         block_k = min(triton.next_power_of_2(positions), 2048 // block_c)
@@ -162,7 +166,7 @@ def sums_launch(classes: int, positions: int, classes_contiguous: bool) -> SumsL
 
 
 def blocks_per_program(blocks: int, class_tiles: int) -> int:
-    """Blocks of rows that one program of the class vectors' gradients adds up."""
+    """Return how many blocks of rows one program of the class vectors' gradients adds up."""
     return triton.cdiv(blocks, min(blocks, max(1, PARTIAL_PROGRAMS // class_tiles)))
 
 
@@ -181,7 +185,7 @@ class Layout(NamedTuple):
     strides: dict[str, int]
 
     def common_alignment(self, classes: int, itemsize: int) -> int:
-        """Elements, at most 16 bytes of them, that all rows' starts and lengths are multiples of."""
+        """Return the elements, at most 16 bytes of them, that all rows' starts and lengths are multiples of."""
         steps = [stride for name, stride in self.strides.items() if not name.endswith("_c")]
         return math.gcd(16 // itemsize, classes, *steps) if self.classes_contiguous and self.pointers_aligned else 1
 
@@ -196,7 +200,7 @@ class Layout(NamedTuple):
 
 
 def readable(x: Tensor) -> Tensor:
-    """x [N, C, K] itself where its classes or its rows are contiguous, else a contiguous copy."""
+    """Return x [N, C, K] itself if its classes or its rows are contiguous, else a contiguous copy."""
     _, classes, k = x.shape
     row_stride = x.stride(0) if k == 1 else x.stride(2)
     return x if classes == 1 or x.stride(1) == 1 or row_stride == 1 else x.contiguous()

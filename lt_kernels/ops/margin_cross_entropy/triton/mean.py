@@ -1,4 +1,4 @@
-"""Small kernels around the large ones: the coefficient of a mean, and a gradient times the upstream one."""
+"""Small kernels: the coefficient of a mean, and a gradient times the upstream one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def margin_cross_entropy_mean_coefficient_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """Programs (part, which target): total weight of the targets that are not ignored, or its reciprocal."""
+    """Sum the weights of the targets that are not ignored, or take the reciprocal; programs (part, which target)."""
     which = tl.program_id(1)
     if mixed_target_ptr is not None:
         if which == 1:
@@ -51,7 +51,7 @@ def margin_cross_entropy_reciprocal_sum_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """1 / sum of the parts; counts are added up exactly."""
+    """Compute 1 / sum of the parts; counts are added up exactly."""
     which = tl.program_id(0)
     totals = tl.zeros([BLOCK], tl.float32 if WEIGHTED else tl.int64)
     for begin in range(0, parts, BLOCK):
@@ -77,7 +77,7 @@ def margin_cross_entropy_scale_kernel(
 
 
 def scale_gradient_(grad: Tensor, factor: Tensor) -> None:
-    """grad *= factor (0-dim, on the device), reading and writing nothing where it is 1. Any dense ``grad``."""
+    """Multiply any dense ``grad`` by the factor (0-dim, on the device), without touching memory if it is 1."""
     elements, block = grad.numel(), 4096
     with torch.cuda.device_of(grad):
         if elements > 0:
@@ -93,7 +93,7 @@ def mean_coefficient(
     classes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """1 / total weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf where there is none.
+    """Return 1 / total weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf for none.
 
     One launch up to 8192 targets, else two. Targets out of range count as the nearest class.
     """

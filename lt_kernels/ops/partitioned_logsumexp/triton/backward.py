@@ -478,7 +478,7 @@ def backward(block: Block, terms: Tensor, needs: list[bool], out: Tensor | None)
 
 
 def add_sums_of_splits(sums: Tensor | None, need_bias: bool, need_scale: bool, none: Tensor) -> tuple[Tensor, Tensor]:
-    """[splits, kinds, m] -> [m] each, the splits added up in a fixed order."""
+    """Return the sums of each kind [m] of [splits, kinds, m], the splits added up in a fixed order."""
     if sums is None:
         return none, none
     total = sums[0] if len(sums) == 1 else sums.sum(0)
@@ -488,8 +488,10 @@ def add_sums_of_splits(sums: Tensor | None, need_bias: bool, need_scale: bool, n
 
 
 def tiled_backward(a: Arguments, terms: Tensor, needs: list[bool]) -> list[Tensor]:
-    """Gradients of query and key, and the sums over rows of G and of G a z [M], from the terms of ``Block``; [0] where
-    not needed. Where the queries are the keys, theirs is the whole gradient."""
+    """Return the gradients of query and key, and the sums over rows of G and of G a z [M]; [0] where not needed.
+
+    If the queries are the keys, the query's gradient is the whole one. terms: as of ``Block``.
+    """
     n, m = a.query.shape[0], a.keys.shape[0]
     need_query, need_key, need_bias, need_scale = needs
     need_key = need_key and a.key is not None
@@ -525,7 +527,7 @@ def tiled_backward(a: Arguments, terms: Tensor, needs: list[bool]) -> list[Tenso
 
 
 def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str, Any]:
-    """The padded terms, and which columns each block of so many rows leaves out."""
+    """Return the padded terms, and which columns each block of so many rows leaves out."""
     rows = arguments["rows"]
     padded = triton.cdiv(rows, PADDING) * PADDING
     blocks = padded // block
@@ -547,7 +549,7 @@ def pad_terms(arguments: dict[str, Any], terms: Tensor, block: int) -> dict[str,
 
 
 def _backward_query(a: Arguments, arguments: dict[str, Any], launch: Launch, dtype: torch.dtype) -> Tensor:
-    """[splits, N, D]."""
+    """Return the partial gradients [splits, N, D]."""
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(arguments["columns"], launch.block_c)
     per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, dtype)
@@ -557,7 +559,7 @@ def _backward_query(a: Arguments, arguments: dict[str, Any], launch: Launch, dty
 
 
 def _backward_both(a: Arguments, arguments: dict[str, Any], launch: Launch) -> Tensor:
-    """[splits, N, D]."""
+    """Return the partial gradients [splits, N, D]."""
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(arguments["rows"], launch.block_c)
     per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(a.query.numel()))
     grad = partial_gradients(triton.cdiv(tiles, per_split), a.query, a.query.dtype)
@@ -569,7 +571,7 @@ def _backward_both(a: Arguments, arguments: dict[str, Any], launch: Launch) -> T
 def _backward_keys(
     a: Arguments, arguments: dict[str, Any], launch: Launch, need_key: bool, need_bias: bool, need_scale: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The gradient of the keys that receive one, and the sums over rows [M] of all keys; [0] where not needed."""
+    """Return the gradient of the keys that receive one, and all keys' sums over rows [M]; [0] where not needed."""
     begin, end = (a.key_grad_begin, a.key_grad_end) if need_key else (0, 0)
     grad, none = arguments["padded_terms_ptr"].new_empty((0,)), arguments["padded_terms_ptr"].new_empty((0,))
     dtype = a.query.dtype if a.key is not None else torch.float32
@@ -598,8 +600,8 @@ def _backward_key_range(
     a: Arguments, arguments: dict[str, Any], launch: Launch, begin: int, end: int, dtype: torch.dtype | None,
     need_bias: bool, need_scale: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """Of the keys in a range: the partial gradients [splits, end - begin, D], [0] if dtype is None; the sums over rows,
-    [0] where not needed."""
+    """Return the partial gradients of a range of keys [splits, end - begin, D], [0] if dtype is None; and the sums over
+    rows, [0] where not needed."""
     keys, terms = a.keys[begin:end], arguments["padded_terms_ptr"]
     blocks, tiles = triton.cdiv(arguments["rows"], launch.block_n), triton.cdiv(end - begin, launch.block_c)
     per_split = gemm.tiles_per_split(tiles, blocks, launch.together, most_splits(keys.numel()))

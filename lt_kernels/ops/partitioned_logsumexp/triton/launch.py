@@ -118,7 +118,7 @@ def launches_of(width: int, itemsize: int, tf32: bool, architecture: int) -> Lau
 
 
 def block_launch(columns: int) -> dict[str, int]:
-    """Columns of a tile: no more warps than fill a row. A lane has 8 columns: 16 or 32 bytes."""
+    """Return the launch of a block's tiles: no more warps than fill a row; a lane has 8 columns, 16 or 32 bytes."""
     group = 8
     warps = _BLOCK_WARPS
     while warps > 1 and 16 * warps * group >= columns:
@@ -127,7 +127,7 @@ def block_launch(columns: int) -> dict[str, int]:
 
 
 def block_arguments(block: Block) -> dict[str, Any]:
-    """Arguments of the kernels, by name."""
+    """Return the arguments of the block kernels, by name."""
     return {
         "z_ptr": block.z,
         "query_label_ptr": block.query_label,
@@ -145,13 +145,13 @@ def block_arguments(block: Block) -> dict[str, Any]:
 
 
 def bounds_exponents(a: Arguments) -> bool:
-    """Whether exponentials are taken relative to a bound of all logits."""
+    """Return whether exponentials are taken relative to a bound of all logits."""
     plain = a.learned_scale is None and a.key_bias is None and a.key_scale is None
     return a.normalized and plain and 2 * abs(a.scale) <= CONSTANT_RANGE
 
 
 def tile_arguments(a: Arguments) -> tuple[dict[str, Any], Launches]:
-    """Arguments of the kernels, by name; and how they are launched."""
+    """Return the arguments of the kernels, by name; and how they are launched."""
     query = readable_rows(a.query)
     key = query if a.key is None else readable_rows(a.key)
     width = query.shape[1]
@@ -181,7 +181,7 @@ def tile_arguments(a: Arguments) -> tuple[dict[str, Any], Launches]:
 
 
 def is_symmetric(a: Arguments) -> bool:
-    """Whether the queries are the keys, in everything that backward sees."""
+    """Return whether the queries are the keys, in everything that backward sees."""
     whole = a.key_grad_begin == 0 and a.key_grad_end == a.query.shape[0]
     labels = a.query_label.data_ptr() == a.key_label.data_ptr()
     return a.key is None and a.key_bias is None and a.key_scale is None and labels and whole
