@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
   at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.peaks(call, i / parts, i % parts * kPart, last(i), &peaks[i * count]);
   });
-  for (int64_t i = 0; i < rows * parts * count; ++i) {  // into those of the row's first part
+  for (int64_t i = 0; i < rows * parts * count; ++i) {  // merged into the maxima of the row's first part
     A& all = peaks[i / (parts * count) * parts * count + i % count];
     all = std::max(all, peaks[i]);
   }

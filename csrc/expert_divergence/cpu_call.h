@@ -33,7 +33,7 @@ struct ExpertSums {
 
 template <class A>
 struct DivergenceKernels {
-  // Columns [begin, end) of a row: maxima [experts + 1], the last that of the mean (not if pairwise).
+  // Columns [begin, end) of a row: maxima [experts + 1], the last one for the mean (not if pairwise).
   void (*peaks)(const DivergenceCall<A>&, int64_t row, int64_t begin, int64_t end, A* peaks);
   // Sums [experts + 1] over the same columns, given the maxima over all. scratch: divergence_scratch(experts).
   void (*sums)(const DivergenceCall<A>&, int64_t row, int64_t begin, int64_t end, const A* peaks, ExpertSums* sums,

@@ -18,7 +18,7 @@ constexpr int64_t kDivergenceBlock = kTerms * Simd<A>::W;
 static_assert(kDivergenceBlock<float> <= kLargestDivergenceBlock);
 
 // A sum over a block's vectors, j columns from its first, in groups: where one term is much larger than all
-// others, each addition to it rounds, and of the others it meets those of its group and the groups' sums.
+// others, each addition to it rounds; it meets only the terms of its group and the groups' sums.
 template <class A>
 struct GroupedSum {
   static constexpr int64_t kGroup = 8 * Simd<A>::W;

@@ -76,7 +76,7 @@ struct KeyRow {
 #endif
   }
 
-  // Of the vector at j. Lanes that are left out and those from `left` on are on neither side.
+  // Returns the sides of the vector at j. Lanes that are left out and those from `left` on are on neither side.
   inline Sides<A> sides(int64_t j, int64_t left) const {
     Lanes lane, key = {};
     for (int64_t i = 0; i < W; ++i) lane[i] = static_cast<Int<A>>(i);
