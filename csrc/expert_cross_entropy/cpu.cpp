@@ -44,7 +44,7 @@ struct Ensemble {
       const int64_t column = (i ? call.mixed : call.target)[row];
       A term = 0;
       if (column != call.ignore_index)
-        term = static_cast<A>(std::log(sum.total) - (fusion.kernels->value(fusion.call, row, column) - sum.peak));
+        term = static_cast<A>(std::log(sum.total) - (fusion.kernels->fuse_column(fusion.call, row, column) - sum.peak));
       loss[row] += (i ? A(1) - share : share) * (coefficient ? coefficient[i] : A(1)) * term;
     }
   }

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> forward(at::TensorList logits, const OptionalTensor& 
   at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.peaks(call, i / parts, i % parts * kPart, last(i), &peaks[i * count]);
   });
-  for (int64_t i = 0; i < rows * parts * count; ++i) {  // into those of the row's first range
+  for (int64_t i = 0; i < rows * parts * count; ++i) {  // merged into the maxima of the row's first part
     A& all = peaks[i / (parts * count) * parts * count + i % count];
     all = std::max(all, peaks[i]);
   }
@@ -113,8 +113,8 @@ Tensor backward(const Tensor& grad, const Tensor& saved, at::TensorList logits, 
   call.grad_e = upstream.stride(0), call.grad_n = upstream.stride(1);
   call.out = gradient.out.data(), call.out_stride = gradient.out_stride.data();
   call.stream = gradient.written.nbytes() >= kStream;
-  const int64_t pieces = ceil_div(call.classes, kPart);
-  at::parallel_for(0, call.rows * pieces, grain(call.experts * std::min(call.classes, kPart)),
+  const int64_t parts = ceil_div(call.classes, kPart);
+  at::parallel_for(0, call.rows * parts, grain(call.experts * std::min(call.classes, kPart)),
                    [&](int64_t begin, int64_t end) {
                      prepared.kernels->gradient(call, begin, end, kPart, scratch<A>(divergence_scratch(call.experts)));
                    });

@@ -33,12 +33,12 @@ struct ExpertSums {
 
 template <class A>
 struct DivergenceKernels {
-  // Columns [begin, end) of a row: maxima [experts + 1], the last that of the mean (not if pairwise).
+  // Columns [begin, end) of a row: maxima [experts + 1], the last one for the mean (not if pairwise).
   void (*peaks)(const DivergenceCall<A>&, int64_t row, int64_t begin, int64_t end, A* peaks);
   // Sums [experts + 1] over the same columns, given the maxima over all. scratch: divergence_scratch(experts).
   void (*sums)(const DivergenceCall<A>&, int64_t row, int64_t begin, int64_t end, const A* peaks, ExpertSums* sums,
                A* scratch);
-  // Gradient, from what forward saved, of the pieces [begin, end) that rows cut every `width` columns have.
+  // Gradient, from what forward saved, of parts [begin, end): rows are cut every `width` columns.
   void (*gradient)(const DivergenceCall<A>&, int64_t begin, int64_t end, int64_t width, A* scratch);
 };
 

@@ -18,7 +18,7 @@ constexpr int64_t kDivergenceBlock = kTerms * Simd<A>::W;
 static_assert(kDivergenceBlock<float> <= kLargestDivergenceBlock);
 
 // A sum over a block's vectors, j columns from its first, in groups: where one term is much larger than all
-// others, each addition to it rounds, and of the others it meets those of its group and the groups' sums.
+// others, each addition to it rounds; it meets only the terms of its group and the groups' sums.
 template <class A>
 struct GroupedSum {
   static constexpr int64_t kGroup = 8 * Simd<A>::W;
@@ -72,7 +72,7 @@ LTK_INLINE V times(V p, V value) {
 // last bit: where an expert is sure, the gradient is its distance from A_e.
 template <class A>
 LTK_INLINE Vec<A> pairwise_difference(Vec<A> v, A experts, Vec<A> sum) {
-  return rounded(v * experts) - sum;
+  return prevent_fusion(v * experts) - sum;
 }
 
 template <class T, class A>
@@ -220,7 +220,7 @@ LTK_INLINE void gradient_to_mean(const DivergenceCall<A>& call, const Block<A>& 
   for (int64_t e = 0; e < call.experts; ++e) {
     const RowOfExpert<A> own = row[e];
     for_each_vector<T>(call, block, e, call.x_stride[e], [&](int64_t j, Vec<A> u) {
-      const Vec<A> p = rounded(exp_vector(u - own.peak) * own.inverse);
+      const Vec<A> p = prevent_fusion(exp_vector(u - own.peak) * own.inverse);
       store(gradient + j, own.grad * (p - load(p_mean + j)) + load(through + j));
     });
     write_block<T>(call, block, e, gradient);
@@ -248,7 +248,7 @@ LTK_INLINE void gradient_pairwise(const DivergenceCall<A>& call, const Block<A>&
     for_each_vector<T>(call, block, e, 0, [&](int64_t j, Vec<A> u) {
       const Vec<A> p = load(probabilities + e * kBlock + j);
       const Vec<A> difference = pairwise_difference(u - own.peak, count_of, load(all + j)) - own.expectation;
-      store(gradient + j, own.grad * times(p, difference) + (rounded(grad_sum * p) - load(weighted + j)));
+      store(gradient + j, own.grad * times(p, difference) + (prevent_fusion(grad_sum * p) - load(weighted + j)));
     });
     write_block<T>(call, block, e, gradient);
   }
@@ -256,9 +256,9 @@ LTK_INLINE void gradient_pairwise(const DivergenceCall<A>& call, const Block<A>&
 
 template <class T, class A>
 void divergence_gradient(const DivergenceCall<A>& call, int64_t begin, int64_t end, int64_t width, A* scratch) {
-  const int64_t pieces = (call.classes + width - 1) / width;
-  for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t row = piece / pieces, first = piece % pieces * width;
+  const int64_t parts = (call.classes + width - 1) / width;
+  for (int64_t part = begin; part < end; ++part) {
+    const int64_t row = part / parts, first = part % parts * width;
     const int64_t last = call.classes - first < width ? call.classes : first + width;
     const RowOfExperts<A> terms(call, row);
     for_each_block<A>(row, first, last, [&](const Block<A>& block) {

@@ -92,11 +92,11 @@ LTK_INLINE void sort(Top<A>& top) {  // the items are then no heap
 template <class A>
 struct FusionKernels {
   // Returns the log-sum-exp of columns [begin, end) of a row; offers them to `top`, and writes u to log_probs, if any.
-  LogSum (*range)(const FusionCall<A>&, int64_t row, int64_t begin, int64_t end, Top<A>& top);
+  LogSum (*fuse_part)(const FusionCall<A>&, int64_t row, int64_t begin, int64_t end, Top<A>& top);
   // Turns u into u - log-sum-exp in log_probs.
-  void (*subtract)(const FusionCall<A>&, int64_t row, int64_t begin, int64_t end, const LogSum&);
+  void (*subtract_log_sum)(const FusionCall<A>&, int64_t row, int64_t begin, int64_t end, const LogSum&);
   // Returns u of one column.
-  A (*value)(const FusionCall<A>&, int64_t row, int64_t column);
+  A (*fuse_column)(const FusionCall<A>&, int64_t row, int64_t column);
 };
 
 LTK_DECLARE_TABLES(FusionKernels, expert_fusion)

@@ -84,7 +84,7 @@ LTK_INLINE void offer_block(const A* u, int64_t first, int64_t count, Top<A>& to
 }
 
 template <class T, class A>
-LogSum fusion_range(const FusionCall<A>& call, int64_t row, int64_t begin, int64_t end, Top<A>& top) {
+LogSum fuse_part(const FusionCall<A>& call, int64_t row, int64_t begin, int64_t end, Top<A>& top) {
   alignas(64) A block[kFusionBlock];
   LogSum sum = kEmptySum;
   for (int64_t first = begin; first < end; first += kFusionBlock) {
@@ -103,7 +103,7 @@ LogSum fusion_range(const FusionCall<A>& call, int64_t row, int64_t begin, int64
 }
 
 template <class T, class A>
-void fusion_subtract(const FusionCall<A>& call, int64_t row, int64_t begin, int64_t end, const LogSum& sum) {
+void subtract_log_sum(const FusionCall<A>& call, int64_t row, int64_t begin, int64_t end, const LogSum& sum) {
   constexpr int64_t W = Simd<A>::W;
   const A peak = static_cast<A>(sum.peak), log_total = static_cast<A>(std::log(sum.total));
   A* u = call.log_probs + row * call.classes;
@@ -112,7 +112,7 @@ void fusion_subtract(const FusionCall<A>& call, int64_t row, int64_t begin, int6
 }
 
 template <class T, class A>
-A fusion_value(const FusionCall<A>& call, int64_t row, int64_t column) {
+A fuse_column(const FusionCall<A>& call, int64_t row, int64_t column) {
   Vec<A> u;
   fuse<1, T>(call, row, column, 1, &u);
   return u[0];
@@ -120,7 +120,7 @@ A fusion_value(const FusionCall<A>& call, int64_t row, int64_t column) {
 
 }  // namespace
 
-#define LTK_TABLE(T, A) {fusion_range<T, A>, fusion_subtract<T, A>, fusion_value<T, A>}
+#define LTK_TABLE(T, A) {fuse_part<T, A>, subtract_log_sum<T, A>, fuse_column<T, A>}
 const Tables<FusionKernels> expert_fusion = LTK_TABLES;
 #undef LTK_TABLE
 

@@ -40,8 +40,8 @@ struct PreparedFusion : KeptTensors {
   template <class Use>
   void run(const Use& use) const {
     const int64_t classes = rows.classes;
-    const bool split = rows.rows < kFewRows && classes > kPart;
-    if (!split) {
+    const bool is_cut = rows.rows < kFewRows && classes > kPart;
+    if (!is_cut) {
       at::parallel_for(0, rows.rows, grain(rows.experts * classes), [&](int64_t begin, int64_t end) {
         std::vector<Candidate<A>> items(k);
         for (int64_t row = begin; row < end; ++row) run_row(row, items.data(), use);
@@ -56,7 +56,7 @@ struct PreparedFusion : KeptTensors {
     at::parallel_for(0, rows.rows * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         tops[i] = {&items[i * most], std::min(k, last(i) - i % parts * kPart), 0};
-        sums[i] = kernels->range(call, i / parts, i % parts * kPart, last(i), tops[i]);
+        sums[i] = kernels->fuse_part(call, i / parts, i % parts * kPart, last(i), tops[i]);
       }
     });
     std::vector<Candidate<A>> best(k);
@@ -73,17 +73,17 @@ struct PreparedFusion : KeptTensors {
     if (call.log_probs == nullptr) return;
     at::parallel_for(0, rows.rows * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        kernels->subtract(call, i / parts, i % parts * kPart, last(i), sums[i / parts * parts]);
+        kernels->subtract_log_sum(call, i / parts, i % parts * kPart, last(i), sums[i / parts * parts]);
     });
   }
 
   template <class Use>
   void run_row(int64_t row, Candidate<A>* items, const Use& use) const {
     Top<A> top = {items, k, 0};
-    const LogSum sum = kernels->range(call, row, 0, rows.classes, top);
+    const LogSum sum = kernels->fuse_part(call, row, 0, rows.classes, top);
     sort(top);
     use(row, sum, top.items);
-    if (call.log_probs) kernels->subtract(call, row, 0, rows.classes, sum);
+    if (call.log_probs) kernels->subtract_log_sum(call, row, 0, rows.classes, sum);
   }
 };
 

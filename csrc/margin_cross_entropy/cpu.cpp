@@ -49,8 +49,8 @@ void sweep_rows(Prepared<A>& prepared, const std::vector<RowGradient<A>>& gradie
   at::parallel_for(0, parts, grain(rows * width), [&](int64_t begin, int64_t end) {
     A* du = scratch<A>(2 * width);
     A* dx = du + width;
-    for (int64_t range = begin; range < end; ++range) {
-      const int64_t first = range * width, last = std::min(classes, first + width);
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * width, last = std::min(classes, first + width);
       for (int64_t block = 0; block < rows; block += 64) {  // short sums in A, their total in double
         std::fill_n(du, 2 * width, A(0));
         for (int64_t row = block; row < std::min(rows, block + 64); ++row)

@@ -243,7 +243,7 @@ struct Pending {
   inline void write_one() {
     const Vec<A> v = load(exponentials) * slope;
     if (stream) {
-      store_past_caches(out, IO<T>::packed(v));
+      store_past_caches(out, IO<T>::pack(v));
     } else {
       IO<T>::put_vector(out, v);
     }

@@ -87,7 +87,7 @@ void run_forward(Prepared<A>& prepared) {
     });
   } else {
     const int64_t parts = ceil_div(classes, kPart);
-    auto last = [&](int64_t range) { return std::min(classes, (range + 1) * kPart); };
+    auto last = [&](int64_t part) { return std::min(classes, (part + 1) * kPart); };
     std::vector<PartSums<A>> sums(rows * parts);
     std::vector<RowGradient<A>> gradients(rows);
     at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {

@@ -10,7 +10,7 @@
 namespace ltk::cuda {
 
 // Sums over some columns of a row without its targets' columns. peak: the largest shifted logit, or -inf; total and
-// weighted are relative to it, or to 0 where it is -inf. The other fields are those of PartSums.
+// weighted are relative to it, or to 0 where it is -inf. The other fields are as in PartSums.
 template <class A>
 struct Sums {
   A peak, total, weight, weighted, best;
@@ -90,7 +90,7 @@ constexpr int kPartThreads = 256;        // of the two-pass kernels
 constexpr int kChunkGroups = 4;          // groups of 16 bytes per thread where only a gradient is written
 constexpr int kPanelWarps = 8;           // of a panel: each takes every 8th class
 constexpr int kColumnThreads = 128;      // of a block that sums over rows
-constexpr int kRowBytesReserved = 4096;  // shared memory beside the logits, at most
+constexpr int kRowBytesReserved = 4096;  // shared memory besides the logits, at most
 
 // The kernels of one dtype of logits. Each launches on the stream and returns CUDA's error.
 template <class A>

@@ -6,7 +6,7 @@
 namespace ltk::cuda {
 namespace {
 
-// A warp's sums for one position, in shared memory: all fields, or those of the simple kernels.
+// A warp's sums for one position, in shared memory: all fields, or the two that the simple kernels need.
 template <class A, bool kGeneral>
 struct PanelSums : Sums<A> {
   LTK_METHOD PanelSums of(const Sums<A>& s) { return {s}; }

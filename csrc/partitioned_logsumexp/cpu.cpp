@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../common/cpu/host.h"
-#include "block.h"
 #include "cpu_call.h"
+#include "prepared.h"
 #include "statistics.h"
 
 namespace ltk {
@@ -21,22 +21,14 @@ constexpr int64_t kNarrowStrip = 128;  // where there are few, so that all threa
 constexpr int64_t kShortSums = 64;     // rows that are added up in the compute dtype; their sums are, in double
 
 template <class A>
-struct Prepared : KeptTensors {
-  PartitionedCall<A> call = {};
+struct Prepared : PreparedBlock<A, PartitionedCall<A>> {
+  using PreparedBlock<A, PartitionedCall<A>>::call;
   const PartitionedKernels<A>* kernels;
 
-  explicit Prepared(const Block& block) {
-    const Tensor& z = block.z;
-    call.rows = z.size(0), call.columns = z.size(1);
-    keep(call.columns > 1 && z.stride(1) != 1 ? z.contiguous() : z);
-    call.z = kept[0].const_data_ptr(), call.z_stride = kept[0].stride(0);
-    call.query_label = pointer<int32_t>(block.query_label), call.key_label = pointer<int32_t>(block.key_label);
-    call.exclude = pointer<int32_t>(block.exclude);
-    call.first = block.first;
-    call.key_bias = pointer<A>(block.key_bias), call.key_scale = pointer<A>(block.key_scale);
+  explicit Prepared(const Block& block) : PreparedBlock<A, PartitionedCall<A>>(block) {
     const double learned = block.learned_scale.has_value() ? block.learned_scale->item<double>() : 1.0;
     call.scale = static_cast<A>(block.scale * learned);
-    kernels = &kernels_of<A>(LTK_TABLES_HERE(partitioned_logsumexp), z.scalar_type());
+    kernels = &kernels_of<A>(LTK_TABLES_HERE(partitioned_logsumexp), block.z.scalar_type());
   }
 };
 
@@ -104,12 +96,7 @@ std::tuple<Tensor, Tensor> backward(const Block& block, const Tensor& terms, con
   Tensor sum = at::zeros({need_sum ? columns : 0}, options);
   Tensor weighted_sum = at::zeros({need_weighted ? columns : 0}, options);
   if (rows == 0 || columns == 0) return {sum, weighted_sum};
-  const Tensor upstream = rows > 1 && terms.stride(1) != 1 ? terms.contiguous() : terms;
-  call.terms = upstream.const_data_ptr<A>(), call.terms_stride = upstream.stride(0);
-  if (needs.get(0)) {
-    TORCH_INTERNAL_ASSERT(out.has_value() && (columns == 1 || out->stride(1) == 1));
-    call.out = out->mutable_data_ptr(), call.out_stride = out->stride(0);
-  }
+  prepared.set_upstream(terms, needs, out);
   if (!need_sum && !need_weighted) {
     const int64_t parts = ceil_div(columns, kPart);
     at::parallel_for(0, rows * parts, grain(std::min(columns, kPart)), [&](int64_t begin, int64_t end) {

@@ -16,7 +16,7 @@ struct PartitionedCall {
   const int32_t* query_label;  // [rows]
   const int32_t* key_label;    // [columns]
   const int32_t* exclude;      // [rows], or null
-  int64_t first;               // column 0 is that of `exclude`'s numbers
+  int64_t first;               // the number that `exclude` gives column 0
   const A* key_bias;           // [columns], or null: 0
   const A* key_scale;          // [columns], or null: 1
   A scale;
@@ -39,7 +39,7 @@ struct PartitionedSums {
 
 template <class A>
 struct PartitionedKernels {
-  // Of columns [begin, end) of a row.
+  // Returns the sums over columns [begin, end) of a row.
   PartitionedSums<A> (*sums)(const PartitionedCall<A>&, int64_t row, int64_t begin, int64_t end);
   // Gradient of the same columns; G and G z are added to sum[0] and weighted_sum[0], ... where these are not null.
   void (*gradient)(const PartitionedCall<A>&, int64_t row, int64_t begin, int64_t end, A* sum, A* weighted_sum);

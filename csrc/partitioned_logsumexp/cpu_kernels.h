@@ -76,7 +76,7 @@ struct KeyRow {
 #endif
   }
 
-  // Of the vector at j. Lanes that are left out and those from `left` on are on neither side.
+  // Returns the sides of the vector at j. Lanes that are left out and those from `left` on are on neither side.
   inline Sides<A> sides(int64_t j, int64_t left) const {
     Lanes lane, key = {};
     for (int64_t i = 0; i < W; ++i) lane[i] = static_cast<Int<A>>(i);
@@ -171,7 +171,7 @@ struct RowSums {
     negatives.mass = negatives.mass + mass, negatives.slope = negatives.slope + slope;
   }
 
-  PartitionedSums<A> merged() const {
+  PartitionedSums<A> merge() const {
     PartitionedSums<A> sums = {{minus_infinity<A>(), minus_infinity<A>()}, {0, 0}, {0, 0}, 0, 0};
     negatives.merge(&sums.peak[0], &sums.mass[0], &sums.slope[0]);
     for (int64_t i = 0; i < W; ++i) sums.count -= minus_count[i];
@@ -245,7 +245,7 @@ LTK_INLINE PartitionedSums<A> sum_columns(const PartitionedCall<A>& call, int64_
     const int64_t last = more ? first + kStretch<A> : end;
     sums.add(first, last, sums.x.z + (more ? last : begin + call.z_stride));
   }
-  return sums.merged();
+  return sums.merge();
 }
 
 // Everything is inlined into the two kernels: a call would save and restore all vectors.

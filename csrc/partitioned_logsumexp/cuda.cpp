@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../common/cuda/host.h"
-#include "block.h"
 #include "cuda_call.h"
+#include "prepared.h"
 #include "statistics.h"
 
 namespace ltk {
@@ -24,31 +24,29 @@ bool aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0 && (t.size(0) == 1 || row % kAlignment == 0);
 }
 
+const Block& check_sizes(const Block& block) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const int64_t rows = block.z.size(0), columns = block.z.size(1);
+  TORCH_CHECK_VALUE(rows <= kMost && columns <= kMost, "z: got ", rows, " rows of ", columns,
+                    " columns, expected at most 2147483647 of each");
+  return block;
+}
+
 template <class A>
-struct Prepared : KeptTensors {
-  cuda::PartitionedCall<A> call = {};
+struct Prepared : PreparedBlock<A, cuda::PartitionedCall<A>> {
+  using PreparedBlock<A, cuda::PartitionedCall<A>>::call;
   Dtype dtype;
   int64_t rows, columns, group;  // group: elements of 16 bytes
 
   explicit Prepared(const Block& block)
-      : dtype(kernel_dtype(block.z.scalar_type())),
+      : PreparedBlock<A, cuda::PartitionedCall<A>>(check_sizes(block)),
+        dtype(kernel_dtype(block.z.scalar_type())),
         rows(block.z.size(0)),
         columns(block.z.size(1)),
         group(kAlignment / static_cast<int64_t>(block.z.element_size())) {
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    const Tensor& z = block.z;
-    TORCH_CHECK_VALUE(rows <= kMost && columns <= kMost, "z: got ", rows, " rows of ", columns,
-                      " columns, expected at most 2147483647 of each");
-    keep(columns > 1 && z.stride(1) != 1 ? z.contiguous() : z);
-    call.z = kept[0].const_data_ptr(), call.z_stride = kept[0].stride(0);
-    call.rows = rows, call.columns = static_cast<int>(columns);
-    call.query_label = pointer<int32_t>(block.query_label), call.key_label = pointer<int32_t>(block.key_label);
-    call.exclude = pointer<int32_t>(block.exclude);
-    call.first = block.first;
-    call.key_bias = pointer<A>(block.key_bias), call.key_scale = pointer<A>(block.key_scale);
-    call.learned_scale = pointer<A>(block.learned_scale);
+    call.learned_scale = this->template pointer<A>(block.learned_scale);
     call.scale = block.scale;
-    call.wide = aligned(kept[0]);
+    call.wide = aligned(this->kept[0]);
   }
 
   // Returns the threads of a block that takes so many columns, each as many at a time as 16 bytes hold.
@@ -93,13 +91,8 @@ std::tuple<Tensor, Tensor> backward(const Block& block, const Tensor& terms, con
   const auto options = block.z.options().dtype(dtype_of<A>());
   if (rows == 0 || columns == 0)
     return {at::zeros({need_sum ? columns : 0}, options), at::zeros({need_weighted ? columns : 0}, options)};
-  const Tensor upstream = rows > 1 && terms.stride(1) != 1 ? terms.contiguous() : terms;
-  call.terms = upstream.const_data_ptr<A>(), call.terms_stride = upstream.stride(0);
-  if (needs.get(0)) {
-    TORCH_INTERNAL_ASSERT(out.has_value() && (columns == 1 || out->stride(1) == 1));
-    call.out = out->mutable_data_ptr(), call.out_stride = out->stride(0);
-    call.wide = call.wide && aligned(*out);
-  }
+  prepared.set_upstream(terms, needs, out);
+  call.wide = call.wide && (call.out == nullptr || aligned(*out));
   const int64_t chunks = ceil_div(rows, cuda::kRowsTogether);
   Tensor sum = at::empty({need_sum ? chunks : 0, columns}, options);
   Tensor weighted_sum = at::empty({need_weighted ? chunks : 0, columns}, options);

@@ -39,7 +39,7 @@ struct PartitionedCall {
   int64_t out_stride;
   int tiles;         // of columns, threads * 16 bytes wide (threads elements where not wide)
   A* sums;           // [chunks of kRowsTogether rows, columns] of G, or null
-  A* weighted_sums;  // the same of G a z
+  A* weighted_sums;  // likewise, of G a z
 };
 
 device::Error partitioned_forward(const PartitionedCall<float>&, Dtype, device::Stream);

@@ -22,9 +22,9 @@
 
 namespace ltk {
 
-// What the pool holds beside the tensors alive: at most kMostBuffers buffers, together at most most_bytes(); past that
-// the one returned longest ago goes back to the system. A tensor gets the smallest buffer that holds it and is at most
-// an eighth larger than it needs. Tensors below kSmallest bytes are torch's own.
+// Besides the tensors alive, the pool holds at most kMostBuffers buffers, together at most most_bytes(). Beyond that,
+// the buffer returned longest ago goes back to the system. A tensor gets the smallest buffer that holds it and is at
+// most an eighth larger than it needs. Tensors below kSmallest bytes are torch's own.
 class MemoryPool {
  public:
   static constexpr size_t kSmallest = size_t(1) << 20;

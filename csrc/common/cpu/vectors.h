@@ -131,10 +131,10 @@ LTK_INLINE V affine(V x, S a, B b) {
   return x * a + b;
 }
 
-// The value itself, rounded: where it is a product, compilers may not fuse it with a sum that takes it. What is done to
-// equal logits of several experts must give equal numbers.
+// Returns the value, rounded: compilers may not fuse a product with the sum that takes it. Equal logits of several
+// experts must give equal numbers.
 template <class V>
-LTK_INLINE V rounded(V value) {
+LTK_INLINE V prevent_fusion(V value) {
 #if defined(__x86_64__)
   asm("" : "+x"(value));
 #elif defined(__aarch64__)
@@ -213,7 +213,7 @@ struct IO {  // float and double: T is the arithmetic type
   static inline T get(const T* p) { return *p; }
   static inline void put(T* p, T v) { *p = v; }
   static inline Vec<T> get_vector(const T* p) { return load(p); }
-  static inline Vec<T> packed(Vec<T> v) { return v; }
+  static inline Vec<T> pack(Vec<T> v) { return v; }
   static inline void put_vector(T* p, Vec<T> v) { store(p, v); }
 };
 
@@ -244,14 +244,14 @@ struct IO<BFloat16> {
     all[0] = v;
     p->bits = static_cast<uint16_t>(round(all)[0]);
   }
-  static inline F::H packed(F::V v) {
+  static inline F::H pack(F::V v) {
 #if LTK_LEVEL == 2
     return (F::H)_mm512_cvtepi32_epi16((__m512i)round(v));
 #else
     return __builtin_convertvector(round(v), F::H);
 #endif
   }
-  static inline void put_vector(BFloat16* p, F::V v) { *reinterpret_cast<F::HU*>(p) = packed(v); }
+  static inline void put_vector(BFloat16* p, F::V v) { *reinterpret_cast<F::HU*>(p) = pack(v); }
 };
 
 template <>
@@ -262,25 +262,25 @@ struct IO<Half> {
   static inline F::V get_vector(const Half* p) {
     return (F::V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static inline F::H packed(F::V v) { return (F::H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+  static inline F::H pack(F::V v) { return (F::H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #elif LTK_LEVEL == 1
   static inline F::V get_vector(const Half* p) {
     return (F::V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static inline F::H packed(F::V v) { return (F::H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+  static inline F::H pack(F::V v) { return (F::H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
   static inline F::V get_vector(const Half* p) {
     F::V v;
     for (int64_t i = 0; i < F::W; ++i) v[i] = half_to_float(p[i].bits);
     return v;
   }
-  static inline F::H packed(F::V v) {
+  static inline F::H pack(F::V v) {
     F::H h;
     for (int64_t i = 0; i < F::W; ++i) h[i] = float_to_half(v[i]);
     return h;
   }
 #endif
-  static inline void put_vector(Half* p, F::V v) { *reinterpret_cast<F::HU*>(p) = packed(v); }
+  static inline void put_vector(Half* p, F::V v) { *reinterpret_cast<F::HU*>(p) = pack(v); }
 };
 
 // The first `count` lanes, the others `fill`.
@@ -318,7 +318,7 @@ LTK_INLINE void put_row(T* out, const A* values, const A* divisor, int64_t count
   }
   for (; j + W <= count; j += W) {
     if (stream) {
-      store_past_caches(out + j, IO<T>::packed(value(j, W)));
+      store_past_caches(out + j, IO<T>::pack(value(j, W)));
     } else {
       IO<T>::put_vector(out + j, value(j, W));
     }
