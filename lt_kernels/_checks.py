@@ -45,11 +45,11 @@ def check_number(
     return number
 
 
-def check_positive(name: str, value: Any, expected: str = "a number > 0") -> float:
+def check_positive(name: str, value: Any, expected: str | None = None) -> float:
     """Return ``value`` as a float: a finite real number > 0."""
-    number = check_number(name, value, 0.0, expected=expected)
+    number = check_number(name, value, expected=expected)
     if number <= 0:
-        raise ValueError(f"{name}: got {value}, expected {expected}")
+        raise ValueError(f"{name}: got {value}, expected {expected or 'a number > 0'}")
     return number
 
 

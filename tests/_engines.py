@@ -121,9 +121,8 @@ def start(name: str | None) -> None:
         import lt_kernels
 
         reasons = lt_kernels.info()["backends"]["margin_cross_entropy"]["cuda"]
-        backends = tuple(backend for backend in backends if reasons[backend] is None)
-        if not backends:
-            raise RuntimeError(f"--engine=gpu: {reasons}")
+        if missing := {backend: reasons[backend] for backend in backends if reasons[backend] is not None}:
+            raise RuntimeError(f"--engine=gpu: {missing}; LT_KERNELS_TEST_BACKENDS chooses among {backends}")
     ENGINE = Engine(name, backends, given[1] or ENGINE.device, ENGINE.chips, ENGINE.orders)
 
 

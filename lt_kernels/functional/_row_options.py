@@ -81,7 +81,7 @@ def row_options(
     elif margin is not None:
         fixed_margin = check_number("margin", margin)
         if margin_type == "angular":
-            check_number("margin", margin, 0.0, math.pi, expected="an angle in [0, pi]")
+            check_number("margin", fixed_margin, 0.0, math.pi, expected="an angle in [0, pi]")
     fixed_scale, learned_scale = 1.0, None
     if isinstance(scale, Tensor):
         learned_scale = check_scalar("scale", scale, input).to(dtype)

@@ -124,7 +124,8 @@ def spends_in_place(upstream: Tensor) -> bool:
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:
     """Define one operator for every device (its backends choose the kernels) and return its qualified name."""
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    functional = "!" not in schema  # compiled code takes no operator that writes to its arguments
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,) if functional else ())
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)

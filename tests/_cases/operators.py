@@ -233,6 +233,10 @@ def _linear_calls(mode: str, device: str) -> Iterator[Call]:
         yield f"backward, {name}", OPS.linear_margin_cross_entropy_bwd.default, (
             rest.new_ones(()), None, rest, logits, False, *tail,
         )  # fmt: skip
+        if logits is not None:
+            yield f"backward in place, {name}", OPS.linear_margin_cross_entropy_bwd_.default, (
+                rest.new_ones(()), None, rest, logits.clone(), False, *tail,
+            )  # fmt: skip
 
 
 def _expert_calls(backend: str, device: str) -> Iterator[Call]:

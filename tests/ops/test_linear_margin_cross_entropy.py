@@ -468,9 +468,6 @@ def test_autocast_leaves_float64_alone(mode, device):
         assert torch.equal(loss, linear_margin_cross_entropy(*arguments, strategy=mode, **options))
 
 
-# ---------------------------------------------------------------------------------------------------------- properties
-
-
 # --------------------------------------------------------------------------------------------------------------- plans
 
 

@@ -93,7 +93,8 @@ class Task:
     def inputs(self) -> str:
         """Everything that the row's numbers depend on."""
         launches = [launch.inputs(TARGETS[target]) for target, launch in self.launches.items()]
-        return repr((triton.__version__, _reader(), self.key, self.work, launches))
+        held = ("shares memory",) if self.shares_memory else ()
+        return repr((triton.__version__, _reader(), self.key, self.work, launches, *held))
 
     def seal(self, row: Row) -> str:
         return ledger.seal(self.inputs, {key: row[key] for key in row if key not in ("seal", "budget")})
