@@ -81,7 +81,7 @@ def arguments(shape: tuple[int, int, int], option: str, dtype: torch.dtype, devi
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     drawn = _options(*shape, compute, device)
     x = (3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
-    return Arguments(x, RowOptions.plain(drawn[""]["target"])._replace(**drawn[option]))
+    return Arguments(x, RowOptions(drawn[""]["target"])._replace(**drawn[option]))
 
 
 def needs_of(a: Arguments) -> list[bool]:

@@ -186,7 +186,7 @@ OPS = torch.ops.lt_kernels
 
 
 def _row_options(sample: Any, target: Tensor, *names: str) -> RowOptions:
-    return RowOptions.plain(target)._replace(**{name: sample.options.get(name) for name in names})
+    return RowOptions(target)._replace(**{name: sample.options.get(name) for name in names})
 
 
 def _detached(arguments: Any) -> list[Any]:
@@ -244,7 +244,7 @@ def _expert_calls(backend: str, device: str) -> Iterator[Call]:
             logits = [x.detach().clone().requires_grad_() for x in sample.input] if listed else [sample.input]
             mixed = sample.options.get("mixed_target")
             coefficient = torch.full((1 if mixed is None else 2,), 1 / (e * n), device=device)
-            options = RowOptions.plain(sample.target[:, None])._replace(
+            options = RowOptions(sample.target[:, None])._replace(
                 mixed_target=None if mixed is None else mixed[:, None],
                 mix_lambda=None if mixed is None else torch.full((), 0.3, device=device),
                 class_bias=sample.options.get("class_bias"),

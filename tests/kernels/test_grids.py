@@ -58,7 +58,7 @@ def test_rows_of_very_many_classes_fit_a_grid(classes, transposed, needs, grids)
     target = torch.empty(n, 1, dtype=torch.int64, device="meta")
     if "target" in needs:
         target = torch.empty_like(x).unsqueeze(2)
-    options = RowOptions.plain(target)._replace(class_bias=torch.empty(classes, device="meta"))
+    options = RowOptions(target)._replace(class_bias=torch.empty(classes, device="meta"))
     a = RowArguments(x.unsqueeze(2), options)
     margin_backend.forward(a, False, True)
     rest = torch.empty(2, n, 1, device="meta")

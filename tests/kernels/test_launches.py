@@ -350,7 +350,7 @@ def test_experts_take_one_pass_at_the_sizes_that_matter():
 
 def parts_of(logits: list[torch.Tensor]) -> list[expert_rows.Part] | None:
     experts = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
-    options = RowOptions.plain(torch.zeros(logits[0].shape[-2], 1, dtype=torch.int64))
+    options = RowOptions(torch.zeros(logits[0].shape[-2], 1, dtype=torch.int64))
     return expert_rows.parts_of(Arguments(logits, options, None, None, [0.0] * experts), [])
 
 

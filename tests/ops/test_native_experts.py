@@ -202,7 +202,7 @@ def cross_entropy(logits: list[Tensor], mixed: bool) -> Arguments:
     dtype = compute_dtype(logits)
     first, second = torch.randint(classes, (2, rows))
     first[1::5] = -100
-    options = RowOptions.plain(first[:, None])._replace(scale=1.5)
+    options = RowOptions(first[:, None])._replace(scale=1.5)
     prior = torch.randn(classes, dtype=dtype).log_softmax(0)
     ensemble_coefficient = None
     if mixed:

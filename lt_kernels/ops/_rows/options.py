@@ -15,14 +15,14 @@ class RowOptions(NamedTuple):
     """
 
     target: Tensor  # [N, K] int64 classes, or [N, C, K] floating class probabilities
-    mixed_target: Tensor | None  # [N, K] int64
-    mix_lambda: Tensor | None  # 0-dim or [N, K], the share of `target`
-    weight: Tensor | None  # [C]
-    class_bias: Tensor | None  # [C]
-    class_scale: Tensor | None  # [C]
-    class_margin: Tensor | None  # [C], added to `margin`
-    learned_scale: Tensor | None  # 0-dim, multiplies `scale`
-    coefficient: Tensor | None  # [1], or [2] with mixed_target: factor of each target's term
+    mixed_target: Tensor | None = None  # [N, K] int64
+    mix_lambda: Tensor | None = None  # 0-dim or [N, K], the share of `target`
+    weight: Tensor | None = None  # [C]
+    class_bias: Tensor | None = None  # [C]
+    class_scale: Tensor | None = None  # [C]
+    class_margin: Tensor | None = None  # [C], added to `margin`
+    learned_scale: Tensor | None = None  # 0-dim, multiplies `scale`
+    coefficient: Tensor | None = None  # [1], or [2] with mixed_target: factor of each target's term
     scale: float = 1.0
     margin: float = 0.0
     angular: bool = False
@@ -39,11 +39,6 @@ class RowOptions(NamedTuple):
         """Whether an option receives a gradient."""
         options = (self.target, self.class_bias, self.class_scale, self.class_margin, self.learned_scale)
         return any(option is not None and option.requires_grad for option in options)
-
-    @classmethod
-    def plain(cls, target: Tensor) -> RowOptions:
-        """Return the options of a plain cross-entropy, summed over rows."""
-        return cls(target, None, None, None, None, None, None, None, None)
 
 
 class Slot(NamedTuple):

@@ -253,7 +253,7 @@ class _Blocks:
         self.head, self.block = head, block
         self.room = head.buffer(head.n, min(block, head.classes))
         o = head.a.options
-        self.plain = RowOptions.plain(o.target)._replace(
+        self.plain = RowOptions(o.target)._replace(
             mix_lambda=None if o.mix_lambda is None else o.mix_lambda.new_full((), 0.5),
             class_bias=o.class_bias,
             class_scale=head.class_scale,

@@ -52,7 +52,7 @@ def blocks(rows: int, classes: int, k: int, element: int, buffer: int) -> tuple[
 def _statistics(rows: Any, u: Tensor) -> Tensor:
     """Maximum and sum of exp(u - maximum) of each row, [2, n, 1], by the rows kernel."""
     nowhere = torch.full((u.shape[0], 1), -100, dtype=torch.int64, device=u.device)
-    arguments = RowArguments(u[:, :, None], RowOptions.plain(nowhere))
+    arguments = RowArguments(u[:, :, None], RowOptions(nowhere))
     rest: Tensor = rows.forward(arguments, False, False)[3]
     return rest
 
