@@ -68,6 +68,7 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
     return _constant(op, _settings.backend, tensor.device.type, str(tensor.dtype).removeprefix("torch."))
 
 
+@functools.cache
 def load(op: str, backend: str) -> ModuleType:
     """The module with ``forward`` and ``backward`` of one backend of one op, imported at first use."""
     return importlib.import_module(f".{op}.{backend}", __package__)

@@ -161,11 +161,12 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
         return output
 
     def backward_of_all(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
-            raise NotImplementedError(
-                f"{qualified} takes one upstream gradient at a time: got is_grads_batched=True, "
-                "expected one call of torch.autograd.grad for each gradient"
-            )
+        for grad in grads:
+            if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+                raise NotImplementedError(
+                    f"{qualified} takes one upstream gradient at a time: got is_grads_batched=True, "
+                    "expected one call of torch.autograd.grad for each gradient"
+                )
         if listed:
             of_list, *others = backward(ctx, *grads)
             return (None, None, *([None] * ctx.list_length if of_list is None else of_list), *others)
