@@ -73,9 +73,12 @@ def check(
     """Hold value, statistics and gradient to the budget, and the gradient after the reference's forward pass too."""
     module, dtype = load("expert_divergence", backend), logits[0].dtype
     single = torch.promote_types(dtype, torch.float32)
-    if len(upstream_of(logits, single)) == 1:  # truly 0: eager may have no error at all
+    if len(upstream_of(logits, single)) == 1 and backend == "native":
+        # truly 0, and eager has no error at all: the budget is nothing, and products fused with sums miss it by 1e-9
         value, saved = module.forward(logits, temperature, kind)
         grad = module.backward(upstream_of(logits, single), saved, logits, temperature, kind, detach)
+        assert value.shape == upstream_of(logits, single).shape
+        assert grad.dtype == dtype
         assert float(value.abs().max()) < 1e-6
         assert float(grad.abs().max()) < 1e-7
         return

@@ -92,10 +92,10 @@ def drawn(rows: int, classes: int, positions: tuple[int, ...] = (), dtype: str =
 def test_value_and_gradients(option, shape, dtype, backend, chip):
     rows, classes, positions = SHAPES[shape]
     sample = drawn(rows, classes, positions, dtype, ignored=0.3 if rows > 3 else 0.0, seed=1, **OPTIONS[option])
-    if classes > 1:
+    if classes > 1 or backend != "native":
         check(sample)
         return
-    # truly 0: the budget of eager, which may have no error at all, is nothing
+    # truly 0, and eager has no error at all: the budget is nothing, and products fused with sums miss it by 1e-9
     for result in results_of(sample):
         assert float(result.abs().max()) < 1e-6
 
