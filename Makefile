@@ -21,21 +21,25 @@ FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
-## make setup    virtual environment with pinned dependencies, and the extension (again only when something changed)
-setup: $(STAMP).extension
+## make setup    virtual environment with pinned dependencies, and the extension in place (what changed is built again)
+setup: $(STAMP).torch
+	@$(MAKE) --no-print-directory --jobs=2 $(STAMP).dependencies $(STAMP).extension
 
 $(STAMP).python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is %d.%d: 3.10 or newer is needed (make PYTHON=...)" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(STAMP).dependencies: pyproject.toml constraints.txt | $(STAMP).python
+$(STAMP).torch: constraints.txt | $(STAMP).python
 	$(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools wheel ninja
+	touch $@
+
+$(STAMP).dependencies: pyproject.toml constraints.txt $(STAMP).torch
 	LT_KERNELS_BUILD=none $(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
-$(STAMP).extension: $(STAMP).dependencies setup.py $(SOURCES)
-	LT_KERNELS_BUILD=$(LT_KERNELS_BUILD) $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+$(STAMP).extension: setup.py $(SOURCES) $(STAMP).torch
+	LT_KERNELS_BUILD=$(LT_KERNELS_BUILD) $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 ## make demo     train on long-tailed digits, measure throughput, write plots to output/

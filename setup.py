@@ -23,7 +23,8 @@ CUDA_FLAGS = ["-O3"]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CUDA_ARCHITECTURES_BEFORE_12_8 = "8.0;9.0+PTX"
 # GCC warns about vector arguments of functions that are inlined anyway, and about its own AVX-512 headers.
-FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# Python's own flags ask for debugging symbols, which would take a third of the time and most of the file.
+FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
 def compiler() -> str | None:

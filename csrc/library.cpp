@@ -1,5 +1,6 @@
 // The Python module lt_kernels._C. Every operator registers itself.
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include "common/cpu/host.h"

@@ -1,4 +1,4 @@
-// The library that operators register with. A folder of csrc is an operator: schema.cpp defines it, cpu.cpp and
+// The library that operators register with. A folder of csrc is an operator: schema.h defines it, cpu.cpp and
 // cuda.cpp implement it. In the emulator's library the CUDA kernels implement it for CPU tensors.
 #pragma once
 

@@ -1,7 +1,7 @@
 // Tensors as the operators' host code takes them.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <vector>

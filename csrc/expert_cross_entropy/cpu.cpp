@@ -1,7 +1,7 @@
 // The experts' cross-entropy on the CPU: the rows kernel for every expert of a few samples, then the ensemble's
 // cross-entropy from the same rows while they are in a core's cache.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +11,7 @@
 #include "../common/cpu/experts.h"
 #include "../expert_fusion/cpu_prepared.h"
 #include "../margin_cross_entropy/cpu_prepared.h"
+#include "schema.h"
 
 namespace ltk {
 namespace {
@@ -24,7 +25,7 @@ OptionalTensor add_prior(int64_t expert, const OptionalTensor& class_bias, const
   if (bias.has_value() && bias->dim() == 2) bias = bias->select(0, expert);
   if (!log_prior.has_value() || tau == 0) return bias;
   const Tensor prior = log_prior->mul(tau);
-  return bias.has_value() ? prior + *bias : prior;
+  return bias.has_value() ? prior.add(*bias) : prior;
 }
 
 // The cross-entropy of the mean of the experts' scaled logits, row by row.

@@ -1,6 +1,6 @@
 // The divergences between experts on the CPU; the arithmetic is in cpu_kernels.h.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +10,7 @@
 #include "../common/cpu/host.h"
 #include "../common/registration.h"
 #include "cpu_call.h"
+#include "schema.h"
 
 namespace ltk {
 namespace {

@@ -1,5 +1,8 @@
 // Divergences between experts on a GPU: memory and launches. The host never waits for the device nor reads
 // a value on it.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
 #include "../common/cuda/experts_host.h"
 #include "../common/registration.h"
 #include "cuda_call.h"

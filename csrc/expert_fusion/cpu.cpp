@@ -1,9 +1,10 @@
 // The experts' fusion on the CPU; the arithmetic is in cpu_kernels.h.
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include "../common/cpu/memory.h"
 #include "../common/registration.h"
 #include "cpu_prepared.h"
+#include "schema.h"
 
 namespace ltk {
 namespace {

@@ -1,7 +1,6 @@
 // A call of the experts' fusion on the CPU: layouts and threads; expert_cross_entropy calls it too.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>

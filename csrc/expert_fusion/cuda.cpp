@@ -1,5 +1,10 @@
 // The experts' fusion on a GPU: memory and launches. The host never waits for the device nor
 // reads a value on it.
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/sort.h>
+
 #include "../common/cuda/experts_host.h"
 #include "../common/registration.h"
 #include "cuda_call.h"
@@ -31,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const Opt
     std::vector<Tensor> each;
     for (const double weight : weights) each.push_back(at::full({1}, weight, options));
     const Tensor all = at::cat(each);
-    call.expert_weight = x.pointer<A>(expert_weight.has_value() ? all * *expert_weight : all);
+    call.expert_weight = x.pointer<A>(expert_weight.has_value() ? all.mul(*expert_weight) : all);
   }
   call.class_shift = x.pointer<A>(class_shift);
   call.learned_scale = x.pointer<A>(learned_scale);

@@ -1,5 +1,4 @@
 // The rows kernel on the CPU: outputs and backward; the arithmetic is in cpu_kernels.h.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include "../common/cpu/memory.h"
 #include "../common/registration.h"
 #include "cpu_prepared.h"
+#include "schema.h"
 
 namespace ltk {
 namespace {

@@ -1,8 +1,9 @@
 // A call of the rows kernel on the CPU: checks, layouts and threads; expert_cross_entropy calls it too.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/mul.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>

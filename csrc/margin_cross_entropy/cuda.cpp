@@ -1,6 +1,9 @@
 // The rows kernel on a GPU: layouts, launches and memory; the arithmetic is in cuda_kernels.h. The host never waits for
 // the device nor reads a value on it.
-#include <ATen/ATen.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/stack.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -209,15 +212,15 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
 
   sums = sums.sum(0, false, at::kDouble);  // over chunks
   auto scaled = [&](const Tensor& t) {
-    const Tensor product = t * o.scale;
-    return (o.learned_scale.has_value() ? product * *o.learned_scale : product).to(dtype);
+    const Tensor product = t.mul(o.scale);
+    return (o.learned_scale.has_value() ? product.mul(*o.learned_scale) : product).to(dtype);
   };
   if (needs.get(kClassBias)) grads[kClassBias] = sums[0].to(dtype);
   if (needs.get(kClassScale)) grads[kClassScale] = scaled(sums[1]);
   if (needs.get(kClassMargin)) grads[kClassMargin] = scaled(sums[2]);
   if (needs.get(kLearnedScale)) {
-    const Tensor columns = o.class_scale.has_value() ? sums[1] * *o.class_scale : sums[1];
-    grads[kLearnedScale] = ((columns.sum() + z.sum(at::kDouble)) * o.scale).to(dtype);
+    const Tensor columns = o.class_scale.has_value() ? sums[1].mul(*o.class_scale) : sums[1];
+    grads[kLearnedScale] = columns.sum().add(z.sum(at::kDouble)).mul(o.scale).to(dtype);
   }
   return grads;
 }

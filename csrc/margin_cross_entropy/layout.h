@@ -1,8 +1,8 @@
 // The layouts of [N, C, K] tensors: rows (classes are contiguous) or panels (positions are contiguous).
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <limits>

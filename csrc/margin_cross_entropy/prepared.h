@@ -2,6 +2,9 @@
 #pragma once
 
 #include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <tuple>
 #include <utility>

@@ -1,6 +1,7 @@
 // The partitioned log-sum-exp of a block on the CPU; the arithmetic is in cpu_kernels.h.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include "cpu_call.h"
 #include "prepared.h"
 #include "statistics.h"
+#include "schema.h"
 
 namespace ltk {
 namespace {

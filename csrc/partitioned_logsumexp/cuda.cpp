@@ -1,6 +1,7 @@
 // The partitioned log-sum-exp of a block on a GPU: memory and launches. The host never waits for the device nor
 // reads a value on it.
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>

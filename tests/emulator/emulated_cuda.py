@@ -20,12 +20,10 @@ from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (
-    *(path for pattern in ("cuda*.c*", "schema.cpp") for path in sorted(ROOT.glob(f"csrc/*/{pattern}"))),
-    ROOT / "tests/emulator/emulator.cpp",
-)
+SOURCES = (*sorted(ROOT.glob("csrc/*/cuda*.c*")), ROOT / "tests/emulator/emulator.cpp")
+SCHEMAS = sorted(ROOT.glob("csrc/*/schema.h"))
 # the compiler cannot see that what is read was filled in under the same condition
-FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized -DLTK_EMULATED".split()
+FLAGS = "-std=c++20 -O2 -fPIC -Wall -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized -DLTK_EMULATED".split()
 CPUINFO = Path("/proc/cpuinfo")
 #: Products are fused with what is added to them, as nvcc does it (LTK_EMULATED_FUSED; where the processor can).
 FUSED = ["-mfma", "-ffp-contract=fast"]
@@ -55,8 +53,10 @@ def build() -> Path:
             subprocess.run([compiler, *flags, *includes, "-x", "c++", "-c", str(source), "-o", output], check=True)
             return output
 
+        schemas = folder / "schemas.cpp"
+        schemas.write_text("".join(f'#include "{path}"\n' for path in SCHEMAS))
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_one, SOURCES))
+            objects = list(pool.map(compile_one, (*SOURCES, schemas)))
         paths = [f"-L{path}" for path in library_paths()]
         command = [compiler, "-shared", *objects, *paths, "-lc10", "-ltorch", "-ltorch_cpu", "-o", f"{library}.new"]
         subprocess.run(command, check=True)

@@ -3,7 +3,8 @@
 // small pool: a tensor's memory returns to it when the tensor dies, and the next one of about that size takes it.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
 

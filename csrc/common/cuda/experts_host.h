@@ -1,6 +1,8 @@
 // Logits of several experts on a GPU: what the host does alike for all kernels.
 #pragma once
 
+#include <ATen/ops/stack.h>
+
 #include <algorithm>
 #include <limits>
 

@@ -1,4 +1,7 @@
-// On CUDA the operator is the rows kernel, expert by expert (lt_kernels/ops/expert_cross_entropy/looped.py).
+// Defines the operator; cpu.cpp includes it, so that a library has it once. On CUDA the operator is the rows kernel,
+// expert by expert (lt_kernels/ops/expert_cross_entropy/looped.py).
+#pragma once
+
 #include "../common/row_options.h"
 
 TORCH_LIBRARY_FRAGMENT(LTK_LIBRARY, m) {

@@ -1,3 +1,6 @@
+// Defines the operators; cpu.cpp includes it, so that a library has them once.
+#pragma once
+
 #include "block.h"
 
 TORCH_LIBRARY_FRAGMENT(LTK_LIBRARY, m) {
