@@ -34,6 +34,11 @@ LTK_INLINE A weight_of(const Call<A>& call, int64_t column) {
   return call.weight ? call.weight[column] : A(1);
 }
 
+template <class A>
+LTK_INLINE A coefficient_of(const Call<A>& call, int i) {
+  return call.coefficient ? call.coefficient[i] : A(1);
+}
+
 // Loads the slots of a row whose logits start at x, columns `stride` apart.
 template <class T, class A>
 LTK_INLINE RowSlots<A> load_slots(const Call<A>& call, int64_t row, const T* x, int64_t stride) {
@@ -48,9 +53,9 @@ LTK_INLINE RowSlots<A> load_slots(const Call<A>& call, int64_t row, const T* x, 
     Slot<A>& slot = r.slot[i];
     const int64_t column = (i ? call.mixed : call.target)[row];
     slot.column = column == call.ignore_index ? -1 : column;
-    slot.factor = call.coefficient[i] * A(0);  // NaN where the mean is over no weight at all, as in torch
+    slot.factor = coefficient_of(call, i) * A(0);  // NaN where the mean is over no weight at all, as in torch
     if (slot.column < 0) continue;
-    slot.factor = call.coefficient[i] * (i ? A(1) - share : share);
+    slot.factor = coefficient_of(call, i) * (i ? A(1) - share : share);
     slot.weight = weight_of(call, column);
     slot.x = IO<T>::get(x + column * stride);
     const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0);
@@ -200,7 +205,7 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowSlots<A>& slo
   call.total[row] = s.total;
   if (call.prediction) call.prediction[row] = s.best_column;
   if (call.q) {
-    const A k = call.coefficient[0];
+    const A k = coefficient_of(call, 0);
     call.loss[row] = k * (static_cast<A>(s.weight) * log_total - static_cast<A>(s.weighted));
     call.lse[row] = s.peak + log_total;
     const A share = call.smoothing / static_cast<A>(call.classes);
@@ -435,7 +440,7 @@ void compute_gradients(const Call<A>& call, int64_t begin, int64_t end, RowGradi
       const A* q = call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k;
       double weights = 0;
       for (int64_t c = 0; c < call.classes; ++c) weights += weight_of(call, c) * (kept * q[c * call.q_c] + share);
-      const A k = grad_loss * call.coefficient[0];
+      const A k = grad_loss * coefficient_of(call, 0);
       out[row] = {peak, (k * static_cast<A>(weights) + grad_lse) / total, k * share, k * kept, {-1, -1}, {}, {}, {}, 0};
     } else {
       const T* x = row_pointer<T>(call, row);
