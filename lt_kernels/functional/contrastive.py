@@ -264,7 +264,7 @@ def supervised_contrastive(
 
 
 def _check_vectors(query: Tensor, key: Tensor) -> torch.dtype:
-    """The dtype of the products."""
+    """Check the vectors; return the dtype of their products."""
     for name, value in (("query", query), ("key", key)):
         check_floating(name, value)
         if value.dim() != 2:

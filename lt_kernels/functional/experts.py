@@ -436,7 +436,7 @@ def expert_divergence(
 
 
 def _check_experts(logits: ExpertLogits) -> tuple[list[Tensor], list[Tensor]]:
-    """The operators' argument, and each expert's [N, C]."""
+    """Check the logits; return the operators' argument, and each expert's [N, C]."""
     if isinstance(logits, Tensor):
         check_floating("logits", logits)
         if logits.dim() != 3 or logits.shape[0] == 0 or logits.shape[2] == 0:
@@ -518,7 +518,7 @@ def _prior(
 def _expert_weights(
     expert_weight: Sequence[float] | Tensor | None, experts: int, input: Tensor, dtype: torch.dtype
 ) -> tuple[list[float], Tensor | None]:
-    """Factors as numbers, and as a tensor [E] that multiplies them."""
+    """Return the experts' factors as numbers, and a tensor [E] that multiplies them."""
     if expert_weight is None:
         return [1.0 / experts] * experts, None
     if isinstance(expert_weight, Tensor):
@@ -535,7 +535,7 @@ def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torc
 
 
 def _check_features(input: ExpertLogits, experts: int, width: int, linear_weight: Tensor) -> list[Tensor]:
-    """One [N, D] for each expert, or one that all share."""
+    """Return one [N, D] for each expert, or one that all share."""
     if isinstance(input, Tensor):
         if input.dim() not in (2, 3):
             raise ValueError(f"input: got shape {tuple(input.shape)}, expected [E, N, D], [N, D] or a list of E [N, D]")

@@ -357,7 +357,7 @@ def linear_topk(
 def _check_linear(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, normalize: bool
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    """The logits' shape, and the dtype of the matrix products."""
+    """Check what makes the logits; return their shape, and the dtype of the matrix products."""
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
     check_flag("normalize", normalize)
@@ -387,7 +387,7 @@ def _check_linear(
 
 
 def _tiled_reason(a: Arguments, backend: str) -> str | None:
-    """Why the strategy "tiled" cannot run the call; None where it can."""
+    """Return why the strategy "tiled" cannot run the call, None if it can."""
     if backend != "triton":
         return f"it needs the backend 'triton', not {backend!r}"
     return plans.tiled_reason(a.input.shape[1], a.positions, a.input.dtype, a.options.soft)
