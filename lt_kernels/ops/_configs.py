@@ -1,9 +1,11 @@
-"""Limits of instructions per logit that the operators' ``configs.py`` share.
+"""What the operators' ``configs.py`` share: limits of instructions per logit, and calls on several experts' logits.
 
 An H200 executes 3.35e13 instructions a second and moves 4.3e12 bytes a second.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 #: Rows that one program keeps.
 ONE_TILE_BUDGET = 20.0
@@ -13,3 +15,29 @@ MEMORY_BUDGET = 31.0
 READ_BUDGET = 15.6
 #: Experts with their ensemble: the second sweep reads logits from L2, so a little more than memory's time.
 ENSEMBLE_BUDGET = 33.0
+
+
+class ExpertConfig(NamedTuple):
+    """A call of ``op`` on the logits of several experts."""
+
+    op: str
+    name: str
+    classes: int
+    dtype: str = "bfloat16"
+    options: tuple[str, ...] = ()
+    experts: int = 3
+    rows: int = 1024
+    k: int = 1  # classes that expert_fusion selects
+    backward: bool = False
+    samples_first: bool = False  # [N, E, C] in memory
+    wide: bool = True  # held to 16-byte loads and stores
+    budget: float | None = None  # limit of instructions per logit
+
+    @property
+    def title(self) -> str:
+        direction = ", backward" if self.backward else ""
+        return f"{self.op}, {self.name}, E {self.experts}, C {self.classes}, {self.dtype}{direction}"
+
+    def limit(self, kernel: str) -> float | None:
+        """Return the limit of instructions per logit of a kernel."""
+        return self.budget

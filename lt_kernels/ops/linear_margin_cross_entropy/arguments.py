@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._checks import compute_dtype
 from .._registry import Signature
 from .._rows.options import DIFFERENTIABLE as OPTIONS
 from .._rows.options import RowOptions
-from ..margin_cross_entropy.arguments import Arguments as RowArguments
 
 
 class Arguments(NamedTuple):
@@ -34,7 +34,7 @@ class Arguments(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.input.dtype)
 
     @property
     def positions(self) -> int:
@@ -44,10 +44,6 @@ class Arguments(NamedTuple):
     @property
     def classes(self) -> int:
         return self.linear_weight.shape[0] // self.positions
-
-    def of_rows(self, logits: Tensor) -> RowArguments:
-        """Return the arguments of the rows kernel on ``logits`` [N, C, K]."""
-        return RowArguments(logits, self.options)
 
 
 #: Inputs that can receive a gradient, in the order of ``needs`` and of what the backward op returns.

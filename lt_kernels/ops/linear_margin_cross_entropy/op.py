@@ -14,6 +14,7 @@ each [0] otherwise. Backward computes from ``rest``, and from ``logits`` if they
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,48 +116,29 @@ def _like(a: Arguments, name: str, wanted: bool) -> Tensor:
     return value.new_empty(value.shape) if wanted else a.input.new_empty((0,))
 
 
-def _backward(*args: Any) -> list[Tensor]:
-    return _gradients(False, *args)
-
-
-def _backward_in_place(*args: Any) -> list[Tensor]:
-    return _gradients(True, *args)
-
-
 def _gradients(overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
     """Return the gradients. overwrite: whether kept logits may be turned into their gradient in place."""
     logits, is_gradient, *inputs, strategy, memory_budget, with_prediction, needs, backend = args
     a = SIGNATURE.rebuild(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
-        return _gradients_of(
-            a, grad_loss, grad_lse, rest, logits, is_gradient, overwrite, strategy, memory_budget, with_prediction,
-            needs, backend,
-        )  # fmt: skip
-
-
-def _gradients_of(
-    a: Arguments, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, logits: Tensor | None, is_gradient: bool,
-    overwrite: bool, strategy: str, memory_budget: int, with_prediction: bool, needs: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    if strategy == "tiled":
-        inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
-        values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
-        if inverse_norm is not None and needs[1]:
-            chunked.products.project_(values[1], a, inverse_norm, False)
-        return values
-    head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
-    if is_gradient:
-        assert logits is not None
-        gradients = chunked.Gradients(head, needs)
-        one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # asking a GPU would wait for it
-        gradients.add_rows(logits, slice(0, head.n), None if one else grad_loss)
-        return gradients.finished()
-    if strategy == "materialize":
-        return chunked.backward_rows(head, head.n, logits, overwrite, grad_loss, grad_lse, rest, needs)
-    plan = chunk_plan(sizes(a, True, False, any(needs[3:])), memory_budget)
-    if plan.by == "rows":
-        return chunked.backward_rows(head, plan.chunk, None, True, grad_loss, grad_lse, rest, needs)
-    return chunked.backward_classes(head, plan.chunk, grad_loss, grad_lse, rest, needs)
+        if strategy == "tiled":
+            inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
+            values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
+            if inverse_norm is not None and needs[1]:
+                chunked.products.project_(values[1], a, inverse_norm, False)
+            return values
+        head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
+        if is_gradient:
+            gradients = chunked.Gradients(head, needs)
+            one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # asking a GPU would wait for it
+            gradients.add_rows(logits, slice(0, head.n), None if one else grad_loss)
+            return gradients.finished()
+        if strategy == "materialize":
+            return chunked.backward_rows(head, head.n, logits, overwrite, grad_loss, grad_lse, rest, needs)
+        plan = chunk_plan(sizes(a, True, False, any(needs[3:])), memory_budget)
+        if plan.by == "rows":
+            return chunked.backward_rows(head, plan.chunk, None, True, grad_loss, grad_lse, rest, needs)
+        return chunked.backward_classes(head, plan.chunk, grad_loss, grad_lse, rest, needs)
 
 
 def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
@@ -178,13 +160,13 @@ _AFTER_LOGITS = (
 )
 BACKWARD = define(
     f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor? logits, {_AFTER_LOGITS}",
-    _backward,
+    partial(_gradients, False),
     _backward_fake,
 )
 # The same, which turns the logits that forward kept into their gradient. Only called where no graph is recorded.
 define(
     f"{OP}_bwd_(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor(a!) logits, {_AFTER_LOGITS}",
-    _backward_in_place,
+    partial(_gradients, True),
     _backward_fake,
 )
 

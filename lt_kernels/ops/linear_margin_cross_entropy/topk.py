@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._checks import compute_dtype
 from .._backend import load
 from .._registry import define
 from .._rows.options import RowOptions
@@ -73,7 +74,7 @@ def _in_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows_kernel = load(ROWS, backend)
     dtype, device = input.dtype, input.device
-    wide = _compute_dtype(dtype)
+    wide = compute_dtype(dtype)
     n, classes = input.shape[0], linear_weight.shape[0]
     changed = normalize or class_shift is not None or learned_scale is not None or scale != 1.0
     apart = changed and wide != dtype  # the logits' own dtype is too narrow for what is added to them
@@ -125,12 +126,8 @@ def _in_blocks(
     return results
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _results(input: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    confidence = input.new_empty((input.shape[0], k), dtype=_compute_dtype(input.dtype))
+    confidence = input.new_empty((input.shape[0], k), dtype=compute_dtype(input.dtype))
     return torch.empty_like(confidence, dtype=torch.int64), confidence, confidence.new_empty((input.shape[0],))
 
 
