@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._gemm import products
 from .._registry import Signature
 from .._rows.options import DIFFERENTIABLE as OPTIONS
 from .._rows.options import RowOptions
@@ -44,6 +45,10 @@ class Arguments(NamedTuple):
     @property
     def classes(self) -> int:
         return self.linear_weight.shape[0] // self.positions
+
+    def inverse_norms(self) -> Tensor | None:
+        """Return 1 / |linear_weight_jk| [C * K] in the compute dtype; None unless ``normalize``."""
+        return products.inverse_norms(self.factor, self.compute_dtype) if self.normalize else None
 
     def of_rows(self, logits: Tensor) -> RowArguments:
         """Return the arguments of the rows kernel on ``logits`` [N, C, K]."""
