@@ -15,7 +15,7 @@ from torch import Tensor
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import partitioned_logsumexp, supervised_contrastive
-from lt_kernels.ops.linear_margin_cross_entropy.plan import padded
+from lt_kernels.ops._gemm.products import LINE, padded
 from lt_kernels.ops.partitioned_logsumexp import chunked, plan
 from lt_kernels.testing import assert_within_budget, check_partitioned_logsumexp
 
@@ -326,7 +326,7 @@ def test_blocks_cover_everything_within_the_budget(rows, keys, budget):
         assert 1 <= found.rows <= rows
         assert 1 <= found.keys <= keys
         size = found.rows * padded(found.keys, dtype) * dtype.itemsize
-        assert size <= max(min(budget, plan._BLOCK_BYTES["cpu"]), plan._LINE)
+        assert size <= max(min(budget, plan._BLOCK_BYTES["cpu"]), LINE)
 
 
 def test_auto_keeps_what_fits():

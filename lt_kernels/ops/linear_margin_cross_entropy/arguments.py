@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import compute_dtype
+from .._gemm import products
 from .._registry import Signature
 from .._rows.options import DIFFERENTIABLE as OPTIONS
 from .._rows.options import RowOptions
@@ -44,6 +45,10 @@ class Arguments(NamedTuple):
     @property
     def classes(self) -> int:
         return self.linear_weight.shape[0] // self.positions
+
+    def inverse_norms(self) -> Tensor | None:
+        """Return 1 / |linear_weight_jk| [C * K] in the compute dtype; None unless ``normalize``."""
+        return products.inverse_norms(self.factor, self.compute_dtype) if self.normalize else None
 
 
 #: Inputs that can receive a gradient, in the order of ``needs`` and of what the backward op returns.

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ..._checks import check_classes
 from .._backend import load
+from .._gemm import products
 from .._reduce import ordered_sum
 from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward, spends_in_place
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
 from . import chunked
 from .arguments import DIFFERENTIABLE, SIGNATURE, Arguments
-from .plan import Sizes, chunk_plan, padded
+from .plan import Sizes, chunk_plan
 
 OP = "linear_margin_cross_entropy"
 _OWN = ("input", "linear_weight", "linear_bias")  # what forward can have gradients of
@@ -64,8 +65,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(a.input.device.type, enabled=False):  # dtypes have been chosen
         _check_targets(a)
         if strategy == "tiled":
-            inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
-            results = chunked.Forward(*_tiled_module().forward(a, inverse_norm, with_prediction))
+            results = chunked.Forward(*_tiled_module().forward(a, a.inverse_norms(), with_prediction))
         else:
             head = chunked.Head(a, load(ROWS, backend), with_prediction)
             all_needs = [*needs, *[False] * (len(DIFFERENTIABLE) - len(_OWN))]
@@ -98,9 +98,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     rows = a.input.new_empty((n, k), dtype=a.compute_dtype)
     logits = a.input.new_empty((0,))
     if strategy == "materialize":
-        logits = torch.empty_strided(
-            (n, columns), (padded(columns, a.input.dtype), 1), dtype=a.input.dtype, device=a.input.device
-        )
+        logits = products.fake_buffer(n, columns, a.input.dtype, a.input.device)
     return (
         rows.new_empty(()) if reduce else rows,
         torch.empty_like(rows),
@@ -116,19 +114,23 @@ def _like(a: Arguments, name: str, wanted: bool) -> Tensor:
     return value.new_empty(value.shape) if wanted else a.input.new_empty((0,))
 
 
-def _gradients(overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
+def _gradients(
+    overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, logits: Tensor | None, is_gradient: bool,
+    *args: Any,
+) -> list[Tensor]:  # fmt: skip
     """Return the gradients. overwrite: whether kept logits may be turned into their gradient in place."""
-    logits, is_gradient, *inputs, strategy, memory_budget, with_prediction, needs, backend = args
+    *inputs, strategy, memory_budget, with_prediction, needs, backend = args
     a = SIGNATURE.rebuild(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
         if strategy == "tiled":
-            inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
+            inverse_norm = a.inverse_norms()
             values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
             if inverse_norm is not None and needs[1]:
-                chunked.products.project_(values[1], a, inverse_norm, False)
+                products.project_(values[1], a.linear_weight, inverse_norm, False)
             return values
         head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
         if is_gradient:
+            assert logits is not None
             gradients = chunked.Gradients(head, needs)
             one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # asking a GPU would wait for it
             gradients.add_rows(logits, slice(0, head.n), None if one else grad_loss)
