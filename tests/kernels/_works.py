@@ -48,9 +48,14 @@ class Work:
         return pytest.mark.backends("triton") if "-tiled-" in self.id else ()
 
     @property
-    def tolerance(self) -> dict[str, float]:
-        """How close rows are whose neighbours were spoilt."""
-        return {"rtol": 1e-5, "atol": 1e-7} if self.id.startswith("rows") else {"rtol": 0.0, "atol": 0.0}
+    def family(self) -> str:
+        return self.id.partition("-")[0]
+
+    @property
+    def plain(self) -> Work:
+        """The same call with everything in memory at once."""
+        strategy = self.operator.strategy and "materialize"
+        return replace(self, operator=replace(self.operator, strategy=strategy, around=nullcontext))
 
     def sample(self, device: str, **keywords: Any) -> Any:
         return self.case.sample(self.dtype, device, **self.keywords, **keywords)

@@ -75,13 +75,15 @@ def check(
     module, dtype = load("expert_divergence", backend), logits[0].dtype
     single = torch.promote_types(dtype, torch.float32)
     if len(upstream_of(logits, single)) == 1 and backend == "native":
-        # truly 0, and eager has no error at all: the budget is nothing, and products fused with sums miss it by 1e-9
+        # Truly 0, and eager has no error at all: the budget is nothing. The gradient of "to_mean" misses it by 1e-9
+        # where a compiler fuses the product in exp(u) / sum with the subtraction of the mean's probability.
+        exact = ENGINE.name == "emulator"
         value, saved = module.forward(logits, temperature, kind)
         grad = module.backward(upstream_of(logits, single), saved, logits, temperature, kind, detach)
         assert value.shape == upstream_of(logits, single).shape
         assert grad.dtype == dtype
-        assert float(value.abs().max()) < 1e-6
-        assert float(grad.abs().max()) < 1e-7
+        assert float(value.abs().max()) <= (0.0 if exact else 1e-6)
+        assert float(grad.abs().max()) <= (0.0 if exact and kind == "pairwise" else 1e-7)
         return
     definition = of_reference if backend == "native" else dense
     truth, eager = (definition(logits, temperature, kind, detach, to) for to in (torch.float64, single))

@@ -94,10 +94,11 @@ def drawn(rows: int, classes: int, positions: tuple[int, ...] = (), dtype: str =
 def test_value_and_gradients(option, shape, dtype, backend, chip):
     rows, classes, positions = SHAPES[shape]
     sample = drawn(rows, classes, positions, dtype, ignored=0.3 if rows > 3 else 0.0, seed=1, **OPTIONS[option])
-    if classes > 1 or backend != "native":
+    if classes > 1 or backend != "native" or (ENGINE.name == "emulator" and option != "weighted smoothing, mixed"):
         check(sample)
         return
-    # truly 0, and eager has no error at all: the budget is nothing, and products fused with sums miss it by 1e-9
+    # truly 0, and eager has no error at all: the budget is nothing, and the products of smoothing miss it by 1e-9
+    # where a compiler fuses them with the subtraction of their sum
     for result in results_of(sample):
         assert float(result.abs().max()) < 1e-6
 
