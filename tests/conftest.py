@@ -59,6 +59,8 @@ def _impossible(item: pytest.Item) -> bool:
         value for value in parameters.values() if isinstance(value, str | torch.dtype)
     ):
         return True  # Triton kernels take no float64
+    if "tiled" in (parameters.get("mode"), parameters.get("strategy")) and backend != "triton":
+        return True
     only = item.get_closest_marker("backends")
     if only is not None and (backend or _engines.ENGINE.backends[0]) not in only.args:
         return True

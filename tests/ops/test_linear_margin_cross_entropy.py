@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases.linear import BY_ID, CASES, OWN, Case
-from _strategies import LINEAR_MODES, linear_mode
+from _engines import of_backends
+from _strategies import LINEAR_MODES, linear_mode, tiled_linear_reason
 from torch import Tensor
 
 import lt_kernels
@@ -59,8 +60,11 @@ def _kinds() -> list:
     return [pytest.param(case, DTYPES[kind], how, id=f"{case.id}-{kind}-{how}") for case, kind, how in kinds]
 
 
+@pytest.mark.parametrize("mode", [*LINEAR_MODES, *of_backends(triton=("tiled",))], indirect=True)
 @pytest.mark.parametrize(("case", "dtype", "reduction"), _kinds())
 def test_value_and_every_gradient(case, dtype, reduction, mode, backend, device):
+    if mode == "tiled" and (reason := tiled_linear_reason(case.width, case.positions, case.soft)):
+        pytest.skip(reason)
     sample = case.sample(dtype, device, reduction=reduction)
     check_linear_margin_cross_entropy(
         with_strategy(mode), sample, upstream=upstream_of(sample, reduction, device), factor=2.0
