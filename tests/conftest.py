@@ -66,8 +66,10 @@ def _impossible(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if _engines.runs(item.path, item.name) and not _impossible(item)]
-    if dropped := [item for item in items if item not in set(kept)]:
+    kept, dropped = [], []
+    for item in items:
+        (kept if _engines.runs(item.path, item.name) and not _impossible(item) else dropped).append(item)
+    if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
 
