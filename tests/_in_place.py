@@ -78,7 +78,7 @@ OPTIONS = [name for name in _options(1, 1, 1, torch.float32, "cpu") if name]
 
 
 def arguments(shape: tuple[int, int, int], option: str, dtype: torch.dtype, device: str = "cpu") -> Arguments:
-    torch.manual_seed(sum(shape))
+    torch.default_generator.manual_seed(sum(shape))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     drawn = _options(*shape, compute, device)
     x = (3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
@@ -111,7 +111,7 @@ def _every_call(
         yield from call(
             f"forward, prediction {predict}", lambda b, out, predict=predict: module.forward(b, predict, True, out=out)
         )
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     per_row, per_lse = (torch.randn(rest.shape[1:], dtype=rest.dtype).to(rest.device) for _ in range(2))
     possible = needs_of(a)
     only = [True] + [False] * 5

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases.experts import BY_ID, CASES, LAYOUTS, Case
+from _gradcheck import gradcheck
 from torch import Tensor
 
 import lt_kernels
@@ -64,19 +65,10 @@ def test_gradients_too_large_for_the_caches(rows, classes, device):
     "case", [case for case in CASES if case.classes <= 40 and case.spread < 100], ids=lambda case: case.id
 )
 def test_gradcheck(case, backend_name):
-    """Of a few rows and classes: each logit is moved on its own."""
     case = dataclasses.replace(case, rows=min(case.rows, 4), classes=min(case.classes, 9))
     sample = case.sample(torch.float64, reduction="none", expert_reduction="none")
-    names = list(sample.differentiable)
-
-    def call(*leaves: Tensor) -> Tensor:
-        given = dict(zip(names, leaves, strict=True))
-        options = {**sample.options, **{k: v for k, v in given.items() if k != "input"}}
-        return expert_cross_entropy(given.get("input", sample.input), sample.target, **options)
-
-    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in sample.differentiable.values())
     with lt_kernels.use_backend(backend_name):
-        assert torch.autograd.gradcheck(call, leaves)
+        gradcheck(lambda input, **options: expert_cross_entropy(input, **options), sample)
 
 
 def test_each_expert_is_margin_cross_entropy(backend, device):
