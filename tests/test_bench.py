@@ -17,9 +17,9 @@ from bench_records import record
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lt_kernels
-from lt_kernels.bench import contrastive, experts, ops, records, roofline, runner, timing
+from lt_kernels.bench import contrastive, experts, ops, records, runner, timing
 from lt_kernels.bench.cases import Case
-from lt_kernels.bench.op import DIRECTIONS
+from lt_kernels.bench.op import DIRECTIONS, Cost
 from lt_kernels.bench.ops import OPS
 from lt_kernels.bench.ops import linear_margin_cross_entropy as head_module
 from lt_kernels.bench.ops.margin_cross_entropy import RowCase
@@ -126,11 +126,11 @@ def test_inputs_of_experts():
     assert experts.ExpertCase("c", 7, 123, experts=1).taus == [1]
     assert sum(experts.ExpertCase("c", 7, 123, experts=6).taus) == pytest.approx(6)
     assert [tuple(x.shape) for x in inputs.leaves.values()] == [(7, 123)] * 3
-    assert torch.equal(torch.stack(inputs.experts), inputs.stacked)
-    assert not torch.equal(inputs.target, inputs.mixed_target)
+    assert torch.equal(torch.stack(experts.experts_of(inputs)), inputs["stacked"])
+    assert not torch.equal(inputs.target, inputs["mixed_target"])
     again = case.inputs(torch.float32, "cpu")
-    assert torch.equal(again.stacked, inputs.stacked)
-    assert torch.equal(again.mixed_target, inputs.mixed_target)
+    assert torch.equal(again["stacked"], inputs["stacked"])
+    assert torch.equal(again["mixed_target"], inputs["mixed_target"])
 
 
 SMALL_CONTRASTS = [case for case in contrast.cases.values() if not case.devices]
@@ -161,28 +161,35 @@ def test_inputs_of_contrasts(case):
     inputs = case.inputs(torch.float32, "cpu")
     query, key = contrastive.vectors(inputs)
     assert case.sizes == {"N": len(query), "M": len(key), "D": query.shape[1]}
-    assert (len(inputs.target), len(inputs.key_label)) == (len(query), len(key))
+    assert (len(inputs.target), len(inputs["key_label"])) == (len(query), len(key))
     torch.testing.assert_close(query.norm(dim=1), torch.ones(len(query)))
     own = torch.arange(len(query))
     if contrastive.leaves_out_own(case.method):
-        assert torch.equal(inputs.key_label[own], inputs.target)
+        assert torch.equal(inputs["key_label"][own], inputs.target)
     elements = sum(leaf.numel() for leaf in inputs.leaves.values() if leaf.dim() > 0)
     assert elements == case.uncounted
     again = case.inputs(torch.float32, "cpu")
-    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in inputs.tensors.items())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in inputs.tensors.items())
     if case.method == "gml":
-        held = inputs.tensors["query_id"][:, None] == inputs.tensors["key_id"]
+        held = inputs["query_id"][:, None] == inputs["key_id"]
         assert torch.equal(held.sum(1), torch.ones(len(query), dtype=torch.int64))
-        assert torch.equal(inputs.key_label[held.int().argmax(1)], inputs.target)
-        assert int(torch.bincount(inputs.key_label).min()) >= 2  # one is left without a query's own
+        assert torch.equal(inputs["key_label"][held.int().argmax(1)], inputs.target)
+        assert int(torch.bincount(inputs["key_label"]).min()) >= 2  # one is left without a query's own
 
 
-def test_static_floor_is_the_slowest_of_what_a_chip_does():
-    assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 0) == pytest.approx(10)
-    assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 418 * 10**9) == pytest.approx(100)
-    assert roofline.static_floor_ms("NVIDIA H100 80GB HBM3", 3 * 10**10, 0, 0) == pytest.approx(10)
-    assert roofline.static_floor_ms("NVIDIA H100 PCIe", 1, 1, 1) is None  # another memory
-    assert roofline.static_floor_ms("A CPU, 2 threads, AVX2", 1, 1, 1) is None
+@pytest.mark.parametrize(
+    ("device", "cost", "milliseconds"),
+    [
+        ("NVIDIA H200", Cost(43 * 10**9, 0, 0), 10),
+        ("NVIDIA H200", Cost(43 * 10**9, 0, 418 * 10**9), 100),
+        ("NVIDIA H100 80GB HBM3", Cost(3 * 10**10, 0, 0), 10),
+        ("NVIDIA H100 PCIe", Cost(1, 1, 1), None),  # another memory
+        ("A CPU, 2 threads, AVX2", Cost(1, 1, 1), None),
+    ],
+)
+def test_static_floor_is_the_slowest_of_what_a_chip_does(device, cost, milliseconds):
+    expected = None if milliseconds is None else pytest.approx(milliseconds)
+    assert cost.static_floor_ms(device) == expected
 
 
 # The runner
@@ -345,7 +352,7 @@ def test_an_overflow_of_eager_is_said_and_is_no_error_of_ours(monkeypatch):
     class Overflow(RowCase):
         def inputs(self, dtype, device):
             inputs = super().inputs(dtype, device)
-            inputs.logits.data[:] = torch.tensor([-3e4, 3e4, 0.0, 0.0, 0.0])
+            inputs["logits"].data[:] = torch.tensor([-3e4, 3e4, 0.0, 0.0, 0.0])
             inputs.target[:] = 0  # losses of 60,000, whose float16 sum is infinite
             return inputs
 

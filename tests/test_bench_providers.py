@@ -19,9 +19,7 @@ from lt_kernels.bench.cases import Case
 from lt_kernels.bench.op import Op
 from lt_kernels.bench.ops import OPS
 from lt_kernels.bench.ops import expert_divergence as divergence_module
-from lt_kernels.bench.ops import linear_margin_cross_entropy as head_module
 from lt_kernels.bench.ops import margin_cross_entropy as rows_module
-from lt_kernels.bench.ops import partitioned_logsumexp as contrast_module
 from lt_kernels.bench.providers import Provider
 
 op, head, balpoe, divergence, fusion, contrast = OPS.values()
@@ -54,7 +52,7 @@ def can_be_checked(one: Op, case: Case, dtype: str, provider: Provider) -> bool:
 )
 def test_providers_agree(one, case, dtype):
     agreement = one.make_agreement(inputs := case.inputs(getattr(torch, dtype), "cpu"))
-    if one is contrast:
+    if one in (head, contrast):
         assert agreement._truth.keys() == {"loss", *(f"gradient of {name}" for name in inputs.leaves)}
     names = [name for name, provider in one.providers.items() if can_be_checked(one, case, dtype, provider)]
     assert {one.eager, "lt[reference]"} <= set(names)
@@ -65,13 +63,13 @@ def test_providers_agree(one, case, dtype):
 def test_contrasts_are_the_formulas():
     """The dense forms against sums over keys, query by query."""
     inputs = contrast.cases["gml-9x40x6-c11"].inputs(torch.float64, "cpu")
-    given, prior = inputs.tensors, inputs.log_prior.double()
+    given, prior = inputs, inputs.log_prior.double()
     total = 0.0
     for i, label in enumerate(inputs.target):
         s = (given["query"][i] * given["key"]).sum(1) / 0.07
         others = given["key_id"] != given["query_id"][i]
         for keep in (torch.ones_like(others), others):
-            means = [s[keep & (inputs.key_label == c)].exp().mean().log() for c in range(11)]
+            means = [s[keep & (inputs["key_label"] == c)].exp().mean().log() for c in range(11)]
             total += F.cross_entropy(torch.stack(means) + prior, label)
         total += F.cross_entropy(30 * given["logits"][i] + prior, label)
     torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 9, rtol=1e-6, atol=0.0)
@@ -81,15 +79,15 @@ def test_contrasts_are_the_formulas():
     total = 0.0
     for i, label in enumerate(inputs.target):
         s, others = (query[i] * key).sum(1) / 0.1, torch.arange(17) != i
-        means = [s[others & (inputs.key_label == c)].exp().mean() for c in range(5)]
-        total += torch.stack(means).sum().log() - s[others & (inputs.key_label == label)].mean()
+        means = [s[others & (inputs["key_label"] == c)].exp().mean() for c in range(5)]
+        total += torch.stack(means).sum().log() - s[others & (inputs["key_label"] == label)].mean()
     torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 12)
 
     inputs = contrast.cases["supcon-7x33x5"].inputs(torch.float64, "cpu")
     total = 0.0
     for i, label in enumerate(inputs.target):
-        s, others = (inputs.tensors["query"][i] * inputs.tensors["key"]).sum(1) / 0.07, torch.arange(33) != i
-        positive = others & (inputs.key_label == label)
+        s, others = (inputs["query"][i] * inputs["key"]).sum(1) / 0.07, torch.arange(33) != i
+        positive = others & (inputs["key_label"] == label)
         total += s[others].logsumexp(0) - s[positive].mean() if positive.any() else 0.0
     torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 7)
 
@@ -98,8 +96,8 @@ def test_contrasts_are_the_formulas():
     total = 0.0
     for i, label in enumerate(inputs.target):
         s, others = (query[i] * key).sum(1) / 0.2, torch.arange(21) != i
-        adjusted = inputs.tensors["logits"][i] + (inputs.log_prior.double().exp() + 1e-9).log()
-        positive = s[others & (inputs.key_label == label)]
+        adjusted = inputs["logits"][i] + (inputs.log_prior.double().exp() + 1e-9).log()
+        positive = s[others & (inputs["key_label"] == label)]
         pulled = (adjusted[label] + 0.05 * positive.sum()) / (1 + 0.05 * len(positive))
         total += torch.cat([adjusted, s[others]]).logsumexp(0) - pulled
     torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 5, rtol=1e-6, atol=0.0)
@@ -171,15 +169,15 @@ def test_experts_are_the_published_loops():
     prior = inputs.counts / inputs.counts.sum()
 
     def loss(target):
-        pairs = zip(inputs.experts, (-1, 1, 3), strict=True)
+        pairs = zip(experts.experts_of(inputs), (-1, 1, 3), strict=True)
         each = [F.cross_entropy(x + tau * (prior + 1e-9).log(), target) for x, tau in pairs]
         return sum(each) / 3
 
-    mixed = 0.7 * loss(inputs.target) + 0.3 * loss(inputs.mixed_target)
+    mixed = 0.7 * loss(inputs.target) + 0.3 * loss(inputs["mixed_target"])
     for name in ("published", "eager"):
         torch.testing.assert_close(balpoe.make_step(name, inputs)(), mixed, rtol=1e-6, atol=0.0)
-    p = [x.softmax(1) for x in inputs.experts]
-    mean = torch.stack(inputs.experts).mean(0).softmax(1)
+    p = [x.softmax(1) for x in experts.experts_of(inputs)]
+    mean = torch.stack(experts.experts_of(inputs)).mean(0).softmax(1)
     to_mean = sum((mean * (mean / q).log()).sum() for q in p) / 7
     torch.testing.assert_close(divergence.make_step("published", inputs)(), to_mean)
     pairs = sum((q * (q / r).log()).sum() for q in p for r in p) / 7
@@ -225,10 +223,10 @@ def test_gemms_are_the_three_products():
     assert not head.providers["gemms"].is_loss
     for _ in range(2):  # into the same outputs
         step().backward()
-    logits = inputs.features @ inputs.weight.T
+    logits = inputs["features"] @ inputs["weight"].T
     torch.testing.assert_close(step.product, logits)
-    torch.testing.assert_close((step.of_x, step.of_y), (logits @ inputs.weight, logits.T @ inputs.features))
-    assert inputs.features.grad is inputs.weight.grad is None
+    torch.testing.assert_close((step.of_x, step.of_y), (logits @ inputs["weight"], logits.T @ inputs["features"]))
+    assert inputs["features"].grad is inputs["weight"].grad is None
 
 
 def test_providers_that_cannot_run_say_why(monkeypatch):
@@ -319,10 +317,10 @@ def test_an_importable_peer_is_called_properly(monkeypatch, peer, case):
     calls = install_peer(monkeypatch, peer)
     assert op.providers[peer].unavailable("cuda") is None
     inputs = op.cases[case].inputs(torch.float32, "cpu")
-    before = inputs.logits.detach().clone()
+    before = inputs["logits"].detach().clone()
     op.check_agreement(peer, inputs)
     op.check_agreement(peer, inputs)
-    assert torch.equal(inputs.logits, before)  # it may write over its shifted copy, never over the logits
+    assert torch.equal(inputs["logits"], before)  # it may write over its shifted copy, never over the logits
     if peer != "liger":
         assert {"inplace_backward": True}.items() <= calls[0].items()
     if peer == "quack":
@@ -403,86 +401,67 @@ def rejects_an_error(agreement, step, entry, what: str) -> None:
 
 def test_agreement_rejects_a_wrong_gradient_in_the_last_row(small_inputs):
     agreement, step = op.make_agreement(small_inputs), op.make_step("eager", small_inputs)
-    rejects_an_error(agreement, step, lambda: small_inputs.logits[-1, 5], "gradient")
+    rejects_an_error(agreement, step, lambda: small_inputs["logits"][-1, 5], "gradient")
 
 
 @pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
 def test_agreement_of_a_large_case_samples_rows_but_not_the_loss(monkeypatch, case):
-    monkeypatch.setattr(rows_module, "CHECKED_LOGITS", 3 * op.cases[case].classes)  # three rows
+    monkeypatch.setattr("lt_kernels.bench.agreement.CHECKED_LOGITS", 3 * op.cases[case].classes)  # three rows
     inputs = op.cases[case].inputs(torch.float32, "cpu")
     agreement = op.make_agreement(inputs)
     rows = inputs.target.numel()
     assert agreement._rows.tolist() == [0, (rows - 1) // 2, rows - 1]
     for provider in ("eager", "lt[reference]"):
         agreement.check(provider, op.make_step(provider, inputs))
-    without_a_row = F.cross_entropy(inputs.logits.detach()[1:] + inputs.per_class(inputs.log_prior), inputs.target[1:])
+    without_a_row = F.cross_entropy(
+        inputs["logits"].detach()[1:] + rows_module.per_class(inputs.log_prior, inputs), inputs.target[1:]
+    )
     with pytest.raises(AssertionError, match="short loss"):
-        agreement.check("short", lambda: without_a_row + 0 * inputs.logits.sum())
+        agreement.check("short", lambda: without_a_row + 0 * inputs["logits"].sum())
 
 
-@pytest.fixture
-def head_inputs():
-    return head.cases["odd-33x45x507"].inputs(torch.float32, "cpu")
-
-
-def test_agreement_of_heads_is_exact_in_what_it_samples(monkeypatch, head_inputs):
-    monkeypatch.setattr(head_module, "BLOCK_LOGITS", 33 * 100)  # six blocks of classes
-    monkeypatch.setattr(head_module, "CHECKED_ROWS", 3)
-    truth = head.make_agreement(head_inputs)._truth
-    features, weight = (leaf.detach().double().requires_grad_() for leaf in head_inputs.leaves.values())
-    loss = head_module.eager_loss(features, weight, head_inputs.target, head_inputs.log_prior.double())
+@pytest.mark.parametrize(
+    ("one", "case", "plain"), [(head, "odd-33x45x507", "eager"), (contrast, "gml-9x40x6-c11", "masked")]
+)
+def test_agreement_of_everything_is_exact_in_pieces_and_rejects_each_error(monkeypatch, one, case, plain):
+    inputs = one.cases[case].inputs(torch.float32, "cpu")
+    monkeypatch.setattr(
+        "lt_kernels.bench.agreement.CHECKED_LOGITS", 2 * one.cases[case].logits // len(inputs.target)
+    )  # two rows
+    whole, held = inputs.converted(torch.float64), one.make_agreement(inputs)
+    loss = one.make_step(plain, whole)()
     loss.backward()
-    rows = torch.tensor([0, 16, 32])
-    classes = torch.tensor([0, 253, 506, *head_inputs.target[rows]]).unique()
-    torch.testing.assert_close(truth["loss"], loss.detach())
-    torch.testing.assert_close(truth["gradient of features"], features.grad[rows])
-    torch.testing.assert_close(truth["gradient of weight"], weight.grad[classes])
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient of features", "gradient of weight"])
-def test_agreement_of_heads_rejects_each_error(head_inputs, what):
-    agreement, step = head.make_agreement(head_inputs), head.make_step("eager", head_inputs)
-    leaf = head_inputs.leaves.get(what.removeprefix("gradient of "))
-    rejects_an_error(agreement, step, None if leaf is None else lambda: leaf[-1, 7], what)
-    with pytest.raises(AssertionError, match="no gradient of weight"):
-        agreement.check("frozen", lambda: head_inputs.features.sum())
-
-
-def test_agreement_of_contrasts_is_exact_in_pieces_and_rejects_each_error(monkeypatch):
-    monkeypatch.setattr(contrast_module, "PIECE", 2 * 40)  # two queries at a time
-    inputs = contrast.cases["gml-9x40x6-c11"].inputs(torch.float32, "cpu")
-    agreement = contrast.make_agreement(inputs)
-    whole = inputs.converted(torch.float64)
-    loss = contrastive.masked_loss(whole)
-    loss.backward()
-    torch.testing.assert_close(agreement._truth["loss"], loss.detach())
+    torch.testing.assert_close(held._truth["loss"], loss.detach())
     for name, leaf in whole.leaves.items():
-        torch.testing.assert_close(agreement._truth[f"gradient of {name}"], leaf.grad)
-    step = contrast.make_step("masked", inputs)
+        torch.testing.assert_close(held._truth[f"gradient of {name}"], leaf.grad)
+    step = one.make_step(plain, inputs)
     for name, leaf in inputs.leaves.items():
-        rejects_an_error(agreement, step, lambda leaf=leaf: leaf.reshape(-1)[-1], f"gradient of {name}")
-    rejects_an_error(agreement, step, None, "loss")
+        rejects_an_error(held, step, lambda leaf=leaf: leaf.reshape(-1)[-1], f"gradient of {name}")
+    rejects_an_error(held, step, None, "loss")
+    last = list(inputs.leaves)[-1]
+    with pytest.raises(AssertionError, match=f"no gradient of {last}"):
+        held.check("frozen", lambda: sum(leaf.sum() for name, leaf in inputs.leaves.items() if name != last))
 
 
 @pytest.mark.parametrize("module", [balpoe, divergence], ids=lambda one: one.name)
 def test_agreement_of_experts_is_exact_in_what_it_samples(monkeypatch, module):
-    monkeypatch.setattr(experts, "CHECKED_LOGITS", 2 * 3 * 123)  # two samples
+    monkeypatch.setattr("lt_kernels.bench.agreement.CHECKED_LOGITS", 2 * 3 * 123)  # two samples
     for name in [name for name in module.cases if name.startswith("odd-3x7x123")]:
         inputs = module.cases[name].inputs(torch.float32, "cpu")
         agreement = module.make_agreement(inputs)
         loss = module.make_step(module.references[0], inputs)()
         loss.backward()
         torch.testing.assert_close(agreement._truth["loss"].float(), loss.detach(), rtol=1e-5, atol=0.0)
-        gradient = torch.stack([x.grad[[0, 6]] for x in inputs.experts])
+        gradient = torch.stack([x.grad[[0, 6]] for x in experts.experts_of(inputs)])
         torch.testing.assert_close(agreement._truth["gradient"].float(), gradient, rtol=1e-4, atol=1e-7)
         inputs.drop_gradients()
-        step, last = module.make_step(module.references[0], inputs), inputs.experts[2]
+        step, last = module.make_step(module.references[0], inputs), experts.experts_of(inputs)[2]
         rejects_an_error(agreement, step, lambda last=last: last[-1, 5], "gradient")
 
 
 def test_agreement_of_the_fusion_takes_any_of_equal_classes_and_no_other():
     inputs = fusion.cases["odd-3x7x123-top5"].inputs(torch.float32, "cpu")
-    inputs.stacked.data[:, 2, 7] = inputs.stacked.data[:, 2, 9] = 20.0
+    inputs["stacked"].data[:, 2, 7] = inputs["stacked"].data[:, 2, 9] = 20.0
     agreement = fusion.make_agreement(inputs)
     values, classes = fusion.make_step("eager", inputs)()
     swapped = classes.clone()

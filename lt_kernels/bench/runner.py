@@ -17,7 +17,6 @@ from .op import COPY, DIRECTIONS, DTYPES, Cost, Op
 from .ops import OPS
 from .providers import Step, first_line
 from .records import Record, device_name, device_slug, git_revision, is_ours, versions
-from .roofline import static_floor_ms
 from .timing import Times, Timing, inference_parts, measure, peak_bytes, quantile, training_parts
 
 _EVERYTHING = "everything"  # stands for all providers in messages
@@ -343,7 +342,7 @@ def _records(
         floor_ms = cost.bytes_moved / copy_gbps / 1e6
     elif op.floor.name in samples:
         floor_ms = statistics.median(samples[op.floor.name])
-    static = static_floor_ms(facts["device"], *cost)
+    static = cost.static_floor_ms(facts["device"])
     records = []
     for name, milliseconds in samples.items():
         total_peak, part_peaks = peaks.get(name, (None, []))

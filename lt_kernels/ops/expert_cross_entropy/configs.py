@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._configs import ENSEMBLE_BUDGET, MEMORY_BUDGET, ONE_TILE_BUDGET
+from .._configs import COUNTED_EXPERTS, ENSEMBLE_BUDGET, MEMORY_BUDGET, ONE_TILE_BUDGET
 
 
 class Config(NamedTuple):
@@ -46,5 +46,7 @@ CONFIGS: tuple[Config, ...] = (
         for c in (21841, 100_000)
     ),
 )
-#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
-COUNTED: tuple[Config, ...] = tuple(Config("log_prior", 8142, d, _PRIOR, rows=2731) for d in ("bfloat16", "float32"))
+#: What the GPU counters measure.
+COUNTED: tuple[Config, ...] = tuple(
+    Config("log_prior", dtype=dtype, options=_PRIOR, **COUNTED_EXPERTS) for dtype in ("bfloat16", "float32")
+)

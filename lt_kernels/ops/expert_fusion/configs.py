@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._configs import READ_BUDGET
+from .._configs import COUNTED_EXPERTS, READ_BUDGET
 
 
 class Config(NamedTuple):
@@ -38,5 +38,5 @@ CONFIGS: tuple[Config, ...] = (
     Config("top 5, log_probs", 100_000, options=("class_shift", "log_probs"), k=5),
     Config("top 20, samples first", 8142, k=20, samples_first=True, wide=False),
 )
-#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
-COUNTED: tuple[Config, ...] = (Config("plain", 8142, rows=2731),)
+#: What the GPU counters measure.
+COUNTED: tuple[Config, ...] = (Config("plain", **COUNTED_EXPERTS),)
