@@ -122,18 +122,31 @@ def kernels_unavailable(op: str, device: str) -> str | None:
     return None if None in reasons else reasons[-1]
 
 
-def peer(name: str, module: str, make: Callable[[Any, Inputs], Step]) -> Provider:
-    """A library for GPUs, imported when first needed; ``make`` turns the module and inputs into a step."""
+def peer(
+    name: str, module: str, member: str, call: Callable[[Loss, Inputs], Step], needs: str = "", **options: Any
+) -> Provider:
+    """A loss of another library for GPUs, imported when first needed; ``call`` makes a step of it and the inputs.
+
+    A class is made with ``options``, a function called with them. A loss that can write gradients over its logits does.
+    ``needs`` is a parameter that older versions lack.
+    """
+
+    def imported() -> Any:
+        return getattr(importlib.import_module(module), member)
+
+    def make(inputs: Inputs) -> Step:
+        loss, given = imported(), dict(options)
+        if "inplace_backward" in inspect.signature(loss).parameters:
+            given["inplace_backward"] = True
+        return call(loss(**given) if inspect.isclass(loss) else partial(loss, **given), inputs)
 
     def unavailable(device: str) -> str | None:
-        return import_failure(module) if device == "cuda" else "its kernels need CUDA tensors"
+        reason = import_failure(module) if device == "cuda" else "its kernels need CUDA tensors"
+        if reason is None and needs and needs not in inspect.signature(imported()).parameters:
+            return f"the installed {member} takes no {needs}, so it cannot add the log prior"
+        return reason
 
-    return Provider(name, lambda inputs: make(importlib.import_module(module), inputs), unavailable)
-
-
-def inplace_backward(loss: Callable[..., Any]) -> dict[str, bool]:
-    """Return the option of another library's loss to write gradients over its logits, if it has one."""
-    return {"inplace_backward": True} if "inplace_backward" in inspect.signature(loss).parameters else {}
+    return Provider(name, make, unavailable)
 
 
 def import_failure(*modules: str) -> str | None:

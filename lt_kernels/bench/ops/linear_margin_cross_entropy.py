@@ -14,11 +14,9 @@ gradient of weight by ``torch.mm``, into outputs that exist already. Its time is
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,18 +30,7 @@ from ...ops.linear_margin_cross_entropy.plan import LARGEST_TILED_WIDTH
 from ..agreement import LossAgreement
 from ..cases import CPU, GPU, Case, Inputs, by_name, cases_of, normal
 from ..op import GEMMS, Cost, Op, Target
-from ..providers import (
-    Products,
-    Provider,
-    Step,
-    backends,
-    compiled,
-    eager,
-    headlines_on_cpu,
-    inplace_backward,
-    peer,
-    strategies,
-)
+from ..providers import Products, Provider, Step, backends, compiled, eager, headlines_on_cpu, peer, strategies
 
 NAME = "linear_margin_cross_entropy"
 
@@ -174,35 +161,22 @@ def _strategy_left_out(name: str, case: Case, dtype: str, device: str) -> str | 
     return "one chunk holds all rows" if asked.by == "rows" and asked.chunk >= case.rows else None
 
 
-def _liger(module: Any, inputs: Inputs) -> Step:
+def _weight_first(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
     features, weight, target, log_prior = _arguments(inputs)
-    return partial(module.LigerFusedLinearCrossEntropyLoss(), weight, features, target, log_prior)
+    return partial(loss, weight, features, target, log_prior)
 
 
-def _cut(name: str, **options: str) -> Provider:
-    def make(module: Any, inputs: Inputs) -> Step:
-        *operands, log_prior = _arguments(inputs)
-        return partial(module.linear_cross_entropy, *operands, bias=log_prior, **options)
-
-    provider = peer(name, "cut_cross_entropy", make)
-
-    def unavailable(device: str) -> str | None:
-        if (reason := provider.unavailable(device)) is not None:
-            return reason
-        function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-        if "bias" in inspect.signature(function).parameters:
-            return None
-        return "the installed linear_cross_entropy takes no bias, so it cannot add the log prior"
-
-    return replace(provider, unavailable=unavailable)
-
-
-def _quack(module: Any, inputs: Inputs) -> Step:
+def _bias_third(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
     features, weight, target, log_prior = _arguments(inputs)
-    function = module.linear_cross_entropy_func  # its chunked form takes no bias
-    return partial(function, features, weight, log_prior, target, reduction="mean", **inplace_backward(function))
+    return partial(loss, features, weight, log_prior, target)
 
 
+def _bias_by_name(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
+    *operands, log_prior = _arguments(inputs)
+    return partial(loss, *operands, bias=log_prior)
+
+
+_CUT = "cut_cross_entropy", "linear_cross_entropy", _bias_by_name, "bias"
 PROVIDERS = by_name(
     Provider("gemms", lambda inputs: Products(inputs["features"], inputs["weight"]), is_loss=False),
     eager("eager", eager_loss, _arguments),
@@ -213,10 +187,11 @@ PROVIDERS = by_name(
     ),
     *backends(NAME, lambda inputs: partial(_our_loss, inputs)),
     *strategies(NAME, _our_loss, _strategy_left_out),
-    peer("liger", "liger_kernel.transformers", _liger),
-    _cut("cut-cross-entropy"),
-    _cut("cut-cross-entropy-exact", impl="cce_exact"),
-    peer("quack", "quack.linear_cross_entropy", _quack),
+    peer("liger", "liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", _weight_first),
+    peer("cut-cross-entropy", *_CUT),
+    peer("cut-cross-entropy-exact", *_CUT, impl="cce_exact"),
+    # its chunked form takes no bias
+    peer("quack", "quack.linear_cross_entropy", "linear_cross_entropy_func", _bias_third, reduction="mean"),
 )
 
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from ...ops.margin_cross_entropy.configs import SHAPES
 from ..agreement import LogitsAgreement
 from ..cases import CPU, GPU, Case, Inputs, by_name, cases_of, normal
 from ..op import COPY, DTYPES, Op, Target, cost_of_logits
-from ..providers import Provider, Step, backends, compiled, eager, inplace_backward, peer
+from ..providers import Provider, Step, backends, compiled, eager, peer
 
 NAME = "margin_cross_entropy"
 
@@ -150,18 +149,11 @@ def _ours(inputs: Inputs) -> Step:
     return partial(functional.margin_cross_entropy, inputs["logits"], inputs.target, class_bias=inputs.log_prior)
 
 
-def _peer(name: str, module: str, member: str, is_class: bool = True, **options: Any) -> Provider:
-    """A cross-entropy of another library, which takes logits [N, C] and targets [N]."""
-
-    def make(module: Any, inputs: Inputs) -> Step:
-        known = getattr(module, member)
-        given = {**options, **inplace_backward(known)}
-        loss: Callable[..., Tensor] = known(**given) if is_class else partial(known, **given)
-        logits, target, log_prior = _arguments(inputs)
-        log_prior, target = log_prior.to(logits.dtype), target.flatten()
-        return lambda: loss((logits + log_prior).movedim(1, -1).flatten(0, -2), target)
-
-    return peer(name, module, make)
+def _of_shifted_copy(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
+    """Make a step of a loss that takes logits [N, C] and targets [N]."""
+    logits, target, log_prior = _arguments(inputs)
+    log_prior, target = log_prior.to(logits.dtype), target.flatten()
+    return lambda: loss((logits + log_prior).movedim(1, -1).flatten(0, -2), target)
 
 
 def _no_such_op(inputs: Inputs) -> Step:
@@ -174,9 +166,9 @@ PROVIDERS = by_name(
     compiled(eager_loss, _arguments),
     compiled(eager_loss, _arguments, "compile-max-autotune", "max-autotune-no-cudagraphs", unasked=_autotune_unasked),
     *backends(NAME, _ours),
-    _peer("liger", "liger_kernel.transformers", "LigerCrossEntropyLoss"),
-    _peer("flash-attn", "flash_attn.losses.cross_entropy", "CrossEntropyLoss"),
-    _peer("quack", "quack.cross_entropy", "cross_entropy", is_class=False, reduction="mean"),
+    peer("liger", "liger_kernel.transformers", "LigerCrossEntropyLoss", _of_shifted_copy),
+    peer("flash-attn", "flash_attn.losses.cross_entropy", "CrossEntropyLoss", _of_shifted_copy),
+    peer("quack", "quack.cross_entropy", "cross_entropy", _of_shifted_copy, reduction="mean"),
     Provider(
         "cut-cross-entropy",
         _no_such_op,
