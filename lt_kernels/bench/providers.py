@@ -138,7 +138,8 @@ def peer(
         loss, given = imported(), dict(options)
         if "inplace_backward" in inspect.signature(loss).parameters:
             given["inplace_backward"] = True
-        return call(loss(**given) if inspect.isclass(loss) else partial(loss, **given), inputs)
+        ready: Loss = loss(**given) if isinstance(loss, type) else partial(loss, **given)
+        return call(ready, inputs)
 
     def unavailable(device: str) -> str | None:
         reason = import_failure(module) if device == "cuda" else "its kernels need CUDA tensors"

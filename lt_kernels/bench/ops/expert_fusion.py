@@ -89,7 +89,7 @@ def eager_fusion_of_one(logits: Tensor, k: int) -> Found:
     return _most_likely(logits.mean(0), k)
 
 
-def _arguments(inputs: Inputs) -> tuple[object, ...]:
+def _arguments(inputs: Inputs) -> tuple[list[Tensor], int]:
     return experts_of(inputs), _k(inputs)
 
 
