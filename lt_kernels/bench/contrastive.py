@@ -166,14 +166,11 @@ def leaves_out_own(method: str) -> bool:
 
 def dense_loss(inputs: Inputs) -> Tensor:
     query, key = vectors(inputs)
-    method, labels = inputs.case.method, (inputs.target, inputs["key_label"])
-    if method == "gml":
-        return _dense_gml(query, key, inputs)
+    method = inputs.case.method
     if method in ("views", "supcon", "moco"):
+        labels = inputs.target, inputs["key_label"]
         return dense_supcon(query, key, *labels, TEMPERATURE[method], leaves_out_own(method))
-    masks = _masks(*labels, True, query)
-    similarities = torch.div(torch.matmul(query, key.T), TEMPERATURE[method])
-    return (_dense_bcl if method == "bcl" else _dense_paco)(similarities, *masks, inputs)
+    return {"bcl": _dense_bcl, "paco": _dense_paco, "gml": _dense_gml}[method](query, key, inputs)
 
 
 def _masks(query_label: Tensor, key_label: Tensor, own: bool, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,14 +183,16 @@ def _masks(query_label: Tensor, key_label: Tensor, own: bool, like: Tensor) -> t
     return mask * logits_mask, logits_mask
 
 
-def _pull(
-    logits: Tensor, mask: Tensor, logits_mask: Tensor, pairs: Tensor, weight: Tensor | None = None, tiny: float = 0.0
-) -> Tensor:
-    """Every similarity's log-probability, of which the mask picks the positives."""
-    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
-    exp_logits = torch.exp(logits) * logits_mask
-    total = (exp_logits if weight is None else exp_logits.div(weight)).sum(1, keepdim=True)
-    log_prob = logits - torch.log(total + tiny if tiny else total)
+def _similarities(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    return torch.div(torch.matmul(query, key.T), temperature)
+
+
+def _shifted(logits: Tensor) -> Tensor:
+    return logits - logits.max(dim=1, keepdim=True).values.detach()
+
+
+def _pulled(log_prob: Tensor, mask: Tensor, pairs: Tensor) -> Tensor:
+    """The loss of every similarity's log-probability, of which the mask picks the positives."""
     return -((mask * log_prob).sum(1) / pairs).mean()
 
 
@@ -202,26 +201,38 @@ def dense_supcon(
 ) -> Tensor:
     """Supervised contrastive learning."""
     mask, logits_mask = _masks(query_label, key_label, own, query)
+    logits = _shifted(_similarities(query, key, temperature))
+    exp_logits = torch.exp(logits) * logits_mask
+    log_prob = logits - torch.log(exp_logits.sum(1, keepdim=True))
     pairs = mask.sum(1)
     pairs = torch.where(pairs < 1e-6, 1, pairs)  # queries without positives have loss 0
-    return _pull(torch.div(torch.matmul(query, key.T), temperature), mask, logits_mask, pairs)
+    return _pulled(log_prob, mask, pairs)
 
 
-def _dense_bcl(similarities: Tensor, mask: Tensor, logits_mask: Tensor, inputs: Inputs) -> Tensor:
+def _dense_bcl(query: Tensor, key: Tensor, inputs: Inputs) -> Tensor:
     """Class averaging: exponentials over how many keys their class has, counted in one-hot rows of all keys."""
     key_label = inputs["key_label"]
-    counts = torch.eye(inputs.case.classes, device=key_label.device)[key_label].sum(0)
-    weight = counts[key_label].view(1, -1).expand(similarities.shape) - mask
-    return _pull(similarities, mask, logits_mask, mask.sum(1), weight)
+    counts = torch.eye(inputs.case.classes, device=key.device)[key_label].sum(0)
+    mask, logits_mask = _masks(inputs.target, key_label, True, query)
+    logits = _shifted(_similarities(query, key, TEMPERATURE["bcl"]))
+    exp_logits = torch.exp(logits) * logits_mask
+    weight = counts[key_label].view(1, -1).expand(len(query), len(key)) - mask
+    log_prob = logits - torch.log(exp_logits.div(weight).sum(1, keepdim=True))
+    return _pulled(log_prob, mask, mask.sum(1))
 
 
-def _dense_paco(similarities: Tensor, mask: Tensor, logits_mask: Tensor, inputs: Inputs) -> Tensor:
+def _dense_paco(query: Tensor, key: Tensor, inputs: Inputs) -> Tensor:
     """Adjusted logits of the classes and similarities side by side, and masks as wide as both."""
+    mask, logits_mask = _masks(inputs.target, inputs["key_label"], True, query)
+    similarities = _similarities(query, key, TEMPERATURE["paco"])
     both = torch.cat((inputs["logits"] + torch.log(inputs.log_prior.exp() + 1e-9), similarities), dim=1)
+    both = _shifted(both)
     one_hot = F.one_hot(inputs.target, inputs.case.classes).to(torch.float32)
     mask = torch.cat((one_hot, mask * ALPHA), dim=1)
     logits_mask = torch.cat((torch.ones_like(one_hot), logits_mask), dim=1)
-    return _pull(both, mask, logits_mask, mask.sum(1), tiny=1e-12)
+    exp_logits = torch.exp(both) * logits_mask
+    log_prob = both - torch.log(exp_logits.sum(1, keepdim=True) + 1e-12)
+    return _pulled(log_prob, mask, mask.sum(1))
 
 
 def _dense_gml(query: Tensor, key: Tensor, inputs: Inputs) -> Tensor:
@@ -284,11 +295,11 @@ def masked_losses(inputs: Inputs, rows: Tensor | None = None) -> Tensor:
     count = same.sum(1)
     pulled = s.masked_fill(~same, 0.0).sum(1)
     if case.method == "bcl":
+        assert own is not None
         sizes = torch.bincount(key_label, minlength=case.classes).to(s.dtype)
-        s = s - torch.where(same, (sizes[label] - 1)[:, None], sizes[key_label]).log()
+        weights = torch.where(same, (sizes[label] - 1)[:, None], sizes[key_label])
+        return (s - weights.log()).masked_fill(own, -torch.inf).logsumexp(1) - pulled / count
     total = (s if own is None else s.masked_fill(own, -torch.inf)).logsumexp(1)
-    if case.method == "bcl":
-        return total - pulled / count
     if case.method == "paco":
         adjusted = some(inputs["logits"]) + torch.log(inputs.log_prior.exp() + 1e-9)
         total = torch.logaddexp(adjusted.logsumexp(1), total)
