@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lt_kernels.bench.op import COPY, DTYPES
 from lt_kernels.bench.ops import OPS
-from lt_kernels.bench.records import Record, by_direction, is_ours
+from lt_kernels.bench.records import Record, by_direction, first, is_ours, shape_of
 
 _KEY = "Shown-SHA256"
 _COLORS = {
@@ -174,15 +174,15 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
     panels = []
     for dtype in sorted({record.dtype for record in records}, key=DTYPES.index):
         groups = by_direction(record for record in records if record.dtype == dtype)
-        groups.sort(key=lambda group: [next(iter(group.values())).sizes.get(name, 0) for name in "CNDE"])
-        ticks = [_tick(next(iter(group.values())).sizes, plot) for group in groups]
+        groups.sort(key=lambda group: [first(group).sizes.get(name, 0) for name in "CNDE"])
+        ticks = [_tick(first(group).sizes, plot) for group in groups]
         lines: dict[str, list[tuple[int, float]]] = {}
         for place, group in enumerate(groups):
             for provider, record in group.items():
                 value = plot.height(record)
                 if value is not None:
                     lines.setdefault(provider, []).append((place, value))
-            bandwidth = next(iter(group.values())).copy_gbps
+            bandwidth = first(group).copy_gbps
             if plot.copy and bandwidth is not None:
                 lines.setdefault("copy", []).append((place, bandwidth))
         panels.append(Panel(dtype, ticks, lines))
@@ -192,7 +192,7 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
 def _tick(sizes: Mapping[str, int], plot: _Plot) -> str:
     if plot.over_rows:
         return f"{sizes['N']:,}"
-    return f"{sizes['C']:,} ({' x '.join(f'{sizes[name]:,}' for name in 'END' if name in sizes)})"
+    return f"{sizes['C']:,} ({shape_of(sizes[name] for name in 'END' if name in sizes)})"
 
 
 def draw(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,9 +71,11 @@ class Case:
     note: str = ""
     cpu_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")  # of a run without --dtype on a CPU
 
+    letters: ClassVar[tuple[tuple[str, str], ...]] = (("N", "rows"), ("C", "classes"))  # of the sizes
+
     @property
     def sizes(self) -> dict[str, int]:
-        return {"N": self.rows, "C": self.classes}
+        return {letter: getattr(self, name) for letter, name in self.letters}
 
     @property
     def logits(self) -> int:

@@ -42,10 +42,7 @@ class ContrastiveCase(Case):
     keys: int = 0
     width: int = 128
     frozen: bool = False  # supcon alone: the keys learn nothing
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"N": self.rows, "M": self.keys, "D": self.width}
+    letters = (("N", "rows"), ("M", "keys"), ("D", "width"))
 
     @property
     def logits(self) -> int:

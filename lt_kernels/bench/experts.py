@@ -24,10 +24,7 @@ class ExpertCase(Case):
 
     experts: int = 3
     variant: str = ""  # names the option that sets it apart from the case with the same sizes; the op knows it
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"E": self.experts, "N": self.rows, "C": self.classes}
+    letters = (("E", "experts"), ("N", "rows"), ("C", "classes"))
 
     @property
     def logits(self) -> int:

@@ -40,10 +40,7 @@ class LinearCase(Case):
     """Features [rows, width] and a weight [classes, width], whose product are the logits."""
 
     width: int = 2048
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"N": self.rows, "D": self.width, "C": self.classes}
+    letters = (("N", "rows"), ("D", "width"), ("C", "classes"))
 
     @property
     def uncounted(self) -> int:

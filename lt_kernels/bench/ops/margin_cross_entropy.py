@@ -39,11 +39,11 @@ class RowCase(Case):
     @property
     def sizes(self) -> dict[str, int]:
         names = ("H", "W") if len(self.positions) == 2 else tuple(f"d{i + 1}" for i in range(len(self.positions)))
-        return {"N": self.rows, "C": self.classes, **dict(zip(names, self.positions, strict=True))}
+        return super().sizes | dict(zip(names, self.positions, strict=True))
 
     @property
     def logits(self) -> int:
-        return self.rows * self.classes * math.prod(self.positions)
+        return super().logits * math.prod(self.positions)
 
     def _draw(self, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         """Make logits with standard deviation 3."""
