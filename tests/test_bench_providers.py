@@ -60,47 +60,51 @@ def test_providers_agree(one, case, dtype):
         agreement.check(name, one.make_step(name, inputs))
 
 
-def test_contrasts_are_the_formulas():
+def gml(inputs, i, s, others):
+    prior, label = inputs.log_prior.double(), inputs.target[i]
+    total = F.cross_entropy(30 * inputs["logits"][i] + prior, label)
+    other_ids = inputs["key_id"] != inputs["query_id"][i]
+    for keep in (torch.ones_like(other_ids), other_ids):
+        means = [s[keep & (inputs["key_label"] == c)].exp().mean().log() for c in range(11)]
+        total = total + F.cross_entropy(torch.stack(means) + prior, label)
+    return total
+
+
+def bcl(inputs, i, s, others):
+    means = [s[others & (inputs["key_label"] == c)].exp().mean() for c in range(5)]
+    return torch.stack(means).sum().log() - s[others & (inputs["key_label"] == inputs.target[i])].mean()
+
+
+def supcon(inputs, i, s, others):
+    positive = others & (inputs["key_label"] == inputs.target[i])
+    return s[others].logsumexp(0) - s[positive].mean() if positive.any() else s.new_zeros(())
+
+
+def paco(inputs, i, s, others):
+    adjusted = inputs["logits"][i] + (inputs.log_prior.double().exp() + 1e-9).log()
+    positive = s[others & (inputs["key_label"] == inputs.target[i])]
+    pulled = (adjusted[inputs.target[i]] + 0.05 * positive.sum()) / (1 + 0.05 * len(positive))
+    return torch.cat([adjusted, s[others]]).logsumexp(0) - pulled
+
+
+@pytest.mark.parametrize(
+    ("case", "formula", "temperature"),
+    [
+        ("gml-9x40x6-c11", gml, 0.07),
+        ("bcl-12x17x6", bcl, 0.1),
+        ("supcon-7x33x5", supcon, 0.07),
+        ("paco-5x32x6", paco, 0.2),
+    ],
+)
+def test_contrasts_are_the_formulas(case, formula, temperature):
     """The dense forms against sums over keys, query by query."""
-    inputs = contrast.cases["gml-9x40x6-c11"].inputs(torch.float64, "cpu")
-    given, prior = inputs, inputs.log_prior.double()
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s = (given["query"][i] * given["key"]).sum(1) / 0.07
-        others = given["key_id"] != given["query_id"][i]
-        for keep in (torch.ones_like(others), others):
-            means = [s[keep & (inputs["key_label"] == c)].exp().mean().log() for c in range(11)]
-            total += F.cross_entropy(torch.stack(means) + prior, label)
-        total += F.cross_entropy(30 * given["logits"][i] + prior, label)
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 9, rtol=1e-6, atol=0.0)
-
-    inputs = contrast.cases["bcl-12x17x6"].inputs(torch.float64, "cpu")
+    inputs = contrast.cases[case].inputs(torch.float64, "cpu")
     query, key = contrastive.vectors(inputs)
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s, others = (query[i] * key).sum(1) / 0.1, torch.arange(17) != i
-        means = [s[others & (inputs["key_label"] == c)].exp().mean() for c in range(5)]
-        total += torch.stack(means).sum().log() - s[others & (inputs["key_label"] == label)].mean()
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 12)
-
-    inputs = contrast.cases["supcon-7x33x5"].inputs(torch.float64, "cpu")
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s, others = (inputs["query"][i] * inputs["key"]).sum(1) / 0.07, torch.arange(33) != i
-        positive = others & (inputs["key_label"] == label)
-        total += s[others].logsumexp(0) - s[positive].mean() if positive.any() else 0.0
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 7)
-
-    inputs = contrast.cases["paco-5x32x6"].inputs(torch.float64, "cpu")
-    query, key = contrastive.vectors(inputs)
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s, others = (query[i] * key).sum(1) / 0.2, torch.arange(21) != i
-        adjusted = inputs["logits"][i] + (inputs.log_prior.double().exp() + 1e-9).log()
-        positive = s[others & (inputs["key_label"] == label)]
-        pulled = (adjusted[label] + 0.05 * positive.sum()) / (1 + 0.05 * len(positive))
-        total += torch.cat([adjusted, s[others]]).logsumexp(0) - pulled
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 5, rtol=1e-6, atol=0.0)
+    losses = [
+        formula(inputs, i, (one * key).sum(1) / temperature, torch.arange(len(key)) != i) for i, one in enumerate(query)
+    ]
+    rounded = {"rtol": 1e-6, "atol": 0.0} if "logits" in inputs.tensors else {}  # their log prior is float32
+    torch.testing.assert_close(contrast.make_step("dense", inputs)(), torch.stack(losses).mean(), **rounded)
 
 
 def test_contrasts_say_where_they_are_not_measured_unasked(monkeypatch):
@@ -149,18 +153,23 @@ def test_pytorch_metric_learning_is_called_properly(monkeypatch, case):
     assert calls == [(0.07, ("dot", False), "mean")]
 
 
-@pytest.mark.parametrize("case", [case for one, case in SMALL if one is contrast], ids=lambda case: case.name)
-def test_gemms_of_contrasts_are_those_of_what_learns(case):
+PRODUCTS = [(one, case) for one, case in SMALL if one in (head, contrast)]
+
+
+@pytest.mark.parametrize(("one", "case"), PRODUCTS, ids=[case.name for _, case in PRODUCTS])
+def test_gemms_are_the_products_of_what_learns(one, case):
     inputs = case.inputs(torch.float32, "cpu")
-    step = contrast.make_step("gemms", inputs)
+    step = one.make_step("gemms", inputs)
+    assert not one.providers["gemms"].is_loss
     for _ in range(2):  # into the same outputs
         step().backward()
-    query, key = (x.detach() for x in contrastive.vectors(inputs))
-    similarities = query @ key.T
-    torch.testing.assert_close(step.product, similarities)
-    torch.testing.assert_close(step.of_x, similarities @ key)
-    learning = {"views": 0, "moco": len(query), "paco": len(query)}.get(case.method, 0 if case.frozen else len(key))
-    torch.testing.assert_close(step.of_y, (similarities.T @ query)[:learning])
+    x, y = (inputs["features"], inputs["weight"]) if one is head else contrastive.vectors(inputs)
+    x, y, learning = x.detach(), y.detach(), len(y)
+    if one is contrast:
+        learning = {"views": 0, "moco": len(x), "paco": len(x)}.get(case.method, 0 if case.frozen else len(y))
+    torch.testing.assert_close(step.product, x @ y.T)
+    torch.testing.assert_close(step.of_x, x @ y.T @ y)
+    torch.testing.assert_close(step.of_y, (y @ x.T @ x)[:learning])
     assert all(leaf.grad is None for leaf in inputs.leaves.values())
 
 
@@ -217,18 +226,6 @@ def test_heads_say_where_they_are_not_measured_unasked(monkeypatch):
         assert head.providers[peer].unavailable("cpu") == "its kernels need CUDA tensors"
 
 
-def test_gemms_are_the_three_products():
-    inputs = head.cases["odd-7x19x123"].inputs(torch.float32, "cpu")
-    step = head.make_step("gemms", inputs)
-    assert not head.providers["gemms"].is_loss
-    for _ in range(2):  # into the same outputs
-        step().backward()
-    logits = inputs["features"] @ inputs["weight"].T
-    torch.testing.assert_close(step.product, logits)
-    torch.testing.assert_close((step.of_x, step.of_y), (logits @ inputs["weight"], logits.T @ inputs["features"]))
-    assert inputs["features"].grad is inputs["weight"].grad is None
-
-
 def test_providers_that_cannot_run_say_why(monkeypatch):
     def reason(name: str, device: str) -> str | None:
         return op.providers[name].unavailable(device)
@@ -277,100 +274,90 @@ def install(monkeypatch, path: str, **members) -> None:
     vars(sys.modules[path]).update(members)
 
 
-def install_peer(monkeypatch, name: str, wrong: float = 1.0) -> list:
-    """Install a module with the interface of that peer; return the list of its calls."""
-    calls = []
+class Peers:
+    """Losses with the interfaces of other libraries; ``calls`` are their options."""
 
-    def loss(logits, target, **options):
+    def __init__(self, wrong: float = 1.0) -> None:
+        self.calls, self.wrong = [], wrong
+
+    def of_logits(self, logits, target, **options):
         assert logits.dim() == 2
         assert target.shape == logits.shape[:1]
-        calls.append(options)
-        return wrong * InPlace.apply(logits, target)
+        self.calls.append(options)
+        return self.wrong * InPlace.apply(logits, target)
 
-    def quack(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="none", inplace_backward=False):
-        return loss(x, target, reduction=reduction, inplace_backward=inplace_backward)
-
-    class LossModule(torch.nn.Module):
-        def __init__(self, ignore_index=-100, reduction="mean"):
-            super().__init__()
-
-        def forward(self, logits, target):
-            return loss(logits, target)
-
-    class FlashAttention(LossModule):
-        def __init__(self, ignore_index=-100, reduction="mean", inplace_backward=False):
-            super().__init__()
-            calls.append({"inplace_backward": inplace_backward})
-
-    path, member, value = {
-        "liger": ("liger_kernel.transformers", "LigerCrossEntropyLoss", LossModule),
-        "flash-attn": ("flash_attn.losses.cross_entropy", "CrossEntropyLoss", FlashAttention),
-        "quack": ("quack.cross_entropy", "cross_entropy", quack),
-    }[name]
-    install(monkeypatch, path, **{member: value})
-    return calls
-
-
-@pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
-@pytest.mark.parametrize("peer", ["liger", "flash-attn", "quack"])
-def test_an_importable_peer_is_called_properly(monkeypatch, peer, case):
-    calls = install_peer(monkeypatch, peer)
-    assert op.providers[peer].unavailable("cuda") is None
-    inputs = op.cases[case].inputs(torch.float32, "cpu")
-    before = inputs["logits"].detach().clone()
-    op.check_agreement(peer, inputs)
-    op.check_agreement(peer, inputs)
-    assert torch.equal(inputs["logits"], before)  # it may write over its shifted copy, never over the logits
-    if peer != "liger":
-        assert {"inplace_backward": True}.items() <= calls[0].items()
-    if peer == "quack":
-        assert calls[0]["reduction"] == "mean"
-
-
-def install_linear_peer(monkeypatch, name: str) -> list:
-    """Likewise for heads."""
-    calls = []
-
-    def loss(features, weight, target, bias, **options):
+    def of_features(self, features, weight, target, bias, **options):
         assert (weight.shape, target.shape, bias.shape) == ((123, 19), (7,), (123,))
-        calls.append(options)
+        self.calls.append(options)
         return F.cross_entropy(F.linear(features, weight, bias), target)
 
-    class Liger(torch.nn.Module):
-        def forward(self, lin_weight, _input, target, bias=None):
-            return loss(_input, lin_weight, target, bias)
+    def install(self, monkeypatch, one: Op, name: str) -> None:
+        """Make the module of a provider importable."""
+        peers = self
 
-    def cut(e, c, targets, bias=None, impl="cce"):
-        return loss(e, c, targets, bias, impl=impl)
+        class Liger(torch.nn.Module):
+            def __init__(self, ignore_index=-100, reduction="mean"):
+                super().__init__()
 
-    def quack(x, weight, bias, target, ignore_index=-100, reduction="mean", inplace_backward=False):
-        return loss(x, weight, target, bias, reduction=reduction, inplace_backward=inplace_backward)
+            def forward(self, logits, target):
+                return peers.of_logits(logits, target)
 
-    path, member, value = {
-        "liger": ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", Liger),
-        "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy", cut),
-        "cut-cross-entropy-exact": ("cut_cross_entropy", "linear_cross_entropy", cut),
-        "quack": ("quack.linear_cross_entropy", "linear_cross_entropy_func", quack),
-    }[name]
-    install(monkeypatch, path, **{member: value})
-    return calls
+        class FlashAttention(Liger):
+            def __init__(self, ignore_index=-100, reduction="mean", inplace_backward=False):
+                super().__init__()
+                peers.calls.append({"inplace_backward": inplace_backward})
+
+        class LigerLinear(torch.nn.Module):
+            def forward(self, lin_weight, _input, target, bias=None):
+                return peers.of_features(_input, lin_weight, target, bias)
+
+        def quack(x, target, lse_partial=None, ignore_index=-100, reduction="none", inplace_backward=False):
+            return self.of_logits(x, target, reduction=reduction, inplace_backward=inplace_backward)
+
+        def quack_linear(x, weight, bias, target, ignore_index=-100, reduction="mean", inplace_backward=False):
+            return self.of_features(x, weight, target, bias, reduction=reduction, inplace_backward=inplace_backward)
+
+        def cut(e, c, targets, bias=None, impl="cce"):
+            return self.of_features(e, c, targets, bias, impl=impl)
+
+        path, member, value = {
+            (op.name, "liger"): ("liger_kernel.transformers", "LigerCrossEntropyLoss", Liger),
+            (op.name, "flash-attn"): ("flash_attn.losses.cross_entropy", "CrossEntropyLoss", FlashAttention),
+            (op.name, "quack"): ("quack.cross_entropy", "cross_entropy", quack),
+            (head.name, "liger"): ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", LigerLinear),
+            (head.name, "cut-cross-entropy"): ("cut_cross_entropy", "linear_cross_entropy", cut),
+            (head.name, "cut-cross-entropy-exact"): ("cut_cross_entropy", "linear_cross_entropy", cut),
+            (head.name, "quack"): ("quack.linear_cross_entropy", "linear_cross_entropy_func", quack_linear),
+        }[one.name, name]
+        install(monkeypatch, path, **{member: value})
+
+
+IN_PLACE = {"inplace_backward": True}
+ROWS = {"liger": {}, "flash-attn": IN_PLACE, "quack": {"reduction": "mean", **IN_PLACE}}
+HEADS = {
+    "liger": {},
+    "cut-cross-entropy": {"impl": "cce"},
+    "cut-cross-entropy-exact": {"impl": "cce_exact"},
+    "quack": {"reduction": "mean", **IN_PLACE},
+}
 
 
 @pytest.mark.parametrize(
-    ("peer", "options"),
-    [
-        ("liger", {}),
-        ("cut-cross-entropy", {"impl": "cce"}),
-        ("cut-cross-entropy-exact", {"impl": "cce_exact"}),
-        ("quack", {"reduction": "mean", "inplace_backward": True}),
-    ],
+    ("one", "case", "peer", "options"),
+    [(op, case, *each) for case in ("odd-7x123", "map-2x19x6x7") for each in ROWS.items()]
+    + [(head, "odd-7x19x123", *each) for each in HEADS.items()],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_importable_peer_of_heads_is_called_properly(monkeypatch, peer, options):
-    calls = install_linear_peer(monkeypatch, peer)
-    assert head.providers[peer].unavailable("cuda") is None
-    head.check_agreement(peer, head.cases["odd-7x19x123"].inputs(torch.float32, "cpu"))
-    assert calls == [options]
+def test_an_importable_peer_is_called_properly(monkeypatch, one, case, peer, options):
+    peers = Peers()
+    peers.install(monkeypatch, one, peer)
+    assert one.providers[peer].unavailable("cuda") is None
+    inputs = one.cases[case].inputs(torch.float32, "cpu")
+    before = [leaf.detach().clone() for leaf in inputs.leaves.values()]
+    for _ in range(2):
+        one.check_agreement(peer, inputs)
+    assert all(map(torch.equal, inputs.leaves.values(), before))  # it may write over its shifted copy, never over these
+    assert peers.calls[0] == options
 
 
 def test_a_peer_of_heads_without_a_bias_is_left_out(monkeypatch):
@@ -380,7 +367,7 @@ def test_a_peer_of_heads_without_a_bias_is_left_out(monkeypatch):
 
 
 def test_a_wrong_peer_fails_the_agreement_check(monkeypatch, small_inputs):
-    install_peer(monkeypatch, "liger", wrong=1.01)
+    Peers(wrong=1.01).install(monkeypatch, op, "liger")
     with pytest.raises(AssertionError, match="liger loss: error"):
         op.check_agreement("liger", small_inputs)
 
