@@ -95,9 +95,7 @@ class LogitsAgreement(LossAgreement):
     """
 
     def __init__(self, op: str, inputs: Inputs, eager: Step) -> None:
-        rows, most = inputs.target.numel(), len(_pieces(inputs)[0])
-        places = torch.linspace(0, rows - 1, min(rows, most), dtype=torch.float64, device=inputs.target.device)
-        self._rows = places.long()
+        self._rows = spread(inputs.target.numel(), len(_pieces(inputs)[0]), inputs.target.device)
         super().__init__(op, inputs, eager)
 
     @abstractmethod
@@ -122,6 +120,11 @@ class LogitsAgreement(LossAgreement):
             some = _rows_of(self._inputs.leaves, self._rows).detach().double().requires_grad_()
             (gradient,) = torch.autograd.grad(self._losses_of(some, self._rows).sum(), some)
         return {"loss": total / count, "gradient": gradient / count}
+
+
+def spread(size: int, checked: int, device: torch.device) -> Tensor:
+    """Return at most ``checked`` indices, evenly from the first to the last of ``size``."""
+    return torch.linspace(0, size - 1, max(1, min(size, checked)), dtype=torch.float64, device=device).long()
 
 
 def _pieces(inputs: Inputs) -> tuple[Tensor, ...]:

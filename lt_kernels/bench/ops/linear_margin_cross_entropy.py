@@ -27,7 +27,7 @@ from torch import Tensor
 from ... import functional, plan_linear
 from ...ops.linear_margin_cross_entropy.configs import SHAPES
 from ...ops.linear_margin_cross_entropy.plan import LARGEST_TILED_WIDTH
-from ..agreement import LossAgreement
+from ..agreement import LossAgreement, spread
 from ..cases import CPU, GPU, Case, Inputs, by_name, cases_of, normal
 from ..op import GEMMS, Cost, Op, Target
 from ..providers import Products, Provider, Step, backends, compiled, eager, headlines_on_cpu, peer, strategies
@@ -102,7 +102,23 @@ def cost(case: LinearCase, dtype: torch.dtype, direction: str) -> Cost:
     return Cost(passes * operands, 2 * products * case.logits * case.width, case.logits)
 
 
+#: The number of rows whose features' gradient is compared.
+CHECKED_ROWS = 16
+
+
 class Agreement(LossAgreement):
+    """Compares parts of both gradients, since copies of the whole take long.
+
+    They are ``CHECKED_ROWS`` rows of the features' gradient, spread evenly, and up to twice as many classes of the
+    weight's: some spread evenly, the others the targets of those rows.
+    """
+
+    def _compared(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        target = self._inputs.target
+        rows, classes = (spread(size, CHECKED_ROWS, target.device) for size in map(len, gradients.values()))
+        classes = torch.cat([classes, target[rows]]).unique()
+        return super()._compared({"features": gradients["features"][rows], "weight": gradients["weight"][classes]})
+
     def _losses(self, inputs: Inputs, rows: Tensor) -> Tensor:
         logits = torch.addmm(inputs.log_prior, inputs["features"][rows], inputs["weight"].T)
         return F.cross_entropy(logits, inputs.target[rows], reduction="none")
