@@ -49,7 +49,7 @@ class Record:
     device_slug: str
     versions: dict[str, str | None]
     git: str | None
-    static_floor_ms: float | None = None  # roofline.static_floor_ms; None for a chip it does not know
+    static_floor_ms: float | None = None  # Cost.static_floor_ms; None for a chip it does not know
     date: str | None = None  # of the measurement, ISO 8601; None in old records
 
     @property

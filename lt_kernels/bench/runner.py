@@ -55,7 +55,6 @@ def run(
     seconds: float = Timing.seconds,
     limit: float = Timing.limit,
     budget: float | None = None,
-    check: bool = True,
     log: Log = lambda line: None,
     on_records: Keep = lambda records: None,
 ) -> list[Record]:
@@ -75,7 +74,6 @@ def run(
         repetitions, seconds, limit: as in ``Timing``.
         budget: seconds for everything; what does not fit is left out and named on ``log``. At least one provider of
             one case and dtype is measured.
-        check: assert agreement first. Switch off only to try a provider.
         log: receives one line per step.
         on_records: receives the records of each case and dtype as soon as they exist; again with more, if there are.
 
@@ -100,7 +98,7 @@ def run(
         return []
     chosen = _available(spec, asked, device, log)
     clock = _Budget(budget, spec if budget is not None and device == "cuda" else None)
-    job = _Job(spec, directions, device, Timing(repetitions, seconds, limit), check, log)
+    job = _Job(spec, directions, device, Timing(repetitions, seconds, limit), log)
     tasks = [
         task
         for task in _tasks(spec, case_names, dtypes, device, any(map(clock.compiler_seconds, chosen)))
@@ -117,7 +115,6 @@ class _Job:
     directions: Sequence[str]
     device: str
     timing: Timing
-    check: bool
     log: Log
 
 
@@ -381,7 +378,7 @@ def _agreeing(
     failed: dict[str, str] = {}
     late: dict[str, str] = {}
     try:
-        agreement = op.make_agreement(inputs) if job.check else None
+        agreement = op.make_agreement(inputs)
     except Exception as error:
         return {}, {_EVERYTHING: first_line(error)}, {}
     with_floor = dict.fromkeys([*({op.floor.name} & op.providers.keys()), *providers])
@@ -391,7 +388,7 @@ def _agreeing(
             continue
         try:
             step = op.make_step(name, inputs)
-            if agreement is not None and op.providers[name].is_loss:
+            if op.providers[name].is_loss:
                 agreement.check(name, step)
             elif set(job.directions) - {"fwd"}:
                 step().backward()
