@@ -132,32 +132,23 @@ class _Budget:
     """The seconds of a run: spent, left, needed."""
 
     def __init__(self, seconds: float | None, compiling: Op | None) -> None:
-        self.seconds = seconds
+        self.seconds = math.inf if seconds is None else seconds
+        self.durations: list[float] = []  # of what was measured
         self._compiling = compiling  # None where compilers are not budgeted
         self._started = time.perf_counter()
-        self._durations: list[float] = []
-
-    @property
-    def limited(self) -> bool:
-        """Whether something was measured already, so that what does not fit is left out."""
-        return self.seconds is not None and bool(self._durations)
-
-    def left(self) -> float:
-        return math.inf if self.seconds is None else self.seconds - (time.perf_counter() - self._started)
 
     def compiler_seconds(self, provider: str) -> float:
         return 0.0 if self._compiling is None else self._compiling.providers[provider].compiler_seconds
 
-    def left_after_compiling(self, provider: str) -> float:
-        return self.left() - self.compiler_seconds(provider)
+    def left(self, *compiled: str) -> float:
+        """Return the seconds left after the first calls of some providers."""
+        spent = time.perf_counter() - self._started
+        return self.seconds - spent - sum(map(self.compiler_seconds, compiled))
 
     def fits(self, compilers: Sequence[str]) -> bool:
-        """Say whether a task like those before fits, with the fastest of ``compilers``."""
-        needed = statistics.median(self._durations or [0.0]) + min(map(self.compiler_seconds, compilers), default=0.0)
-        return not self._durations or self.left() >= needed
-
-    def spend(self, started: float) -> None:
-        self._durations.append(time.perf_counter() - started)
+        """Return whether a task like those before fits, with the fastest of ``compilers``; the first always does."""
+        needed = min(map(self.compiler_seconds, compilers), default=0.0)
+        return not self.durations or self.left() >= statistics.median(self.durations) + needed
 
 
 def _run_tasks(
@@ -175,7 +166,7 @@ def _run_tasks(
         if not budget.fits(compilers if task.with_compilers else ()):
             left_out.append(f"{task} ({', '.join(compilers)})" if task.with_compilers else str(task))
             continue
-        if budget.limited:
+        if budget.durations:  # what does not fit is left out from now on
             job = replace(job, timing=replace(job.timing, limit=min(job.timing.limit, budget.left() / 2)))
         here = here if task.with_compilers else [name for name in here if name not in compilers]
         group = records.setdefault(str(task), [])
@@ -185,9 +176,9 @@ def _run_tasks(
                 group[:] = found
                 on_records(list(found))
 
-        failed = _run_group(job, task.case, task.dtype, here, budget.left_after_compiling, keep)
+        failed = _run_group(job, task.case, task.dtype, here, budget.left, keep)
         if not task.with_compilers:
-            budget.spend(now)
+            budget.durations.append(time.perf_counter() - now)
         failures |= dict.fromkeys(f"{name} on {task}: {why}" for name, why in failed.items())
     if left_out:
         job.log(f"left out to stay within {budget.seconds:g} s: {', '.join(left_out)}")
