@@ -369,6 +369,7 @@ def test_the_committed_table_holds_what_the_gate_promises(op):
         for target, kilobytes in LIMITS.items():
             code = row[target]
             assert code["stack"] == code["spills"] == 0, row
+            assert ("shared" in code) >= engine.calls.OPS[op].by_target
             assert code.get("shared", 0) <= kilobytes * 1024, row
             if "products" in code and "float32" not in row["case"]:
                 assert code["products"] > 0, row
