@@ -204,7 +204,7 @@ def test_commands_of_the_steps(machine, monkeypatch):
     assert commands["sanitizer"]["memcheck-triton"].environment["LT_KERNELS_TEST_BACKENDS"] == "triton"
 
     monkeypatch.setattr(gpu_check, "importable", lambda machine, module: module != "pytest")
-    assert "pytest cannot be imported" in gpu_check.tests(machine, 50)
+    assert "pytest cannot be imported" in gpu_check.STEPS["tests"].commands(machine, 50)
     monkeypatch.setattr(gpu_check, "importable", lambda machine, module: True)
 
     reasons = machine.info["backends"]["margin_cross_entropy"]["cuda"]

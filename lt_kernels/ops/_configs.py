@@ -1,4 +1,4 @@
-"""What the operators' ``configs.py`` share: limits of instructions per logit, and calls on several experts' logits.
+"""What the operators' ``configs.py`` share: limits of instructions per logit, shapes, and calls on experts' logits.
 
 An H200 executes 3.35e13 instructions a second and moves 4.3e12 bytes a second.
 """
@@ -41,3 +41,26 @@ class ExpertConfig(NamedTuple):
     def limit(self, kernel: str) -> float | None:
         """Return the limit of instructions per logit of a kernel."""
         return self.budget
+
+
+class ExpertShape(NamedTuple):
+    """Logits of several experts, [rows, classes] each."""
+
+    rows: int
+    classes: int
+    experts: int = 3
+
+
+#: Real batches and heads of several experts, by name.
+EXPERT_SHAPES = {
+    "inat18-e3-n512": ExpertShape(512, 8142),
+    "inat18-e3-n2731": ExpertShape(2731, 8142),  # as many logits as 8192 rows of a classifier
+    "inat18-e3-n8192": ExpertShape(8192, 8142),
+    "inat18-e6-n512": ExpertShape(512, 8142, experts=6),
+    "c100k-e3-n64": ExpertShape(64, 100_000),
+    "c100k-e3-n256": ExpertShape(256, 100_000),
+    "imagenet-lt-e3-n512": ExpertShape(512, 1000),
+    "imagenet-lt-e3-n8192": ExpertShape(8192, 1000),
+}
+#: The one that the GPU counters measure, as fields of a configuration.
+COUNTED_EXPERTS = EXPERT_SHAPES["inat18-e3-n2731"]._asdict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .._configs import ENSEMBLE_BUDGET, MEMORY_BUDGET, ONE_TILE_BUDGET, ExpertConfig
+from .._configs import COUNTED_EXPERTS, ENSEMBLE_BUDGET, MEMORY_BUDGET, ONE_TILE_BUDGET, ExpertConfig
 
 Config = partial(ExpertConfig, "expert_cross_entropy")
 _PRIOR = ("log_prior",)
@@ -24,7 +24,7 @@ CONFIGS: tuple[ExpertConfig, ...] = (
         for c in (21841, 100_000)
     ),
 )
-#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
+#: What the GPU counters measure.
 COUNTED: tuple[ExpertConfig, ...] = tuple(
-    Config("log_prior", 8142, d, _PRIOR, rows=2731) for d in ("bfloat16", "float32")
+    Config("log_prior", dtype=dtype, options=_PRIOR, **COUNTED_EXPERTS) for dtype in ("bfloat16", "float32")
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .._configs import MEMORY_BUDGET, ONE_TILE_BUDGET, ExpertConfig
+from .._configs import COUNTED_EXPERTS, MEMORY_BUDGET, ONE_TILE_BUDGET, ExpertConfig
 
 Config = partial(ExpertConfig, "expert_divergence")
 _PAIRWISE, _TEMPERATURE = ("pairwise",), ("temperature",)
@@ -22,5 +22,5 @@ CONFIGS: tuple[ExpertConfig, ...] = (
     Config("pairwise, temperature", 8192, "float32", _BOTH, experts=6, backward=True),
     Config("pairwise", 8142, options=_PAIRWISE, experts=9, backward=True, wide=False),
 )
-#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
-COUNTED: tuple[ExpertConfig, ...] = tuple(Config("to_mean", 8142, rows=2731, backward=b) for b in (False, True))
+#: What the GPU counters measure.
+COUNTED: tuple[ExpertConfig, ...] = tuple(Config("to_mean", backward=b, **COUNTED_EXPERTS) for b in (False, True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .._configs import READ_BUDGET, ExpertConfig
+from .._configs import COUNTED_EXPERTS, READ_BUDGET, ExpertConfig
 
 Config = partial(ExpertConfig, "expert_fusion")
 CONFIGS: tuple[ExpertConfig, ...] = (
@@ -15,5 +15,5 @@ CONFIGS: tuple[ExpertConfig, ...] = (
     Config("top 5, log_probs", 100_000, options=("class_shift", "log_probs"), k=5),
     Config("top 20, samples first", 8142, k=20, samples_first=True, wide=False),
 )
-#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
-COUNTED: tuple[ExpertConfig, ...] = (Config("plain", 8142, rows=2731),)
+#: What the GPU counters measure.
+COUNTED: tuple[ExpertConfig, ...] = (Config("plain", **COUNTED_EXPERTS),)
