@@ -87,9 +87,9 @@ ForwardResult forward(at::TensorList logits, const RowOptions& o, const Optional
     call.stream = gradient->written.nbytes() >= kStream;
   }
   std::optional<Ensemble<A>> ensemble;
+  const std::vector<double> weights(count, 1.0 / static_cast<double>(count));
   if (with_ensemble)
-    ensemble.emplace(Ensemble<A>{{experts.each, std::nullopt, std::nullopt, o.learned_scale,
-                                  std::vector<double>(count, 1.0 / static_cast<double>(count)), o.scale, 1},
+    ensemble.emplace(Ensemble<A>{{{experts.each, std::nullopt, std::nullopt, o.learned_scale, weights, o.scale}, 1},
                                  calls[0],
                                  prepared.template pointer<A>(ensemble_coefficient),
                                  ensemble_loss.mutable_data_ptr<A>(),

@@ -21,9 +21,9 @@ struct DivergenceCall {
   int64_t out_expert, out_row;
 };
 
-device::Error divergence_forward(const DivergenceCall<float>&, Dtype, size_t shared_bytes, device::Stream);
-device::Error divergence_forward(const DivergenceCall<double>&, Dtype, size_t shared_bytes, device::Stream);
-device::Error divergence_backward(const DivergenceCall<float>&, Dtype, size_t shared_bytes, device::Stream);
-device::Error divergence_backward(const DivergenceCall<double>&, Dtype, size_t shared_bytes, device::Stream);
+template <class A>
+device::Error divergence_forward(const DivergenceCall<A>&, Dtype, size_t, device::Stream);
+template <class A>
+device::Error divergence_backward(const DivergenceCall<A>&, Dtype, size_t, device::Stream);
 
 }  // namespace ltk::cuda

@@ -38,27 +38,31 @@ LTK_DEVICE A times(A p, A difference) {
   return p == A(0) ? A(0) : p * difference;
 }
 
+// A block at one sample, in forward. The sums of threads are merged in double: where a few columns make up most of a
+// sum, every addition rounds it.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
-    divergence_forward_kernel(const __grid_constant__ DivergenceCall<typename T::A> call) {
+struct ForwardBlock {
   using A = typename T::A;
-  constexpr int kWarps = kTileThreads / 32, kSums = 2 * kBatch + 1;
+  static constexpr int kWarps = kTileThreads / 32, kSums = 2 * kBatch + 1;
+  const DivergenceCall<A>& call;
   const int thread = thread_index(), threads = call.tile.threads, experts = call.x.count, classes = call.x.classes;
   const int64_t row = block_index(), rows = call.x.rows;
   const A count = static_cast<A>(experts);
-  Tile<T> tile(shared_memory(), call.tile);
-  // The sums of threads are merged in double: where a few columns make up most of a sum, every addition rounds it.
-  auto* partial = reinterpret_cast<double*>(shared_memory() + call.tile.bytes);  // [kWarps, kSums]
-  double* mass = partial + kWarps * kSums;                                       // [experts], of exp(v_e)
-  double* distance = mass + experts;                                             // [experts]
-  double* mean_mass = distance + experts;
-  A* peak = reinterpret_cast<A*>(mean_mass + 1);  // [experts], and room for a batch more
-  A* mean_peak = peak + experts + kBatch + 1;     // of ubar
+  Tile<T> tile{shared_memory(), call.tile};
+  double* const partial = reinterpret_cast<double*>(shared_memory() + call.tile.bytes);  // [kWarps, kSums]
+  double* const mass = partial + kWarps * kSums;                                         // [experts], of exp(v_e)
+  double* const distance = mass + experts;                                               // [experts]
+  double* const mean_mass = distance + experts;
+  A* const peak = reinterpret_cast<A*>(mean_mass + 1);  // [experts], and room for a batch more
+  A* const mean_peak = peak + experts + kBatch + 1;     // of ubar
+  int loaded = -1;                                      // the first column of the tile in memory
+
+  LTK_MEMBER explicit ForwardBlock(const DivergenceCall<A>& call) : call(call) {}
 
   // f(column of the tile, its division by the temperature, u of up to kBatch experts from `batch` on) for this thread's
   // columns of the tile that begins with `first`.
-  int loaded = -1;
-  auto each_column = [&](int first, int batch, const auto& f) {
+  template <class F>
+  LTK_MEMBER void each_column(int first, int batch, const F& f) {
     const int columns = first + call.tile.columns < classes ? call.tile.columns : classes - first;
     if (first != loaded) tile.load(call.x, row, first, columns);
     loaded = first;
@@ -69,9 +73,12 @@ __global__ void __launch_bounds__(kTileThreads)
       for (int i = 0; i < kBatch; ++i) u[i] = batch + i < experts ? divided(tile.at(batch + i, c)) : A(0);
       f(c, divided, u);
     }
-  };
-  // The sum over all experts of u_e less base(e): from the batch where that is all of them (the rest of it is 0).
-  auto sum_over_experts = [&](int c, const Divided<A>& divided, const A(&of_batch)[kBatch], const auto& base) {
+  }
+
+  // Returns the sum over all experts of u_e less base(e): from the batch where that is all of them (the rest of it is
+  // 0).
+  template <class Base>
+  LTK_MEMBER A sum_over_experts(int c, const Divided<A>& divided, const A (&of_batch)[kBatch], const Base& base) const {
     A total = 0;
     if (experts <= kBatch) {
 #pragma unroll
@@ -80,12 +87,13 @@ __global__ void __launch_bounds__(kTileThreads)
       for (int e = 0; e < experts; ++e) total += divided(tile.at(e, c)) - base(e);
     }
     return total;
-  };
-  auto mean_of = [&](int c, const Divided<A>& divided, const A(&u)[kBatch]) {
+  }
+  LTK_MEMBER A mean_of(int c, const Divided<A>& divided, const A (&u)[kBatch]) const {
     return sum_over_experts(c, divided, u, [](int) { return A(0); }) / count;
-  };
+  }
 
-  for (int batch = 0; batch < experts; batch += kBatch) {
+  // Finds the maxima of u_e of a batch of experts, and of ubar.
+  LTK_MEMBER void find_peaks(int batch) {
     A high[kBatch + 1];
 #pragma unroll
     for (int i = 0; i <= kBatch; ++i) high[i] = -infinity<A>();
@@ -98,15 +106,14 @@ __global__ void __launch_bounds__(kTileThreads)
     reduce_block<Maximum>(high, reinterpret_cast<A*>(partial), peak + batch, threads);
     if (thread == 0) *mean_peak = peak[batch + kBatch];
   }
-  block_barrier();
-  const A middle = *mean_peak;
 
-  for (int batch = 0; batch < experts; batch += kBatch) {
+  // Sums a batch of experts: exp(v_e), the differences, and exp(vbar), over each tile and then over tiles.
+  LTK_MEMBER void sum_batch(int batch, A middle) {
     A base[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) base[i] = batch + i < experts ? peak[batch + i] : A(0);
     for (int first = 0; first < classes; first += call.tile.columns) {
-      A sum[kSums] = {};  // over a tile, of exp(v_e), of the differences, and of exp(vbar); then over tiles
+      A sum[kSums] = {};
       each_column(first, batch, [&](int c, const Divided<A>& divided, const A(&u)[kBatch]) {
         A v[kBatch];
 #pragma unroll
@@ -137,24 +144,37 @@ __global__ void __launch_bounds__(kTileThreads)
     }
   }
 
-  for (int e = thread; e < experts; e += threads) {
-    const double a = distance[e] / (call.pairwise ? mass[e] : *mean_mass);
-    double logs = 0;
-    if (call.pairwise) {
-      for (int f = 0; f < experts; ++f) logs += std::log(static_cast<A>(mass[f] / mass[e]));
-    } else {
-      logs = std::log(static_cast<A>(mass[e] / *mean_mass));
+  LTK_MEMBER void write_outputs(A middle) const {
+    for (int e = thread; e < experts; e += threads) {
+      const double a = distance[e] / (call.pairwise ? mass[e] : *mean_mass);
+      double logs = 0;
+      if (call.pairwise) {
+        for (int f = 0; f < experts; ++f) logs += std::log(static_cast<A>(mass[f] / mass[e]));
+      } else {
+        logs = std::log(static_cast<A>(mass[e] / *mean_mass));
+      }
+      call.value[e * rows + row] = static_cast<A>(a + logs);
+      call.saved[e * rows + row] = peak[e];
+      call.saved[(int64_t{1} * experts + e) * rows + row] = static_cast<A>(mass[e]);
+      call.saved[(int64_t{2} * experts + e) * rows + row] = static_cast<A>(a);
     }
-    call.value[e * rows + row] = static_cast<A>(a + logs);
-    call.saved[e * rows + row] = peak[e];
-    call.saved[(int64_t{1} * experts + e) * rows + row] = static_cast<A>(mass[e]);
-    call.saved[(int64_t{2} * experts + e) * rows + row] = static_cast<A>(a);
+    if (thread == 0) {
+      A* of_mean = call.saved + int64_t{3} * experts * rows + row;
+      of_mean[0] = call.pairwise ? A(0) : middle;
+      of_mean[rows] = call.pairwise ? A(0) : static_cast<A>(*mean_mass);
+    }
   }
-  if (thread == 0) {
-    A* of_mean = call.saved + int64_t{3} * experts * rows + row;
-    of_mean[0] = call.pairwise ? A(0) : middle;
-    of_mean[rows] = call.pairwise ? A(0) : static_cast<A>(*mean_mass);
-  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads)
+    divergence_forward_kernel(const __grid_constant__ DivergenceCall<typename T::A> call) {
+  ForwardBlock<T> block(call);
+  for (int batch = 0; batch < block.experts; batch += kBatch) block.find_peaks(batch);
+  block_barrier();
+  const typename T::A middle = *block.mean_peak;
+  for (int batch = 0; batch < block.experts; batch += kBatch) block.sum_batch(batch, middle);
+  block.write_outputs(middle);
 }
 
 template <class T>
@@ -234,28 +254,22 @@ Error launch_backward(const DivergenceCall<typename T::A>& call, size_t shared_b
 
 }  // namespace
 
-device::Error divergence_forward(const DivergenceCall<float>& call, Dtype dtype, size_t shared_bytes,
+template <class A>
+device::Error divergence_forward(const DivergenceCall<A>& call, Dtype dtype, size_t shared_bytes,
                                  device::Stream stream) {
-  if (dtype == kBFloat16) return launch_forward<BFloat16>(call, shared_bytes, stream);
-  if (dtype == kHalf) return launch_forward<Half>(call, shared_bytes, stream);
-  return launch_forward<Float>(call, shared_bytes, stream);
+  return with_elements<A>(dtype,
+                          [&](auto element) { return launch_forward<decltype(element)>(call, shared_bytes, stream); });
 }
+template device::Error divergence_forward(const DivergenceCall<float>&, Dtype, size_t, device::Stream);
+template device::Error divergence_forward(const DivergenceCall<double>&, Dtype, size_t, device::Stream);
 
-device::Error divergence_forward(const DivergenceCall<double>& call, Dtype, size_t shared_bytes,
-                                 device::Stream stream) {
-  return launch_forward<Double>(call, shared_bytes, stream);
-}
-
-device::Error divergence_backward(const DivergenceCall<float>& call, Dtype dtype, size_t shared_bytes,
+template <class A>
+device::Error divergence_backward(const DivergenceCall<A>& call, Dtype dtype, size_t shared_bytes,
                                   device::Stream stream) {
-  if (dtype == kBFloat16) return launch_backward<BFloat16>(call, shared_bytes, stream);
-  if (dtype == kHalf) return launch_backward<Half>(call, shared_bytes, stream);
-  return launch_backward<Float>(call, shared_bytes, stream);
+  return with_elements<A>(dtype,
+                          [&](auto element) { return launch_backward<decltype(element)>(call, shared_bytes, stream); });
 }
-
-device::Error divergence_backward(const DivergenceCall<double>& call, Dtype, size_t shared_bytes,
-                                  device::Stream stream) {
-  return launch_backward<Double>(call, shared_bytes, stream);
-}
+template device::Error divergence_backward(const DivergenceCall<float>&, Dtype, size_t, device::Stream);
+template device::Error divergence_backward(const DivergenceCall<double>&, Dtype, size_t, device::Stream);
 
 }  // namespace ltk::cuda

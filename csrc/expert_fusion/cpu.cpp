@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 
 #include "../common/cpu/memory.h"
-#include "../common/registration.h"
 #include "cpu_prepared.h"
 #include "schema.h"
 
@@ -10,11 +9,8 @@ namespace ltk {
 namespace {
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const OptionalTensor& expert_weight,
-                                                const OptionalTensor& class_shift, const OptionalTensor& learned_scale,
-                                                at::ArrayRef<double> weights, double scale, int64_t k,
-                                                bool with_log_probs) {
-  PreparedFusion<A> prepared(logits, expert_weight, class_shift, learned_scale, weights, scale, k);
+FusionResult fuse(const FusionArguments& a, int64_t k, bool with_log_probs) {
+  PreparedFusion<A> prepared(a, k);
   const int64_t rows = prepared.rows.rows, classes = prepared.rows.classes;
   const auto options = at::TensorOptions().dtype(dtype_of<A>());
   Tensor values = at::empty({rows, k}, options), found = at::empty({rows, k}, options.dtype(at::kLong));
@@ -33,13 +29,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const Opt
   return {values, found, mass, log_probs};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion(at::TensorList logits, const OptionalTensor& expert_weight,
-                                                         const OptionalTensor& class_shift,
-                                                         const OptionalTensor& learned_scale,
-                                                         at::ArrayRef<double> weights, double scale, int64_t k,
-                                                         bool with_log_probs) {
+FusionResult expert_fusion(at::TensorList logits LTK_FUSION(LTK_PARAMETER), int64_t k, bool with_log_probs) {
   const auto run = logits[0].scalar_type() == at::kDouble ? fuse<double> : fuse<float>;
-  return run(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs);
+  return run({logits, LTK_FUSION(LTK_VALUE)}, k, with_log_probs);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "../common/cpu/experts.h"
 #include "../common/cpu/host.h"
+#include "arguments.h"
 #include "cpu_call.h"
 
 namespace ltk {
@@ -21,18 +22,17 @@ struct PreparedFusion : KeptTensors {
   const FusionKernels<A>* kernels;
   int64_t k;
 
-  PreparedFusion(at::TensorList logits, const OptionalTensor& expert_weight, const OptionalTensor& class_shift,
-                 const OptionalTensor& learned_scale, at::ArrayRef<double> fixed_weights, double scale, int64_t k)
-      : rows(logits), weights(fixed_weights.begin(), fixed_weights.end()), k(k) {
-    if (const A* learned = this->template pointer<A>(expert_weight))
+  PreparedFusion(const FusionArguments& a, int64_t k)
+      : rows(a.logits), weights(a.weights.begin(), a.weights.end()), k(k) {
+    if (const A* learned = this->template pointer<A>(a.expert_weight))
       for (int64_t e = 0; e < rows.experts; ++e) weights[e] *= learned[e];
     call.experts = rows.experts, call.classes = rows.classes;
     call.x = rows.x.data(), call.x_stride = rows.x_stride.data();
     call.weights = weights.data();
-    call.shift = this->template pointer<A>(class_shift);
-    call.scale = static_cast<A>(scale);
-    if (learned_scale.has_value()) call.scale *= static_cast<A>(learned_scale->item<double>());
-    kernels = &kernels_of<A>(LTK_TABLES_HERE(expert_fusion), logits[0].scalar_type());
+    call.shift = this->template pointer<A>(a.class_shift);
+    call.scale = static_cast<A>(a.scale);
+    if (a.learned_scale.has_value()) call.scale *= static_cast<A>(a.learned_scale->item<double>());
+    kernels = &kernels_of<A>(LTK_TABLES_HERE(expert_fusion), a.logits[0].scalar_type());
   }
 
   // Calls use(row, log-sum-exp, candidates in order) for every row, on any thread.

@@ -6,7 +6,7 @@
 #include <ATen/ops/sort.h>
 
 #include "../common/cuda/experts_host.h"
-#include "../common/registration.h"
+#include "arguments.h"
 #include "cuda_call.h"
 
 namespace ltk {
@@ -15,13 +15,10 @@ namespace {
 constexpr int64_t kMostRounds = 64;  // classes that the kernel selects; more are sorted
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const OptionalTensor& expert_weight,
-                                                const OptionalTensor& class_shift, const OptionalTensor& learned_scale,
-                                                at::ArrayRef<double> weights, double scale, int64_t k,
-                                                bool with_log_probs) {
-  Experts x(logits);
+FusionResult fuse(const FusionArguments& a, int64_t k, bool with_log_probs) {
+  Experts x(a.logits);
   const int64_t n = x.rows.rows, classes = x.rows.classes, count = x.rows.count;
-  const auto options = logits[0].options().dtype(x.compute_dtype);
+  const auto options = a.logits[0].options().dtype(x.compute_dtype);
   Tensor values = at::empty({n, k}, options), chosen = at::empty({n, k}, options.dtype(at::kLong));
   Tensor mass = at::empty({n}, options);
   Tensor log_probs = with_log_probs ? at::empty({n, classes}, options) : at::empty({0}, options);
@@ -30,17 +27,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const Opt
   cuda::FusionCall<A> call = {};
   call.x = x.rows;
   if (count <= cuda::kFewExperts) {
-    for (int64_t e = 0; e < count; ++e) call.weight[e] = static_cast<A>(weights[e]);
-    call.expert_weight = x.pointer<A>(expert_weight);
+    for (int64_t e = 0; e < count; ++e) call.weight[e] = static_cast<A>(a.weights[e]);
+    call.expert_weight = x.pointer<A>(a.expert_weight);
   } else {  // written on the device, so that nothing is copied to it
     std::vector<Tensor> each;
-    for (const double weight : weights) each.push_back(at::full({1}, weight, options));
+    for (const double weight : a.weights) each.push_back(at::full({1}, weight, options));
     const Tensor all = at::cat(each);
-    call.expert_weight = x.pointer<A>(expert_weight.has_value() ? all.mul(*expert_weight) : all);
+    call.expert_weight = x.pointer<A>(a.expert_weight.has_value() ? all.mul(*a.expert_weight) : all);
   }
-  call.class_shift = x.pointer<A>(class_shift);
-  call.learned_scale = x.pointer<A>(learned_scale);
-  call.scale = static_cast<A>(scale);
+  call.class_shift = x.pointer<A>(a.class_shift);
+  call.learned_scale = x.pointer<A>(a.learned_scale);
+  call.scale = static_cast<A>(a.scale);
 
   const bool sorted = k > kMostRounds;
   call.k = sorted ? 0 : static_cast<int>(k);
@@ -73,14 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fuse(at::TensorList logits, const Opt
   return {values, chosen, mass, log_probs};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> expert_fusion(at::TensorList logits, const OptionalTensor& expert_weight,
-                                                         const OptionalTensor& class_shift,
-                                                         const OptionalTensor& learned_scale,
-                                                         at::ArrayRef<double> weights, double scale, int64_t k,
-                                                         bool with_log_probs) {
+FusionResult expert_fusion(at::TensorList logits LTK_FUSION(LTK_PARAMETER), int64_t k, bool with_log_probs) {
   const device::Guard guard(logits[0].device());
   const auto run = logits[0].scalar_type() == at::kDouble ? fuse<double> : fuse<float>;
-  return run(logits, expert_weight, class_shift, learned_scale, weights, scale, k, with_log_probs);
+  return run({logits, LTK_FUSION(LTK_VALUE)}, k, with_log_probs);
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ struct FusionCall {
   A* log_probs;     // the same; may be u
 };
 
-device::Error expert_fusion(const FusionCall<float>&, Dtype, size_t shared_bytes, device::Stream);
-device::Error expert_fusion(const FusionCall<double>&, Dtype, size_t shared_bytes, device::Stream);
+template <class A>
+device::Error expert_fusion(const FusionCall<A>&, Dtype, size_t, device::Stream);
 
 }  // namespace ltk::cuda

@@ -128,14 +128,12 @@ Error launch_fusion(const FusionCall<typename T::A>& call, size_t shared_bytes, 
 
 }  // namespace
 
-device::Error expert_fusion(const FusionCall<float>& call, Dtype dtype, size_t shared_bytes, device::Stream stream) {
-  if (dtype == kBFloat16) return launch_fusion<BFloat16>(call, shared_bytes, stream);
-  if (dtype == kHalf) return launch_fusion<Half>(call, shared_bytes, stream);
-  return launch_fusion<Float>(call, shared_bytes, stream);
+template <class A>
+device::Error expert_fusion(const FusionCall<A>& call, Dtype dtype, size_t shared_bytes, device::Stream stream) {
+  return with_elements<A>(dtype,
+                          [&](auto element) { return launch_fusion<decltype(element)>(call, shared_bytes, stream); });
 }
-
-device::Error expert_fusion(const FusionCall<double>& call, Dtype, size_t shared_bytes, device::Stream stream) {
-  return launch_fusion<Double>(call, shared_bytes, stream);
-}
+template device::Error expert_fusion(const FusionCall<float>&, Dtype, size_t, device::Stream);
+template device::Error expert_fusion(const FusionCall<double>&, Dtype, size_t, device::Stream);
 
 }  // namespace ltk::cuda

@@ -6,48 +6,16 @@
 
 #include "../common/cpu/tables.h"
 #include "../common/row_terms.h"
+#include "call.h"
 
 namespace ltk {
 
+// class_scale includes the scale: a_j = class_scale_j, or scale where it is null.
 template <class A>
-struct Call {
-  // Logits [n, classes, k]; strides in elements. Rows have x_c == 1, panels x_k == 1.
-  int64_t n, classes, k;
-  const void* x;
-  int64_t x_n, x_c, x_k;
-  void* grad;  // of the logits, or null
-  int64_t grad_n, grad_c, grad_k;
-  bool stream;  // write the gradient past the caches
-  const A* q;   // class probabilities, strides as the layout needs, or null
-  int64_t q_n, q_c, q_k;
-  A* grad_q;  // or null
-  int64_t grad_q_n, grad_q_c, grad_q_k;
-
-  const A* class_scale;   // a_j = scale * class_scale_j [classes], or null: a_j = scale
-  const A* cosine_scale;  // class_scale_j without the scale, where class_scale is given
-  const A* class_bias;    // or null
-  const A* class_margin;  // includes the fixed margin, or null
-  const A* weight;        // or null: 1
-  A scale, margin, smoothing, total_weight;
-  bool angular;
-
-  const int64_t* target;  // [n * k], or null with q
-  const int64_t* mixed;   // or null
-  const A* share;         // of target, [n * k] or one value
-  int64_t share_stride;
-  A coefficient[2];
-  int64_t ignore_index;
-
-  A* loss;
-  A* lse;
-  A* peak;
-  A* total;
-  int64_t* prediction;  // or null
-
-  const A* grad_loss;  // [n * k] or one value
-  int64_t grad_loss_stride;
-  const A* grad_lse;  // or null
-  int64_t grad_lse_stride;
+struct Call : RowsCall<A, int64_t, A, A, A> {
+  int64_t n;
+  bool stream;            // write the gradient past the caches
+  const A* cosine_scale;  // class_scale without the scale, or null
 };
 
 // Row gradients of one sample as arrays over its positions, for kernels that run along positions.

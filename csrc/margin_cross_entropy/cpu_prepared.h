@@ -38,11 +38,6 @@ struct Prepared : PreparedRows<A, Call<A>> {
       call.class_scale = pointer(at::mul(*o.class_scale, static_cast<double>(call.scale)));
     }
     if (o.class_margin.has_value()) call.class_margin = pointer(at::add(*o.class_margin, o.margin));
-    call.coefficient[0] = call.coefficient[1] = A(1);
-    if (const A* values = pointer(o.coefficient)) {
-      call.coefficient[0] = values[0];
-      call.coefficient[1] = values[o.coefficient->numel() - 1];
-    }
     if (o.soft()) this->set_probabilities(o.target.to(dtype_of<A>()));
     check_classes(call.target, "target");
     check_classes(call.mixed, "mixed_target");

@@ -54,7 +54,6 @@ struct Prepared : PreparedRows<A, Call<A>> {
         stream(device::current_stream()) {
     TORCH_CHECK_VALUE(layout.rows <= kMost / 8, "input: got ", layout.rows, " rows, expected at most ", kMost / 8);
     auto pointer = [&](const OptionalTensor& t) { return this->template pointer<A>(t); };
-    call.rows = layout.rows;
     call.scale = static_cast<A>(o.scale);
     call.learned_scale = pointer(o.learned_scale);
     call.margin = {static_cast<A>(o.margin), static_cast<A>(std::cos(o.margin)), static_cast<A>(std::sin(o.margin))};
@@ -64,10 +63,7 @@ struct Prepared : PreparedRows<A, Call<A>> {
       const Tensor m = at::add(*o.class_margin, o.margin);
       call.class_margin = pointer(o.angular ? at::stack({m, m.cos(), m.sin()}) : m);
     }
-    const bool both = o.coefficient.has_value() && o.mixed_target.has_value();
-    call.coefficient = pointer(both ? o.coefficient->expand({2}) : o.coefficient);
     if (o.soft()) this->set_probabilities(o.target);
-    call.q_dtype = kernel_dtype(o.target.scalar_type());
   }
 
   int64_t groups() const { return layout.classes * layout.input.element_size() / kGroupBytes; }

@@ -6,6 +6,7 @@
 #include "../common/cuda/device.h"
 #include "../common/dtypes.h"
 #include "../common/row_terms.h"
+#include "call.h"
 
 namespace ltk::cuda {
 
@@ -27,49 +28,9 @@ struct alignas(16) Record {
   A log_total;
 };
 
+// class_margin is [3, classes] where angular: the fields of Margin. total_weight is 0-dim, or null: classes.
 template <class A>
-struct Call {
-  // Logits [n, classes, k], a row for each (n, k); strides in elements. Rows have x_c == 1, panels x_k == 1.
-  int64_t rows, k;
-  int classes;
-  const void* x;
-  int64_t x_n, x_c, x_k;
-  void* grad;  // of the logits, or null
-  int64_t grad_n, grad_c, grad_k;
-  const void* q;  // class probabilities of any dtype, or null
-  int64_t q_n, q_c, q_k;
-  void* grad_q;  // in the dtype of q, or null
-  int64_t grad_q_n, grad_q_c, grad_q_k;
-  Dtype q_dtype;
-
-  const A* class_scale;    // [classes] or null: 1
-  const A* class_bias;     // or null: 0
-  const A* class_margin;   // [classes], or [3, classes] where angular: the fields of Margin; or null: margin
-  const A* weight;         // or null: 1
-  const A* total_weight;   // 0-dim sum of the weights, or null: classes
-  const A* learned_scale;  // 0-dim factor of scale, or null
-  Margin<A> margin;
-  A scale, smoothing;
-  bool angular;
-
-  const int64_t* target;  // [rows], or null with q
-  const int64_t* mixed;   // or null
-  const A* share;         // of target, [rows] or one value
-  int64_t share_stride;
-  const A* coefficient;  // [1] or [2] with mixed, or null: 1
-  int64_t ignore_index;
-
-  A* loss;  // [rows], like the next four
-  A* lse;
-  A* peak;
-  A* total;
-  int64_t* prediction;  // or null
-
-  const A* grad_loss;  // [rows] or one value
-  int64_t grad_loss_stride;
-  const A* grad_lse;  // or null
-  int64_t grad_lse_stride;
-
+struct Call : RowsCall<A, int, void, Margin<A>, const A*> {
   Sums<A>* part_sums;  // [rows, parts]
   Record<A>* records;  // [rows]
   A* z;                // [rows]: RowGradient's, or null

@@ -35,6 +35,63 @@ struct alignas(16) PanelRows {
   }
 };
 
+// Writes the sums of a warp's classes in backward to sums[0 ... kCount - 1]: the masses of their probabilities.
+template <class T, int kCount, bool kGeneral, class A>
+LTK_DEVICE void sum_probabilities(const Call<A>& call, int64_t q_offset, int warp, bool exist,
+                                  PanelSums<A, kGeneral>* sums) {
+  A mass[kCount] = {};
+  if (exist)
+    for (int c = warp; c < call.classes; c += kPanelWarps)
+#pragma unroll
+      for (int v = 0; v < kCount; ++v)
+        mass[v] += soft_weight(call, load_probability(call, q_offset + c * call.q_c + v), load_weight(call, c));
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    Sums<A> s = empty_sums<A>();
+    s.weight = mass[v];
+    sums[v] = PanelSums<A, kGeneral>::of(s);
+  }
+}
+
+// Writes a position's outputs from the warps' sums, which are kPositions apart; returns its record.
+template <class T, int kPositions, bool kBackward, bool kGeneral, class A>
+LTK_DEVICE Record<A> finish_position(const Call<A>& call, int64_t row, const typename T::Stored* logits,
+                                     const PanelSums<A, kGeneral>* sums) {
+  const LoadedSlots<A> slots = load_slots<T>(call, row, logits);
+  Sums<A> s = empty_sums<A>();
+  Record<A> record = {};
+  if (!kBackward) {
+    for (int i = 0; i < kPanelWarps; ++i) merge<kGeneral>(s, sums[i * kPositions].sums());
+    write_row(call, row, slots, s);
+    if (call.grad) record = make_record(call, slots, make_rest(slots, s), s.weight, A(1), A(0));
+  } else {
+    if (kGeneral && call.q)
+      for (int i = 0; i < kPanelWarps; ++i) s.weight += sums[i * kPositions].sums().weight;
+    record = make_backward_record(call, row, slots, s.weight);
+    if (call.z) call.z[row] = record.z;
+  }
+  return record;
+}
+
+// Adds a position of class c to the sums of du, dc * x and dm.
+template <class A>
+LTK_DEVICE void add_position(const Record<A>& r, int c, A du, A dx, A (&sum)[3]) {
+  sum[0] += du, sum[1] += dx;
+  for (int i = 0; i < 2; ++i)
+    if (c == r.target[i]) sum[2] += r.dm[i];
+}
+
+// Adds the sums of class c over a panel to those over the block's earlier panels.
+template <class A>
+LTK_DEVICE void add_column_sums(const Call<A>& call, int c, const A (&sum)[3], int lane, bool first_panel) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const A total = sum_lanes(sum[i]);
+    A* place = call.column_sums + (block_index() * 3 + i) * call.classes + c;
+    if (lane == 0) *place = first_panel ? total : *place + total;
+  }
+}
+
 // Block i takes the panels i, i + blocks, ... of 32 x kCount positions. Shared memory holds the warps' sums of every
 // position, the positions' records, and (call.keep_panel) the panel's logits.
 template <class T, int kCount, bool kBackward, bool kGeneral>
@@ -115,38 +172,15 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
 #pragma unroll
       for (int v = 0; v < kCount; ++v) sums[warp * kPositions + first_position + v] = Kept::of(s[v]);
     } else if (kGeneral && call.q) {
-      A mass[kCount] = {};
-      if (exist)
-        for (int c = warp; c < call.classes; c += kPanelWarps)
-#pragma unroll
-          for (int v = 0; v < kCount; ++v)
-            mass[v] += soft_weight(call, load_probability(call, q + c * call.q_c + v), load_weight(call, c));
-#pragma unroll
-      for (int v = 0; v < kCount; ++v) {
-        Sums<A> s = empty_sums<A>();
-        s.weight = mass[v];
-        sums[warp * kPositions + first_position + v] = Kept::of(s);
-      }
+      sum_probabilities<T, kCount>(call, q, warp, exist, sums + warp * kPositions + first_position);
     }
     block_barrier();
 
     if (warp < kCount && begin + warp * 32 + lane < call.k) {  // one thread per position
       const int p = warp * 32 + lane;
-      const int64_t row = n * call.k + begin + p;
       const Stored* logits = static_cast<const Stored*>(call.x) + (n * call.x_n + begin + p);
-      const LoadedSlots<A> slots = load_slots<T>(call, row, logits);
-      Sums<A> s = empty_sums<A>();
-      Record<A> record = {};
-      if (!kBackward) {
-        for (int i = 0; i < kPanelWarps; ++i) merge<kGeneral>(s, sums[i * kPositions + p].sums());
-        write_row(call, row, slots, s);
-        if (call.grad) record = make_record(call, slots, make_rest(slots, s), s.weight, A(1), A(0));
-      } else {
-        if (kGeneral && call.q)
-          for (int i = 0; i < kPanelWarps; ++i) s.weight += sums[i * kPositions + p].sums().weight;
-        record = make_backward_record(call, row, slots, s.weight);
-        if (call.z) call.z[row] = record.z;
-      }
+      const Record<A> record =
+          finish_position<T, kPositions, kBackward>(call, n * call.k + begin + p, logits, sums + p);
       records[p] = record;
       rows->set(p, record);
     }
@@ -202,23 +236,11 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
               store_probability_gradient(call, grad_q + c * call.grad_q_c + v,
                                          differentiate_probability(call, soft[v], w, log_total[v] - u));
             out.value[v] = T::put(dc * a);
-            if (summed) {
-              const Record<A>& r = records[first_position + v];
-              sum[0] += du, sum[1] += dc * logit;
-              for (int i = 0; i < 2; ++i)
-                if (c == r.target[i]) sum[2] += r.dm[i];
-            }
+            if (summed) add_position(records[first_position + v], c, du, dc * logit, sum);
           }
           if (call.grad) store_pack(grad + c * call.grad_c, out);
         }
-        if (summed) {
-#pragma unroll
-          for (int i = 0; i < 3; ++i) {
-            const A total = sum_lanes(sum[i]);
-            A* place = call.column_sums + (block_index() * 3 + i) * call.classes + c;
-            if (lane == 0) *place = first_panel ? total : *place + total;
-          }
-        }
+        if (summed) add_column_sums(call, c, sum, lane, first_panel);
       }
     }
     block_barrier();

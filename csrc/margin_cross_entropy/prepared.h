@@ -29,26 +29,17 @@ struct PreparedRows : KeptTensors {
 
   PreparedRows(const Tensor& input, const RowOptions& o) : layout(input) {
     call.classes = static_cast<decltype(call.classes)>(layout.classes);
-    call.k = layout.k;
+    call.rows = layout.rows, call.k = layout.k;
     call.x = layout.input.const_data_ptr();
     layout.strides(layout.input, &call.x_n, &call.x_c, &call.x_k);
-    call.smoothing = static_cast<A>(o.label_smoothing);
-    call.angular = o.angular;
-    call.ignore_index = o.ignore_index;
-    call.class_bias = pointer<A>(o.class_bias);
-    call.weight = pointer<A>(o.weight);
-    if (o.soft()) return;
-    call.target = pointer<int64_t>(o.target);
-    if (!o.mixed_target.has_value()) return;
-    call.mixed = pointer<int64_t>(o.mixed_target);
-    call.share = pointer<A>(o.mix_lambda);
-    call.share_stride = o.mix_lambda->dim() == 0 ? 0 : 1;
+    call.take(o, *this);
   }
 
   void set_probabilities(const Tensor& given) {
     const Tensor q = keep(layout.fits(given) ? given : layout.fitting(given).copy_(given));
     call.q = static_cast<decltype(call.q)>(q.const_data_ptr());
     layout.strides(q, &call.q_n, &call.q_c, &call.q_k);
+    call.q_dtype = kernel_dtype(q.scalar_type());
   }
 
   // Returns the tensor that kernels write in place of `wanted`, until copy_back().

@@ -42,9 +42,9 @@ struct PartitionedCall {
   A* weighted_sums;  // likewise, of G a z
 };
 
-device::Error partitioned_forward(const PartitionedCall<float>&, Dtype, device::Stream);
-device::Error partitioned_forward(const PartitionedCall<double>&, Dtype, device::Stream);
-device::Error partitioned_backward(const PartitionedCall<float>&, Dtype, device::Stream);
-device::Error partitioned_backward(const PartitionedCall<double>&, Dtype, device::Stream);
+template <class A>
+device::Error partitioned_forward(const PartitionedCall<A>&, Dtype, device::Stream);
+template <class A>
+device::Error partitioned_backward(const PartitionedCall<A>&, Dtype, device::Stream);
 
 }  // namespace ltk::cuda

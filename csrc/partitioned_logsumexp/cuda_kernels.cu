@@ -340,24 +340,18 @@ Error launch_backward(const PartitionedCall<typename T::A>& call, Stream stream)
 
 }  // namespace
 
-device::Error partitioned_forward(const PartitionedCall<float>& call, Dtype dtype, device::Stream stream) {
-  if (dtype == kBFloat16) return launch_forward<BFloat16>(call, stream);
-  if (dtype == kHalf) return launch_forward<Half>(call, stream);
-  return launch_forward<Float>(call, stream);
+template <class A>
+device::Error partitioned_forward(const PartitionedCall<A>& call, Dtype dtype, device::Stream stream) {
+  return with_elements<A>(dtype, [&](auto element) { return launch_forward<decltype(element)>(call, stream); });
 }
+template device::Error partitioned_forward(const PartitionedCall<float>&, Dtype, device::Stream);
+template device::Error partitioned_forward(const PartitionedCall<double>&, Dtype, device::Stream);
 
-device::Error partitioned_forward(const PartitionedCall<double>& call, Dtype, device::Stream stream) {
-  return launch_forward<Double>(call, stream);
+template <class A>
+device::Error partitioned_backward(const PartitionedCall<A>& call, Dtype dtype, device::Stream stream) {
+  return with_elements<A>(dtype, [&](auto element) { return launch_backward<decltype(element)>(call, stream); });
 }
-
-device::Error partitioned_backward(const PartitionedCall<float>& call, Dtype dtype, device::Stream stream) {
-  if (dtype == kBFloat16) return launch_backward<BFloat16>(call, stream);
-  if (dtype == kHalf) return launch_backward<Half>(call, stream);
-  return launch_backward<Float>(call, stream);
-}
-
-device::Error partitioned_backward(const PartitionedCall<double>& call, Dtype, device::Stream stream) {
-  return launch_backward<Double>(call, stream);
-}
+template device::Error partitioned_backward(const PartitionedCall<float>&, Dtype, device::Stream);
+template device::Error partitioned_backward(const PartitionedCall<double>&, Dtype, device::Stream);
 
 }  // namespace ltk::cuda

@@ -9,6 +9,9 @@
 
 #include "../inline.h"
 
+// For arithmetic in loops: without it the compiler stops inlining where a file has many kernels.
+#define LTK_ALWAYS_INLINE [[gnu::always_inline]] inline
+
 namespace ltk {
 namespace LTK_ISA {
 namespace {
@@ -145,7 +148,7 @@ LTK_INLINE V prevent_fusion(V value) {
 
 // exp(x) for x <= 0 within one unit in the last place; 0 below -87.33 (where the result would be subnormal); NaN for
 // NaN. Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
-LTK_INLINE F::V exp_vector(F::V x) {
+LTK_ALWAYS_INLINE static F::V exp_vector(F::V x) {
   // 1.5 * 2^23 + 127: adding it rounds to an integer n in the low bits, which are then the exponent of 2^n
   const F::V magic = splat(12583039.0f);
   const F::V shifted = x * 1.44269504088896341f + magic;
@@ -161,7 +164,7 @@ LTK_INLINE F::V exp_vector(F::V x) {
   return x < splat(-87.33f) ? F::V{} : scaled;
 }
 
-LTK_INLINE Simd<double>::V exp_vector(Simd<double>::V x) {
+LTK_ALWAYS_INLINE static Simd<double>::V exp_vector(Simd<double>::V x) {
   for (int64_t i = 0; i < Simd<double>::W; ++i) x[i] = std::exp(x[i]);
   return x;
 }
@@ -285,7 +288,7 @@ struct IO<Half> {
 
 // The first `count` lanes, the others `fill`.
 template <class A, class T>
-LTK_INLINE Vec<A> get_some(const T* p, int64_t count, A fill) {
+LTK_ALWAYS_INLINE static Vec<A> get_some(const T* p, int64_t count, A fill) {
   if (count >= Simd<A>::W) return IO<T>::get_vector(p);
   Vec<A> v = splat(fill);
   for (int64_t i = 0; i < count; ++i) v[i] = IO<T>::get(p + i);
@@ -293,7 +296,7 @@ LTK_INLINE Vec<A> get_some(const T* p, int64_t count, A fill) {
 }
 
 template <class A, class T>
-LTK_INLINE void put_some(T* p, Vec<A> v, int64_t count) {
+LTK_ALWAYS_INLINE static void put_some(T* p, Vec<A> v, int64_t count) {
   if (count >= Simd<A>::W) {
     IO<T>::put_vector(p, v);
   } else {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../dtypes.h"
 #include "device.h"
 
 namespace ltk::cuda {
@@ -85,6 +86,18 @@ struct Double {
              static_cast<uint32_t>(high >> 32)}};
   }
 };
+
+// Calls f with the elements of a dtype whose arithmetic is in A.
+template <class A, class F>
+Error with_elements(Dtype dtype, const F& f) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return f(Double{});
+  } else {
+    if (dtype == kBFloat16) return f(BFloat16{});
+    if (dtype == kHalf) return f(Half{});
+    return f(Float{});
+  }
+}
 
 template <class V, int kCount>
 struct alignas(sizeof(V) * kCount) Pack {
