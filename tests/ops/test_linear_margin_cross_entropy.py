@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases.linear import BY_ID, CASES, OWN, Case
-from _gradcheck import gradcheck
+from _gradients import gradcheck
 from _strategies import LINEAR_MODES, linear_mode
 from torch import Tensor
 
