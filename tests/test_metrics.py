@@ -195,17 +195,6 @@ def test_bad_construction(arguments, refusal):
         ShotGroupAccuracy(**arguments)
 
 
-def test_without_torchmetrics_only_construction_fails():
-    code = (
-        "import sys; sys.modules['torchmetrics'] = None\n"
-        "from lt_kernels.metrics import ShotGroupAccuracy\n"
-        "try: ShotGroupAccuracy([3, 4])\n"
-        "except ImportError as error: print(error)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "lt_kernels.metrics needs torchmetrics: pip install 'lt_kernels[metrics]'"
-
-
 def embedded(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings [rows, 5] and labels; classes 1 and 6 have no sample and one."""
     generator = torch.Generator().manual_seed(seed)
@@ -456,23 +445,25 @@ class TestCalibration:
             with pytest.raises(error, match=re.escape(message)):
                 function()
 
-    def test_without_torchmetrics_the_function_works(self):
-        code = (
-            "import sys; sys.modules['torchmetrics'] = sys.modules['matplotlib'] = None\n"
-            "import torch\n"
-            "from lt_kernels.metrics import CalibrationError, calibration_error, reliability_diagram\n"
-            "print(calibration_error(torch.tensor([0.5]), torch.tensor([True])).ece.item())\n"
-            "one, right = torch.ones(1), torch.ones(1).bool()\n"
-            "for call in (CalibrationError, lambda: reliability_diagram(one, right, 'never.png')):\n"
-            "    try: call()\n"
-            "    except ImportError as error: print(error)"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert result.stdout.splitlines() == [
-            "0.5",
-            "lt_kernels.metrics needs torchmetrics: pip install 'lt_kernels[metrics]'",
-            "reliability_diagram needs matplotlib: pip install matplotlib",
-        ]
+
+def test_without_torchmetrics_only_construction_fails():
+    code = (
+        "import sys; sys.modules['torchmetrics'] = sys.modules['matplotlib'] = None\n"
+        "import torch\n"
+        "from lt_kernels.metrics import CalibrationError, ShotGroupAccuracy, calibration_error, reliability_diagram\n"
+        "print(calibration_error(torch.tensor([0.5]), torch.tensor([True])).ece.item())\n"
+        "one, right = torch.ones(1), torch.ones(1).bool()\n"
+        "diagram = lambda: reliability_diagram(one, right, 'never.png')\n"
+        "for call in (lambda: ShotGroupAccuracy([3, 4]), CalibrationError, diagram):\n"
+        "    try: call()\n"
+        "    except ImportError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        "0.5",
+        *["lt_kernels.metrics needs torchmetrics: pip install 'lt_kernels[metrics]'"] * 2,
+        "reliability_diagram needs matplotlib: pip install matplotlib",
+    ]
 
 
 class TestReliabilityDiagram:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases.experts import BY_ID, CASES, LAYOUTS, Case
-from _gradcheck import gradcheck
+from _gradients import check_rows_apart, gradcheck
 from torch import Tensor
 
 import lt_kernels
@@ -17,12 +17,14 @@ from lt_kernels import _settings
 from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
 from lt_kernels.testing import assert_within_budget, check_expert_cross_entropy
 
-CPU_BACKENDS = ("reference", "native")
-
 
 def as_list(logits: Tensor, target: Tensor, **options):
     """The same loss of a list of E tensors with storages of their own."""
     return expert_cross_entropy([each.clone() for each in logits.unbind(0)], target, **options)
+
+
+def by_name(input: Tensor, **options):
+    return expert_cross_entropy(input, **options)
 
 
 # ------------------------------------------------------------------------------------------------- value and gradients
@@ -54,21 +56,19 @@ def test_a_list_is_not_stacked(name, reduction, backend, device):
 
 @pytest.mark.parametrize(("rows", "classes"), [(140, 8142), (40, 33_001)])
 def test_gradients_too_large_for_the_caches(rows, classes, device):
-    """More than 12 MiB: the CPU kernels write these past the caches."""
+    """More than 12 MiB: the CPU kernels write these past the caches: the same bits."""
     case = Case("large", 3, rows, classes, options=("log_prior", "mixed_target"))
     for dtype in (torch.float32, torch.bfloat16):
-        check_expert_cross_entropy(expert_cross_entropy, case.sample(dtype, device))
+        check_rows_apart(by_name, case.sample(dtype, device), dim=1, rows=20)
 
 
-@pytest.mark.parametrize("backend_name", CPU_BACKENDS)
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.classes <= 40 and case.spread < 100], ids=lambda case: case.id
 )
-def test_gradcheck(case, backend_name):
+def test_gradcheck(case, backend):
     case = dataclasses.replace(case, rows=min(case.rows, 4), classes=min(case.classes, 9))
     sample = case.sample(torch.float64, reduction="none", expert_reduction="none")
-    with lt_kernels.use_backend(backend_name):
-        gradcheck(lambda input, **options: expert_cross_entropy(input, **options), sample)
+    gradcheck(by_name, sample)
 
 
 def test_each_expert_is_margin_cross_entropy(backend, device):
