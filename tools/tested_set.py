@@ -50,6 +50,7 @@ class Recorder:
             function, _, ids = name.partition("[")
             self.lines.append(line(self.engine, file, function, ids.removesuffix("]")))
             for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+                value = getattr(value, "case", value)  # of a work of tests/kernels
                 if dataclasses.is_dataclass(value) and hasattr(value, "id"):
                     key = f"{type(value).__module__.removeprefix('_cases.')}: {value.id}"
                     self.cases[key] = described(value)

@@ -1,4 +1,4 @@
-"""Limits of instructions per logit, and shapes, that the operators' ``configs.py`` share.
+"""What the operators' ``configs.py`` share: limits of instructions per logit, shapes of experts' logits, calls on them.
 
 An H200 executes 3.35e13 instructions a second and moves 4.3e12 bytes a second.
 """
@@ -38,3 +38,29 @@ EXPERT_SHAPES = {
 }
 #: The one that the GPU counters measure, as fields of a configuration.
 COUNTED_EXPERTS = EXPERT_SHAPES["inat18-e3-n2731"]._asdict()
+
+
+class ExpertConfig(NamedTuple):
+    """A call of ``op`` on the logits of several experts."""
+
+    op: str
+    name: str
+    classes: int
+    dtype: str = "bfloat16"
+    options: tuple[str, ...] = ()
+    experts: int = 3
+    rows: int = 1024
+    k: int = 1  # classes that expert_fusion selects
+    backward: bool = False
+    samples_first: bool = False  # [N, E, C] in memory
+    wide: bool = True  # held to 16-byte loads and stores
+    budget: float | None = None  # limit of instructions per logit
+
+    @property
+    def title(self) -> str:
+        direction = ", backward" if self.backward else ""
+        return f"{self.op}, {self.name}, E {self.experts}, C {self.classes}, {self.dtype}{direction}"
+
+    def limit(self, kernel: str) -> float | None:
+        """Return the limit of instructions per logit of a kernel."""
+        return self.budget

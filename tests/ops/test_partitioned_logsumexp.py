@@ -10,18 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases.contrastive import CASES, vectors
+from _engines import of_backends
 from torch import Tensor
 
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import partitioned_logsumexp, supervised_contrastive
-from lt_kernels.ops.linear_margin_cross_entropy.plan import padded
+from lt_kernels.ops._gemm.products import LINE, padded
 from lt_kernels.ops.partitioned_logsumexp import chunked, plan
 from lt_kernels.testing import assert_within_budget, check_partitioned_logsumexp
 
 CPU_BACKENDS = ("reference", "native")
 STRATEGIES = ("materialize", "chunked")
-SMALL = [case for case in CASES if max(case.rows, case.keys or 0) < 1000]
+SMALL = [case for case in CASES if case.rows * (case.rows if case.keys is None else case.keys) < 2**16]
 
 
 @pytest.fixture
@@ -38,16 +39,16 @@ def gradients(result, *leaves: Tensor, upstream=(0.7, -1.3, 0.4)) -> list[Tensor
 # ------------------------------------------------------------------------------------------------- value and gradients
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *of_backends(triton=("tiled",))])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_value_and_every_gradient(case, strategy, dtype, backend, device):
+    if strategy == "tiled" and (reason := plan.tiled_reason(case.width, dtype)):
+        pytest.skip(reason)
     check_partitioned_logsumexp(partial(partitioned_logsumexp, strategy=strategy), case.sample(dtype, device))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if max(case.rows, case.keys or 0) < 1000], ids=lambda case: case.id
-)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
 def test_value_and_every_gradient_of_many_blocks(case, strategy, dtype, backend, device, small_blocks):
     check_partitioned_logsumexp(partial(partitioned_logsumexp, strategy=strategy), case.sample(dtype, device))
 
@@ -326,7 +327,7 @@ def test_blocks_cover_everything_within_the_budget(rows, keys, budget):
         assert 1 <= found.rows <= rows
         assert 1 <= found.keys <= keys
         size = found.rows * padded(found.keys, dtype) * dtype.itemsize
-        assert size <= max(min(budget, plan._BLOCK_BYTES["cpu"]), plan._LINE)
+        assert size <= max(min(budget, plan._BLOCK_BYTES["cpu"]), LINE)
 
 
 def test_auto_keeps_what_fits():

@@ -16,11 +16,11 @@ from ..._rows.triton_io import (
     block_rows,
     body_gradient,
     body_tile,
-    edge_columns,
     edge_gradient,
     load_soft_weights,
+    read_edge,
     shift_logits,
-    split_groups,
+    split_row,
     target_groups,
 )
 from ..._rows.triton_math import (
@@ -113,10 +113,8 @@ def margin_cross_entropy_rows_backward_kernel(
     row = (rows - 1 - tl.program_id(0)).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     n, k = row // positions, row % positions
-    offset = n * input_stride_n + k * input_stride_k
-    grad_offset = n * grad_stride_n + k * grad_stride_k
-    aligned, head, groups = split_groups(offset, classes, GROUP)
-    grad_aligned, _, _ = split_groups(grad_offset, classes, GROUP)
+    offset, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
+    grad_offset, grad_aligned, _, _ = split_row(n, k, grad_stride_n, grad_stride_k, classes, GROUP)
     scale = load_scale(o.scale, o.learned_scale_ptr)
     smooth_share = o.label_smoothing / classes
     row_ptr = input_ptr + offset
@@ -130,8 +128,7 @@ def margin_cross_entropy_rows_backward_kernel(
         upstream_lse = tl.load(grad_lse_ptr + row * grad_lse_stride)
     group_a, group_b = -1, -1
     if o.soft:
-        q_offset = n * target_stride_n + k * target_stride_k
-        q_aligned, _, _ = split_groups(q_offset, classes, GROUP)
+        q_offset, q_aligned, _, _ = split_row(n, k, target_stride_n, target_stride_k, classes, GROUP)
         smooth = upstream
         if o.coefficient_ptr is not None:
             smooth = upstream * tl.load(o.coefficient_ptr)
@@ -148,16 +145,14 @@ def margin_cross_entropy_rows_backward_kernel(
         slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o)
 
     if tile == 0:
-        edge, edge_mask = edge_columns(head, groups, group_a, group_b, classes, GROUP)
-        x = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-        u = shift_logits(x, 0, edge, edge_mask, o, scale, False)
-        e = fast_exp(u - peak)
+        edge = read_edge(row_ptr, head, groups, group_a, group_b, a, b, classes, o, scale, GROUP)
+        e = fast_exp(edge.u - peak)
         q = e
         if o.soft:
             q_row = o.target_ptr + q_offset
-            q = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
-        dx = edge_gradient(e, q, a, b, slopes, edge, edge_mask, o, scale)
-        tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
+            q = load_soft_weights(q_row, edge.columns, 0, edge.columns, edge.mask, smooth_share, o, False)
+        dx = edge_gradient(e, q, a, b, slopes, edge.columns, edge.mask, o, scale)
+        tl.store(grad_ptr + grad_offset + edge.columns, dx.to(grad_ptr.dtype.element_ty), mask=edge.mask)
 
     _, _, offsets, mask = body_tile(tile * (REPEAT * LANES), groups, group_a, group_b, GROUP, LANES, REPEAT)
     x = tl.load(input_ptr + aligned + offsets, mask=mask, other=-INF).to(tl.float32)

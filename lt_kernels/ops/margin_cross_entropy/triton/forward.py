@@ -26,16 +26,16 @@ from ..._rows.triton_io import (
     block_rows,
     body_gradient,
     body_tile,
-    edge_columns,
     edge_gradient,
     find_group,
     lane_sum,
     load_soft_weights,
     merge_online_lse,
     ordinary_gradient,
+    read_edge,
     repeat_lanes,
     shift_logits,
-    split_groups,
+    split_row,
     target_groups,
     undo_scale,
     weigh,
@@ -192,11 +192,11 @@ def margin_cross_entropy_rows_statistics_kernel(
     rows, parts = tl.num_programs(0), tl.num_programs(1)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, k = row // positions, row % positions
-    aligned, head, groups = split_groups(n * input_stride_n + k * input_stride_k, classes, GROUP)
+    _, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
     q_body = o.target_ptr
     group_a, group_b = -1, -1
     if o.soft:
-        q_aligned, _, _ = split_groups(n * target_stride_n + k * target_stride_k, classes, GROUP)
+        _, q_aligned, _, _ = split_row(n, k, target_stride_n, target_stride_k, classes, GROUP)
         q_body = o.target_ptr + q_aligned
     else:
         group_a = find_group(load_label(o.target_ptr + row, classes, ignore_index).column, head, groups, GROUP)
@@ -249,23 +249,20 @@ def sum_one_tile(
 
 
 @triton.jit
-def finish_row(
-    peak, mass, weighted, visited, u_edge, q_row, edge, edge_mask, rest_mask, a, b, factor, weight_total, smooth_share,
-    o,
-):  # fmt: skip
+def finish_row(peak, mass, weighted, visited, edge, q_row, a, b, factor, weight_total, smooth_share, o):
     """Add the edge to the body's sums. Return them, the edge's exponentials and soft weights, loss and log-sum-exp."""
-    e_edge = fast_exp(tl.where(rest_mask, u_edge, -INF) - peak)
+    e_edge = fast_exp(tl.where(edge.rest, edge.u, -INF) - peak)
     mass += tl.sum(e_edge, 0)
     q_edge = e_edge
     if o.soft:
-        q_edge = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
+        q_edge = load_soft_weights(q_row, edge.columns, 0, edge.columns, edge.mask, smooth_share, o, False)
         visited += tl.sum(q_edge, 0)
-        weighted += tl.sum(tl.where(edge_mask, q_edge * (u_edge - peak), 0.0), 0)
+        weighted += tl.sum(tl.where(edge.mask, q_edge * (edge.u - peak), 0.0), 0)
         log_mass = tl.log(mass)
         loss, lse = factor * (visited * log_mass - weighted), peak + log_mass
     else:
         if o.smooth:
-            weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, o, False), 0)
+            weighted += tl.sum(weigh(edge.u - peak, 0, edge.columns, edge.rest, o, False), 0)
         loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
     return mass, visited, e_edge, q_edge, loss, lse
 
@@ -334,20 +331,16 @@ def margin_cross_entropy_rows_forward_kernel(
     rows = tl.num_programs(0)
     row = tl.program_id(0).to(tl.int64)
     n, k = row // positions, row % positions
-    offset = n * input_stride_n + k * input_stride_k
-    aligned, head, groups = split_groups(offset, classes, GROUP)
-    q_row = o.target_ptr
-    q_body = o.target_ptr
+    offset, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
+    q_row, q_body = o.target_ptr, o.target_ptr
     scale = load_scale(o.scale, o.learned_scale_ptr)
     smooth_share = o.label_smoothing / classes
     row_ptr = input_ptr + offset
     body_ptr = input_ptr + aligned
     group_a, group_b = -1, -1
     if o.soft:
-        q_offset = n * target_stride_n + k * target_stride_k
-        q_row = o.target_ptr + q_offset
-        q_aligned, _, _ = split_groups(q_offset, classes, GROUP)
-        q_body = o.target_ptr + q_aligned
+        q_offset, q_aligned, _, _ = split_row(n, k, target_stride_n, target_stride_k, classes, GROUP)
+        q_row, q_body = o.target_ptr + q_offset, o.target_ptr + q_aligned
         factor = load_factor(o)
         a, b, weight_total = factor, factor, factor  # not used
     else:
@@ -356,15 +349,8 @@ def margin_cross_entropy_rows_forward_kernel(
         a, b = load_slots(row_ptr, row, o, scale, classes, 1, ignore_index)
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
 
-    edge, edge_mask = edge_columns(head, groups, group_a, group_b, classes, GROUP)
-    x_edge = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-    u_edge = shift_logits(x_edge, 0, edge, edge_mask, o, scale, False)
-    rest_mask = edge_mask
-    if not o.soft:
-        rest_mask = rest_mask & (edge != a.column)
-        if MIXED:
-            rest_mask = rest_mask & (edge != b.column)
-    peak = tl.max(tl.where(rest_mask, u_edge, -INF), 0)
+    edge = read_edge(row_ptr, head, groups, group_a, group_b, a, b, classes, o, scale, GROUP)
+    peak = tl.max(tl.where(edge.rest, edge.u, -INF), 0)
 
     if BODY == "tile":
         found, tile = sum_one_tile(
@@ -384,14 +370,13 @@ def margin_cross_entropy_rows_forward_kernel(
         mass, weighted = rescale_sums(found.peak, found.mass, found.weighted, found.visited, peak)
         peak = finite_reference(peak)
     if PREDICT:
-        edge_best, edge_column = first_best(x_edge, edge, edge_mask)
+        edge_best, edge_column = first_best(edge.x, edge.columns, edge.mask)
         _, prediction = merge_best(edge_best, edge_column, found.best, found.column)
         tl.store(prediction_ptr + row, prediction.to(tl.int64))
 
     mass, visited, e_edge, q_edge, loss, lse = finish_row(
-        peak, mass, weighted, found.visited, u_edge, q_row, edge, edge_mask, rest_mask, a, b, factor, weight_total,
-        smooth_share, o,
-    )  # fmt: skip
+        peak, mass, weighted, found.visited, edge, q_row, a, b, factor, weight_total, smooth_share, o
+    )
     if o.soft and soft_mass_ptr is not None:
         tl.store(soft_mass_ptr + row, visited)
     tl.store(loss_ptr + row, loss)
@@ -402,14 +387,13 @@ def margin_cross_entropy_rows_forward_kernel(
     if grad_ptr is not None:
         if IN_PLACE:  # from here on, each thread reads only what it will write itself
             tl.debug_barrier()
-        grad_offset = n * grad_stride_n + k * grad_stride_k
-        grad_aligned, _, _ = split_groups(grad_offset, classes, GROUP)
+        grad_offset, grad_aligned, _, _ = split_row(n, k, grad_stride_n, grad_stride_k, classes, GROUP)
         if o.soft:
             slopes = Slopes(factor * visited / mass, factor, None, None)
         else:
             slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
-        dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge, edge_mask, o, scale)
-        tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
+        dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge.columns, edge.mask, o, scale)
+        tl.store(grad_ptr + grad_offset + edge.columns, dx.to(grad_ptr.dtype.element_ty), mask=edge.mask)
         if BODY == "tile":
             dx = body_gradient(tile.e, tile.q, slopes, head, tile.offsets, tile.mask, o, scale, GROUP >= 4)
             tl.store(grad_ptr + grad_aligned + tile.offsets, dx.to(grad_ptr.dtype.element_ty), mask=tile.mask)
