@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -73,14 +73,19 @@ SMALL_EXPERTS = by_name(
 )
 
 
-def variants(variant: str, names: Iterable[str], note: str) -> dict[str, ExpertCase]:
-    """Repeat the named cases as ``variant``; they are never headlines, nor points of a plot."""
-    known = EXPERTS | SMALL_EXPERTS
-    changes: dict[str, Any] = {"variant": variant, "headline": (), "sweep": (), "note": note}
-    return by_name(*(replace(known[name], name=f"{name}-{variant}", **changes) for name in names))
-
-
 #: The cases of the targets, one for each device.
 CPU_CASE, GPU_CASE = "inat18-e3-n512", "inat18-e3-n8192"
+
+
+def cases_with(
+    variant: str, note: str, repeated: Sequence[str] = (CPU_CASE, GPU_CASE), real: Iterable[str] = EXPERTS
+) -> dict[str, ExpertCase]:
+    """Return ``real`` and small cases, and some repeated as ``variant``: never headlines, nor points of a plot."""
+    cases = {name: EXPERTS[name] for name in real} | SMALL_EXPERTS
+    changes: dict[str, Any] = {"variant": variant, "headline": (), "sweep": (), "note": note}
+    again = (replace(cases[name], name=f"{name}-{variant}", **changes) for name in (*repeated, "odd-3x7x123"))
+    return cases | by_name(*again)
+
+
 #: An op of experts.
 expert_op = partial(Op, floor=COPY, rank=2, shape="E x N x C", compare_cases=(CPU_CASE,))

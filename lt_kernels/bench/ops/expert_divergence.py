@@ -16,21 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional
-from .. import experts
 from ..agreement import LogitsAgreement
 from ..cases import Inputs, by_name
-from ..experts import CPU_CASE, GPU_CASE, ExpertCase, expert_op, experts_of
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, cases_with, expert_op, experts_of
 from ..op import Cost, cost_of_logits
 from ..providers import Step, backends, compiled, eager, headlines_on_cpu
 
 NAME = "expert_divergence"
 PAIRWISE = "pairwise"
 _SHAPES = (CPU_CASE, "inat18-e6-n512", GPU_CASE)
-CASES = (
-    {name: experts.EXPERTS[name] for name in _SHAPES}
-    | experts.SMALL_EXPERTS
-    | experts.variants(PAIRWISE, [*_SHAPES, "odd-3x7x123"], "all pairs of experts")
-)
+CASES = cases_with(PAIRWISE, "all pairs of experts", repeated=_SHAPES, real=_SHAPES)
 
 
 def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:

@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 
 from ... import functional
-from .. import agreement, experts
+from .. import agreement
 from ..cases import Inputs, by_name
-from ..experts import CPU_CASE, GPU_CASE, ExpertCase, expert_op, experts_of
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, cases_with, expert_op, experts_of
 from ..op import Cost, Target
 from ..providers import Step, backends, compiled, eager, headlines_on_cpu
 
 NAME = "expert_fusion"
 TOP5 = "top5"
-CASES = (
-    experts.EXPERTS
-    | experts.SMALL_EXPERTS
-    | experts.variants(TOP5, [CPU_CASE, GPU_CASE, "odd-3x7x123"], "the five most likely classes")
-)
+CASES = cases_with(TOP5, "the five most likely classes")
 
 TARGETS = (
     Target("cpu", CPU_CASE, "float32", "eager", 3.0),

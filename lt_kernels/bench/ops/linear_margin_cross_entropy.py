@@ -140,7 +140,9 @@ def _arguments(inputs: Inputs) -> tuple[Tensor, ...]:
 def _torch_linear(inputs: Inputs, chunked: bool = False) -> Step:
     """Neither is in torch before 2.13."""
     features, weight, target, log_prior = _arguments(inputs)
-    options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}  # type: ignore[attr-defined, unused-ignore]
+    options: dict[str, Any] = {}
+    if chunked:
+        options["options"] = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined, unused-ignore]
     function: Callable[..., Tensor] = F.linear_cross_entropy  # type: ignore[attr-defined, unused-ignore]
     return partial(function, features, weight, target, linear_bias=log_prior, **options)
 
