@@ -36,6 +36,18 @@ from .triton_math import (
 REPEAT_AXIS = tl.constexpr(0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 1)
 
 
+class Place(NamedTuple):
+    """Where a row of contiguous logits is, how it is cut, and what shifts its logits."""
+
+    x_ptr: Any  # its first logit
+    head: Any  # columns before the body
+    groups: Any  # of the body
+    group_a: Any  # the group that holds a target, -1 for none
+    group_b: Any
+    scale: Any
+    smooth_share: Any  # label smoothing of one class
+
+
 class Edge(NamedTuple):
     """The irregular columns of a row, [4 * GROUP], and their logits."""
 
@@ -274,11 +286,11 @@ def weigh(z, first, offsets, mask, o, WIDE: tl.constexpr):
 
 
 @triton.jit
-def read_edge(row_ptr, head, groups, group_a, group_b, a, b, classes, o, scale, GROUP: tl.constexpr):
+def read_edge(at, a, b, classes, o, GROUP: tl.constexpr):
     """Load the edge of a row. a, b: the targets; not used where the options are soft."""
-    columns, mask = edge_columns(head, groups, group_a, group_b, classes, GROUP)
-    x = tl.load(row_ptr + columns, mask=mask, other=-INF).to(tl.float32)
-    u = shift_logits(x, 0, columns, mask, o, scale, False)
+    columns, mask = edge_columns(at.head, at.groups, at.group_a, at.group_b, classes, GROUP)
+    x = tl.load(at.x_ptr + columns, mask=mask, other=-INF).to(tl.float32)
+    u = shift_logits(x, 0, columns, mask, o, at.scale, False)
     rest = mask
     if not o.soft:
         rest = rest & (columns != a.column)

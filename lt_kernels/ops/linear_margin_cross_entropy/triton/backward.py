@@ -30,6 +30,7 @@ from ..._rows.triton_math import (
     affine,
     fast_exp,
     load_scale,
+    load_upstream,
     load_weight_total,
     row_slopes,
 )
@@ -81,12 +82,9 @@ def linear_margin_cross_entropy_terms_kernel(
     out = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = out < rows
     row = tl.minimum(out, rows - 1)
-    peak = tl.load(rest_ptr + row)
-    mass = tl.load(rest_ptr + rows + row)
-    upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
-    upstream_lse = tl.zeros([BLOCK], tl.float32)
-    if grad_lse_ptr is not None:
-        upstream_lse += tl.load(grad_lse_ptr + row * grad_lse_stride)
+    peak, mass, upstream, upstream_lse = load_upstream(
+        rest_ptr, grad_loss_ptr, grad_lse_ptr, row, rows, grad_loss_stride, grad_lse_stride
+    )
     a, cosine_a, b, cosine_b = load_targets(f, v, o, row, rows, classes, ignore_index)
     smooth_share = o.label_smoothing / classes
     slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, load_weight_total(o, classes), smooth_share, o)

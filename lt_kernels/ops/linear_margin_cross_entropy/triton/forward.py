@@ -24,6 +24,7 @@ from ..._rows.triton_math import (
     rescale_sums,
     row_loss,
     same_number,
+    start_sums,
 )
 from ..._triton import launch_with
 from ..arguments import Arguments
@@ -65,12 +66,7 @@ def linear_margin_cross_entropy_forward_kernel(
     if o.mixed_target_ptr is not None:
         _, _, column_b = load_label(o.mixed_target_ptr + row, classes, ignore_index)
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    peak = tl.full([BLOCK_N], -INF, tl.float32)
-    mass = tl.zeros([BLOCK_N], tl.float32)
-    weighted = tl.zeros([BLOCK_N], tl.float32)
-    visited = tl.zeros([BLOCK_N], tl.float32)
-    best = tl.full([BLOCK_N], -INF, tl.float32)
-    best_column = tl.full([BLOCK_N], NO_COLUMN, tl.int32)
+    peak, mass, weighted, visited, best, best_column = start_sums(tl.zeros([BLOCK_N], tl.float32))
     lane = tl.arange(0, BLOCK_C)
     split, first, end = split_tiles(tiles_per_split, classes, BLOCK_C)
     for tile in range(first, end):
@@ -134,12 +130,7 @@ def linear_margin_cross_entropy_finish_kernel(
     inside = row < rows
     row = tl.minimum(row, rows - 1)
     size = splits * tl.cast(rows, tl.int64)
-    peak = tl.full([BLOCK], -INF, tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    visited = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK], -INF, tl.float32)
-    best_column = tl.full([BLOCK], NO_COLUMN, tl.int32)
+    peak, mass, weighted, visited, best, best_column = start_sums(tl.zeros([BLOCK], tl.float32))
     for split in range(splits):
         from_ptr = partial_ptr + split * tl.cast(rows, tl.int64) + row
         split_peak = tl.load(from_ptr)
