@@ -397,7 +397,7 @@ def _class_gradients(
                 grads[position] = like.new_empty((classes,))
             outputs.append(grads[position] if needs[position] else None)
         to_scale = rest.new_empty((classes,)) if need_learned else None
-        own = {"sums": sums, "target_sums": target_sums, "grads": ClassGradients(*outputs, to_scale)}
+        own = {"sums": sums, "target_sums": target_sums, "grads": ClassGradients(*outputs, scale_ptr=to_scale)}
         for name, of in (("splits", sums), ("target_splits", target_sums)):
             own[name] = 0 if of.ptr is None else len(of.ptr)
         launch_with(
