@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LT_KERNELS_BUILD ?= cpu
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-QUICK := tests/test_imports.py tests/test_typing.py tests/ops/test_registry.py tests/ops/test_bad_input.py tests/kernels/test_launches.py
+QUICK := tests/test_imports.py tests/test_limits.py tests/test_typing.py tests/ops/test_registry.py tests/ops/test_bad_input.py tests/kernels/test_launches.py
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
 
 .DEFAULT_GOAL := help

@@ -13,10 +13,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lt_kernels.bench.op import COPY, DTYPES
 from lt_kernels.bench.ops import OPS
-from lt_kernels.bench.records import Record, by_direction, is_ours
+from lt_kernels.bench.records import Record, by_direction, first, is_ours, shape_of
 
 _KEY = "Shown-SHA256"
 _COLORS = {
@@ -82,6 +83,10 @@ class _Plot:
     logarithmic: bool = False
 
 
+def _gbps(record: Record) -> float | None:
+    return record.gbps
+
+
 def _memory(record: Record) -> float | None:
     return OPS[record.op].memory(record)
 
@@ -95,43 +100,20 @@ def _times_the_floor(record: Record) -> float | None:
 
 
 _OF_LOGITS = "multiples of the logits' bytes"
+_GBPS: dict[str, Any] = {"y_label": "useful GB/s", "height": _gbps, "copy": True, "logarithmic": True}
+_TIMES: dict[str, Any] = {"y_label": "x of gemms", "height": _times_the_floor, "logarithmic": True}
+_OVER_PRODUCTS = "time over that of the three matrix products alone"
 _ROWS = (
-    _Plot(
-        "throughput",
-        "useful bandwidth (logits read once, gradient written once)",
-        "useful GB/s",
-        lambda record: record.gbps,
-        copy=True,
-        logarithmic=True,
-    ),
+    _Plot("throughput", "useful bandwidth (logits read once, gradient written once)", **_GBPS),
     _Plot("floor", "share of the bandwidth of a copy in the same run", "% of copy bandwidth", _share_of_copy),
     _Plot("memory", "peak memory of a step beyond its inputs", _OF_LOGITS, _memory),
-    _Plot(
-        "rows",
-        "useful bandwidth with the 8,142 classes of iNaturalist 2018",
-        "useful GB/s",
-        lambda record: record.gbps,
-        over_rows=True,
-        copy=True,
-        logarithmic=True,
-    ),
+    _Plot("rows", "useful bandwidth with the 8,142 classes of iNaturalist 2018", **_GBPS, over_rows=True),
 )
 _HEADS = (
-    _Plot(
-        "floor", "time over that of the three matrix products alone", "x of gemms", _times_the_floor, logarithmic=True
-    ),
+    _Plot("floor", _OVER_PRODUCTS, **_TIMES),
     _Plot("memory", "peak memory of a step beside the gradients of features and weight", _OF_LOGITS, _memory),
-    _Plot(
-        "rows",
-        "time over that of the three matrix products alone, 8,142 classes of iNaturalist 2018",
-        "x of gemms",
-        _times_the_floor,
-        over_rows=True,
-        logarithmic=True,
-    ),
+    _Plot("rows", f"{_OVER_PRODUCTS}, 8,142 classes of iNaturalist 2018", **_TIMES, over_rows=True),
 )
-
-
 _AXES = {"E": "experts E", "N": "rows N", "D": "width D"}
 
 
@@ -174,15 +156,15 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
     panels = []
     for dtype in sorted({record.dtype for record in records}, key=DTYPES.index):
         groups = by_direction(record for record in records if record.dtype == dtype)
-        groups.sort(key=lambda group: [next(iter(group.values())).sizes.get(name, 0) for name in "CNDE"])
-        ticks = [_tick(next(iter(group.values())).sizes, plot) for group in groups]
+        groups.sort(key=lambda group: [first(group).sizes.get(name, 0) for name in "CNDE"])
+        ticks = [_tick(first(group).sizes, plot) for group in groups]
         lines: dict[str, list[tuple[int, float]]] = {}
         for place, group in enumerate(groups):
             for provider, record in group.items():
                 value = plot.height(record)
                 if value is not None:
                     lines.setdefault(provider, []).append((place, value))
-            bandwidth = next(iter(group.values())).copy_gbps
+            bandwidth = first(group).copy_gbps
             if plot.copy and bandwidth is not None:
                 lines.setdefault("copy", []).append((place, bandwidth))
         panels.append(Panel(dtype, ticks, lines))
@@ -192,7 +174,7 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
 def _tick(sizes: Mapping[str, int], plot: _Plot) -> str:
     if plot.over_rows:
         return f"{sizes['N']:,}"
-    return f"{sizes['C']:,} ({' x '.join(f'{sizes[name]:,}' for name in 'END' if name in sizes)})"
+    return f"{sizes['C']:,} ({shape_of(sizes[name] for name in 'END' if name in sizes)})"
 
 
 def draw(figure: Figure, path: Path) -> None:

@@ -21,7 +21,7 @@ from figures import Figure, draw, figures, stored_digest
 
 from lt_kernels.bench.op import COPY, Target
 from lt_kernels.bench.ops import OPS
-from lt_kernels.bench.records import RESULTS, Record, by_direction, find_root, is_ours, load, ours
+from lt_kernels.bench.records import RESULTS, Record, by_direction, find_root, first, is_ours, load, ours
 from lt_kernels.cli import Parser, run_command
 
 FIGURES = Path("docs/figures")
@@ -151,21 +151,21 @@ def _summary(records: list[Record], describe: Describe) -> str:
     groups = [
         group
         for group in by_direction(record for record in records if record.direction == op.directions[-1])
-        if _is_headline(next(iter(group.values()))) and ours(group) is not None
+        if _is_headline(first(group)) and ours(group) is not None
     ]
-    groups.sort(key=lambda group: next(iter(group.values())).kind == "cpu")
+    groups.sort(key=lambda group: first(group).kind == "cpu")
     with_peers = any(_fastest(group, _peers(group)) for group in groups)
     rows = []
     for group in groups:
-        first, mine = next(iter(group.values())), ours(group)
+        mine = ours(group)
         assert mine is not None
         compiled = _fastest(group, ("compile", "compile-max-autotune"))
         peer = _fastest(group, _peers(group))
         rows.append(
             (
-                first.device,
-                _shape(first),
-                first.dtype,
+                mine.device,
+                mine.shape,
+                mine.dtype,
                 _ms(group.get(baseline)),
                 _ms(compiled),
                 *([f"{_ms(peer)} ({peer.provider})" if peer else ""] if with_peers else []),
@@ -194,15 +194,15 @@ def targets(records: list[Record], describe: Describe) -> str:
 def _target_rows(target: Target, records: list[Record], describe: Describe) -> Sequence[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for group in by_direction(records):
-        first = next(iter(group.values()))
-        if (first.case, first.dtype, first.kind) != (target.case, target.dtype, target.device):
+        some = first(group)
+        if (some.case, some.dtype, some.kind) != (target.case, target.dtype, target.device):
             continue
         value = _target_value(target, group)
         if value is not None:
             met = "yes" if target.met(value) else "no"
             mine = _judged(target, group)
             origin = describe(mine) if mine is not None else ""
-            rows.append((first.device, *_target_cells(target), _target_number(target, value), met, origin))
+            rows.append((some.device, *_target_cells(target), _target_number(target, value), met, origin))
     kind = "GPU" if target.device == "cuda" else "CPU"
     return rows or [(kind, *_target_cells(target), "not yet measured", "", "")]
 
@@ -267,10 +267,6 @@ def _peers(group: dict[str, Record]) -> list[str]:
 
 def _fastest(group: dict[str, Record], names: Sequence[str]) -> Record | None:
     return min((group[name] for name in names if name in group), key=lambda record: record.ms_median, default=None)
-
-
-def _shape(record: Record) -> str:
-    return " x ".join(f"{size:,}" for size in record.sizes.values())
 
 
 def _ms(record: Record | None) -> str:

@@ -146,6 +146,20 @@ def check_scalar(name: str, value: Tensor, input: Tensor) -> Tensor:
     return value
 
 
+def check_factor(name: str, value: Any, input: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    """Return ``value``, a finite number or a 0-dim tensor, as a number and a tensor in ``dtype`` that multiplies it."""
+    if isinstance(value, Tensor):
+        return 1.0, check_scalar(name, value, input).to(dtype)
+    return check_number(name, value), None
+
+
+def check_both(name: str, value: object, other_name: str, other: object) -> None:
+    """Refuse one of two arguments without the other."""
+    if (value is None) != (other is None):
+        missing, given = (name, other_name) if value is None else (other_name, name)
+        raise ValueError(f"{missing}: got None with {given}, expected both or neither")
+
+
 def check_class_vector(
     name: str, value: Any, classes: int, input: Tensor, dtype: torch.dtype, of: str = "class"
 ) -> Tensor | None:
@@ -188,9 +202,21 @@ def check_each_class(name: str, vector: Tensor, holds: Tensor, expected: str) ->
         raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
 
 
+def checks_on() -> bool:
+    """Return whether values are checked that a GPU would have to be waited for. Traced code does without."""
+    return _settings.checks and not torch.compiler.is_compiling()
+
+
 def reads_values(tensor: Tensor) -> bool:
-    """Whether values are checked: on the CPU, where nothing has to be waited for, and everywhere with checks on."""
+    """Return whether values are checked: on the CPU, where nothing has to be waited for, and everywhere with checks
+    on."""
     return (tensor.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling()
+
+
+def check_all(name: str, holds: Tensor, problem: str) -> None:
+    """Refuse values with a ``problem`` unless ``holds`` is True for each. Reads values: a GPU is waited for."""
+    if not bool(holds.all()):
+        raise ValueError(f"{name}: got {problem}")
 
 
 def check_classes(
@@ -206,6 +232,11 @@ def check_classes(
         row = int(bad.flatten().nonzero()[0])
         got = int(label.flatten()[row])
         raise IndexError(f"{name}: row {row} has {what} {got}, expected 0 <= {what} < {classes}{hint or ''}")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic on inputs in ``dtype``, and of the results."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def product_dtype(left: Tensor, right: Tensor, name: str, other: str) -> torch.dtype:

@@ -239,7 +239,7 @@ def print_now(line: str) -> None:
 
 
 def _list(op: str) -> None:
-    from .bench import runner
+    from .bench import records, runner
 
     spec = runner.OPS[op]
     print(op)
@@ -254,7 +254,7 @@ def _list(op: str) -> None:
     print("  cases")
     for case in spec.cases.values():
         where = "/".join(case.devices) or "on request"
-        shape = " x ".join(f"{size:,}" for size in case.sizes.values())
+        shape = records.shape_of(case.sizes.values())
         print(f"    {case.name:18} {shape:22}  {where:10}  {case.note}".rstrip())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -21,11 +22,11 @@ def _every_other(x: Tensor) -> Tensor:
     return x.new_full((x.shape[0], 2 * x.shape[1], 2 * x.shape[2]), math.nan)[:, ::2, ::2]
 
 
-#: A tensor like x, strided somehow; what is around it is NaN.
+#: A tensor like x with memory of its own, strided somehow; what is around it is NaN.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.empty_like,
-    "channels last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "samples contiguous": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "channels last": lambda x: x.new_empty(x.transpose(1, 2).shape).transpose(1, 2),
+    "samples contiguous": lambda x: x.new_empty(x.permute(1, 2, 0).shape).permute(2, 0, 1),
     "padded rows": lambda x: padded(x, -x.shape[1] % 16),
     "window": window,
     "every other": _every_other,
@@ -77,7 +78,7 @@ OPTIONS = [name for name in _options(1, 1, 1, torch.float32, "cpu") if name]
 
 
 def arguments(shape: tuple[int, int, int], option: str, dtype: torch.dtype, device: str = "cpu") -> Arguments:
-    torch.manual_seed(sum(shape))
+    torch.default_generator.manual_seed(sum(shape))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     drawn = _options(*shape, compute, device)
     x = (3 * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
@@ -94,7 +95,7 @@ def needs_of(a: Arguments) -> list[bool]:
 
 
 def _every_call(
-    module: ModuleType, a: Arguments, buffer: Callable[[], tuple[Tensor, Tensor | None]]
+    module: ModuleType, a: Arguments, rest: Tensor, buffer: Callable[[], tuple[Tensor, Tensor | None]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Outputs of every kind of call; ``buffer`` gives the logits and ``out`` of the next one."""
 
@@ -110,8 +111,7 @@ def _every_call(
         yield from call(
             f"forward, prediction {predict}", lambda b, out, predict=predict: module.forward(b, predict, True, out=out)
         )
-    rest = module.forward(a, False, False)[3]
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     per_row, per_lse = (torch.randn(rest.shape[1:], dtype=rest.dtype).to(rest.device) for _ in range(2))
     possible = needs_of(a)
     only = [True] + [False] * 5
@@ -126,8 +126,17 @@ def _every_call(
         )
 
 
-def check_in_place(module: ModuleType, a: Arguments, layout: str, exact: bool = True) -> None:
-    """Over the logits as into another tensor of the same strides, bit for bit; ``exact``: and as without ``out``."""
+def check_in_place(
+    module: ModuleType,
+    a: Arguments,
+    layout: str,
+    exact: bool = True,
+    orders: Iterable[Callable[[], AbstractContextManager[None]]] = (nullcontext,),
+) -> None:
+    """Over the logits as into another tensor of the same strides, bit for bit; ``exact``: and as without ``out``.
+
+    The calls in place are repeated in all ``orders`` of threads or programs.
+    """
 
     def without() -> tuple[Tensor, None]:
         return strided(layout, a.input), None
@@ -139,14 +148,16 @@ def check_in_place(module: ModuleType, a: Arguments, layout: str, exact: bool = 
         x = strided(layout, a.input)
         return x, x
 
-    # compared call by call: `rest` is among what is compared, and each call starts from the logits again
     with torch.no_grad():
-        for (name, plain), (_, separate), (_, over) in zip(
-            *(_every_call(module, a, buffer) for buffer in (without, twin, in_place)), strict=True
-        ):
-            assert over.shape == plain.shape, name
-            assert torch.equal(over, separate), f"{name}: in place differs from into another tensor"
-            if exact:
-                assert torch.equal(over, plain), f"{name}: in place differs from without out"
-            else:
-                torch.testing.assert_close(over, plain, msg=lambda text, name=name: f"{name}: {text}")
+        rest = module.forward(a, False, False)[3]
+        plain, separate = (list(_every_call(module, a, rest, buffer)) for buffer in (without, twin))
+        for order in orders:
+            with order():
+                found = list(_every_call(module, a, rest, in_place))
+            for (name, expected), (_, other), (_, over) in zip(plain, separate, found, strict=True):
+                assert over.shape == expected.shape, name
+                assert torch.equal(over, other), f"{name}: in place differs from into another tensor"
+                if exact:
+                    assert torch.equal(over, expected), f"{name}: in place differs from without out"
+                else:
+                    torch.testing.assert_close(over, expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -59,6 +59,8 @@ def _impossible(item: pytest.Item) -> bool:
         value for value in parameters.values() if isinstance(value, str | torch.dtype)
     ):
         return True  # Triton kernels take no float64
+    if "tiled" in (parameters.get("mode"), parameters.get("strategy")) and backend != "triton":
+        return True
     only = item.get_closest_marker("backends")
     if only is not None and (backend or _engines.ENGINE.backends[0]) not in only.args:
         return True
@@ -66,8 +68,10 @@ def _impossible(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if _engines.runs(item.path, item.name) and not _impossible(item)]
-    if dropped := [item for item in items if item not in set(kept)]:
+    kept, dropped = [], []
+    for item in items:
+        (kept if _engines.runs(item.path, item.name) and not _impossible(item) else dropped).append(item)
+    if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from datetime import date
 from pathlib import Path
@@ -17,12 +18,13 @@ from bench_records import record
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lt_kernels
-from lt_kernels.bench import contrastive, experts, ops, records, roofline, runner, timing
+from lt_kernels.bench import contrastive, experts, ops, records, runner, timing
 from lt_kernels.bench.cases import Case
-from lt_kernels.bench.op import DIRECTIONS
+from lt_kernels.bench.op import DIRECTIONS, Cost
 from lt_kernels.bench.ops import OPS
 from lt_kernels.bench.ops import linear_margin_cross_entropy as head_module
 from lt_kernels.bench.ops.margin_cross_entropy import RowCase
+from lt_kernels.ops._configs import COUNTED_EXPERTS, EXPERT_SHAPES
 
 op, head = OPS["margin_cross_entropy"], OPS["linear_margin_cross_entropy"]
 fusion, contrast = OPS["expert_fusion"], OPS["partitioned_logsumexp"]
@@ -39,6 +41,19 @@ def test_every_module_of_the_folder_is_an_op_of_the_library():
     assert modules == set(OPS) == {one.name for one in OPS.values()}
     assert modules <= lt_kernels.info()["backends"].keys()
     assert list(OPS)[:2] == [op.name, head.name]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_every_named_real_shape_is_measured(op):
+    configs = importlib.import_module(f"lt_kernels.ops.{op.name}.configs")
+    shapes = getattr(configs, "SHAPES", EXPERT_SHAPES)
+    for name in shapes.keys() & op.cases.keys():
+        assert {field: getattr(op.cases[name], field) for field in shapes[name]._fields} == shapes[name]._asdict()
+    if op in EXPERTS:  # which share them
+        shapes = {name: shape for name, shape in shapes.items() if shape._asdict() != COUNTED_EXPERTS}
+    assert op is OPS["expert_divergence"] or shapes.keys() <= op.cases.keys()
+    measured = {name for name, case in op.cases.items() if case.devices and not getattr(case, "variant", "")}
+    assert measured <= shapes.keys()
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
@@ -87,35 +102,27 @@ def test_cases_cover_every_number_of_classes_on_each_device(device):
     assert any(device in case.headline for case in measured)
 
 
-@pytest.mark.parametrize(("direction", "factor"), [("fwd", 1), ("bwd", 2), ("fwd_bwd", 2)])
-def test_cost_counts_each_logit_once_per_pass(direction, factor):
+@pytest.mark.parametrize(
+    ("direction", "factor", "products"), [("fwd", 1, 1), ("bwd", 2, 2), ("fwd_bwd", 2, 3)], ids=DIRECTIONS
+)
+def test_cost_counts_each_operand_once_per_pass(direction, factor, products):
     cost = op.cost(RowCase("c", 7, 123), torch.bfloat16, direction)
     assert cost.bytes_moved == factor * 7 * 123 * 2
     assert cost.flops % (7 * 123) == 0
     assert cost.exponentials == 7 * 123
     assert op.cost(RowCase("m", 7, 123, positions=(4, 5)), torch.bfloat16, direction).flops == cost.flops * 20
-
-
-@pytest.mark.parametrize(
-    ("direction", "products", "passes"), [("fwd", 1, 1), ("bwd", 2, 2), ("fwd_bwd", 3, 2)], ids=DIRECTIONS
-)
-def test_cost_of_a_head_counts_products_and_operands_but_no_logits(direction, products, passes):
     cost = head.cost(head_module.LinearCase("c", 7, 123, width=19), torch.bfloat16, direction)
     assert cost.flops == products * 2 * 7 * 19 * 123
-    assert cost.bytes_moved == passes * (7 + 123) * 19 * 2  # features and weight, and their gradients
+    assert cost.bytes_moved == factor * (7 + 123) * 19 * 2  # features and weight, and their gradients, but no logits
     assert cost.exponentials == 7 * 123
-
-
-@pytest.mark.parametrize("module", EXPERTS, ids=lambda one: one.name)
-def test_cost_of_experts_counts_the_logits_of_each_once_per_pass(module):
-    case = experts.ExpertCase("c", 7, 123, experts=4)
-    for direction in module.directions:
-        cost = module.cost(case, torch.bfloat16, direction)
-        assert cost.bytes_moved == (1 if direction == "fwd" else 2) * 4 * 7 * 123 * 2
-        assert cost.flops % (7 * 123) == 0
     means, logits = 7 * 123, 4 * 7 * 123
     expected = {"expert_cross_entropy": logits, "expert_fusion": means, "expert_divergence": logits + means}
-    assert cost.exponentials == expected[module.name]
+    for one in EXPERTS:
+        if direction in one.directions:
+            cost = one.cost(experts.ExpertCase("c", 7, 123, experts=4), torch.bfloat16, direction)
+            assert cost.bytes_moved == factor * logits * 2
+            assert cost.flops % (7 * 123) == 0
+            assert cost.exponentials == expected[one.name]
 
 
 def test_inputs_of_experts():
@@ -126,11 +133,11 @@ def test_inputs_of_experts():
     assert experts.ExpertCase("c", 7, 123, experts=1).taus == [1]
     assert sum(experts.ExpertCase("c", 7, 123, experts=6).taus) == pytest.approx(6)
     assert [tuple(x.shape) for x in inputs.leaves.values()] == [(7, 123)] * 3
-    assert torch.equal(torch.stack(inputs.experts), inputs.stacked)
-    assert not torch.equal(inputs.target, inputs.mixed_target)
+    assert torch.equal(torch.stack(experts.experts_of(inputs)), inputs["stacked"])
+    assert not torch.equal(inputs.target, inputs["mixed_target"])
     again = case.inputs(torch.float32, "cpu")
-    assert torch.equal(again.stacked, inputs.stacked)
-    assert torch.equal(again.mixed_target, inputs.mixed_target)
+    assert torch.equal(again["stacked"], inputs["stacked"])
+    assert torch.equal(again["mixed_target"], inputs["mixed_target"])
 
 
 SMALL_CONTRASTS = [case for case in contrast.cases.values() if not case.devices]
@@ -161,28 +168,35 @@ def test_inputs_of_contrasts(case):
     inputs = case.inputs(torch.float32, "cpu")
     query, key = contrastive.vectors(inputs)
     assert case.sizes == {"N": len(query), "M": len(key), "D": query.shape[1]}
-    assert (len(inputs.target), len(inputs.key_label)) == (len(query), len(key))
+    assert (len(inputs.target), len(inputs["key_label"])) == (len(query), len(key))
     torch.testing.assert_close(query.norm(dim=1), torch.ones(len(query)))
     own = torch.arange(len(query))
     if contrastive.leaves_out_own(case.method):
-        assert torch.equal(inputs.key_label[own], inputs.target)
+        assert torch.equal(inputs["key_label"][own], inputs.target)
     elements = sum(leaf.numel() for leaf in inputs.leaves.values() if leaf.dim() > 0)
     assert elements == case.uncounted
     again = case.inputs(torch.float32, "cpu")
-    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in inputs.tensors.items())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in inputs.tensors.items())
     if case.method == "gml":
-        held = inputs.tensors["query_id"][:, None] == inputs.tensors["key_id"]
+        held = inputs["query_id"][:, None] == inputs["key_id"]
         assert torch.equal(held.sum(1), torch.ones(len(query), dtype=torch.int64))
-        assert torch.equal(inputs.key_label[held.int().argmax(1)], inputs.target)
-        assert int(torch.bincount(inputs.key_label).min()) >= 2  # one is left without a query's own
+        assert torch.equal(inputs["key_label"][held.int().argmax(1)], inputs.target)
+        assert int(torch.bincount(inputs["key_label"]).min()) >= 2  # one is left without a query's own
 
 
-def test_static_floor_is_the_slowest_of_what_a_chip_does():
-    assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 0) == pytest.approx(10)
-    assert roofline.static_floor_ms("NVIDIA H200", 43 * 10**9, 0, 418 * 10**9) == pytest.approx(100)
-    assert roofline.static_floor_ms("NVIDIA H100 80GB HBM3", 3 * 10**10, 0, 0) == pytest.approx(10)
-    assert roofline.static_floor_ms("NVIDIA H100 PCIe", 1, 1, 1) is None  # another memory
-    assert roofline.static_floor_ms("A CPU, 2 threads, AVX2", 1, 1, 1) is None
+@pytest.mark.parametrize(
+    ("device", "cost", "milliseconds"),
+    [
+        ("NVIDIA H200", Cost(43 * 10**9, 0, 0), 10),
+        ("NVIDIA H200", Cost(43 * 10**9, 0, 418 * 10**9), 100),
+        ("NVIDIA H100 80GB HBM3", Cost(3 * 10**10, 0, 0), 10),
+        ("NVIDIA H100 PCIe", Cost(1, 1, 1), None),  # another memory
+        ("A CPU, 2 threads, AVX2", Cost(1, 1, 1), None),
+    ],
+)
+def test_static_floor_is_the_slowest_of_what_a_chip_does(device, cost, milliseconds):
+    expected = None if milliseconds is None else pytest.approx(milliseconds)
+    assert cost.static_floor_ms(device) == expected
 
 
 # The runner
@@ -345,7 +359,7 @@ def test_an_overflow_of_eager_is_said_and_is_no_error_of_ours(monkeypatch):
     class Overflow(RowCase):
         def inputs(self, dtype, device):
             inputs = super().inputs(dtype, device)
-            inputs.logits.data[:] = torch.tensor([-3e4, 3e4, 0.0, 0.0, 0.0])
+            inputs["logits"].data[:] = torch.tensor([-3e4, 3e4, 0.0, 0.0, 0.0])
             inputs.target[:] = 0  # losses of 60,000, whose float16 sum is infinite
             return inputs
 

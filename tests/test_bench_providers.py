@@ -21,7 +21,6 @@ from lt_kernels.bench.ops import OPS
 from lt_kernels.bench.ops import expert_divergence as divergence_module
 from lt_kernels.bench.ops import linear_margin_cross_entropy as head_module
 from lt_kernels.bench.ops import margin_cross_entropy as rows_module
-from lt_kernels.bench.ops import partitioned_logsumexp as contrast_module
 from lt_kernels.bench.providers import Provider
 
 op, head, balpoe, divergence, fusion, contrast = OPS.values()
@@ -54,7 +53,7 @@ def can_be_checked(one: Op, case: Case, dtype: str, provider: Provider) -> bool:
 )
 def test_providers_agree(one, case, dtype):
     agreement = one.make_agreement(inputs := case.inputs(getattr(torch, dtype), "cpu"))
-    if one is contrast:
+    if one in (head, contrast):
         assert agreement._truth.keys() == {"loss", *(f"gradient of {name}" for name in inputs.leaves)}
     names = [name for name, provider in one.providers.items() if can_be_checked(one, case, dtype, provider)]
     assert {one.eager, "lt[reference]"} <= set(names)
@@ -62,47 +61,51 @@ def test_providers_agree(one, case, dtype):
         agreement.check(name, one.make_step(name, inputs))
 
 
-def test_contrasts_are_the_formulas():
+def gml(inputs, i, s, others):
+    prior, label = inputs.log_prior.double(), inputs.target[i]
+    total = F.cross_entropy(30 * inputs["logits"][i] + prior, label)
+    other_ids = inputs["key_id"] != inputs["query_id"][i]
+    for keep in (torch.ones_like(other_ids), other_ids):
+        means = [s[keep & (inputs["key_label"] == c)].exp().mean().log() for c in range(11)]
+        total = total + F.cross_entropy(torch.stack(means) + prior, label)
+    return total
+
+
+def bcl(inputs, i, s, others):
+    means = [s[others & (inputs["key_label"] == c)].exp().mean() for c in range(5)]
+    return torch.stack(means).sum().log() - s[others & (inputs["key_label"] == inputs.target[i])].mean()
+
+
+def supcon(inputs, i, s, others):
+    positive = others & (inputs["key_label"] == inputs.target[i])
+    return s[others].logsumexp(0) - s[positive].mean() if positive.any() else s.new_zeros(())
+
+
+def paco(inputs, i, s, others):
+    adjusted = inputs["logits"][i] + (inputs.log_prior.double().exp() + 1e-9).log()
+    positive = s[others & (inputs["key_label"] == inputs.target[i])]
+    pulled = (adjusted[inputs.target[i]] + 0.05 * positive.sum()) / (1 + 0.05 * len(positive))
+    return torch.cat([adjusted, s[others]]).logsumexp(0) - pulled
+
+
+@pytest.mark.parametrize(
+    ("case", "formula", "temperature"),
+    [
+        ("gml-9x40x6-c11", gml, 0.07),
+        ("bcl-12x17x6", bcl, 0.1),
+        ("supcon-7x33x5", supcon, 0.07),
+        ("paco-5x32x6", paco, 0.2),
+    ],
+)
+def test_contrasts_are_the_formulas(case, formula, temperature):
     """The dense forms against sums over keys, query by query."""
-    inputs = contrast.cases["gml-9x40x6-c11"].inputs(torch.float64, "cpu")
-    given, prior = inputs.tensors, inputs.log_prior.double()
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s = (given["query"][i] * given["key"]).sum(1) / 0.07
-        others = given["key_id"] != given["query_id"][i]
-        for keep in (torch.ones_like(others), others):
-            means = [s[keep & (inputs.key_label == c)].exp().mean().log() for c in range(11)]
-            total += F.cross_entropy(torch.stack(means) + prior, label)
-        total += F.cross_entropy(30 * given["logits"][i] + prior, label)
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 9, rtol=1e-6, atol=0.0)
-
-    inputs = contrast.cases["bcl-12x17x6"].inputs(torch.float64, "cpu")
+    inputs = contrast.cases[case].inputs(torch.float64, "cpu")
     query, key = contrastive.vectors(inputs)
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s, others = (query[i] * key).sum(1) / 0.1, torch.arange(17) != i
-        means = [s[others & (inputs.key_label == c)].exp().mean() for c in range(5)]
-        total += torch.stack(means).sum().log() - s[others & (inputs.key_label == label)].mean()
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 12)
-
-    inputs = contrast.cases["supcon-7x33x5"].inputs(torch.float64, "cpu")
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s, others = (inputs.tensors["query"][i] * inputs.tensors["key"]).sum(1) / 0.07, torch.arange(33) != i
-        positive = others & (inputs.key_label == label)
-        total += s[others].logsumexp(0) - s[positive].mean() if positive.any() else 0.0
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 7)
-
-    inputs = contrast.cases["paco-5x32x6"].inputs(torch.float64, "cpu")
-    query, key = contrastive.vectors(inputs)
-    total = 0.0
-    for i, label in enumerate(inputs.target):
-        s, others = (query[i] * key).sum(1) / 0.2, torch.arange(21) != i
-        adjusted = inputs.tensors["logits"][i] + (inputs.log_prior.double().exp() + 1e-9).log()
-        positive = s[others & (inputs.key_label == label)]
-        pulled = (adjusted[label] + 0.05 * positive.sum()) / (1 + 0.05 * len(positive))
-        total += torch.cat([adjusted, s[others]]).logsumexp(0) - pulled
-    torch.testing.assert_close(contrast.make_step("dense", inputs)(), total / 5, rtol=1e-6, atol=0.0)
+    losses = [
+        formula(inputs, i, (one * key).sum(1) / temperature, torch.arange(len(key)) != i) for i, one in enumerate(query)
+    ]
+    rounded = {"rtol": 1e-6, "atol": 0.0} if "logits" in inputs.tensors else {}  # their log prior is float32
+    torch.testing.assert_close(contrast.make_step("dense", inputs)(), torch.stack(losses).mean(), **rounded)
 
 
 def test_contrasts_say_where_they_are_not_measured_unasked(monkeypatch):
@@ -151,18 +154,23 @@ def test_pytorch_metric_learning_is_called_properly(monkeypatch, case):
     assert calls == [(0.07, ("dot", False), "mean")]
 
 
-@pytest.mark.parametrize("case", [case for one, case in SMALL if one is contrast], ids=lambda case: case.name)
-def test_gemms_of_contrasts_are_those_of_what_learns(case):
+PRODUCTS = [(one, case) for one, case in SMALL if one in (head, contrast)]
+
+
+@pytest.mark.parametrize(("one", "case"), PRODUCTS, ids=[case.name for _, case in PRODUCTS])
+def test_gemms_are_the_products_of_what_learns(one, case):
     inputs = case.inputs(torch.float32, "cpu")
-    step = contrast.make_step("gemms", inputs)
+    step = one.make_step("gemms", inputs)
+    assert not one.providers["gemms"].is_loss
     for _ in range(2):  # into the same outputs
         step().backward()
-    query, key = (x.detach() for x in contrastive.vectors(inputs))
-    similarities = query @ key.T
-    torch.testing.assert_close(step.product, similarities)
-    torch.testing.assert_close(step.of_x, similarities @ key)
-    learning = {"views": 0, "moco": len(query), "paco": len(query)}.get(case.method, 0 if case.frozen else len(key))
-    torch.testing.assert_close(step.of_y, (similarities.T @ query)[:learning])
+    x, y = (inputs["features"], inputs["weight"]) if one is head else contrastive.vectors(inputs)
+    x, y, learning = x.detach(), y.detach(), len(y)
+    if one is contrast:
+        learning = {"views": 0, "moco": len(x), "paco": len(x)}.get(case.method, 0 if case.frozen else len(y))
+    torch.testing.assert_close(step.product, x @ y.T)
+    torch.testing.assert_close(step.of_x, x @ y.T @ y)
+    torch.testing.assert_close(step.of_y, (y @ x.T @ x)[:learning])
     assert all(leaf.grad is None for leaf in inputs.leaves.values())
 
 
@@ -171,15 +179,15 @@ def test_experts_are_the_published_loops():
     prior = inputs.counts / inputs.counts.sum()
 
     def loss(target):
-        pairs = zip(inputs.experts, (-1, 1, 3), strict=True)
+        pairs = zip(experts.experts_of(inputs), (-1, 1, 3), strict=True)
         each = [F.cross_entropy(x + tau * (prior + 1e-9).log(), target) for x, tau in pairs]
         return sum(each) / 3
 
-    mixed = 0.7 * loss(inputs.target) + 0.3 * loss(inputs.mixed_target)
+    mixed = 0.7 * loss(inputs.target) + 0.3 * loss(inputs["mixed_target"])
     for name in ("published", "eager"):
         torch.testing.assert_close(balpoe.make_step(name, inputs)(), mixed, rtol=1e-6, atol=0.0)
-    p = [x.softmax(1) for x in inputs.experts]
-    mean = torch.stack(inputs.experts).mean(0).softmax(1)
+    p = [x.softmax(1) for x in experts.experts_of(inputs)]
+    mean = torch.stack(experts.experts_of(inputs)).mean(0).softmax(1)
     to_mean = sum((mean * (mean / q).log()).sum() for q in p) / 7
     torch.testing.assert_close(divergence.make_step("published", inputs)(), to_mean)
     pairs = sum((q * (q / r).log()).sum() for q in p for r in p) / 7
@@ -217,18 +225,6 @@ def test_heads_say_where_they_are_not_measured_unasked(monkeypatch):
     assert "2.13" in head.providers["torch-linear-ce-chunked"].unavailable("cpu")
     for peer in ("liger", "cut-cross-entropy", "cut-cross-entropy-exact", "quack"):
         assert head.providers[peer].unavailable("cpu") == "its kernels need CUDA tensors"
-
-
-def test_gemms_are_the_three_products():
-    inputs = head.cases["odd-7x19x123"].inputs(torch.float32, "cpu")
-    step = head.make_step("gemms", inputs)
-    assert not head.providers["gemms"].is_loss
-    for _ in range(2):  # into the same outputs
-        step().backward()
-    logits = inputs.features @ inputs.weight.T
-    torch.testing.assert_close(step.product, logits)
-    torch.testing.assert_close((step.of_x, step.of_y), (logits @ inputs.weight, logits.T @ inputs.features))
-    assert inputs.features.grad is inputs.weight.grad is None
 
 
 def test_providers_that_cannot_run_say_why(monkeypatch):
@@ -279,100 +275,90 @@ def install(monkeypatch, path: str, **members) -> None:
     vars(sys.modules[path]).update(members)
 
 
-def install_peer(monkeypatch, name: str, wrong: float = 1.0) -> list:
-    """Install a module with the interface of that peer; return the list of its calls."""
-    calls = []
+class Peers:
+    """Losses with the interfaces of other libraries; ``calls`` are their options."""
 
-    def loss(logits, target, **options):
+    def __init__(self, wrong: float = 1.0) -> None:
+        self.calls, self.wrong = [], wrong
+
+    def of_logits(self, logits, target, **options):
         assert logits.dim() == 2
         assert target.shape == logits.shape[:1]
-        calls.append(options)
-        return wrong * InPlace.apply(logits, target)
+        self.calls.append(options)
+        return self.wrong * InPlace.apply(logits, target)
 
-    def quack(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="none", inplace_backward=False):
-        return loss(x, target, reduction=reduction, inplace_backward=inplace_backward)
-
-    class LossModule(torch.nn.Module):
-        def __init__(self, ignore_index=-100, reduction="mean"):
-            super().__init__()
-
-        def forward(self, logits, target):
-            return loss(logits, target)
-
-    class FlashAttention(LossModule):
-        def __init__(self, ignore_index=-100, reduction="mean", inplace_backward=False):
-            super().__init__()
-            calls.append({"inplace_backward": inplace_backward})
-
-    path, member, value = {
-        "liger": ("liger_kernel.transformers", "LigerCrossEntropyLoss", LossModule),
-        "flash-attn": ("flash_attn.losses.cross_entropy", "CrossEntropyLoss", FlashAttention),
-        "quack": ("quack.cross_entropy", "cross_entropy", quack),
-    }[name]
-    install(monkeypatch, path, **{member: value})
-    return calls
-
-
-@pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
-@pytest.mark.parametrize("peer", ["liger", "flash-attn", "quack"])
-def test_an_importable_peer_is_called_properly(monkeypatch, peer, case):
-    calls = install_peer(monkeypatch, peer)
-    assert op.providers[peer].unavailable("cuda") is None
-    inputs = op.cases[case].inputs(torch.float32, "cpu")
-    before = inputs.logits.detach().clone()
-    op.check_agreement(peer, inputs)
-    op.check_agreement(peer, inputs)
-    assert torch.equal(inputs.logits, before)  # it may write over its shifted copy, never over the logits
-    if peer != "liger":
-        assert {"inplace_backward": True}.items() <= calls[0].items()
-    if peer == "quack":
-        assert calls[0]["reduction"] == "mean"
-
-
-def install_linear_peer(monkeypatch, name: str) -> list:
-    """Likewise for heads."""
-    calls = []
-
-    def loss(features, weight, target, bias, **options):
+    def of_features(self, features, weight, target, bias, **options):
         assert (weight.shape, target.shape, bias.shape) == ((123, 19), (7,), (123,))
-        calls.append(options)
+        self.calls.append(options)
         return F.cross_entropy(F.linear(features, weight, bias), target)
 
-    class Liger(torch.nn.Module):
-        def forward(self, lin_weight, _input, target, bias=None):
-            return loss(_input, lin_weight, target, bias)
+    def install(self, monkeypatch, one: Op, name: str) -> None:
+        """Make the module of a provider importable."""
+        peers = self
 
-    def cut(e, c, targets, bias=None, impl="cce"):
-        return loss(e, c, targets, bias, impl=impl)
+        class Liger(torch.nn.Module):
+            def __init__(self, ignore_index=-100, reduction="mean"):
+                super().__init__()
 
-    def quack(x, weight, bias, target, ignore_index=-100, reduction="mean", inplace_backward=False):
-        return loss(x, weight, target, bias, reduction=reduction, inplace_backward=inplace_backward)
+            def forward(self, logits, target):
+                return peers.of_logits(logits, target)
 
-    path, member, value = {
-        "liger": ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", Liger),
-        "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy", cut),
-        "cut-cross-entropy-exact": ("cut_cross_entropy", "linear_cross_entropy", cut),
-        "quack": ("quack.linear_cross_entropy", "linear_cross_entropy_func", quack),
-    }[name]
-    install(monkeypatch, path, **{member: value})
-    return calls
+        class FlashAttention(Liger):
+            def __init__(self, ignore_index=-100, reduction="mean", inplace_backward=False):
+                super().__init__()
+                peers.calls.append({"inplace_backward": inplace_backward})
+
+        class LigerLinear(torch.nn.Module):
+            def forward(self, lin_weight, _input, target, bias=None):
+                return peers.of_features(_input, lin_weight, target, bias)
+
+        def quack(x, target, lse_partial=None, ignore_index=-100, reduction="none", inplace_backward=False):
+            return self.of_logits(x, target, reduction=reduction, inplace_backward=inplace_backward)
+
+        def quack_linear(x, weight, bias, target, ignore_index=-100, reduction="mean", inplace_backward=False):
+            return self.of_features(x, weight, target, bias, reduction=reduction, inplace_backward=inplace_backward)
+
+        def cut(e, c, targets, bias=None, impl="cce"):
+            return self.of_features(e, c, targets, bias, impl=impl)
+
+        path, member, value = {
+            (op.name, "liger"): ("liger_kernel.transformers", "LigerCrossEntropyLoss", Liger),
+            (op.name, "flash-attn"): ("flash_attn.losses.cross_entropy", "CrossEntropyLoss", FlashAttention),
+            (op.name, "quack"): ("quack.cross_entropy", "cross_entropy", quack),
+            (head.name, "liger"): ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", LigerLinear),
+            (head.name, "cut-cross-entropy"): ("cut_cross_entropy", "linear_cross_entropy", cut),
+            (head.name, "cut-cross-entropy-exact"): ("cut_cross_entropy", "linear_cross_entropy", cut),
+            (head.name, "quack"): ("quack.linear_cross_entropy", "linear_cross_entropy_func", quack_linear),
+        }[one.name, name]
+        install(monkeypatch, path, **{member: value})
+
+
+IN_PLACE = {"inplace_backward": True}
+ROWS = {"liger": {}, "flash-attn": IN_PLACE, "quack": {"reduction": "mean", **IN_PLACE}}
+HEADS = {
+    "liger": {},
+    "cut-cross-entropy": {"impl": "cce"},
+    "cut-cross-entropy-exact": {"impl": "cce_exact"},
+    "quack": {"reduction": "mean", **IN_PLACE},
+}
 
 
 @pytest.mark.parametrize(
-    ("peer", "options"),
-    [
-        ("liger", {}),
-        ("cut-cross-entropy", {"impl": "cce"}),
-        ("cut-cross-entropy-exact", {"impl": "cce_exact"}),
-        ("quack", {"reduction": "mean", "inplace_backward": True}),
-    ],
+    ("one", "case", "peer", "options"),
+    [(op, case, *each) for case in ("odd-7x123", "map-2x19x6x7") for each in ROWS.items()]
+    + [(head, "odd-7x19x123", *each) for each in HEADS.items()],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_importable_peer_of_heads_is_called_properly(monkeypatch, peer, options):
-    calls = install_linear_peer(monkeypatch, peer)
-    assert head.providers[peer].unavailable("cuda") is None
-    head.check_agreement(peer, head.cases["odd-7x19x123"].inputs(torch.float32, "cpu"))
-    assert calls == [options]
+def test_an_importable_peer_is_called_properly(monkeypatch, one, case, peer, options):
+    peers = Peers()
+    peers.install(monkeypatch, one, peer)
+    assert one.providers[peer].unavailable("cuda") is None
+    inputs = one.cases[case].inputs(torch.float32, "cpu")
+    before = [leaf.detach().clone() for leaf in inputs.leaves.values()]
+    for _ in range(2):
+        one.check_agreement(peer, inputs)
+    assert all(map(torch.equal, inputs.leaves.values(), before))  # it may write over its shifted copy, never over these
+    assert peers.calls[0] == options
 
 
 def test_a_peer_of_heads_without_a_bias_is_left_out(monkeypatch):
@@ -382,7 +368,7 @@ def test_a_peer_of_heads_without_a_bias_is_left_out(monkeypatch):
 
 
 def test_a_wrong_peer_fails_the_agreement_check(monkeypatch, small_inputs):
-    install_peer(monkeypatch, "liger", wrong=1.01)
+    Peers(wrong=1.01).install(monkeypatch, op, "liger")
     with pytest.raises(AssertionError, match="liger loss: error"):
         op.check_agreement("liger", small_inputs)
 
@@ -403,86 +389,71 @@ def rejects_an_error(agreement, step, entry, what: str) -> None:
 
 def test_agreement_rejects_a_wrong_gradient_in_the_last_row(small_inputs):
     agreement, step = op.make_agreement(small_inputs), op.make_step("eager", small_inputs)
-    rejects_an_error(agreement, step, lambda: small_inputs.logits[-1, 5], "gradient")
+    rejects_an_error(agreement, step, lambda: small_inputs["logits"][-1, 5], "gradient")
 
 
 @pytest.mark.parametrize("case", ["odd-7x123", "map-2x19x6x7"])
 def test_agreement_of_a_large_case_samples_rows_but_not_the_loss(monkeypatch, case):
-    monkeypatch.setattr(rows_module, "CHECKED_LOGITS", 3 * op.cases[case].classes)  # three rows
+    monkeypatch.setattr("lt_kernels.bench.agreement.CHECKED_LOGITS", 3 * op.cases[case].classes)  # three rows
     inputs = op.cases[case].inputs(torch.float32, "cpu")
     agreement = op.make_agreement(inputs)
     rows = inputs.target.numel()
     assert agreement._rows.tolist() == [0, (rows - 1) // 2, rows - 1]
     for provider in ("eager", "lt[reference]"):
         agreement.check(provider, op.make_step(provider, inputs))
-    without_a_row = F.cross_entropy(inputs.logits.detach()[1:] + inputs.per_class(inputs.log_prior), inputs.target[1:])
+    without_a_row = F.cross_entropy(
+        inputs["logits"].detach()[1:] + rows_module.per_class(inputs.log_prior, inputs), inputs.target[1:]
+    )
     with pytest.raises(AssertionError, match="short loss"):
-        agreement.check("short", lambda: without_a_row + 0 * inputs.logits.sum())
+        agreement.check("short", lambda: without_a_row + 0 * inputs["logits"].sum())
 
 
-@pytest.fixture
-def head_inputs():
-    return head.cases["odd-33x45x507"].inputs(torch.float32, "cpu")
-
-
-def test_agreement_of_heads_is_exact_in_what_it_samples(monkeypatch, head_inputs):
-    monkeypatch.setattr(head_module, "BLOCK_LOGITS", 33 * 100)  # six blocks of classes
+@pytest.mark.parametrize(
+    ("one", "case", "plain"), [(head, "odd-33x45x507", "eager"), (contrast, "gml-9x40x6-c11", "masked")]
+)
+def test_agreement_is_exact_in_pieces_and_rejects_each_error(monkeypatch, one, case, plain):
+    inputs = one.cases[case].inputs(torch.float32, "cpu")
+    two_rows = 2 * one.cases[case].logits // len(inputs.target)
+    monkeypatch.setattr("lt_kernels.bench.agreement.CHECKED_LOGITS", two_rows)
     monkeypatch.setattr(head_module, "CHECKED_ROWS", 3)
-    truth = head.make_agreement(head_inputs)._truth
-    features, weight = (leaf.detach().double().requires_grad_() for leaf in head_inputs.leaves.values())
-    loss = head_module.eager_loss(features, weight, head_inputs.target, head_inputs.log_prior.double())
+    whole, held = inputs.converted(torch.float64), one.make_agreement(inputs)
+    loss = one.make_step(plain, whole)()
     loss.backward()
-    rows = torch.tensor([0, 16, 32])
-    classes = torch.tensor([0, 253, 506, *head_inputs.target[rows]]).unique()
-    torch.testing.assert_close(truth["loss"], loss.detach())
-    torch.testing.assert_close(truth["gradient of features"], features.grad[rows])
-    torch.testing.assert_close(truth["gradient of weight"], weight.grad[classes])
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient of features", "gradient of weight"])
-def test_agreement_of_heads_rejects_each_error(head_inputs, what):
-    agreement, step = head.make_agreement(head_inputs), head.make_step("eager", head_inputs)
-    leaf = head_inputs.leaves.get(what.removeprefix("gradient of "))
-    rejects_an_error(agreement, step, None if leaf is None else lambda: leaf[-1, 7], what)
-    with pytest.raises(AssertionError, match="no gradient of weight"):
-        agreement.check("frozen", lambda: head_inputs.features.sum())
-
-
-def test_agreement_of_contrasts_is_exact_in_pieces_and_rejects_each_error(monkeypatch):
-    monkeypatch.setattr(contrast_module, "PIECE", 2 * 40)  # two queries at a time
-    inputs = contrast.cases["gml-9x40x6-c11"].inputs(torch.float32, "cpu")
-    agreement = contrast.make_agreement(inputs)
-    whole = inputs.converted(torch.float64)
-    loss = contrastive.masked_loss(whole)
-    loss.backward()
-    torch.testing.assert_close(agreement._truth["loss"], loss.detach())
-    for name, leaf in whole.leaves.items():
-        torch.testing.assert_close(agreement._truth[f"gradient of {name}"], leaf.grad)
-    step = contrast.make_step("masked", inputs)
+    true = {name: leaf.grad for name, leaf in whole.leaves.items()}
+    if one is head:  # of these rows, and of classes that their targets are among
+        rows = torch.tensor([0, 16, 32])
+        classes = torch.tensor([0, 253, 506, *inputs.target[rows]]).unique()
+        true = {"features": true["features"][rows], "weight": true["weight"][classes]}
+    expected = {"loss": loss.detach(), **{f"gradient of {name}": gradient for name, gradient in true.items()}}
+    torch.testing.assert_close(held._truth, expected)
+    step = one.make_step(plain, inputs)
     for name, leaf in inputs.leaves.items():
-        rejects_an_error(agreement, step, lambda leaf=leaf: leaf.reshape(-1)[-1], f"gradient of {name}")
-    rejects_an_error(agreement, step, None, "loss")
+        rejects_an_error(held, step, lambda leaf=leaf: leaf.reshape(-1)[-1], f"gradient of {name}")
+    rejects_an_error(held, step, None, "loss")
+    last = list(inputs.leaves)[-1]
+    with pytest.raises(AssertionError, match=f"no gradient of {last}"):
+        held.check("frozen", lambda: sum(leaf.sum() for name, leaf in inputs.leaves.items() if name != last))
 
 
 @pytest.mark.parametrize("module", [balpoe, divergence], ids=lambda one: one.name)
 def test_agreement_of_experts_is_exact_in_what_it_samples(monkeypatch, module):
-    monkeypatch.setattr(experts, "CHECKED_LOGITS", 2 * 3 * 123)  # two samples
+    monkeypatch.setattr("lt_kernels.bench.agreement.CHECKED_LOGITS", 2 * 3 * 123)  # two samples
     for name in [name for name in module.cases if name.startswith("odd-3x7x123")]:
         inputs = module.cases[name].inputs(torch.float32, "cpu")
         agreement = module.make_agreement(inputs)
         loss = module.make_step(module.references[0], inputs)()
         loss.backward()
         torch.testing.assert_close(agreement._truth["loss"].float(), loss.detach(), rtol=1e-5, atol=0.0)
-        gradient = torch.stack([x.grad[[0, 6]] for x in inputs.experts])
+        gradient = torch.stack([x.grad[[0, 6]] for x in experts.experts_of(inputs)])
         torch.testing.assert_close(agreement._truth["gradient"].float(), gradient, rtol=1e-4, atol=1e-7)
         inputs.drop_gradients()
-        step, last = module.make_step(module.references[0], inputs), inputs.experts[2]
+        step, last = module.make_step(module.references[0], inputs), experts.experts_of(inputs)[2]
         rejects_an_error(agreement, step, lambda last=last: last[-1, 5], "gradient")
 
 
 def test_agreement_of_the_fusion_takes_any_of_equal_classes_and_no_other():
     inputs = fusion.cases["odd-3x7x123-top5"].inputs(torch.float32, "cpu")
-    inputs.stacked.data[:, 2, 7] = inputs.stacked.data[:, 2, 9] = 20.0
+    inputs["stacked"].data[:, 2, 7] = inputs["stacked"].data[:, 2, 9] = 20.0
     agreement = fusion.make_agreement(inputs)
     values, classes = fusion.make_step("eager", inputs)()
     swapped = classes.clone()

@@ -172,7 +172,7 @@ def test_bench_saves_results_of_committed_code_alone(capsys, monkeypatch, tmp_pa
 
 def test_bench_fails_if_a_provider_asked_for_disagrees(capsys, monkeypatch):
     providers = runner.OPS["margin_cross_entropy"].providers
-    wrong = dataclasses.replace(providers["loop"], make=lambda inputs: lambda: inputs.logits.sum())
+    wrong = dataclasses.replace(providers["loop"], make=lambda inputs: lambda: inputs["logits"].sum())
     monkeypatch.setitem(providers, "loop", wrong)
     argv = ["--case", "tiny-3x5", "--dtype", "float32", "--direction", "fwd", "--repetitions", "1", "--seconds", "0"]
     status, out, err = run(capsys, "bench", *argv, "--provider", "eager,loop")

@@ -122,8 +122,8 @@ def test_tests_of_devices():
     ordered = limited_run.in_order(names)
     assert sorted(ordered) == sorted(names)
     assert {name.partition("[")[0] for name in ordered[:200]} == {name.partition("[")[0] for name in names}
-    real = [name for name in ordered if "test_device_linear.py::test_real_widths" in name]
-    first = {word for name in real[:3] for word in name.rstrip("]").split("-")}
+    real = [name for name in ordered if "test_device_values.py::test_real_widths" in name]
+    first = {word for name in real[:6] for word in name.rstrip("]").split("-")}
     assert {"bf16", "fp16", "fp32"} <= first
 
     for choice in [*gpu_check.SANITISED, *gpu_check.RACED]:
@@ -204,7 +204,7 @@ def test_commands_of_the_steps(machine, monkeypatch):
     assert commands["sanitizer"]["memcheck-triton"].environment["LT_KERNELS_TEST_BACKENDS"] == "triton"
 
     monkeypatch.setattr(gpu_check, "importable", lambda machine, module: module != "pytest")
-    assert "pytest cannot be imported" in gpu_check.tests(machine, 50)
+    assert "pytest cannot be imported" in gpu_check.STEPS["tests"].commands(machine, 50)
     monkeypatch.setattr(gpu_check, "importable", lambda machine, module: True)
 
     reasons = machine.info["backends"]["margin_cross_entropy"]["cuda"]

@@ -116,66 +116,52 @@ def run(tmp_path, monkeypatch, task, capsys):
     return check
 
 
-def test_a_row_whose_seal_fits_is_taken_from_the_table(run, task):
-    status, output = run(sealed(task))
-    assert status == 0
-    assert "0 compiled; 1 taken from the table" in output
-
-
-def test_a_number_edited_by_hand_is_found_without_its_turn(run, task):
+def edited(task, **changes) -> engine.Row:
+    """A row with other numbers for sm_90, under the seal of the true ones."""
     row = sealed(task)
-    row["sm_90"] = {**row["sm_90"], "registers": 39}
-    status, output = run(row)
-    assert status == 1
-    assert "1 changed since they were written" in output
-    assert "differs from the committed table" in output
+    return {**row, "sm_90": {**row["sm_90"], **changes}}
 
 
-def test_a_forged_seal_is_found_when_its_turn_comes(run, task):
-    forged = sealed(task, sm_90={**sealed(task)["sm_90"], "registers": 39})
-    assert run(forged, turn=1)[0] == 0
-    status, output = run(forged, turn=0)
-    assert status == 1
-    assert "1 in rotation" in output
+DIFFERS = "differs from the committed table"
 
 
-def test_all_compiles_every_row(run, task):
-    status, output = run(sealed(task), all=True)
-    assert status == 0
-    assert "1 compiled (1 asked for); 0 taken" in output
-
-
-def test_a_row_taken_from_the_table_is_held_to_its_limit(run, task):
-    status, output = run(sealed(task, per_logit=21.0))
-    assert status == 1
-    assert "21.0 instructions per logit, at most 20.0" in output
-
-
-def test_an_edited_limit_is_found(run, task):
-    status, output = run({**sealed(task), "budget": 99.0})
-    assert status == 1
-    assert "differs from the committed table" in output
-
-
-def test_changed_inputs_with_the_same_numbers_pass(run, task):
-    status, output = run({**sealed(task), "seal": "0" * 16})
-    assert status == 0
-    assert "1 changed since they were written" in output
-    assert "1 rows have the committed numbers from changed inputs" in output
-
-
-def test_a_row_that_is_not_in_the_table_is_reported(run):
-    status, output = run(None)
-    assert status == 1
-    assert "1 not in the table" in output
-    assert "differs from the committed table" in output
-
-
-def test_a_row_that_no_configuration_asks_for_is_reported(run, task, tmp_path):
-    row = {**sealed(task), "case": "gone"}
-    status, output = run(row)
-    assert status == 1
-    assert '-{"case": "gone"' in output
+@pytest.mark.parametrize(
+    ("row", "options", "status", "words"),
+    [
+        (sealed, {}, 0, ["0 compiled; 1 taken from the table"]),
+        (sealed, {"all": True}, 0, ["1 compiled (1 asked for); 0 taken"]),
+        (lambda task: edited(task, registers=39), {}, 1, ["1 changed since they were written", DIFFERS]),
+        (lambda task: task.finished(edited(task, registers=39)), {"turn": 1}, 0, []),
+        (lambda task: task.finished(edited(task, registers=39)), {"turn": 0}, 1, ["1 in rotation"]),
+        (lambda task: sealed(task, per_logit=21.0), {}, 1, ["21.0 instructions per logit, at most 20.0"]),
+        (lambda task: {**sealed(task), "budget": 99.0}, {}, 1, [DIFFERS]),
+        (
+            lambda task: {**sealed(task), "seal": "0" * 16},
+            {},
+            0,
+            ["1 changed since they were written", "1 rows have the committed numbers from changed inputs"],
+        ),
+        (lambda task: None, {}, 1, ["1 not in the table", DIFFERS]),
+        (lambda task: {**sealed(task), "case": "gone"}, {}, 1, ['-{"case": "gone"']),
+    ],
+    ids=[
+        "a seal that fits",
+        "all",
+        "a number edited by hand, without its turn",
+        "a forged seal, before its turn",
+        "a forged seal, in its turn",
+        "a row from the table beyond its limit",
+        "an edited limit",
+        "changed inputs, the same numbers",
+        "a row that is not in the table",
+        "a row that no configuration asks for",
+    ],
+)
+def test_a_run_compiles_what_is_due_and_finds(run, task, row, options, status, words):
+    found, output = run(row(task), **options)
+    assert found == status
+    for word in words:
+        assert word in output
 
 
 def test_a_row_with_problems_is_not_sealed(task, monkeypatch, tmp_path):
@@ -377,81 +363,76 @@ def test_configurations_are_read_without_triton():
 # --- the committed tables --------------------------------------------------------------------------------------------
 
 
-def test_the_committed_table_holds_what_the_gate_promises():
-    rows = committed("margin_cross_entropy")
-    assert len(rows) > 40
-    for row in rows:
-        for target in LIMITS:
-            assert row[target]["stack"] == row[target]["spills"] == 0, row
-    one_pass = {row["case"]: row for row in rows if row["case"].startswith(("plain, C 8142", "plain, C 8192"))}
-    for row in one_pass.values():
-        assert row["sm_90"]["loads"]["128"] > 0
-        assert row["sm_90"]["stores"]["128"] > 0
-        if "forward" in row["case"]:
-            assert row["per_logit"] <= 20
-    assert len(one_pass) >= 5
-
-
-def test_the_table_of_the_tiled_kernels_holds_what_the_gate_promises():
-    seen = set()
-    for row in committed("linear_margin_cross_entropy"):
+@pytest.mark.parametrize("op", engine.calls.OPS)
+def test_the_committed_table_holds_what_the_gate_promises(op):
+    for row in committed(op):
         for target, kilobytes in LIMITS.items():
-            assert row[target]["stack"] == row[target]["spills"] == 0, row
-            assert row[target]["shared"] <= kilobytes * 1024, row
-            if "products" in row[target] and "float32" not in row["case"]:
-                assert row[target]["products"] > 0, row
-                seen.add((row["kernel"], row["case"]))
+            code = row[target]
+            assert code["stack"] == code["spills"] == 0, row
+            assert ("shared" in code) >= engine.calls.OPS[op].by_target
+            assert code.get("shared", 0) <= kilobytes * 1024, row
+            if "products" in code and "float32" not in row["case"]:
+                assert code["products"] > 0, row
+        assert row.get("per_logit", 0) <= row.get("budget", 1000), row
+
+
+def rows_of(op: str, fits) -> list[dict]:
+    return [row for row in committed(op) if fits(row)]
+
+
+def plain(row: dict) -> bool:
+    return row["case"].startswith(("plain, C 8142", "plain, C 8192"))
+
+
+def aligned(row: dict) -> bool:
+    return row["kernel"] == "expert_cross_entropy_forward_kernel" and row["GROUP"] >= 4
+
+
+def backward(row: dict) -> bool:
+    return "backward" in row["case"] and "E 9" not in row["case"]
+
+
+@pytest.mark.parametrize(
+    ("op", "fits", "least", "kinds"),
+    [
+        ("margin_cross_entropy", plain, 5, ("loads", "stores")),
+        ("expert_cross_entropy", aligned, 8, ("loads", "stores")),
+        ("expert_divergence", backward, 1, ("stores",)),
+    ],
+    ids=["rows", "experts", "divergence"],
+)
+def test_committed_rows_move_16_bytes_at_a_time(op, fits, least, kinds):
+    rows = rows_of(op, fits)
+    assert len(rows) >= least
+    for row in rows:
+        assert all(row["sm_90"][kind]["128"] > 0 for kind in kinds), row
+
+
+def test_the_table_of_rows_is_whole_and_within_the_limit_of_one_tile():
+    assert len(committed("margin_cross_entropy")) > 40
+    for row in rows_of("margin_cross_entropy", plain):
+        assert "forward" not in row["case"] or row["per_logit"] <= 20
+
+
+@pytest.mark.parametrize("classes", [8142, 8192, 100000])
+@pytest.mark.parametrize("op", ["expert_fusion", "expert_divergence"])
+def test_a_row_of_every_width_reads_16_bytes_at_a_time(op, classes):
+    wide = rows_of(op, lambda row: f"C {classes}," in row["case"] and "E 9" not in row["case"])
+    assert any("128" in row["sm_90"]["loads"] for row in wide)
+
+
+def test_every_tiled_kernel_of_heads_is_in_the_table():
+    rows = rows_of("linear_margin_cross_entropy", lambda row: "products" in row["sm_90"])
     for kernel in ("forward", "grad_input", "grad_factor"):
         for width in (64, 128, 256):
-            assert (
-                f"linear_margin_cross_entropy_{kernel}_kernel",
-                f"linear, class_bias, D {width}, C 8142, bfloat16",
-            ) in seen
+            case = f"linear, class_bias, D {width}, C 8142, bfloat16"
+            assert any(
+                (row["kernel"], row["case"]) == (f"linear_margin_cross_entropy_{kernel}_kernel", case) for row in rows
+            )
 
 
-def test_the_tables_of_fusion_and_divergence_hold_what_the_gate_promises():
-    for op in ("expert_fusion", "expert_divergence"):
-        rows = committed(op)
-        for row in rows:
-            for target in LIMITS:
-                assert row[target]["stack"] == row[target]["spills"] == 0, row
-            assert row.get("per_logit", 0) <= row.get("budget", 100), row
-        for classes in (8142, 8192, 100000):
-            wide = [row for row in rows if f"C {classes}," in row["case"] and "E 9" not in row["case"]]
-            assert any("128" in row["sm_90"]["loads"] for row in wide)
-        if op == "expert_divergence":
-            backward = [row for row in rows if "backward" in row["case"] and "E 9" not in row["case"]]
-            assert all("128" in row["sm_90"]["stores"] for row in backward)
-
-
-def test_the_table_of_losses_of_several_experts_holds_what_the_gate_promises():
-    rows = committed("expert_cross_entropy")
-    aligned = [row for row in rows if row["kernel"] == "expert_cross_entropy_forward_kernel" and row["GROUP"] >= 4]
-    assert len(aligned) >= 8
-    for row in rows:
-        for target in LIMITS:
-            assert row[target]["stack"] == row[target]["spills"] == 0, row
-    for row in aligned:
-        assert row["sm_90"]["loads"]["128"] > 0, row
-        assert row["sm_90"]["stores"]["128"] > 0, row
-
-
-def test_the_table_of_contrastive_kernels_holds_what_the_gate_promises():
-    seen = set()
-    for row in committed("partitioned_logsumexp"):
-        for target, kilobytes in LIMITS.items():
-            assert row[target]["stack"] == row[target]["spills"] == 0, row
-            assert row[target]["shared"] <= kilobytes * 1024, row
-            if "products" in row[target] and "float32" not in row["case"]:
-                assert row[target]["products"] > 0, row
-        if "per_logit" in row:
-            assert row["per_logit"] <= row.get("budget", 1000)
-            assert "128" in row["loads"]
-            seen.add(row["kernel"])
-    tiles = {
-        "partitioned_logsumexp_tiled_forward_kernel",
-        "partitioned_logsumexp_grad_query_kernel",
-        "partitioned_logsumexp_grad_key_kernel",
-        "partitioned_logsumexp_grad_both_kernel",
-    }
-    assert seen == tiles | {"partitioned_logsumexp_block_forward_kernel", "partitioned_logsumexp_block_backward_kernel"}
+def test_the_counted_kernels_of_contrastive_losses_read_16_bytes_at_a_time():
+    counted = rows_of("partitioned_logsumexp", lambda row: "per_logit" in row)
+    assert all("128" in row["loads"] for row in counted)
+    kernels = ("tiled_forward", "grad_query", "grad_key", "grad_both", "block_forward", "block_backward")
+    assert {row["kernel"] for row in counted} == {f"partitioned_logsumexp_{kernel}_kernel" for kernel in kernels}

@@ -102,17 +102,21 @@ def run(tmp_path, monkeypatch, capsys):
     return check
 
 
-def edit(tmp_path, change) -> None:
+def edit(tmp_path, forge: bool, **changes) -> None:
+    """Change the numbers of the table's row, and its seal too if it is to be forged."""
     table = json.loads((tmp_path / "cuda.json").read_text())
-    change(table)
+    table["rows"][0].update(changes)
+    if forge:
+        table["seals"][str(UNIT)] = ledger.seal(gate.inputs(UNIT, "nvcc"), table["rows"])
     (tmp_path / "cuda.json").write_text(gate.text(table))
     (tmp_path / "cuda.md").write_text(gate.view(table))
 
 
-def test_an_unchanged_file_is_taken_from_the_table(run):
+def test_an_unchanged_file_is_taken_from_the_table_unless_all_is_asked_for(run):
     status, output = run()
     assert status == 0
     assert "0 compiled; 1 taken from the table" in output
+    assert "1 compiled (1 asked for); 0 taken" in run(all=True)[1]
 
 
 @pytest.mark.parametrize(("path", "text"), [("a/cuda.cu", "int x, z;"), ("common.h", "int z;")])
@@ -135,36 +139,25 @@ def test_a_text_in_quotes_is_no_comment(tmp_path):
     assert gate.code(path) == 'auto a = "// kept";'
 
 
-def test_a_number_edited_by_hand_is_found_without_its_turn(run, tmp_path):
-    edit(tmp_path, lambda table: table["rows"][0].update(registers=79))
-    status, output = run()
-    assert status == 1
-    assert "1 changed since they were written" in output
-    assert '-  {"kernel": "rows_forward_kernel<BFloat16, 128, 8, false>"' in output
-
-
-def test_a_forged_seal_is_found_when_its_turn_comes(run, tmp_path):
-    def forge(table):
-        table["rows"][0].update(registers=79)
-        table["seals"][str(UNIT)] = ledger.seal(gate.inputs(UNIT, "nvcc"), table["rows"])
-
-    edit(tmp_path, forge)
-    assert run(turn=1)[0] == 0
-    status, output = run(turn=0)
-    assert status == 1
-    assert "1 in rotation" in output
-
-
-def test_all_compiles_every_file(run):
-    assert "1 compiled (1 asked for); 0 taken" in run(all=True)[1]
-
-
-def test_a_rule_holds_for_rows_taken_from_the_table(run, tmp_path):
-    def forge(table):
-        table["rows"][0].update(spills=4)
-        table["seals"][str(UNIT)] = ledger.seal(gate.inputs(UNIT, "nvcc"), table["rows"])
-
-    edit(tmp_path, forge)
-    status, output = run()
-    assert status == 1
-    assert "4 bytes of spills" in output
+@pytest.mark.parametrize(
+    ("forge", "changes", "turn", "status", "words"),
+    [
+        (
+            False,
+            {"registers": 79},
+            1,
+            1,
+            ["1 changed since they were written", '-  {"kernel": "rows_forward_kernel<BFloat16, 128, 8, false>"'],
+        ),
+        (True, {"registers": 79}, 1, 0, []),
+        (True, {"registers": 79}, 0, 1, ["1 in rotation"]),
+        (True, {"spills": 4}, 1, 1, ["4 bytes of spills"]),
+    ],
+    ids=["edited by hand", "forged, before its turn", "forged, in its turn", "a rule holds for the table's rows"],
+)
+def test_an_edited_table_is_found(run, tmp_path, forge, changes, turn, status, words):
+    edit(tmp_path, forge, **changes)
+    found, output = run(turn=turn)
+    assert found == status
+    for word in words:
+        assert word in output

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from _refused import refused
 
 from lt_kernels import BalPoELoss, LogitAdjustmentLoss, mixing
 from lt_kernels.mixing import MixedBatch, cutmix, mixup
@@ -129,26 +130,23 @@ class TestBoth:
         mix(x, y, 1.0, generator=seeded()).input.sum().backward()
         assert x.grad.sum().item() == pytest.approx(x.numel(), rel=1e-5)
 
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            ({"x": [1.0]}, TypeError, "x: got list, expected a Tensor"),
-            ({"y": [1]}, TypeError, "y: got list, expected a Tensor"),
-            ({"x": torch.zeros(())}, ValueError, "x: got shape ()"),
-            ({"y": torch.zeros(N)}, TypeError, "y: got dtype torch.float32, expected class indices of an integer"),
-            ({"y": torch.zeros(3).long()}, ValueError, "y: got shape (3,), expected (8,), one class for each sample"),
-            ({"y": torch.zeros(N, 2).long()}, ValueError, "y: got shape (8, 2), expected (8,)"),
-            ({"y": torch.zeros(N, device="meta").long()}, ValueError, "y: got device meta, expected cpu as x"),
-            ({"alpha": -0.1}, ValueError, "alpha: got -0.1, expected a number >= 0"),
-            ({"alpha": math.nan}, ValueError, "alpha: got nan, expected a number >= 0"),
-            ({"alpha": "1"}, TypeError, "alpha: got str, expected a number"),
-            ({"generator": 3}, TypeError, "generator: got int, expected a torch.Generator or None"),
-        ],
-        ids=["list", "labels", "0-dim", "float", "length", "2d", "device", "alpha", "nan", "str", "generator"],
+    @refused(
+        "change",
+        ({"x": [1.0]}, TypeError, "x: got list, expected a Tensor"),
+        ({"y": [1]}, TypeError, "y: got list, expected a Tensor"),
+        ({"x": torch.zeros(())}, ValueError, "x: got shape ()"),
+        ({"y": torch.zeros(N)}, TypeError, "y: got dtype torch.float32, expected class indices of an integer"),
+        ({"y": torch.zeros(3).long()}, ValueError, "y: got shape (3,), expected (8,), one class for each sample"),
+        ({"y": torch.zeros(N, 2).long()}, ValueError, "y: got shape (8, 2), expected (8,)"),
+        ({"y": torch.zeros(N, device="meta").long()}, ValueError, "y: got device meta, expected cpu as x"),
+        ({"alpha": -0.1}, ValueError, "alpha: got -0.1, expected a number >= 0"),
+        ({"alpha": math.nan}, ValueError, "alpha: got nan, expected a number >= 0"),
+        ({"alpha": "1"}, TypeError, "alpha: got str, expected a number"),
+        ({"generator": 3}, TypeError, "generator: got int, expected a torch.Generator or None"),
     )
-    def test_bad_arguments(self, mix, change, error, message):
+    def test_bad_arguments(self, mix, change, refusal):
         x, y = images()
-        with pytest.raises(error, match=re.escape(message)):
+        with refusal:
             mix(**{"x": x, "y": y, "alpha": 1.0, **change})
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 import lt_kernels
-from lt_kernels import datasets, functional, losses, metrics, mixing, priors, queues, schedules
+from lt_kernels import datasets, functional, losses, metrics, mixing, priors, queues, schedules, testing
 
-MODULES = (lt_kernels, functional, losses, priors, queues, schedules, datasets, mixing, metrics)
+MODULES = (lt_kernels, functional, losses, priors, queues, schedules, datasets, mixing, metrics, testing)
 #: Flags that change what comes back, and of what.
 FLAGS: dict[Callable[..., Any], tuple[str, ...]] = {
     functional.margin_cross_entropy: ("return_lse", "return_prediction"),
     functional.linear_margin_cross_entropy: ("return_lse", "return_prediction"),
     functional.expert_cross_entropy: ("return_ensemble",),
     functional.partitioned_logsumexp: ("separate_scale",),
+    testing.dense_partitioned_logsumexp: ("separate_scale",),
     losses.GMLLoss.forward: ("return_terms",),
     losses.ELMLoss.forward: ("return_terms",),
 }

@@ -136,14 +136,12 @@ def pytest(machine: Machine, results: str, limit: float, *arguments: str, jobs: 
     return Command([*command, *arguments], environment)
 
 
-def tests(machine: Machine, limit: float) -> dict[str, Command] | str:
-    command = pytest(machine, "tests.json", limit - 20, "tests/kernels")
-    return command if isinstance(command, str) else {"": command}
+def tests(folder: str, results: str) -> Callable[[Machine, float], dict[str, Command] | str]:
+    def commands(machine: Machine, limit: float) -> dict[str, Command] | str:
+        command = pytest(machine, results, limit - 20, folder)
+        return command if isinstance(command, str) else {"": command}
 
-
-def suite(machine: Machine, limit: float) -> dict[str, Command] | str:
-    command = pytest(machine, "suite.json", limit - 20, "tests/ops")
-    return command if isinstance(command, str) else {"": command}
+    return commands
 
 
 def sanitizer(machine: Machine, limit: float) -> dict[str, Command] | str:
@@ -188,8 +186,8 @@ def bench(op: str) -> Callable[[Machine, float], dict[str, Command] | str]:
 #: In this order. The limits add up to less than nine minutes.
 STEPS = {
     "build": Step(70, build),
-    "tests": Step(120, tests),
-    "suite": Step(50, suite),
+    "tests": Step(120, tests("tests/kernels", "tests.json")),
+    "suite": Step(50, tests("tests/ops", "suite.json")),
     "sanitizer": Step(45, sanitizer),
     "ncu": Step(40, ncu),
     "bench": Step(55, bench("margin_cross_entropy")),

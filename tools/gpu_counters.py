@@ -55,10 +55,8 @@ class Case:
 
     @property
     def floor_bytes(self) -> int:
-        elements = 1
-        for size in self.shape:
-            elements *= size
-        return elements * {"bfloat16": 2, "float32": 4}[self.dtype] * (1 if self.direction == "fwd" else 2)
+        passes = 1 if self.direction == "fwd" else 2
+        return math.prod(self.shape) * {"bfloat16": 2, "float32": 4}[self.dtype] * passes
 
 
 def _case(op: str, config: Any) -> Case:

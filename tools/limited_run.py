@@ -1,9 +1,9 @@
 """A pytest plugin for runs with a time limit (``-p limited_run``): the most informative tests first, and a record.
 
-One test of every kind (function and dtype) comes first, then a second of each, and so on, in an order that depends on
-names alone: a limit leaves a sample of everything, and the tests it left no time for are "not run". With pytest-xdist a
-test that brings its process down, or that takes too long, fails alone, since the process is replaced. The exit status
-is 75 if nothing failed and some tests were not run.
+One test of every kind (function, dtype and operator) comes first, then a second of each, and so on, in an order that
+depends on names alone: a limit leaves a sample of everything, and the tests it left no time for are "not run". With
+pytest-xdist a test that brings its process down, or that takes too long, fails alone, since the process is replaced.
+The exit status is 75 if nothing failed and some tests were not run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import pytest
 #: States of a test; "not run" are those that the time limit left no time for.
 STATES = ("passed", "failed", "skipped", "not run")
 IN_PART = 75  # exit status where no test failed, and not all were run
+#: Words of a test's ids that make it another kind: dtypes, and families of operators (tests/kernels/_works.py).
+KINDS = ("bf16", "fp16", "fp32", "rows", "linear", "experts", "contrastive", "recipes")
 NOT_RUN = "not run: the time limit came"
 
 
@@ -47,7 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def ids_of(item: pytest.Item) -> list[str]:
-    return [str(each) for each in item.callspec._idlist] if hasattr(item, "callspec") else []
+    ids = [str(each) for each in item.callspec._idlist] if hasattr(item, "callspec") else []
+    return [*ids, *(word for each in ids for word in each.split("-"))]
 
 
 def selected(function: str, ids: list[str], choices: list[str]) -> bool:
@@ -68,7 +71,7 @@ def in_order(names: list[str]) -> list[str]:
     ranked = []
     for name in sorted(names, key=lambda name: zlib.crc32(name.encode())):
         function, _, ids = name.partition("[")
-        kind = (function, *(word for word in ids.rstrip("]").split("-") if word in ("bf16", "fp16", "fp32")))
+        kind = (function, *(word for word in ids.rstrip("]").split("-") if word in KINDS))
         ranked.append((places[kind], name))
         places[kind] += 1
     position = {name: index for index, name in enumerate(names)}

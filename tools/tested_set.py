@@ -50,6 +50,7 @@ class Recorder:
             function, _, ids = name.partition("[")
             self.lines.append(line(self.engine, file, function, ids.removesuffix("]")))
             for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+                value = getattr(value, "case", value)  # of a work of tests/kernels
                 if dataclasses.is_dataclass(value) and hasattr(value, "id"):
                     key = f"{type(value).__module__.removeprefix('_cases.')}: {value.id}"
                     self.cases[key] = described(value)
@@ -110,13 +111,10 @@ def main() -> int:
     comparing = commands.add_parser("compare", help="say which tests of the first record are missing from the second")
     for name in ("before", "after", "renamed"):
         comparing.add_argument(name, type=Path)
-    own = sys.argv[1:]
-    arguments: list[str] = []
-    if "--" in own:
-        own, arguments = own[: own.index("--")], own[own.index("--") + 1 :]
-    options = parser.parse_args(own)
+    words = [*sys.argv[1:], "--"]
+    options = parser.parse_args(words[: words.index("--")])
     if options.command == "record":
-        return record(options.file, options.engine, arguments)
+        return record(options.file, options.engine, words[words.index("--") + 1 : -1])
     return compare(options.before, options.after, options.renamed)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops._device import CHIPS
 from .agreement import Agreement
 from .cases import Case, Inputs
 from .providers import Provider, Step
@@ -23,6 +24,32 @@ class Cost(NamedTuple):
     bytes_moved: int
     flops: int
     exponentials: int
+
+    def static_floor_ms(self, device: str) -> float | None:
+        """Return the time that a chip's data sheet and a plain copy allow any kernel; None for a chip not known.
+
+        It is max(bytes / copy bandwidth, operations / peak FLOP/s, exponentials / special-function rate).
+        """
+        chip = next((chip for name, chip in CHIPS.items() if name in device), None)
+        if chip is None:
+            return None
+        seconds = (self.bytes_moved / chip.bytes, self.flops / chip.flops, self.exponentials / chip.exponentials)
+        return 1e3 * max(seconds)
+
+
+def cost_of_logits(case: Case, dtype: torch.dtype, direction: str, forward: int = 4, backward: int = 4) -> Cost:
+    """Count the least work on logits in memory.
+
+        fwd      reads each logit once                            itemsize bytes,     ``forward`` operations
+        bwd      reads each logit and writes its gradient         2 * itemsize bytes, ``backward`` operations
+        fwd_bwd  reads each logit once, writes its gradient once  2 * itemsize bytes, the operations of both
+
+    and one exponential for each. The four operations of a cross-entropy's pass are a multiply-add, an exponential and
+    an addition or multiplication.
+    """
+    operations = {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[direction]
+    passes = 1 if direction == "fwd" else 2
+    return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits)
 
 
 @dataclass(frozen=True)
@@ -84,7 +111,7 @@ class Op:
     cases: dict[str, Any]  # name -> Case
     providers: dict[str, Provider]
     cost: Callable[[Any, torch.dtype, str], Cost]  # of a case in a dtype and direction
-    agreement: type[Agreement[Any]]
+    agreement: type[Agreement]
     floor: Floor
     rank: int  # its place in lists and reports, by name among equals
     shape: str  # the names of a case's sizes: the heading of a column
@@ -100,7 +127,7 @@ class Op:
         """Make a call without arguments that computes the op on ``inputs``."""
         return self.providers[provider].make(inputs)
 
-    def make_agreement(self, inputs: Inputs) -> Agreement[Any]:
+    def make_agreement(self, inputs: Inputs) -> Agreement:
         return self.agreement(self.name, inputs, self.make_step(self.eager, inputs))
 
     def check_agreement(self, provider: str, inputs: Inputs) -> None:

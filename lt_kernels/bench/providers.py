@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import info, use_backend
-from .cases import Case
+from .cases import Case, Inputs
 
 #: Returns a loss (0-dim), or work that has the form of one; an op without a backward pass returns its result.
 Step = Callable[[], Any]
@@ -31,7 +32,7 @@ class Provider:
     """A way to compute what the op computes; ``make`` turns inputs into a call without arguments."""
 
     name: str
-    make: Callable[[Any], Step]
+    make: Callable[[Inputs], Step]
     unavailable: Reason = _no_reason  # why it cannot run on a device
     unasked: Reason = _no_reason  # why it is measured only when asked for
     left_out: CaseReason = _no_reason  # the same for one case and dtype
@@ -45,43 +46,37 @@ class Provider:
 
 
 Loss = Callable[..., Any]
-Arguments = Callable[[Any], tuple[Any, ...]]
+Arguments = Callable[[Inputs], tuple[Any, ...]]
 
 
-def whole(inputs: Any) -> tuple[Any, ...]:
-    """The arguments of a loss that takes the inputs as they are."""
+def whole(inputs: Inputs) -> tuple[Inputs]:
+    """Return the arguments of a loss that takes the inputs as they are."""
     return (inputs,)
 
 
-def eager(name: str, loss: Loss, arguments: Arguments) -> Provider:
+def eager(name: str, loss: Loss, arguments: Arguments = whole) -> Provider:
     """``loss`` of ``arguments`` of the inputs."""
     return Provider(name, lambda inputs: partial(loss, *arguments(inputs)))
 
 
 def compiled(
-    name: str,
-    loss: Loss,
-    arguments: Arguments,
-    mode: str | None = None,
-    unasked: Reason = _no_reason,
-    left_out: CaseReason = _no_reason,
+    loss: Loss, arguments: Arguments = whole, name: str = "compile", mode: str | None = None, **reasons: Any
 ) -> Provider:
-    """``torch.compile`` of ``loss`` with static shapes."""
+    """``torch.compile`` of ``loss`` with static shapes; ``reasons`` are fields of the provider."""
 
-    def make(inputs: Any) -> Step:
+    def make(inputs: Inputs) -> Step:
         return partial(torch.compile(loss, fullgraph=True, dynamic=False, mode=mode), *arguments(inputs))
 
-    seconds = 15.0 if mode is None else 40.0
-    return Provider(name, make, unasked=unasked, left_out=left_out, compiler_seconds=seconds)
+    return Provider(name, make, compiler_seconds=15.0 if mode is None else 40.0, **reasons)
 
 
-def backends(op: str, make: Callable[[Any], Step]) -> tuple[Provider, ...]:
+def backends(op: str, make: Callable[[Inputs], Step]) -> tuple[Provider, ...]:
     """One call of ours, made by ``make``, on each backend."""
     return tuple(_backend(op, name, make) for name in ("reference", "native", "triton"))
 
 
-def _backend(op: str, backend: str, make: Callable[[Any], Step]) -> Provider:
-    def make_there(inputs: Any) -> Step:
+def _backend(op: str, backend: str, make: Callable[[Inputs], Step]) -> Provider:
+    def make_there(inputs: Inputs) -> Step:
         call = make(inputs)
 
         def step() -> Any:
@@ -96,15 +91,23 @@ def _backend(op: str, backend: str, make: Callable[[Any], Step]) -> Provider:
     return Provider(f"lt[{backend}]", make_there, lambda device: backend_unavailable(op, backend, device), unasked)
 
 
-def strategy(op: str, name: str, loss: Callable[..., Tensor], left_out: CaseReason) -> Provider:
-    """``loss`` of the inputs with one strategy by name, on the backend that the library chooses."""
+def strategies(
+    op: str, loss: Callable[..., Tensor], left_out: Callable[[str, Case, str, str], str | None]
+) -> tuple[Provider, ...]:
+    """``loss`` of the inputs with each strategy by name, on the backend that the library chooses."""
 
-    def unavailable(device: str) -> str | None:
-        if name != "tiled":
-            return kernels_unavailable(op, device)
-        return "it needs CUDA tensors" if device == "cpu" else backend_unavailable(op, "triton", device)
+    def one(name: str) -> Provider:
+        def unavailable(device: str) -> str | None:
+            if name != "tiled":
+                return kernels_unavailable(op, device)
+            return "it needs CUDA tensors" if device == "cpu" else backend_unavailable(op, "triton", device)
 
-    return Provider(f"lt-{name}", lambda inputs: partial(loss, inputs, strategy=name), unavailable, left_out=left_out)
+        def make(inputs: Inputs) -> Step:
+            return partial(loss, inputs, strategy=name)
+
+        return Provider(f"lt-{name}", make, unavailable, left_out=partial(left_out, name))
+
+    return tuple(map(one, ("materialize", "chunked", "tiled")))
 
 
 def backend_unavailable(op: str, backend: str, device: str) -> str | None:
@@ -119,13 +122,32 @@ def kernels_unavailable(op: str, device: str) -> str | None:
     return None if None in reasons else reasons[-1]
 
 
-def peer(name: str, module: str, make: Callable[[Any, Any], Step]) -> Provider:
-    """A library for GPUs, imported when first needed; ``make`` turns the module and inputs into a step."""
+def peer(
+    name: str, module: str, member: str, call: Callable[[Loss, Inputs], Step], needs: str = "", **options: Any
+) -> Provider:
+    """A loss of another library for GPUs, imported when first needed; ``call`` makes a step of it and the inputs.
+
+    A class is made with ``options``, a function called with them. A loss that can write gradients over its logits does.
+    ``needs`` is a parameter that older versions lack.
+    """
+
+    def imported() -> Any:
+        return getattr(importlib.import_module(module), member)
+
+    def make(inputs: Inputs) -> Step:
+        loss, given = imported(), dict(options)
+        if "inplace_backward" in inspect.signature(loss).parameters:
+            given["inplace_backward"] = True
+        ready: Loss = loss(**given) if isinstance(loss, type) else partial(loss, **given)
+        return call(ready, inputs)
 
     def unavailable(device: str) -> str | None:
-        return import_failure(module) if device == "cuda" else "its kernels need CUDA tensors"
+        reason = import_failure(module) if device == "cuda" else "its kernels need CUDA tensors"
+        if reason is None and needs and needs not in inspect.signature(imported()).parameters:
+            return f"the installed {member} takes no {needs}, so it cannot add the log prior"
+        return reason
 
-    return Provider(name, lambda inputs: make(importlib.import_module(module), inputs), unavailable)
+    return Provider(name, make, unavailable)
 
 
 def import_failure(*modules: str) -> str | None:

@@ -49,8 +49,12 @@ class Record:
     device_slug: str
     versions: dict[str, str | None]
     git: str | None
-    static_floor_ms: float | None = None  # roofline.static_floor_ms; None for a chip it does not know
+    static_floor_ms: float | None = None  # Cost.static_floor_ms; None for a chip it does not know
     date: str | None = None  # of the measurement, ISO 8601; None in old records
+
+    @property
+    def shape(self) -> str:
+        return shape_of(self.sizes.values())
 
     @property
     def kind(self) -> str:
@@ -61,6 +65,11 @@ class Record:
     def group(self) -> tuple[str, str, str]:
         """Records of one group were measured in turns in one run, so their ratios mean something."""
         return (self.op, self.case, self.dtype)
+
+
+def shape_of(sizes: Iterable[int]) -> str:
+    """Format sizes for people."""
+    return " x ".join(f"{size:,}" for size in sizes)
 
 
 #: Our providers in the order in which the library chooses among them.
@@ -76,10 +85,14 @@ def by_direction(records: Iterable[Record]) -> list[dict[str, Record]]:
     return list(found.values())
 
 
-def ours(providers: dict[str, Record]) -> Record | None:
+def first(group: dict[str, Record]) -> Record:
+    """Return a record of a group, for what all of it share."""
+    return next(iter(group.values()))
+
+
+def ours(group: dict[str, Record]) -> Record | None:
     """Return the record of the backend that the library picks by itself."""
-    first = next(iter(providers.values()))
-    return next((providers[name] for name in PREFERRED[first.kind] if name in providers), None)
+    return next((group[name] for name in PREFERRED[first(group).kind] if name in group), None)
 
 
 def is_ours(provider: str) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from .op import COPY, DIRECTIONS, DTYPES, Cost, Op
 from .ops import OPS
 from .providers import Step, first_line
 from .records import Record, device_name, device_slug, git_revision, is_ours, versions
-from .roofline import static_floor_ms
 from .timing import Times, Timing, inference_parts, measure, peak_bytes, quantile, training_parts
 
 _EVERYTHING = "everything"  # stands for all providers in messages
@@ -55,7 +55,6 @@ def run(
     seconds: float = Timing.seconds,
     limit: float = Timing.limit,
     budget: float | None = None,
-    check: bool = True,
     log: Log = lambda line: None,
     on_records: Keep = lambda records: None,
 ) -> list[Record]:
@@ -69,23 +68,18 @@ def run(
         op: a key of ``OPS``.
         cases: names; default those meant for the device. Names of other ops' cases are passed over, which is said.
         providers: names, likewise; one asked for by name must be available. Default: all available ones, except those
-            that say why they are not measured, or not on a case, unasked. Reasons go to ``log``. The op's floor is
-            always measured.
-        dtypes, directions: names from ``DTYPES`` and ``DIRECTIONS``; default those meant for the device (on a CPU, and
-            for the case), and all. Directions that the op does not have are passed over.
+            that say why they are not measured, or not on a case, unasked. The op's floor is always measured.
+        dtypes, directions: names; default those meant for the device (on a CPU, and for the case), and all.
         device: ``"cpu"`` or ``"cuda"``.
         repetitions, seconds, limit: as in ``Timing``.
         budget: seconds for everything; what does not fit is left out and named on ``log``. At least one provider of
             one case and dtype is measured.
-        check: assert agreement first. Switch off only to try a provider.
         log: receives one line per step.
-        on_records: receives the records of each case and dtype as soon as they exist; the same ones again, and more
-            of that case and dtype, as more exist.
+        on_records: receives the records of each case and dtype as soon as they exist; again with more, if there are.
 
     Raises:
         ValueError: an unknown name, or a provider asked for that cannot run; the message lists the choices.
-        BenchmarkError: after everything has been measured, if one of our backends or a provider asked for by name
-            failed somewhere.
+        BenchmarkError: at the end, if one of our backends or a provider asked for by name failed somewhere.
     """
     spec = OPS[_choices("op", [op], OPS)[0]]
     any_dtype = bool(dtypes) or device != "cpu"
@@ -98,13 +92,13 @@ def run(
         if value is not None and not value >= 0:
             raise ValueError(f"{name}: got {value}, expected seconds, 0 or more")
     default_cases = [name for name, case in spec.cases.items() if device in case.devices]
-    case_names = _of_this_op("case", cases, spec, lambda one: one.cases, log) if cases else default_cases
-    asked = _of_this_op("provider", providers, spec, lambda one: one.providers, log) if providers else None
+    case_names = _of_this_op("case", cases, spec, log) if cases else default_cases
+    asked = _of_this_op("provider", providers, spec, log) if providers else None
     if not case_names or asked == [] or not directions:
         return []
     chosen = _available(spec, asked, device, log)
     clock = _Budget(budget, spec if budget is not None and device == "cuda" else None)
-    job = _Job(spec, directions, device, Timing(repetitions, seconds, limit), check, log)
+    job = _Job(spec, directions, device, Timing(repetitions, seconds, limit), log)
     tasks = [
         task
         for task in _tasks(spec, case_names, dtypes, device, any(map(clock.compiler_seconds, chosen)))
@@ -121,7 +115,6 @@ class _Job:
     directions: Sequence[str]
     device: str
     timing: Timing
-    check: bool
     log: Log
 
 
@@ -139,38 +132,29 @@ class _Budget:
     """The seconds of a run: spent, left, needed."""
 
     def __init__(self, seconds: float | None, compiling: Op | None) -> None:
-        self.seconds = seconds
+        self.seconds = math.inf if seconds is None else seconds
+        self.durations: list[float] = []  # of what was measured
         self._compiling = compiling  # None where compilers are not budgeted
         self._started = time.perf_counter()
-        self._durations: list[float] = []
-
-    @property
-    def limited(self) -> bool:
-        """Whether something was measured already, so that what does not fit is left out."""
-        return self.seconds is not None and bool(self._durations)
-
-    def left(self) -> float:
-        return math.inf if self.seconds is None else self.seconds - (time.perf_counter() - self._started)
 
     def compiler_seconds(self, provider: str) -> float:
         return 0.0 if self._compiling is None else self._compiling.providers[provider].compiler_seconds
 
-    def left_after_compiling(self, provider: str) -> float:
-        return self.left() - self.compiler_seconds(provider)
+    def left(self, *compiled: str) -> float:
+        """Return the seconds left after the first calls of some providers."""
+        spent = time.perf_counter() - self._started
+        return self.seconds - spent - sum(map(self.compiler_seconds, compiled))
 
     def fits(self, compilers: Sequence[str]) -> bool:
-        """Say whether a task like those before fits, with the fastest of ``compilers``."""
-        needed = statistics.median(self._durations or [0.0]) + min(map(self.compiler_seconds, compilers), default=0.0)
-        return not self._durations or self.left() >= needed
-
-    def spend(self, started: float) -> None:
-        self._durations.append(time.perf_counter() - started)
+        """Return whether a task like those before fits, with the fastest of ``compilers``; the first always does."""
+        needed = min(map(self.compiler_seconds, compilers), default=0.0)
+        return not self.durations or self.left() >= statistics.median(self.durations) + needed
 
 
 def _run_tasks(
     job: _Job, tasks: Iterable[_Task], chosen: Sequence[str], asked: bool, budget: _Budget, on_records: Keep
 ) -> list[Record]:
-    records: dict[tuple[str, str], list[Record]] = {}
+    records: dict[str, list[Record]] = {}
     failures: dict[str, None] = {}
     left_out: list[str] = []
     for task in tasks:
@@ -182,13 +166,19 @@ def _run_tasks(
         if not budget.fits(compilers if task.with_compilers else ()):
             left_out.append(f"{task} ({', '.join(compilers)})" if task.with_compilers else str(task))
             continue
-        if budget.limited:
+        if budget.durations:  # what does not fit is left out from now on
             job = replace(job, timing=replace(job.timing, limit=min(job.timing.limit, budget.left() / 2)))
         here = here if task.with_compilers else [name for name in here if name not in compilers]
-        keep = _Kept(records.setdefault((task.case.name, task.dtype), []), on_records)
-        failed = _run_group(job, task.case, task.dtype, here, budget.left_after_compiling, keep)
+        group = records.setdefault(str(task), [])
+
+        def keep(found: list[Record], group: list[Record] = group) -> None:
+            if len(found) >= len(group):  # the same providers and more
+                group[:] = found
+                on_records(list(found))
+
+        failed = _run_group(job, task.case, task.dtype, here, budget.left, keep)
         if not task.with_compilers:
-            budget.spend(now)
+            budget.durations.append(time.perf_counter() - now)
         failures |= dict.fromkeys(f"{name} on {task}: {why}" for name, why in failed.items())
     if left_out:
         job.log(f"left out to stay within {budget.seconds:g} s: {', '.join(left_out)}")
@@ -217,45 +207,26 @@ def _tasks(op: Op, cases: Iterable[str], dtypes: Sequence[str], device: str, com
     return sorted(found, key=lambda task: (task.dtype == "float16", device not in task.case.headline))
 
 
-class _Kept:
-    """The records of one case and dtype; those of the same providers and more replace them."""
-
-    def __init__(self, records: list[Record], tell: Keep) -> None:
-        self._records, self._tell = records, tell
-
-    def __call__(self, records: list[Record]) -> None:
-        if len(records) >= len(self._records):
-            self._records[:] = records
-            self._tell(list(records))
-
-
 def _available(op: Op, asked: Sequence[str] | None, device: str, log: Log) -> list[str]:
-    if asked:
-        for name in asked:
-            reason = unavailable_reason(op.name, name, device)
-            if reason is not None:
-                raise ValueError(f"provider {name} cannot run on {device}: {reason}")
-        return list(asked)
     chosen = []
-    for name, provider in op.providers.items():
-        reason = unavailable_reason(op.name, name, device) or provider.unasked(device)
-        if reason is None:
-            chosen.append(name)
-        else:
+    for name in asked or op.providers:
+        reason = unavailable_reason(op.name, name, device)
+        if asked and reason is not None:
+            raise ValueError(f"provider {name} cannot run on {device}: {reason}")
+        if not asked and (reason := reason or op.providers[name].unasked(device)) is not None:
             log(f"without {name}: {reason}")
+            continue
+        chosen.append(name)
     return chosen
 
 
-def _of_this_op(
-    what: str, names: Sequence[str], op: Op, table: Callable[[Op], Mapping[str, Any]], log: Log
-) -> list[str]:
-    """Return ``names`` without those that only other ops have. ValueError for a name that no op has."""
-    known = table(op)
-    others = {name for one in OPS.values() for name in table(one)} - set(known)
-    passed_over = [name for name in names if name in others]
+def _of_this_op(what: str, names: Sequence[str], op: Op, log: Log) -> list[str]:
+    """Return names of cases or providers without those that only other ops have; ValueError if no op has one."""
+    known, *others = ([*getattr(one, f"{what}s")] for one in (op, *OPS.values()))
+    passed_over = [name for name in names if name not in known and any(name in other for other in others)]
     if passed_over:
         log(f"{op.name} has no {what} {', '.join(passed_over)}: another op has")
-    return _choices(what, [name for name in names if name not in others], known)
+    return _choices(what, [name for name in names if name not in passed_over], known)
 
 
 def _choices(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -298,11 +269,11 @@ def _run_group(
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     records: list[Record] = []
-    for inference in (True, False):
-        wanted = [direction for direction in job.directions if (direction == "fwd") == inference]
+    for make_parts, names in ((inference_parts, ("fwd",)), (training_parts, ("bwd", "fwd_bwd"))):
+        wanted = [direction for direction in job.directions if direction in names]
         if not wanted:
             continue
-        parts = {name: (inference_parts if inference else training_parts)(step) for name, step in steps.items()}
+        parts = {name: make_parts(step) for name, step in steps.items()}
         peaks = {name: peak_bytes(parts[name], inputs, device) for name in parts if op.providers[name].is_loss}
         times = measure({**parts, **({"copy": [copy]} if copy else {})}, inputs, device, job.timing)
         copy_gbps = None
@@ -323,8 +294,7 @@ def _run_group(
 def _copy(inputs: Inputs) -> Callable[[], object]:
     """A copy of the logits into an existing buffer."""
     source = inputs.in_memory.detach()
-    destination = torch.empty_like(source)
-    return lambda: destination.copy_(source)
+    return partial(torch.empty_like(source).copy_, source)
 
 
 def _records(
@@ -343,25 +313,30 @@ def _records(
         floor_ms = cost.bytes_moved / copy_gbps / 1e6
     elif op.floor.name in samples:
         floor_ms = statistics.median(samples[op.floor.name])
-    static = static_floor_ms(facts["device"], *cost)
     records = []
     for name, milliseconds in samples.items():
         total_peak, part_peaks = peaks.get(name, (None, []))
         median = statistics.median(milliseconds)
+        numbers = {
+            "ms_median": median,
+            "ms_p20": quantile(milliseconds, 0.2),
+            "ms_p80": quantile(milliseconds, 0.8),
+            "gbps": cost.bytes_moved / median / 1e6,
+            "copy_gbps": copy_gbps,
+            "fraction_of_floor": None if floor_ms is None else floor_ms / median,
+            "static_floor_ms": cost.static_floor_ms(facts["device"]),
+        }
+        rounded: dict[str, Any] = {
+            key: value if value is None else float(f"{value:.5g}") for key, value in numbers.items()
+        }
         record = Record(
             provider=name,
             backend=op.providers[name].backend,
-            ms_median=_significant(median),
-            ms_p20=_significant(quantile(milliseconds, 0.2)),
-            ms_p80=_significant(quantile(milliseconds, 0.8)),
             repetitions=len(milliseconds),
             peak_bytes=part_peaks[1] if backward and part_peaks else total_peak,
             bytes_moved=cost.bytes_moved,
             flops=cost.flops,
-            gbps=_significant(cost.bytes_moved / median / 1e6),
-            copy_gbps=None if copy_gbps is None else _significant(copy_gbps),
-            fraction_of_floor=None if floor_ms is None else _significant(floor_ms / median),
-            static_floor_ms=None if static is None else _significant(static),
+            **rounded,
             **facts,
         )
         records.append(record)
@@ -394,17 +369,17 @@ def _agreeing(
     failed: dict[str, str] = {}
     late: dict[str, str] = {}
     try:
-        agreement = op.make_agreement(inputs) if job.check else None
+        agreement = op.make_agreement(inputs)
     except Exception as error:
         return {}, {_EVERYTHING: first_line(error)}, {}
-    with_floor = dict.fromkeys([*(name for name in [op.floor.name] if name in op.providers), *providers])
+    with_floor = dict.fromkeys([*({op.floor.name} & op.providers.keys()), *providers])
     for name in sorted(with_floor, key=lambda name: (name != op.floor.name, not is_ours(name))):
         if steps and left_after(name) <= 0:
             late[name] = "there is no time left for it"
             continue
         try:
             step = op.make_step(name, inputs)
-            if agreement is not None and op.providers[name].is_loss:
+            if op.providers[name].is_loss:
                 agreement.check(name, step)
             elif set(job.directions) - {"fwd"}:
                 step().backward()
@@ -416,7 +391,3 @@ def _agreeing(
             failed[name] = first_line(error)
         inputs.drop_gradients()
     return {name: steps[name] for name in with_floor if name in steps}, failed, late
-
-
-def _significant(value: float, digits: int = 5) -> float:
-    return float(f"{value:.{digits}g}")

@@ -14,12 +14,16 @@ from .._checks import (
     check_choice,
     check_class_vector,
     check_device,
+    check_factor,
+    check_flag,
     check_floating,
+    check_int,
     check_integers,
     check_number,
     check_positive,
-    check_scalar,
     check_shape,
+    checks_on,
+    compute_dtype,
     product_dtype,
     reads_values,
 )
@@ -27,7 +31,7 @@ from ..ops._backend import BackendUnavailableError, resolve
 from ..ops.partitioned_logsumexp import plan
 from ..ops.partitioned_logsumexp.arguments import Arguments
 from ..ops.partitioned_logsumexp.op import OP, forward
-from ._row_options import REDUCTIONS
+from .rows import REDUCTIONS
 
 #: Labels are compared as int32.
 _LABELS = torch.iinfo(torch.int32)
@@ -45,7 +49,7 @@ class PartitionedLogSumExp(NamedTuple):
 
 
 class SimilarityKeywords(TypedDict, total=False):
-    """The options of ``partitioned_logsumexp``, for type checkers."""
+    """The options of ``partitioned_logsumexp`` that its result depends on, for type checkers."""
 
     scale: float | Tensor
     key_bias: Tensor | None
@@ -53,39 +57,29 @@ class SimilarityKeywords(TypedDict, total=False):
     exclude: Tensor | Literal["self"] | None
     key_grad_rows: tuple[int, int] | None
     normalized: bool
+
+
+class PartitionKeywords(SimilarityKeywords, total=False):
+    """The options of ``partitioned_logsumexp``, for type checkers."""
+
     strategy: Literal["auto", "materialize", "chunked", "tiled"]
 
 
 @overload
 def partitioned_logsumexp(
-    query: Tensor,
-    key: Tensor,
-    query_label: Tensor,
-    key_label: Tensor | None = None,
-    *,
-    separate_scale: Literal[False] = False,
-    **options: Unpack[SimilarityKeywords],
-) -> PartitionedLogSumExp: ...
+    query: Tensor, key: Tensor, query_label: Tensor, key_label: Tensor | None = None, *,
+    separate_scale: Literal[False] = False, **options: Unpack[PartitionKeywords],
+) -> PartitionedLogSumExp: ...  # fmt: skip
 @overload
 def partitioned_logsumexp(
-    query: Tensor,
-    key: Tensor,
-    query_label: Tensor,
-    key_label: Tensor | None = None,
-    *,
-    separate_scale: Literal[True],
-    **options: Unpack[SimilarityKeywords],
-) -> tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...
+    query: Tensor, key: Tensor, query_label: Tensor, key_label: Tensor | None = None, *,
+    separate_scale: Literal[True], **options: Unpack[PartitionKeywords],
+) -> tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...  # fmt: skip
 @overload
 def partitioned_logsumexp(
-    query: Tensor,
-    key: Tensor,
-    query_label: Tensor,
-    key_label: Tensor | None = None,
-    *,
-    separate_scale: bool = False,
-    **options: Unpack[SimilarityKeywords],
-) -> PartitionedLogSumExp | tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...
+    query: Tensor, key: Tensor, query_label: Tensor, key_label: Tensor | None = None, *,
+    separate_scale: bool = False, **options: Unpack[PartitionKeywords],
+) -> PartitionedLogSumExp | tuple[PartitionedLogSumExp, PartitionedLogSumExp]: ...  # fmt: skip
 def partitioned_logsumexp(
     query: Tensor,
     key: Tensor,
@@ -156,7 +150,7 @@ def partitioned_logsumexp(
         >>> F.softplus(sums.neg - sums.pos).mean().backward()
     """
     dtype = _check_vectors(query, key)
-    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    arithmetic = compute_dtype(dtype)
     n, m = query.shape[0], key.shape[0]
     if key_label is None:
         if m != n:
@@ -164,18 +158,13 @@ def partitioned_logsumexp(
         key_label = query_label
     labels = _labels("query_label", query_label, n, query)
     of_keys = labels if key_label is query_label else _labels("key_label", key_label, m, query)
-    fixed_scale, learned_scale = 1.0, None
-    if isinstance(scale, Tensor):
-        learned_scale = check_scalar("scale", scale, query).to(compute_dtype)
-    else:
-        fixed_scale = check_number("scale", scale)
-    key_bias = check_class_vector("key_bias", key_bias, m, query, compute_dtype, of="key")
-    key_scale = check_class_vector("key_scale", key_scale, m, query, compute_dtype, of="key")
+    fixed_scale, learned_scale = check_factor("scale", scale, query, arithmetic)
+    key_bias = check_class_vector("key_bias", key_bias, m, query, arithmetic, of="key")
+    key_scale = check_class_vector("key_scale", key_scale, m, query, arithmetic, of="key")
     left_out = _exclude(exclude, n, m, query)
     begin, end = _rows(key_grad_rows, m)
-    for name, value in (("normalized", normalized), ("separate_scale", separate_scale)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+    check_flag("normalized", normalized)
+    check_flag("separate_scale", separate_scale)
     if separate_scale and learned_scale is None:
         raise ValueError(f"separate_scale: got True with scale {scale!r}, expected a 0-dim tensor as scale")
     check_choice("strategy", strategy, plan.STRATEGIES)
@@ -275,7 +264,7 @@ def supervised_contrastive(
 
 
 def _check_vectors(query: Tensor, key: Tensor) -> torch.dtype:
-    """The dtype of the products."""
+    """Check the vectors; return the dtype of their products."""
     for name, value in (("query", query), ("key", key)):
         check_floating(name, value)
         if value.dim() != 2:
@@ -334,15 +323,14 @@ def _rows(rows: tuple[int, int] | None, m: int) -> tuple[int, int]:
         raise TypeError(f"key_grad_rows: got {rows!r}, expected (begin, end)")
     begin, end = rows
     for value in (begin, end):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"key_grad_rows: got {type(value).__name__}, expected two ints")
+        check_int("key_grad_rows", value, kind="two ints")
     if not 0 <= begin <= end <= m:
         raise ValueError(f"key_grad_rows: got {(begin, end)}, expected 0 <= begin <= end <= {m}")
     return begin, end
 
 
 def _check_norms(name: str, value: Tensor) -> None:
-    if not _settings.checks or torch.compiler.is_compiling() or value.numel() == 0:
+    if not checks_on() or value.numel() == 0:
         return
     norms = torch.linalg.vector_norm(value.detach(), dim=1, dtype=torch.float64)
     limit = 1 + _ROUNDINGS * torch.finfo(value.dtype).eps * math.sqrt(value.shape[1])

@@ -11,20 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import _settings
 from .._checks import (
+    check_all,
+    check_both,
     check_choice,
     check_class_vector,
     check_device,
+    check_factor,
     check_flag,
     check_floating,
     check_int,
     check_number,
     check_positive,
-    check_scalar,
+    check_shape,
+    check_tensor,
+    checks_on,
+    compute_dtype,
 )
 from ..ops._backend import resolve
-from ..ops._experts import compute_dtype, shape_of
+from ..ops._experts import shape_of
 from ..ops._registry import flatten
 from ..ops.expert_cross_entropy.arguments import Arguments
 from ..ops.expert_cross_entropy.op import OP as CROSS_ENTROPY
@@ -35,9 +40,8 @@ from ..ops.expert_divergence.op import forward as divergence_forward
 from ..ops.expert_fusion.arguments import Arguments as FusionArguments
 from ..ops.expert_fusion.op import OP as FUSION
 from ..ops.expert_fusion.op import forward as fusion_forward
-from ._row_options import REDUCTIONS, row_options
 from .linear import linear_topk
-from .rows import RowKeywords, with_coefficient
+from .rows import REDUCTIONS, MarginKeywords, knows_gradient, row_options, with_coefficient
 
 #: Logits of E experts: one tensor [E, N, C], or E tensors [N, C].
 ExpertLogits: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -61,43 +65,29 @@ class ExpertFusion(NamedTuple):
     log_probs: Tensor | None  #: [N, C], if asked for
 
 
-class ExpertKeywords(RowKeywords, total=False):
+class ExpertKeywords(MarginKeywords, total=False):
     """The options of ``expert_cross_entropy``, for type checkers."""
 
     log_prior: Tensor | None
     taus: Sequence[float] | Tensor | None
-    class_bias: Tensor | None
-    ignore_index: int
     expert_reduction: Literal["none", "mean", "sum"]
 
 
 @overload
 def expert_cross_entropy(
-    logits: ExpertLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    return_ensemble: Literal[False] = False,
-    **options: Unpack[ExpertKeywords],
-) -> Tensor: ...
+    logits: ExpertLogits, target: Tensor, weight: Tensor | None = None, *,
+    return_ensemble: Literal[False] = False, **options: Unpack[ExpertKeywords],
+) -> Tensor: ...  # fmt: skip
 @overload
 def expert_cross_entropy(
-    logits: ExpertLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    return_ensemble: Literal[True],
-    **options: Unpack[ExpertKeywords],
-) -> ExpertCrossEntropyOutput: ...
+    logits: ExpertLogits, target: Tensor, weight: Tensor | None = None, *,
+    return_ensemble: Literal[True], **options: Unpack[ExpertKeywords],
+) -> ExpertCrossEntropyOutput: ...  # fmt: skip
 @overload
 def expert_cross_entropy(
-    logits: ExpertLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    return_ensemble: bool,
-    **options: Unpack[ExpertKeywords],
-) -> Tensor | ExpertCrossEntropyOutput: ...
+    logits: ExpertLogits, target: Tensor, weight: Tensor | None = None, *,
+    return_ensemble: bool, **options: Unpack[ExpertKeywords],
+) -> Tensor | ExpertCrossEntropyOutput: ...  # fmt: skip
 def expert_cross_entropy(
     logits: ExpertLogits,
     target: Tensor,
@@ -151,11 +141,7 @@ def expert_cross_entropy(
     ``scale``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
-        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``; on a GPU without checks that
-            row's losses and gradients are NaN.
-        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
-        BackendUnavailableError: a backend asked for by name cannot run the call.
+        TypeError, ValueError, IndexError, NotImplementedError, BackendUnavailableError: as ``margin_cross_entropy``.
 
     Example:
         >>> logits = torch.randn(3, 4, 8142, requires_grad=True)
@@ -167,7 +153,7 @@ def expert_cross_entropy(
     first = experts[0]
     _, n, classes = shape_of(given)
     count = len(experts)
-    dtype = compute_dtype(given)
+    dtype = compute_dtype(first.dtype)
     check_choice("expert_reduction", expert_reduction, REDUCTIONS)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(
@@ -176,7 +162,9 @@ def expert_cross_entropy(
         )
     shared_bias = class_bias
     if isinstance(class_bias, Tensor) and class_bias.dim() == 2:
-        class_bias, shared_bias = _expert_matrix("class_bias", class_bias, count, classes, first, dtype), None
+        shared_bias = None
+        class_bias = _check_tensor_of("class_bias", class_bias, [(classes,), (count, classes)], first)
+        class_bias = class_bias.to(dtype).contiguous()
     options = row_options(
         (n, classes),
         first,
@@ -200,7 +188,7 @@ def expert_cross_entropy(
 
     options = options._replace(class_bias=bias)
     experts_mean = 1.0 / count if expert_reduction == "mean" else 1.0
-    learns = options.learns or (prior is not None and prior.requires_grad)
+    prior_learns = prior is not None and prior.requires_grad
     options = with_coefficient(options, classes, reduction, dtype, backend)
     ensemble_coefficient = options.coefficient if return_ensemble else None
     if ensemble_coefficient is not None and options.weight is not None:
@@ -217,13 +205,10 @@ def expert_cross_entropy(
     reduce = "none" if reduction == "none" else "rows" if expert_reduction == "none" else "all"
     arguments = Arguments(given, options, prior, ensemble_coefficient, numbers)
     one_pass = (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in given)
+        any(x.requires_grad for x in given)
         and not torch.compiler.is_compiling()
-        and reduction != "none"
-        and not learns
-        and _settings.gradient_policy != "recompute"
-        and (first.dtype != torch.float16 or _settings.gradient_policy == "one_pass")
+        and not prior_learns
+        and knows_gradient(options, reduction, False, first.dtype)
     )
     loss, _, ensemble_loss, prediction, _ = cross_entropy_forward(
         *flatten(arguments), reduce, return_ensemble, one_pass, backend
@@ -285,7 +270,7 @@ def expert_fusion(
     given, experts = _check_experts(logits)
     first = experts[0]
     classes = first.shape[1]
-    dtype = compute_dtype(given)
+    dtype = compute_dtype(first.dtype)
     weights, tensor = _expert_weights(expert_weight, len(experts), first, dtype)
     check_int("topk", topk, 1, classes, expected=f"1 to {classes}, the number of classes")
     check_flag("return_log_probs", return_log_probs)
@@ -331,24 +316,20 @@ def linear_expert_fusion(
     ``log_probs``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
-        BackendUnavailableError: a backend asked for by name cannot run the call.
+        TypeError, ValueError, BackendUnavailableError: as ``expert_fusion``.
     """
-    if not isinstance(linear_weight, Tensor):
-        raise TypeError(f"linear_weight: got {type(linear_weight).__name__}, expected a Tensor [E, C, D]")
+    check_tensor("linear_weight", linear_weight, "a Tensor [E, C, D]")
     if linear_weight.dim() != 3 or 0 in linear_weight.shape[:2]:
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [E, C, D]")
     check_floating("linear_weight", linear_weight)
     count, classes, width = linear_weight.shape
     features = _check_features(input, count, width, linear_weight)
     if linear_bias is not None:
-        if not isinstance(linear_bias, Tensor):
-            raise TypeError(f"linear_bias: got {type(linear_bias).__name__}, expected a Tensor [E, C]")
-        if linear_bias.shape != (count, classes):
-            raise ValueError(f"linear_bias: got shape {tuple(linear_bias.shape)}, expected [{count}, {classes}]")
+        check_tensor("linear_bias", linear_bias, "a Tensor [E, C]")
+        check_shape("linear_bias", linear_bias, (count, classes), expected=f"[{count}, {classes}]")
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
-    dtype = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(linear_weight.dtype)
     check_int("topk", topk, 1, classes, expected=f"1 to {classes}, the number of classes")
     weights, tensor = _expert_weights(expert_weight, count, linear_weight, dtype)
     shift = check_class_vector("log_prior_shift", log_prior_shift, classes, linear_weight, dtype)
@@ -358,16 +339,11 @@ def linear_expert_fusion(
         if normalize:
             features = [F.normalize(f.to(dtype), dim=1).to(f.dtype) for f in features]
             heads = [F.normalize(w.to(dtype), dim=1) for w in heads]
-        heads = [
-            (w.to(dtype) * (weights[e] if tensor is None else weights[e] * tensor[e])).to(linear_weight.dtype)
-            for e, w in enumerate(heads)
-        ]
+        factors = weights if tensor is None else [w * t for w, t in zip(weights, tensor, strict=True)]
+        heads = [(w.to(dtype) * factor).to(linear_weight.dtype) for w, factor in zip(heads, factors, strict=True)]
         bias = None
         if linear_bias is not None:
-            each = [
-                b.to(dtype) * (weights[e] if tensor is None else weights[e] * tensor[e])
-                for e, b in enumerate(linear_bias)
-            ]
+            each = [b.to(dtype) * factor for b, factor in zip(linear_bias, factors, strict=True)]
             bias = torch.stack(each).sum(0).to(linear_bias.dtype)
         if len(features) == 1:
             joined, matrix = features[0], torch.stack(heads).sum(0)
@@ -435,7 +411,7 @@ def expert_divergence(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("expert_reduction", expert_reduction, ("none", "sum"))
     check_flag("detach_mean", detach_mean)
-    dtype = compute_dtype(given)
+    dtype = compute_dtype(first.dtype)
     vector = None
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
@@ -444,9 +420,9 @@ def expert_divergence(
             temperature = temperature.expand(first.shape[1])
         vector = check_class_vector("temperature", temperature, first.shape[1], first, dtype)
         assert vector is not None
-        if _settings.checks and not torch.compiler.is_compiling() and not bool((vector > 0).all()):
-            raise ValueError("temperature: got values that are not positive, expected numbers > 0")
-    elif check_positive("temperature", check_number("temperature", temperature)) != 1.0:
+        if checks_on():
+            check_all("temperature", vector > 0, "values that are not positive, expected numbers > 0")
+    elif check_positive("temperature", temperature) != 1.0:
         vector = torch.full((first.shape[1],), temperature, dtype=dtype, device=first.device)
     value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
@@ -460,7 +436,7 @@ def expert_divergence(
 
 
 def _check_experts(logits: ExpertLogits) -> tuple[list[Tensor], list[Tensor]]:
-    """The operators' argument, and each expert's [N, C]."""
+    """Check the logits; return the operators' argument, and each expert's [N, C]."""
     if isinstance(logits, Tensor):
         check_floating("logits", logits)
         if logits.dim() != 3 or logits.shape[0] == 0 or logits.shape[2] == 0:
@@ -489,13 +465,23 @@ def _shown(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
-def _expert_matrix(name: str, value: Tensor, experts: int, classes: int, input: Tensor, dtype: torch.dtype) -> Tensor:
-    """[E, C] in ``dtype``."""
+def _check_numbers(name: str, values: Any, experts: int, expected: str) -> list[float]:
+    """Return the numbers of a sequence of one for each expert."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected {expected}")
+    if len(values) != experts:
+        raise ValueError(f"{name}: got {len(values)} values, expected {experts}, one for each expert")
+    return [check_number(f"{name}[{e}]", value) for e, value in enumerate(values)]
+
+
+def _check_tensor_of(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], logits: Tensor) -> Tensor:
+    """Return ``value``: floating, of one of the shapes, on the device of ``logits``."""
     check_floating(name, value, kind="a floating dtype")
-    if value.shape != (experts, classes):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{classes}] or [{experts}, {classes}]")
-    check_device(name, value, input, " as logits")
-    return value.to(dtype).contiguous()
+    if tuple(value.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+    check_device(name, value, logits, " as logits")
+    return value
 
 
 def _prior(
@@ -507,29 +493,21 @@ def _prior(
     input: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[float], Tensor | None]:
-    """log_prior and taus as the kernels take them, and the class bias, which has both where they are not numbers."""
-    if (log_prior is None) != (taus is None):
-        given, missing = ("taus", "log_prior") if log_prior is None else ("log_prior", "taus")
-        raise ValueError(f"{missing}: got None with {given}, expected both or neither")
+    """Return log_prior and taus as the kernels take them, and the class bias, which has both where they are no
+    numbers."""
+    check_both("log_prior", log_prior, "taus", taus)
     if log_prior is None or taus is None:
         return None, [0.0] * experts, bias
     prior = check_class_vector("log_prior", log_prior, classes, input, dtype)
     assert prior is not None
-    if _settings.checks and not torch.compiler.is_compiling() and not bool(prior.isfinite().all()):
-        raise ValueError("log_prior: got values that are not finite, expected finite ones (mask with class_bias=-inf)")
+    if checks_on():
+        problem = "values that are not finite, expected finite ones (mask with class_bias=-inf)"
+        check_all("log_prior", prior.isfinite(), problem)
     if isinstance(taus, Tensor):
-        check_floating("taus", taus, kind="a floating dtype")
-        if taus.shape not in ((experts,), (experts, classes)):
-            raise ValueError(f"taus: got shape {tuple(taus.shape)}, expected [{experts}] or [{experts}, {classes}]")
-        check_device("taus", taus, input, " as logits")
-        exponents = taus.to(dtype)
+        exponents = _check_tensor_of("taus", taus, [(experts,), (experts, classes)], input).to(dtype)
         own = (exponents[:, None] if taus.dim() == 1 else exponents) * prior
     else:
-        if not isinstance(taus, (list, tuple)):
-            raise TypeError(f"taus: got {type(taus).__name__}, expected a sequence of {experts} numbers or a Tensor")
-        if len(taus) != experts:
-            raise ValueError(f"taus: got {len(taus)} values, expected {experts}, one for each expert")
-        numbers = [check_number(f"taus[{e}]", tau) for e, tau in enumerate(taus)]
+        numbers = _check_numbers("taus", taus, experts, f"a sequence of {experts} numbers or a Tensor")
         if not prior.requires_grad:
             # the kernels' gradients of a class_bias that learns go to what they are given: [C] or [E, C]
             return prior, numbers, bias
@@ -540,32 +518,24 @@ def _prior(
 def _expert_weights(
     expert_weight: Sequence[float] | Tensor | None, experts: int, input: Tensor, dtype: torch.dtype
 ) -> tuple[list[float], Tensor | None]:
-    """Factors as numbers, and as a tensor [E] that multiplies them."""
+    """Return the experts' factors as numbers, and a tensor [E] that multiplies them."""
     if expert_weight is None:
         return [1.0 / experts] * experts, None
     if isinstance(expert_weight, Tensor):
-        check_floating("expert_weight", expert_weight, kind="a floating dtype")
-        if expert_weight.shape != (experts,):
-            raise ValueError(f"expert_weight: got shape {tuple(expert_weight.shape)}, expected [{experts}]")
-        check_device("expert_weight", expert_weight, input, " as logits")
+        _check_tensor_of("expert_weight", expert_weight, [(experts,)], input)
         return [1.0] * experts, expert_weight.detach().to(dtype).contiguous()
-    if not isinstance(expert_weight, (list, tuple)):
-        raise TypeError(f"expert_weight: got {type(expert_weight).__name__}, expected {experts} numbers or a Tensor")
-    if len(expert_weight) != experts:
-        raise ValueError(f"expert_weight: got {len(expert_weight)} values, expected {experts}, one for each expert")
-    return [check_number(f"expert_weight[{e}]", value) for e, value in enumerate(expert_weight)], None
+    return _check_numbers("expert_weight", expert_weight, experts, f"{experts} numbers or a Tensor"), None
 
 
 def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
-    """scale / temperature as a number and a tensor that multiplies it."""
-    inverse = 1.0 / check_positive("temperature", check_number("temperature", temperature))
-    if isinstance(scale, Tensor):
-        return inverse, check_scalar("scale", scale, input).detach().to(dtype)
-    return check_number("scale", scale) * inverse, None
+    """Return scale / temperature as a number and a tensor that multiplies it."""
+    inverse = 1.0 / check_positive("temperature", temperature)
+    fixed, learned = check_factor("scale", scale, input, dtype)
+    return fixed * inverse, None if learned is None else learned.detach()
 
 
 def _check_features(input: ExpertLogits, experts: int, width: int, linear_weight: Tensor) -> list[Tensor]:
-    """One [N, D] for each expert, or one that all share."""
+    """Return one [N, D] for each expert, or one that all share."""
     if isinstance(input, Tensor):
         if input.dim() not in (2, 3):
             raise ValueError(f"input: got shape {tuple(input.shape)}, expected [E, N, D], [N, D] or a list of E [N, D]")

@@ -15,11 +15,12 @@ from .._checks import (
     check_choice,
     check_class_vector,
     check_device,
+    check_factor,
     check_flag,
     check_floating,
     check_int,
-    check_number,
-    check_scalar,
+    check_shape,
+    compute_dtype,
     product_dtype,
 )
 from ..ops._backend import BackendUnavailableError, resolve
@@ -32,8 +33,15 @@ from ..ops.linear_margin_cross_entropy.plan import LinearPlan
 from ..ops.linear_margin_cross_entropy.topk import BUFFER as TOPK_BUFFER
 from ..ops.linear_margin_cross_entropy.topk import linear_topk as topk_forward
 from ..ops.margin_cross_entropy.op import OP as ROWS
-from ._row_options import logits_layout, row_options
-from .rows import MarginCrossEntropyOutput, RowKeywords, knows_gradient, row_output, with_coefficient
+from .rows import (
+    MarginCrossEntropyOutput,
+    RowKeywords,
+    knows_gradient,
+    logits_layout,
+    row_options,
+    row_output,
+    with_coefficient,
+)
 
 
 class LinearKeywords(RowKeywords, total=False):
@@ -41,7 +49,6 @@ class LinearKeywords(RowKeywords, total=False):
 
     linear_bias: Tensor | None
     weight: Tensor | None
-    class_bias: Tensor | None
     normalize: bool
     ignore_index: int | None
     strategy: Literal["auto", "materialize", "chunked", "tiled"]
@@ -49,44 +56,24 @@ class LinearKeywords(RowKeywords, total=False):
 
 @overload
 def linear_margin_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    return_lse: Literal[False] = False,
-    return_prediction: Literal[False] = False,
-    **options: Unpack[LinearKeywords],
-) -> Tensor: ...
+    input: Tensor, linear_weight: Tensor, target: Tensor, *,
+    return_lse: Literal[False] = False, return_prediction: Literal[False] = False, **options: Unpack[LinearKeywords],
+) -> Tensor: ...  # fmt: skip
 @overload
 def linear_margin_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    return_lse: Literal[True],
-    return_prediction: bool = False,
-    **options: Unpack[LinearKeywords],
-) -> MarginCrossEntropyOutput: ...
+    input: Tensor, linear_weight: Tensor, target: Tensor, *,
+    return_lse: Literal[True], return_prediction: bool = False, **options: Unpack[LinearKeywords],
+) -> MarginCrossEntropyOutput: ...  # fmt: skip
 @overload
 def linear_margin_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    return_lse: bool = False,
-    return_prediction: Literal[True],
-    **options: Unpack[LinearKeywords],
-) -> MarginCrossEntropyOutput: ...
+    input: Tensor, linear_weight: Tensor, target: Tensor, *,
+    return_lse: bool = False, return_prediction: Literal[True], **options: Unpack[LinearKeywords],
+) -> MarginCrossEntropyOutput: ...  # fmt: skip
 @overload
 def linear_margin_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    return_lse: bool = False,
-    return_prediction: bool = False,
-    **options: Unpack[LinearKeywords],
-) -> Tensor | MarginCrossEntropyOutput: ...
+    input: Tensor, linear_weight: Tensor, target: Tensor, *,
+    return_lse: bool = False, return_prediction: bool = False, **options: Unpack[LinearKeywords],
+) -> Tensor | MarginCrossEntropyOutput: ...  # fmt: skip
 def linear_margin_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -148,10 +135,7 @@ def linear_margin_cross_entropy(
     in float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
-        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``; on a GPU without checks the
-            row's loss and the gradients it is part of are NaN.
-        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
+        TypeError, ValueError, IndexError, NotImplementedError: as ``margin_cross_entropy``.
         BackendUnavailableError: a backend or strategy asked for by name cannot run the call.
 
     Example:
@@ -166,7 +150,7 @@ def linear_margin_cross_entropy(
     check_choice("strategy", strategy, plans.STRATEGIES)
     if isinstance(target, Tensor) and target.is_floating_point() and ignore_index is not None:
         raise ValueError(f"ignore_index: got {ignore_index} with class-probability targets, expected None")
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    arithmetic = compute_dtype(dtype)
     options = row_options(
         shape,
         input,
@@ -262,10 +246,7 @@ def plan_linear(
         ('materialize', True)
     """
     for name, value in (("rows", rows), ("width", width), ("classes", classes)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+        check_int(name, value, 1, expected="at least 1")
     for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype or dtype)):
         if given not in FLOATING:
             raise TypeError(f"{name}: got {given}, expected one of {FLOATING}")
@@ -348,13 +329,9 @@ def linear_topk(
     shape, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
     classes = linear_weight.shape[0]
     check_int("k", k, 1, classes, expected=f"1 to {classes}, the number of classes")
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    arithmetic = compute_dtype(dtype)
     shift = check_class_vector("class_shift", class_shift, classes, input, arithmetic)
-    fixed_scale, learned_scale = 1.0, None
-    if isinstance(scale, Tensor):
-        learned_scale = check_scalar("scale", scale, input).to(arithmetic)
-    else:
-        fixed_scale = check_number("scale", scale)
+    fixed_scale, learned_scale = check_factor("scale", scale, input, arithmetic)
     with torch.no_grad():
         features = input.reshape(-1, input.shape[-1])
         if normalize:
@@ -380,7 +357,7 @@ def linear_topk(
 def _check_linear(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, normalize: bool
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    """The logits' shape, and the dtype of the matrix products."""
+    """Check what makes the logits; return their shape, and the dtype of the matrix products."""
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
     check_flag("normalize", normalize)
@@ -402,10 +379,7 @@ def _check_linear(
     check_device("linear_weight", linear_weight, input, " as input")
     if linear_bias is not None:
         check_floating("linear_bias", linear_bias)
-        if linear_bias.shape != linear_weight.shape[:-1]:
-            raise ValueError(
-                f"linear_bias: got shape {tuple(linear_bias.shape)}, expected {tuple(linear_weight.shape[:-1])}"
-            )
+        check_shape("linear_bias", linear_bias, linear_weight.shape[:-1])
         check_device("linear_bias", linear_bias, input, " as input")
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
@@ -413,7 +387,7 @@ def _check_linear(
 
 
 def _tiled_reason(a: Arguments, backend: str) -> str | None:
-    """Why the strategy "tiled" cannot run the call; None where it can."""
+    """Return why the strategy "tiled" cannot run the call, None if it can."""
     if backend != "triton":
         return f"it needs the backend 'triton', not {backend!r}"
     return plans.tiled_reason(a.input.shape[1], a.positions, a.input.dtype, a.options.soft)

@@ -20,10 +20,6 @@ def shape_of(logits: list[Tensor]) -> tuple[int, int, int]:
     return len(logits), n, c
 
 
-def compute_dtype(logits: list[Tensor]) -> torch.dtype:
-    return torch.float64 if logits[0].dtype == torch.float64 else torch.float32
-
-
 def empty_gradient(logits: list[Tensor]) -> Tensor:
     """Where the gradients of all experts go, [E, N, C]: laid out like the logits if they are one tensor."""
     if logits[0].dim() == 3:

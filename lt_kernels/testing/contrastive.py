@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
+from ..functional.contrastive import SimilarityKeywords
 from .budget import assert_within_budget
 from .rows import Draw, converted, require_gradients
 
@@ -18,8 +20,25 @@ from .rows import Draw, converted, require_gradients
 CONTRASTIVE_OPTIONS = ("key_bias", "key_scale", "scale", "exclude")
 #: Results of ``partitioned_logsumexp`` that have gradients, in order.
 _SUMS = ("neg", "pos", "pos_sum")
+#: neg, pos, pos_sum and num_pos.
+Sums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+@overload
+def dense_partitioned_logsumexp(
+    query: Tensor, key: Tensor, query_label: Tensor, key_label: Tensor | None = None, *,
+    separate_scale: Literal[False] = False, **options: Unpack[SimilarityKeywords],
+) -> Sums: ...  # fmt: skip
+@overload
+def dense_partitioned_logsumexp(
+    query: Tensor, key: Tensor, query_label: Tensor, key_label: Tensor | None = None, *,
+    separate_scale: Literal[True], **options: Unpack[SimilarityKeywords],
+) -> tuple[Sums, Sums]: ...  # fmt: skip
+@overload
+def dense_partitioned_logsumexp(
+    query: Tensor, key: Tensor, query_label: Tensor, key_label: Tensor | None = None, *,
+    separate_scale: bool = False, **options: Unpack[SimilarityKeywords],
+) -> Sums | tuple[Sums, Sums]: ...  # fmt: skip
 def dense_partitioned_logsumexp(
     query: Tensor,
     key: Tensor,
@@ -33,7 +52,7 @@ def dense_partitioned_logsumexp(
     key_grad_rows: tuple[int, int] | None = None,
     normalized: bool = False,
     separate_scale: bool = False,
-) -> Any:
+) -> Sums | tuple[Sums, Sums]:
     """Compute ``partitioned_logsumexp`` with all similarities and two masks in memory; ignore ``normalized``.
 
     Returns:

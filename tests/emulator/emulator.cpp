@@ -1,5 +1,4 @@
 // The fibers behind emulated_device.h.
-#include <setjmp.h>
 #include <torch/library.h>
 #include <ucontext.h>
 
@@ -14,15 +13,18 @@ namespace ltk::device {
 
 enum class Wait { kNothing, kWarp, kBlock, kCluster, kDone };
 
+using Jump = void* [5];  // of the compiler's own setjmp, which leaves signals alone
+
 struct Fiber {
   int thread;  // within its block
   int rank;    // of the block within its cluster
   int64_t block;
   Wait wait = Wait::kNothing;
-  uint64_t value = 0;     // what it offers to exchange()
+  // What it offers to exchange(), in turns: nobody overwrites what another lane has yet to read.
+  uint64_t values[2] = {0, 0};
+  int64_t exchanges = 0;
   Fiber* warp = nullptr;  // the first lane of its warp
-  ucontext_t start;
-  jmp_buf state;
+  Jump state;
   bool started = false;
   std::unique_ptr<char[]> stack;
 };
@@ -40,30 +42,41 @@ struct Copy {
 };
 std::vector<std::vector<Copy>> copies;  // per fiber: arrive when waited for
 Fiber* running = nullptr;
-jmp_buf scheduler;
+Jump scheduler;
 const Launch* launched = nullptr;
 int launched_cluster = 1;
 void (*entry)(const void*) = nullptr;
 const void* entry_argument = nullptr;
 bool reversed = false;
+bool unfinished = false;  // an error left fibers in the middle of a launch
 
-void run_fiber() {
-  entry(entry_argument);
-  running->wait = Wait::kDone;
-  _longjmp(scheduler, 1);
-}
+[[gnu::noipa]] void leave() { __builtin_longjmp(scheduler, 1); }
 
-void yield(Wait wait) {
+[[gnu::noipa]] void yield(Wait wait) {
   running->wait = wait;
-  if (_setjmp(running->state) == 0) _longjmp(scheduler, 1);
+  if (__builtin_setjmp(running->state) == 0) leave();
 }
 
-void resume(Fiber& fiber) {
+// Runs one thread of every block that the fiber is given.
+[[gnu::noipa]] void run_fiber() {
+  while (true) {
+    entry(entry_argument);
+    yield(Wait::kDone);
+  }
+}
+
+[[gnu::noipa]] void resume(Fiber& fiber) {
   running = &fiber;
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.state, 1);
+  if (__builtin_setjmp(scheduler) != 0) return;
+  if (fiber.started) __builtin_longjmp(fiber.state, 1);
   fiber.started = true;
-  setcontext(&fiber.start);
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fiber.stack.get();
+  start.uc_stack.ss_size = kStack;
+  start.uc_link = nullptr;
+  makecontext(&start, run_fiber, 0);
+  setcontext(&start);
 }
 
 // Frees the fibers of [first, last) if each of them waits for `wait` or has ended.
@@ -78,8 +91,8 @@ bool release(Fiber* first, Fiber* last, Wait wait) {
   return any;
 }
 
-void run_cluster() {
-  const int count = static_cast<int>(fibers.size()), threads = launched->threads;
+void run_cluster(int count) {
+  const int threads = launched->threads;
   while (true) {
     bool done = true;
     for (int i = 0; i < count; ++i) {
@@ -127,13 +140,12 @@ void wait_for_copies() {
 }
 
 uint64_t exchange(uint64_t value, int mask) {
-  running->value = value;
+  const int64_t turn = ++running->exchanges;
+  running->values[turn % 2] = value;
   yield(Wait::kWarp);
   const Fiber& other = running->warp[(running->thread % 32) ^ mask];
-  TORCH_CHECK(other.wait != Wait::kDone, "emulator: a shuffle with a lane that has ended");
-  const uint64_t result = other.value;
-  yield(Wait::kWarp);
-  return result;
+  TORCH_CHECK(other.exchanges >= turn, "emulator: a shuffle with a lane that has ended");
+  return other.values[turn % 2];
 }
 
 float float_from_half(uint16_t bits) { return static_cast<float>(c10::Half(bits, c10::Half::from_bits())); }
@@ -152,13 +164,12 @@ Error run_blocks(const Launch& l, void (*body)(const void*), const void* argumen
   reversed = order != nullptr && std::strcmp(order, "reversed") == 0;
   launched = &l, launched_cluster = l.cluster, entry = body, entry_argument = argument;
   const int count = l.threads * l.cluster;
-  if (static_cast<int>(fibers.size()) < count) {
+  if (static_cast<int>(fibers.size()) < count || unfinished) {
     fibers.clear();
     fibers.resize(count);
     for (Fiber& f : fibers) f.stack.reset(new char[kStack]);
   }
-  std::vector<Fiber> parked;  // more than this launch needs
-  while (static_cast<int>(fibers.size()) > count) parked.push_back(std::move(fibers.back())), fibers.pop_back();
+  unfinished = true;
   copies.assign(count, {});
   for (int64_t done = 0; done < l.blocks; done += l.cluster) {
     const int64_t first = reversed ? l.blocks - l.cluster - done : done;
@@ -166,17 +177,12 @@ Error run_blocks(const Launch& l, void (*body)(const void*), const void* argumen
     for (int i = 0; i < count; ++i) {
       Fiber& f = fibers[i];
       f.rank = i / l.threads, f.thread = i % l.threads, f.block = first + f.rank;
-      f.wait = Wait::kNothing, f.started = false;
+      f.wait = Wait::kNothing, f.exchanges = 0;
       f.warp = &fibers[i - f.thread % 32];
-      getcontext(&f.start);
-      f.start.uc_stack.ss_sp = f.stack.get();
-      f.start.uc_stack.ss_size = kStack;
-      f.start.uc_link = nullptr;
-      makecontext(&f.start, run_fiber, 0);
     }
-    run_cluster();
+    run_cluster(count);
   }
-  for (Fiber& f : parked) fibers.push_back(std::move(f));
+  unfinished = false;
   return 0;
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ import lt_kernels
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 HALF_AND_SINGLE = {name: DTYPES[name] for name in ("bf16", "fp32")}
 REDUCTIONS = {"mean": "mean", "none": "none"}
-BAD_TARGETS = {"-1": -1, "classes": None, "2^40": 2**40, "lowest": -(2**63)}
 POLICIES = {"one_pass": "one_pass", "recompute": "recompute"}
 
 
@@ -79,14 +78,6 @@ def synchronisation_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def assert_all_close(
-    actual: Iterable[Tensor], expected: Iterable[Tensor], names: Iterable[str], **tolerances: float
-) -> None:
-    """Compare pairs of tensors; the message names the pair."""
-    for name, a, b in zip(names, actual, expected, strict=True):
-        torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}", **tolerances)
-
-
 def need_free_memory(size: int) -> None:
     free = torch.cuda.mem_get_info()[0]
     if free < size:
@@ -129,8 +120,3 @@ def run_late(values: Tensor, run: Callable[[], list[Tensor]]) -> list[Tensor]:
         actual = run()
     stream.synchronize()
     return actual
-
-
-def assert_index_error(run: Callable[[], Any], words: str) -> None:
-    with pytest.raises(IndexError, match=words):
-        run()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import pytest
 import torch
 from _engines import ENGINE
 from _layouts import guarded, window
 from torch import Tensor
+
+#: CUDA's shapes: on the small chips several tiles, and rows that do not stay in shared memory.
+SHAPES = [(1, 3, 33), (3, 3, 1), (3, 4, 129), (8, 2, 1000), (9, 2, 1000), (3, 3, 8142), (20, 2, 65)]
 
 #: A list of one tensor [E, N, C], or of E tensors [N, C].
 LAYOUTS = {
@@ -44,3 +51,20 @@ def repeated(x: Tensor, layout: str) -> Tensor:
 
 def vector(values: Tensor) -> Tensor:
     return guarded(values.to(ENGINE.device))
+
+
+def with_barriers(backend: str) -> Iterator[list[Tensor]]:
+    """Yield logits of rows that several threads, warps and blocks share."""
+    shapes = ((3, 3, 129), (9, 2, 1000), (3, 2, 8142))
+    for shape, dtype, layout in product(shapes, (torch.float32, torch.bfloat16), ("stacked", "list at any address")):
+        yield LAYOUTS[layout](drawn(shape, dtype, backend))
+
+
+def check_most_experts(forward: Callable[[list[Tensor]], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Require an error for more experts than a block's shared memory holds."""
+    if ENGINE.name != "emulator":
+        pytest.skip("the emulator has small chips")
+    monkeypatch.setenv("LTK_EMULATED_DEVICE", "1 8192 12000")
+    logits = [window(drawn((300, 1, 40), torch.float32, "native"), 0, 1, dim=2)]
+    with pytest.raises(ValueError, match="logits: got 300 experts, more than a block's shared memory holds"):
+        forward(logits)

@@ -37,35 +37,8 @@ def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     assert guards or request.node.get_closest_marker("allocates_nothing"), "no launcher allocated anything"
 
 
-def run_in(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose the order of programs (interpreter), or of threads and blocks (emulator)."""
-    if _engines.ENGINE.name == "emulator":
-        monkeypatch.setenv("LTK_EMULATED_ORDER", order)
-    if _engines.ENGINE.name == "interpreter" and order == "reversed":
-        from triton.runtime import interpreter
-
-        builder = interpreter.interpreter_builder
-        ascending = builder.set_grid_idx
-
-        def descending(*index: int) -> None:
-            ascending(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
-
-        monkeypatch.setattr(builder, "set_grid_idx", descending)
-
-
 @pytest.fixture
 def emptied() -> Iterator[None]:
     """Give memory back: other processes share the device."""
     yield
     torch.cuda.empty_cache()
-
-
-@pytest.fixture(params=["forward", "reversed"])
-def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_in(request.param, monkeypatch)
-
-
-@pytest.fixture
-def reversed_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last program first: ascending order may hide that a program reads what another one writes."""
-    run_in("reversed", monkeypatch)

@@ -263,41 +263,6 @@ def test_a_bad_target_makes_its_row_nan_and_no_other(target, reduction):
     assert grad.isnan().any(2).tolist() == [[False, True, False]] * 3
 
 
-def test_a_row_of_nan_stays_alone():
-    sample = drawn(3, 4, 150, options=("log_prior",), seed=9, reduction="none", expert_reduction="none")
-    with torch.no_grad():
-        sample.input[1, 2, 40] = math.nan
-    output = expert_cross_entropy(sample.input, sample.target, return_ensemble=True, **sample.options)
-    (grad,) = torch.autograd.grad(output.loss.nan_to_num().sum(), sample.input)
-    expected = torch.zeros(3, 4, dtype=torch.bool, device=ENGINE.device)
-    expected[1, 2] = True
-    assert torch.equal(output.loss.isnan(), expected)
-    assert torch.equal(grad.isnan().any(2), expected)
-    assert output.ensemble_loss.isnan().tolist() == [False, False, True, False]
-
-
-def test_all_ignored():
-    sample = drawn(2, 4, 60, options=("log_prior",), seed=9)
-    sample.target[:] = -100
-    for reduction, expected in (("sum", 0.0), ("mean", math.nan)):
-        output = expert_cross_entropy(
-            sample.input, sample.target, return_ensemble=True, reduction=reduction, **sample.options
-        )
-        (grad,) = torch.autograd.grad(output.loss, sample.input)
-        for loss in (output.loss, output.ensemble_loss):
-            torch.testing.assert_close(loss.detach().cpu(), torch.tensor(expected), equal_nan=True)
-        assert torch.equal(grad, torch.zeros_like(grad))
-
-
-def test_no_rows(device):
-    logits = torch.randn(3, 0, 9, device=device, requires_grad=True)
-    target = torch.zeros(0, dtype=torch.int64, device=device)
-    output = expert_cross_entropy(logits, target, reduction="none", return_ensemble=True)
-    assert [tuple(x.shape) for x in output] == [(0,), (0,), (0,)]
-    (grad,) = torch.autograd.grad(output.loss.sum(), logits)
-    assert grad.shape == logits.shape
-
-
 @pytest.mark.parametrize("option", ["own bias, prior, weight", "mixed", "vectors"])
 def test_the_same_bits_every_time(option):
     def run() -> list[Tensor]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import product
 
 import _forced_launches as forced
 import pytest
 import torch
 from _arguments import converted
 from _engines import DTYPES, ENGINE, of_backends
-from _expert_logits import LAYOUTS, drawn, repeated, vector
+from _expert_logits import LAYOUTS, SHAPES, check_most_experts, drawn, repeated, vector, with_barriers
 from _layouts import guarded, window
+from _orders import check_same_bits_in_any_order
 from torch import Tensor
 
 from lt_kernels.ops._backend import load
@@ -18,9 +21,6 @@ from lt_kernels.ops.expert_fusion import reference
 from lt_kernels.ops.expert_fusion.arguments import Arguments
 from lt_kernels.ops.expert_fusion.fused import fused
 from lt_kernels.testing import assert_within_budget
-
-#: CUDA's shapes: on the small chips several tiles, and rows that do not stay in shared memory.
-SHAPES = [(1, 3, 33), (3, 3, 1), (3, 4, 129), (8, 2, 1000), (9, 2, 1000), (3, 3, 8142), (20, 2, 65)]
 
 
 def arguments(logits: list[Tensor], everything: bool = True) -> Arguments:
@@ -171,27 +171,15 @@ def test_no_rows_and_the_same_bits_every_time(k, parts, backend, chip):
 
 
 @pytest.mark.backends("native")
-def test_the_same_bits_in_any_order_of_threads(backend, chip, monkeypatch):
-    """A missing barrier shows as a difference."""
-    runs = []
-    for order in ("forward", "reversed"):
-        monkeypatch.setenv("LTK_EMULATED_ORDER", order)
-        runs.append([])
-        for shape in ((3, 3, 129), (9, 2, 1000), (3, 2, 8142)):
-            for dtype in (torch.float32, torch.bfloat16):
-                for layout in ("stacked", "list at any address"):
-                    a = arguments(LAYOUTS[layout](drawn(shape, dtype, backend)))
-                    for k in (1, 5):
-                        runs[-1] += load("expert_fusion", backend).forward(a, k, True)
-    for first, second in zip(*runs, strict=True):
-        assert torch.equal(first, second)
+def test_the_same_bits_in_any_order_of_threads(backend, chip):
+    def everything() -> Iterator[Tensor]:
+        for logits, k in product(with_barriers(backend), (1, 5)):
+            yield from load("expert_fusion", backend).forward(arguments(logits), k, True)
+
+    check_same_bits_in_any_order(everything)
 
 
 @pytest.mark.backends("native")
 def test_more_experts_than_shared_memory_holds(backend, chip, monkeypatch):
-    if ENGINE.name != "emulator":
-        pytest.skip("the emulator has small chips")
-    monkeypatch.setenv("LTK_EMULATED_DEVICE", "1 8192 12000")
-    logits = [window(drawn((300, 1, 40), torch.float32, backend), 0, 1, dim=2)]
-    with pytest.raises(ValueError, match="logits: got 300 experts, more than a block's shared memory holds"):
-        load("expert_fusion", backend).forward(arguments(logits, everything=False), 1, False)
+    forward = load("expert_fusion", backend).forward
+    check_most_experts(lambda logits: forward(arguments(logits, everything=False), 1, False), monkeypatch)

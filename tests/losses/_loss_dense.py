@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from _loss_cases import COUNTS
 from torch import Tensor
 
 from lt_kernels.testing import assert_within_budget
@@ -50,6 +51,11 @@ def check(loss: Callable[..., Tensor], dense: Callable[..., Tensor], dtype: torc
     for name, gradient in gradients.items():
         assert gradient.dtype == dtype
         assert_within_budget(gradient, of_eager[name], exact[name], f"gradient of {name}")
+
+
+def check_formula(loss: Callable[[Tensor], Tensor], formula: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> None:
+    """Check ``loss(x)`` against ``formula(x, counts)``."""
+    check(lambda x: loss(x), lambda x: formula(x, counts_like(COUNTS, x)), x.dtype, x=x)
 
 
 every_dtype = pytest.mark.parametrize(

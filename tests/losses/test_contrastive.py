@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from _loss_cases import COUNTS, C, D, M, N
 from _loss_dense import INAT, Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
+from _refused import refused
 from torch import Tensor
 
 import lt_kernels
@@ -153,44 +154,33 @@ class TestSupCon:
         z, y = unit(N, 2, D, seed=12), random_labels(N, C, 13)
         torch.testing.assert_close(SupConLoss(reduction="sum")(z, y), supcon(z, y).sum())
 
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            ({"temperature": 0.0}, ValueError, "temperature: got 0.0, expected a number > 0"),
-            ({"temperature": "1"}, TypeError, "temperature: got str, expected a number"),
-            ({"base_temperature": -1}, ValueError, "base_temperature: got -1, expected a number > 0"),
-            ({"contrast_mode": "two"}, ValueError, "contrast_mode: got 'two', expected one of 'all', 'one'"),
-            ({"form": "mid"}, ValueError, "form: got 'mid', expected one of 'out', 'in'"),
-            ({"normalize": 1}, TypeError, "normalize: got int, expected a bool"),
-            ({"reduction": "avg"}, ValueError, "reduction: got 'avg', expected one of 'none', 'mean', 'sum'"),
-        ],
-        ids=["zero", "str", "base", "mode", "form", "normalize", "reduction"],
+    @refused(
+        "arguments",
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0, expected a number > 0"),
+        ({"temperature": "1"}, TypeError, "temperature: got str, expected a number"),
+        ({"base_temperature": -1}, ValueError, "base_temperature: got -1, expected a number > 0"),
+        ({"contrast_mode": "two"}, ValueError, "contrast_mode: got 'two', expected one of 'all', 'one'"),
+        ({"form": "mid"}, ValueError, "form: got 'mid', expected one of 'out', 'in'"),
+        ({"normalize": 1}, TypeError, "normalize: got int, expected a bool"),
+        ({"reduction": "avg"}, ValueError, "reduction: got 'avg', expected one of 'none', 'mean', 'sum'"),
     )
-    def test_bad_construction(self, arguments, error, message):
-        with pytest.raises(error, match=re.escape(message)):
+    def test_bad_construction(self, arguments, refusal):
+        with refusal:
             SupConLoss(**arguments)
 
-    @pytest.mark.parametrize(
-        ("features", "labels", "error", "message"),
-        [
-            (None, None, TypeError, "features: got NoneType, expected a Tensor [N, V, D]"),
-            (torch.zeros(3), None, ValueError, "features: got shape (3,), expected [N, V, D]"),
-            (torch.zeros(3, 2, 2, 2), None, ValueError, "features: got shape (3, 2, 2, 2), expected [N, V, D]"),
-            (torch.zeros(3, 2).long(), None, TypeError, "features: got dtype torch.int64"),
-            (torch.zeros(3, 2, 4), torch.zeros(6).long(), ValueError, "labels: got shape (6,), expected (3,)"),
-            (torch.zeros(3, 2, 4), torch.zeros(3), TypeError, "labels: got dtype torch.float32, expected an integer"),
-            (torch.zeros(3, 2, 4), [0, 1, 2], TypeError, "labels: got list, expected a Tensor of integers"),
-            (
-                torch.zeros(3, 4, device="meta"),
-                torch.zeros(3).long(),
-                ValueError,
-                "labels: got device cpu, expected me",
-            ),
-        ],
-        ids=["none", "1d", "4d", "integers", "length", "float-labels", "list", "device"],
+    @refused(
+        "features, labels",
+        (None, None, TypeError, "features: got NoneType, expected a Tensor [N, V, D]"),
+        (torch.zeros(3), None, ValueError, "features: got shape (3,), expected [N, V, D]"),
+        (torch.zeros(3, 2, 2, 2), None, ValueError, "features: got shape (3, 2, 2, 2), expected [N, V, D]"),
+        (torch.zeros(3, 2).long(), None, TypeError, "features: got dtype torch.int64"),
+        (torch.zeros(3, 2, 4), torch.zeros(6).long(), ValueError, "labels: got shape (6,), expected (3,)"),
+        (torch.zeros(3, 2, 4), torch.zeros(3), TypeError, "labels: got dtype torch.float32, expected an integer"),
+        (torch.zeros(3, 2, 4), [0, 1, 2], TypeError, "labels: got list, expected a Tensor of integers"),
+        (torch.zeros(3, 4, device="meta"), torch.zeros(3).long(), ValueError, "labels: got device cpu, expected me"),
     )
-    def test_bad_calls(self, features, labels, error, message):
-        with pytest.raises(error, match=re.escape(message)):
+    def test_bad_calls(self, features, labels, refusal):
+        with refusal:
             SupConLoss()(features, labels)
 
 
@@ -255,25 +245,22 @@ class TestBalancedContrastive:
         value.backward()
         assert centers.grad.dtype == torch.float32
 
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            ({"features": torch.zeros(3, D)}, ValueError, "features: got shape (3, 19), expected [N, V, D]"),
-            ({"features": None}, TypeError, "features: got NoneType"),
-            ({"labels": torch.tensor([0, 1])}, ValueError, "labels: got shape (2,), expected (3,)"),
-            ({"labels": torch.tensor([0, 1, C])}, IndexError, "labels: row 2 has class 10, expected 0 <= class < 10"),
-            ({"labels": torch.tensor([0, -1, 1])}, IndexError, "labels: row 1 has class -1, expected 0 <= class < 10"),
-            ({"labels": torch.zeros(3)}, TypeError, "labels: got dtype torch.float32, expected an integer dtype"),
-            ({"centers": torch.zeros(C, D + 1)}, ValueError, "centers: got shape (10, 20), expected (10, 19)"),
-            ({"centers": torch.zeros(C - 1, D)}, ValueError, "centers: got shape (9, 19), expected (10, 19)"),
-            ({"centers": torch.zeros(C, D, device="meta")}, ValueError, "centers: got device meta, expected cpu"),
-            ({"centers": torch.zeros(C, D).long()}, TypeError, "centers: got dtype torch.int64"),
-        ],
-        ids=["2d", "none", "length", "class", "minus-one", "float", "width", "classes", "device", "integers"],
+    @refused(
+        "change",
+        ({"features": torch.zeros(3, D)}, ValueError, "features: got shape (3, 19), expected [N, V, D]"),
+        ({"features": None}, TypeError, "features: got NoneType"),
+        ({"labels": torch.tensor([0, 1])}, ValueError, "labels: got shape (2,), expected (3,)"),
+        ({"labels": torch.tensor([0, 1, C])}, IndexError, "labels: row 2 has class 10, expected 0 <= class < 10"),
+        ({"labels": torch.tensor([0, -1, 1])}, IndexError, "labels: row 1 has class -1, expected 0 <= class < 10"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels: got dtype torch.float32, expected an integer dtype"),
+        ({"centers": torch.zeros(C, D + 1)}, ValueError, "centers: got shape (10, 20), expected (10, 19)"),
+        ({"centers": torch.zeros(C - 1, D)}, ValueError, "centers: got shape (9, 19), expected (10, 19)"),
+        ({"centers": torch.zeros(C, D, device="meta")}, ValueError, "centers: got device meta, expected cpu"),
+        ({"centers": torch.zeros(C, D).long()}, TypeError, "centers: got dtype torch.int64"),
     )
-    def test_bad_calls(self, change, error, message):
+    def test_bad_calls(self, change, refusal):
         given = {"features": torch.zeros(3, 2, D), "labels": torch.zeros(3).long(), "centers": torch.zeros(C, D)}
-        with pytest.raises(error, match=re.escape(message)):
+        with refusal:
             BalancedContrastiveLoss(COUNTS)(**{**given, **change})
 
     def test_bad_construction(self):
@@ -446,89 +433,61 @@ class TestPaCo:
         torch.testing.assert_close(part["key"][:10], whole["key"][:10])
         assert not part["key"][10:].any()
 
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            ({"temperature": 0}, ValueError, "temperature: got 0, expected a number > 0"),
-            ({"supt": -1.0}, ValueError, "supt: got -1.0, expected a number > 0"),
-            ({"alpha": -0.1}, ValueError, "alpha: got -0.1, expected a number >= 0"),
-            ({"beta": math.nan}, ValueError, "beta: got nan, expected a number >= 0"),
-            ({"gamma": "1"}, TypeError, "gamma: got str, expected a number"),
-            ({"eps": -1}, ValueError, "eps: got -1, expected a number >= 0"),
-            ({"label_smoothing": 1.0}, ValueError, "label_smoothing: got 1.0, expected a number in [0, 1)"),
-            ({"class_counts": [1, 0]}, ValueError, "class_counts: got 0 for 1 of 2 classes"),
-            ({"reduction": "avg"}, ValueError, "reduction: got 'avg'"),
-        ],
-        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    @refused(
+        "change",
+        ({"temperature": 0}, ValueError, "temperature: got 0, expected a number > 0"),
+        ({"supt": -1.0}, ValueError, "supt: got -1.0, expected a number > 0"),
+        ({"alpha": -0.1}, ValueError, "alpha: got -0.1, expected a number >= 0"),
+        ({"beta": math.nan}, ValueError, "beta: got nan, expected a number >= 0"),
+        ({"gamma": "1"}, TypeError, "gamma: got str, expected a number"),
+        ({"eps": -1}, ValueError, "eps: got -1, expected a number >= 0"),
+        ({"label_smoothing": 1.0}, ValueError, "label_smoothing: got 1.0, expected a number in [0, 1)"),
+        ({"class_counts": [1, 0]}, ValueError, "class_counts: got 0 for 1 of 2 classes"),
+        ({"reduction": "avg"}, ValueError, "reduction: got 'avg'"),
     )
-    def test_bad_construction(self, change, error, message):
-        with pytest.raises(error, match=re.escape(message)):
+    def test_bad_construction(self, change, refusal):
+        with refusal:
             PaCoLoss(**{"class_counts": COUNTS, "alpha": 0.05, **change})
 
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            ({"query": None}, TypeError, "query: got NoneType, expected a Tensor [N, D]"),
-            ({"query": torch.zeros(3, 2, D)}, ValueError, "query: got shape (3, 2, 19), expected [N, D]"),
-            ({"key": torch.zeros(5, D + 1)}, ValueError, "key: got 20 features (shape (5, 20)), expected 19 as query"),
-            ({"key": torch.zeros(5, D).long()}, TypeError, "key: got dtype torch.int64"),
-            ({"logits": torch.zeros(2, C)}, ValueError, "logits: got shape (2, 10), expected [3, C]"),
-            ({"logits": torch.zeros(3, C + 1)}, ValueError, "logits: got 11 classes, expected 10 as class_counts"),
-            ({"query_label": torch.zeros(4).long()}, ValueError, "query_label: got shape (4,), expected (3,)"),
-            ({"query_label": torch.tensor([0, 1, C])}, IndexError, "query_label: row 2 has class 10"),
-            ({"key_label": torch.zeros(4).long()}, ValueError, "key_label: got shape (4,), expected (5,)"),
-            ({"key_label": torch.zeros(5)}, TypeError, "key_label: got dtype torch.float32"),
-            (
-                {"key_label": torch.full((5,), -2)},
-                IndexError,
-                "key_label: row 0 has class -2, expected 0 <= class < 10",
-            ),
-            ({"exclude": torch.tensor([0, 1, 5])}, IndexError, "exclude: got 5 in row 2, expected a key from 0 to 4"),
-            ({"exclude": torch.tensor([0])}, ValueError, "exclude: got shape (1,), expected [3]"),
-            ({"key_label": torch.zeros(5, device="meta").long()}, ValueError, "key_label: got device meta"),
-        ],
-        ids=[
-            *(
-                "none",
-                "3d",
-                "width",
-                "integers",
-                "rows",
-                "classes",
-                "length",
-                "class",
-                "key-length",
-                "float",
-                "minus-two",
-            ),
-            *("exclude", "exclude-length", "device"),
-        ],
+    @refused(
+        "change",
+        ({"query": None}, TypeError, "query: got NoneType, expected a Tensor [N, D]"),
+        ({"query": torch.zeros(3, 2, D)}, ValueError, "query: got shape (3, 2, 19), expected [N, D]"),
+        ({"key": torch.zeros(5, D + 1)}, ValueError, "key: got 20 features (shape (5, 20)), expected 19 as query"),
+        ({"key": torch.zeros(5, D).long()}, TypeError, "key: got dtype torch.int64"),
+        ({"logits": torch.zeros(2, C)}, ValueError, "logits: got shape (2, 10), expected [3, C]"),
+        ({"logits": torch.zeros(3, C + 1)}, ValueError, "logits: got 11 classes, expected 10 as class_counts"),
+        ({"query_label": torch.zeros(4).long()}, ValueError, "query_label: got shape (4,), expected (3,)"),
+        ({"query_label": torch.tensor([0, 1, C])}, IndexError, "query_label: row 2 has class 10"),
+        ({"key_label": torch.zeros(4).long()}, ValueError, "key_label: got shape (4,), expected (5,)"),
+        ({"key_label": torch.zeros(5)}, TypeError, "key_label: got dtype torch.float32"),
+        ({"key_label": torch.full((5,), -2)}, IndexError, "key_label: row 0 has class -2, expected 0 <= class < 10"),
+        ({"exclude": torch.tensor([0, 1, 5])}, IndexError, "exclude: got 5 in row 2, expected a key from 0 to 4"),
+        ({"exclude": torch.tensor([0])}, ValueError, "exclude: got shape (1,), expected [3]"),
+        ({"key_label": torch.zeros(5, device="meta").long()}, ValueError, "key_label: got device meta"),
     )
-    def test_bad_calls(self, change, error, message):
+    def test_bad_calls(self, change, refusal):
         given = {"query": torch.zeros(3, D), "query_label": torch.zeros(3).long(), "logits": torch.zeros(3, C)}
         given |= {"key": torch.zeros(5, D), "key_label": torch.zeros(5).long()}
-        with pytest.raises(error, match=re.escape(message)):
+        with refusal:
             PaCoLoss(COUNTS, 0.05)(**{**given, **change})
 
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            ({"features": torch.zeros(3, D)}, ValueError, "features: got shape (3, 19), expected [N, V, D]"),
-            ({"logits": torch.zeros(3, 3, C)}, ValueError, "logits: got shape (3, 3, 10), expected [3, 2, 'C']"),
-            ({"logits": torch.zeros(6, C)}, ValueError, "logits: got shape (6, 10), expected [3, 'C']"),
-            ({"labels": torch.zeros(6).long()}, ValueError, "labels: got shape (6,), expected (3,)"),
-            ({"queue_features": torch.zeros(5, D)}, ValueError, "queue_labels: got one of queue_features and"),
-            (
-                {"queue_features": torch.zeros(5, D + 1), "queue_labels": torch.zeros(5).long()},
-                ValueError,
-                "queue_features: got 20 features, expected 19",
-            ),
-        ],
-        ids=["2d", "views", "rows", "labels", "one-of-two", "width"],
+    @refused(
+        "change",
+        ({"features": torch.zeros(3, D)}, ValueError, "features: got shape (3, 19), expected [N, V, D]"),
+        ({"logits": torch.zeros(3, 3, C)}, ValueError, "logits: got shape (3, 3, 10), expected [3, 2, 'C']"),
+        ({"logits": torch.zeros(6, C)}, ValueError, "logits: got shape (6, 10), expected [3, 'C']"),
+        ({"labels": torch.zeros(6).long()}, ValueError, "labels: got shape (6,), expected (3,)"),
+        ({"queue_features": torch.zeros(5, D)}, ValueError, "queue_labels: got one of queue_features and"),
+        (
+            {"queue_features": torch.zeros(5, D + 1), "queue_labels": torch.zeros(5).long()},
+            ValueError,
+            "queue_features: got 20 features, expected 19",
+        ),
     )
-    def test_bad_views(self, change, error, message):
+    def test_bad_views(self, change, refusal):
         given = {"features": torch.zeros(3, 2, D), "labels": torch.zeros(3).long(), "logits": torch.zeros(3, C)}
-        with pytest.raises(error, match=re.escape(message)):
+        with refusal:
             PaCoLoss(COUNTS, 0.05).two_views(**{**given, **change})
 
 

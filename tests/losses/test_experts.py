@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _loss_cases import COUNTS, OTHER, C
+from _loss_dense import check_formula, exact_dtypes, run
+from _refused import refused
 from torch import Tensor, nn
 
 from lt_kernels.losses import (
@@ -25,7 +27,6 @@ from lt_kernels.losses import (
     SADELoss,
 )
 from lt_kernels.schedules import DeferredReweighting
-from lt_kernels.testing import assert_within_budget
 
 E, N = 3, 60  # enough rows for the largest error of one to be typical
 
@@ -151,7 +152,6 @@ RECIPES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     ),
 }
 every_recipe = pytest.mark.parametrize(("make", "formula"), RECIPES.values(), ids=RECIPES.keys())
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 CLASSES = {"balpoe": BalPoELoss, "sade": SADELoss, "ride": RIDELoss, "ncl": NCLLoss}
 every_class = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
 LAYOUTS: dict[str, Callable[[Tensor], Tensor | list[Tensor]]] = {
@@ -162,40 +162,28 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor | list[Tensor]]] = {
 
 
 def value_and_gradient(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    z = z.detach().clone().requires_grad_()
-    value = function(z)
-    value.sum().backward()
-    assert z.grad is not None
-    return value.detach(), z.grad
-
-
-def check(loss: Callable[[Tensor], Tensor], expected: Callable[[Tensor, Tensor], Tensor], z: Tensor) -> None:
-    """Value and gradient against the formula in float64; the formula's own error in z's dtype beside."""
-    actual = value_and_gradient(loss, z)
-    eager = value_and_gradient(lambda x: expected(x, torch.tensor(COUNTS, dtype=x.dtype)), z)
-    truth = value_and_gradient(lambda x: expected(x, torch.tensor(COUNTS, dtype=x.dtype)), z.double())
-    for what, a, e, t in zip(("value", "gradient"), actual, eager, truth, strict=True):
-        assert_within_budget(a, e, t, what)
+    value, gradients = run(lambda x: function(x), {"x": z})
+    return value, gradients["x"]
 
 
 @every_recipe
-@every_dtype
+@exact_dtypes
 class TestFormula:
     @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
     def test_mean(self, make, formula, dtype, layout):
         z, y = experts_and_target(dtype)
         loss = make(dtype=dtype)
-        check(lambda x: loss(layout(x), y), lambda x, n: formula(x, y, n).mean(), z)
+        check_formula(lambda x: loss(layout(x), y), lambda x, n: formula(x, y, n).mean(), z)
 
     def test_each_row(self, make, formula, dtype):
         z, y = experts_and_target(dtype, seed=1)
         loss = make(dtype=dtype, reduction="none")
-        check(lambda x: loss(x, y), lambda x, n: formula(x, y, n), z)
+        check_formula(lambda x: loss(x, y), lambda x, n: formula(x, y, n), z)
 
     def test_sum(self, make, formula, dtype):
         z, y = experts_and_target(dtype, seed=2)
         loss = make(dtype=dtype, reduction="sum")
-        check(lambda x: loss(x, y), lambda x, n: formula(x, y, n).sum(), z)
+        check_formula(lambda x: loss(x, y), lambda x, n: formula(x, y, n).sum(), z)
 
 
 def mixed(formula: Callable[..., Tensor], z: Tensor, y: Tensor, other: Tensor, share: Any, n: Tensor) -> Tensor:
@@ -203,22 +191,22 @@ def mixed(formula: Callable[..., Tensor], z: Tensor, y: Tensor, other: Tensor, s
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("ncl")])
-@every_dtype
+@exact_dtypes
 def test_mixed_targets(name, dtype):
     make, formula = RECIPES[name]
     z, y = experts_and_target(dtype, seed=4)
     other = y.roll(1)
     loss = make(dtype=dtype)
-    check(lambda x: loss(x, y, other, 0.3), lambda x, n: mixed(formula, x, y, other, 0.3, n).mean(), z)
+    check_formula(lambda x: loss(x, y, other, 0.3), lambda x, n: mixed(formula, x, y, other, 0.3, n).mean(), z)
     shares = torch.rand(N, dtype=torch.float64)
-    check(
+    check_formula(
         lambda x: loss(list(x.unbind(0)), y, other, shares.to(dtype)),
         lambda x, n: mixed(formula, x, y, other, shares.to(x), n).mean(),
         z,
     )
 
 
-@every_dtype
+@exact_dtypes
 def test_ncl_with_mixed_targets_has_both_among_the_hard_classes(dtype):
     z, y = experts_and_target(dtype, seed=5)
     other = y.roll(1)
@@ -234,7 +222,7 @@ def test_ncl_with_mixed_targets_has_both_among_the_hard_classes(dtype):
         return rows.mean()
 
     loss = NCLLoss(COUNTS, dtype=dtype)
-    check(lambda x: loss(x, y, other, 0.3), expected, z)
+    check_formula(lambda x: loss(x, y, other, 0.3), expected, z)
 
 
 @every_class
@@ -398,26 +386,23 @@ class TestBalPoE:
         ours = BalPoELoss(COUNTS, (1.0,), 0.0, dtype=torch.float64)(z, y)
         torch.testing.assert_close(ours, LogitAdjustmentLoss(COUNTS, dtype=torch.float64)(z[0], y))
 
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            ({"taus": ()}, ValueError, "taus: got shape (0,), expected [E] or [E, 10]"),
-            ({"taus": (0.0, "a")}, TypeError, "taus[1]: got str, expected a number"),
-            ({"taus": (0.0, math.nan)}, ValueError, "taus[1]: got nan, expected a finite number"),
-            ({"taus": torch.ones(3, 4)}, ValueError, "taus: got shape (3, 4), expected [E] or [E, 10]"),
-            ({"taus": torch.ones(2, 3, C)}, ValueError, "taus: got shape (2, 3, 10), expected [E] or [E, 10]"),
-            ({"taus": torch.full((2, C), math.inf)}, ValueError, "taus: got values that are not finite"),
-            ({"taus": torch.ones(3, dtype=torch.bool)}, TypeError, "taus: got dtype torch.bool, expected integers"),
-            ({"taus": [[1.0], [1.0, 2.0]]}, TypeError, "taus: got list"),
-            ({"taus": 1.0}, ValueError, "taus: got shape (), expected [E] or [E, 10]"),
-            ({"taus": "high"}, TypeError, "taus: got str"),
-            ({"eps": -1.0}, ValueError, "eps: got -1.0, expected a number >= 0"),
-            ({"scale": 0.0}, ValueError, "scale: got 0.0, expected a number > 0"),
-        ],
-        ids=lambda value: value.split(", expected")[0].replace(": got ", "=") if isinstance(value, str) else "",
+    @refused(
+        "arguments",
+        ({"taus": ()}, ValueError, "taus: got shape (0,), expected [E] or [E, 10]"),
+        ({"taus": (0.0, "a")}, TypeError, "taus[1]: got str, expected a number"),
+        ({"taus": (0.0, math.nan)}, ValueError, "taus[1]: got nan, expected a finite number"),
+        ({"taus": torch.ones(3, 4)}, ValueError, "taus: got shape (3, 4), expected [E] or [E, 10]"),
+        ({"taus": torch.ones(2, 3, C)}, ValueError, "taus: got shape (2, 3, 10), expected [E] or [E, 10]"),
+        ({"taus": torch.full((2, C), math.inf)}, ValueError, "taus: got values that are not finite"),
+        ({"taus": torch.ones(3, dtype=torch.bool)}, TypeError, "taus: got dtype torch.bool, expected integers"),
+        ({"taus": [[1.0], [1.0, 2.0]]}, TypeError, "taus: got list"),
+        ({"taus": 1.0}, ValueError, "taus: got shape (), expected [E] or [E, 10]"),
+        ({"taus": "high"}, TypeError, "taus: got str"),
+        ({"eps": -1.0}, ValueError, "eps: got -1.0, expected a number >= 0"),
+        ({"scale": 0.0}, ValueError, "scale: got 0.0, expected a number > 0"),
     )
-    def test_bad_construction(self, arguments, error, message):
-        with pytest.raises(error, match=re.escape(message)):
+    def test_bad_construction(self, arguments, refusal):
+        with refusal:
             BalPoELoss(COUNTS, **arguments)
 
     def test_unknown_preset(self):
@@ -471,7 +456,7 @@ class TestSADE:
 
 
 class TestRIDE:
-    @every_dtype
+    @exact_dtypes
     @pytest.mark.parametrize("temperature", [1.0, 2.0])
     def test_reweighting_changes_weights_and_temperature(self, dtype, temperature):
         z, y = experts_and_target(dtype)
@@ -485,11 +470,11 @@ class TestRIDE:
             base = sum((weight[y] * ldam_of_scaled(each, y, n)).sum() / weight[y].sum() for each in x)
             return base - 0.2 * ride_diversity(x, temperature * w / w.max()).mean()
 
-        check(lambda x: loss(x, y), lambda x, n: ride(x, y, n, temperature=temperature).mean(), z)
+        check_formula(lambda x: loss(x, y), lambda x, n: ride(x, y, n, temperature=temperature).mean(), z)
         schedule.step(160)
-        check(lambda x: loss(x, y), reweighted, z)
+        check_formula(lambda x: loss(x, y), reweighted, z)
         schedule.step(0)
-        check(lambda x: loss(x, y), lambda x, n: ride(x, y, n, temperature=temperature).mean(), z)
+        check_formula(lambda x: loss(x, y), lambda x, n: ride(x, y, n, temperature=temperature).mean(), z)
 
     def test_a_class_without_samples_is_no_reweighting(self):
         z, y = experts_and_target()
@@ -523,19 +508,16 @@ class TestRIDE:
         assert loss.class_temperature[1] == loss.class_temperature[2] > 0
         assert loss.margin[1] == loss.margin[2] == 15
 
-    @pytest.mark.parametrize(
-        ("logits", "error", "message"),
-        [
-            (3.0, TypeError, "logits: got float, expected a Tensor [E, N, C] or a list of E [N, C]"),
-            ([], TypeError, "logits: got list, expected a Tensor [E, N, C]"),
-            (torch.zeros(N, C), ValueError, "logits: got shape (60, 10), expected [E, N, C]"),
-            (torch.zeros(E, N, C).long(), TypeError, "logits: got dtype torch.int64, expected a floating"),
-            ([torch.zeros(N, C), torch.zeros(2, C)], ValueError, "logits[1]: got shape (2, 10), expected (60, 10)"),
-        ],
-        ids=["number", "empty", "2d", "integers", "shapes"],
+    @refused(
+        "logits",
+        (3.0, TypeError, "logits: got float, expected a Tensor [E, N, C] or a list of E [N, C]"),
+        ([], TypeError, "logits: got list, expected a Tensor [E, N, C]"),
+        (torch.zeros(N, C), ValueError, "logits: got shape (60, 10), expected [E, N, C]"),
+        (torch.zeros(E, N, C).long(), TypeError, "logits: got dtype torch.int64, expected a floating"),
+        ([torch.zeros(N, C), torch.zeros(2, C)], ValueError, "logits[1]: got shape (2, 10), expected (60, 10)"),
     )
-    def test_bad_logits_of_the_ensemble(self, logits, error, message):
-        with pytest.raises(error, match=re.escape(message)):
+    def test_bad_logits_of_the_ensemble(self, logits, refusal):
+        with refusal:
             RIDELoss(COUNTS, diversity=0.0)(logits, torch.zeros(N, dtype=torch.int64))
 
     @pytest.mark.parametrize(
@@ -581,21 +563,18 @@ class TestNCL:
         assert gradient.isfinite().all()
         assert not gradient[:, :, -1].any()
 
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            ({"hard_classes": 0}, ValueError, "hard_classes: got 0, expected 1 to 10, the number of classes"),
-            ({"hard_classes": 11}, ValueError, "hard_classes: got 11, expected 1 to 10, the number of classes"),
-            ({"hard_classes": 2.0}, TypeError, "hard_classes: got float, expected an int or None"),
-            ({"ce_factor": math.nan}, ValueError, "ce_factor: got nan, expected a finite number"),
-            ({"hard_factor": "1"}, TypeError, "hard_factor: got str, expected a number"),
-            ({"divergence_factor": math.inf}, ValueError, "divergence_factor: got inf, expected a finite number"),
-            ({"hard_divergence_factor": None}, TypeError, "hard_divergence_factor: got NoneType, expected a number"),
-        ],
-        ids=lambda value: value.split(", expected")[0].replace(": got ", "=") if isinstance(value, str) else "",
+    @refused(
+        "arguments",
+        ({"hard_classes": 0}, ValueError, "hard_classes: got 0, expected 1 to 10, the number of classes"),
+        ({"hard_classes": 11}, ValueError, "hard_classes: got 11, expected 1 to 10, the number of classes"),
+        ({"hard_classes": 2.0}, TypeError, "hard_classes: got float, expected an int or None"),
+        ({"ce_factor": math.nan}, ValueError, "ce_factor: got nan, expected a finite number"),
+        ({"hard_factor": "1"}, TypeError, "hard_factor: got str, expected a number"),
+        ({"divergence_factor": math.inf}, ValueError, "divergence_factor: got inf, expected a finite number"),
+        ({"hard_divergence_factor": None}, TypeError, "hard_divergence_factor: got NoneType, expected a number"),
     )
-    def test_bad_construction(self, arguments, error, message):
-        with pytest.raises(error, match=re.escape(message)):
+    def test_bad_construction(self, arguments, refusal):
+        with refusal:
             NCLLoss(COUNTS, **arguments)
 
 
@@ -604,23 +583,21 @@ class TestNCL:
 X, Y = experts_and_target()
 
 
-BAD_CALLS = {
-    "classes": (X[:, :, :4], Y, {}, ValueError, "expected"),
-    "one-expert": (X[0], Y, {}, ValueError, "logits: got shape (60, 10), expected [E, N, C]"),
-    "list": ([X[0], X[1, :3], X[2]], Y, {}, ValueError, "logits[1]: got shape (3, 10), expected (60, 10)"),
-    "integers": (X.long(), Y, {}, TypeError, "logits: got dtype torch.int64"),
-    "none": (None, Y, {}, TypeError, "logits: got NoneType"),
-    "class": (X, Y + C, {}, IndexError, "target: row 0 has class"),
-    "target": (X, Y[:3], {}, ValueError, "target: got class indices of shape (3,)"),
-    "probabilities": (X, X[0].softmax(1), {}, TypeError, "target: got dtype torch.float64, expected class indices"),
-    "mixed-target": (X, Y, {"mix_lambda": 0.5}, ValueError, "mixed_target: got None with mix_lambda"),
-    "mix-lambda": (X, Y, {"mixed_target": Y}, ValueError, "mix_lambda: got None with mixed_target"),
-    "mixed-class": (X, Y, {"mixed_target": Y - C, "mix_lambda": 0.5}, IndexError, "mixed_target: row 0 has class"),
-}
-
-
 @every_class
-@pytest.mark.parametrize(("logits", "target", "mix", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_bad_calls(cls, logits, target, mix, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+@refused(
+    "logits, target, mix",
+    (X[:, :, :4], Y, {}, ValueError, "expected"),
+    (X[0], Y, {}, ValueError, "logits: got shape (60, 10), expected [E, N, C]"),
+    ([X[0], X[1, :3], X[2]], Y, {}, ValueError, "logits[1]: got shape (3, 10), expected (60, 10)"),
+    (X.long(), Y, {}, TypeError, "logits: got dtype torch.int64"),
+    (None, Y, {}, TypeError, "logits: got NoneType"),
+    (X, Y + C, {}, IndexError, "target: row 0 has class"),
+    (X, Y[:3], {}, ValueError, "target: got class indices of shape (3,)"),
+    (X, X[0].softmax(1), {}, TypeError, "target: got dtype torch.float64, expected class indices"),
+    (X, Y, {"mix_lambda": 0.5}, ValueError, "mixed_target: got None with mix_lambda"),
+    (X, Y, {"mixed_target": Y}, ValueError, "mix_lambda: got None with mixed_target"),
+    (X, Y, {"mixed_target": Y - C, "mix_lambda": 0.5}, IndexError, "mixed_target: row 0 has class"),
+)
+def test_bad_calls(cls, logits, target, mix, refusal):
+    with refusal:
         cls(COUNTS)(logits, target, **mix)

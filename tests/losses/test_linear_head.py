@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import doctest
-import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from _loss_cases import COPIES
+from _refused import refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-import lt_kernels
 from lt_kernels.losses import (
     ArcFaceLoss,
     BalancedSoftmaxLoss,
@@ -24,7 +22,6 @@ from lt_kernels.losses import (
     LogitAdjustmentLoss,
     MarginCrossEntropyBase,
     VSLoss,
-    linear_head,
 )
 from lt_kernels.schedules import DeferredReweighting
 from lt_kernels.testing import assert_within_budget, dense_margin_cross_entropy
@@ -239,19 +236,16 @@ class TestFromLinear:
         assert head.loss.class_scale.dtype == torch.float32
         assert not head.weight.requires_grad
 
-    @pytest.mark.parametrize(
-        ("linear", "loss", "error", "message"),
-        [
-            (nn.Conv2d(1, 1, 1), None, TypeError, "linear: got Conv2d, expected an nn.Linear"),
-            (nn.Linear(D, C), CosFaceLoss(), ValueError, "bias: got True with normalize=True"),
-            (nn.Linear(D, C + 1), LogitAdjustmentLoss(COUNTS), ValueError, "loss: got a LogitAdjustmentLoss with 13"),
-            (parametrizations.weight_norm(nn.Linear(D, C)), None, TypeError, "whose weight or bias is computed"),
-            (prune.identity(nn.Linear(D, C), "weight"), None, TypeError, "whose weight or bias is computed"),
-        ],
-        ids=["no linear", "bias", "classes", "parametrized", "pruned"],
+    @refused(
+        "linear, loss",
+        (nn.Conv2d(1, 1, 1), None, TypeError, "linear: got Conv2d, expected an nn.Linear"),
+        (nn.Linear(D, C), CosFaceLoss(), ValueError, "bias: got True with normalize=True"),
+        (nn.Linear(D, C + 1), LogitAdjustmentLoss(COUNTS), ValueError, "loss: got a LogitAdjustmentLoss with 13"),
+        (parametrizations.weight_norm(nn.Linear(D, C)), None, TypeError, "whose weight or bias is computed"),
+        (prune.identity(nn.Linear(D, C), "weight"), None, TypeError, "whose weight or bias is computed"),
     )
-    def test_bad_input(self, linear, loss, error, message):
-        with pytest.raises(error, match=re.escape(message)):
+    def test_bad_input(self, linear, loss, refusal):
+        with refusal:
             LinearHead.from_linear(linear, loss)
 
 
@@ -484,67 +478,35 @@ def test_repr_shows_the_loss_and_what_differs_from_the_default():
     )
 
 
-BAD = {
-    "loss": (
-        {"loss": nn.CrossEntropyLoss()},
-        TypeError,
-        "loss: got CrossEntropyLoss, expected None or a classifier loss",
-    ),
-    "loss class": ({"loss": LDAMLoss}, TypeError, "loss: got LDAMLoss, expected None or a classifier loss"),
-    "classes of counts": (
-        {"loss": VSLoss([3, 2, 1])},
-        ValueError,
-        "loss: got a VSLoss with 3 classes (class_counts), expected 13",
-    ),
-    "classes of margins": (
-        {"loss": CosFaceLoss([0.1, 0.2])},
-        ValueError,
-        "loss: got a CosFaceLoss with 2 classes (margin), expected 13",
-    ),
-    "classes of weights": (
-        {"loss": CosFaceLoss(weight=[1, 2])},
-        ValueError,
-        "loss: got a CosFaceLoss with 2 classes (weight), expected 13",
-    ),
-    "bias": (
-        {"loss": LDAMLoss(COUNTS), "bias": True},
-        ValueError,
-        "bias: got True with normalize=True, expected False",
-    ),
-    "bias type": ({"bias": 1}, TypeError, "bias: got int, expected a bool or None"),
-    "normalize type": ({"normalize": "yes"}, TypeError, "normalize: got str, expected a bool or None"),
-    "strategy": ({"strategy": "fast"}, ValueError, "strategy: got 'fast', expected one of 'auto', 'materialize'"),
-}
-
-
-@pytest.mark.parametrize(("options", "error", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_options(options, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+@refused(
+    "options",
+    ({"loss": nn.CrossEntropyLoss()}, TypeError, "loss: got CrossEntropyLoss, expected None or a classifier loss"),
+    ({"loss": LDAMLoss}, TypeError, "loss: got LDAMLoss, expected None or a classifier loss"),
+    ({"loss": VSLoss([3, 2, 1])}, ValueError, "loss: got a VSLoss with 3 classes (class_counts), expected 13"),
+    ({"loss": CosFaceLoss([0.1, 0.2])}, ValueError, "loss: got a CosFaceLoss with 2 classes (margin), expected 13"),
+    ({"loss": CosFaceLoss(weight=[1, 2])}, ValueError, "loss: got a CosFaceLoss with 2 classes (weight), expected 13"),
+    ({"loss": LDAMLoss(COUNTS), "bias": True}, ValueError, "bias: got True with normalize=True, expected False"),
+    ({"bias": 1}, TypeError, "bias: got int, expected a bool or None"),
+    ({"normalize": "yes"}, TypeError, "normalize: got str, expected a bool or None"),
+    ({"strategy": "fast"}, ValueError, "strategy: got 'fast', expected one of 'auto', 'materialize'"),
+)
+def test_bad_options(options, refusal):
+    with refusal:
         LinearHead(D, C, **options)
 
 
 X, Y, _ = batch()
-BAD_CALLS = {
-    "features": ((X[:, :3], Y), ValueError, "linear_weight: got 16 features"),
-    "feature dimensions": ((X[None], Y), ValueError, "input: got shape (1, 21, 16), expected features [D] or [N, D]"),
-    "target length": ((X, Y[:3]), ValueError, "target: got class indices of shape (3,), expected (21,)"),
-    "class": ((X, Y + C), IndexError, "target: row 0 has class"),
-    "mixup": ((X, Y, Y), ValueError, "mix_lambda: got None with mixed_target, expected both or neither"),
-    "probabilities with a margin": ((X, torch.ones(N, C)), ValueError, "margin: got a margin with class-probability"),
-}
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_bad_calls(arguments, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+@refused(
+    "arguments",
+    ((X[:, :3], Y), ValueError, "linear_weight: got 16 features"),
+    ((X[None], Y), ValueError, "input: got shape (1, 21, 16), expected features [D] or [N, D]"),
+    ((X, Y[:3]), ValueError, "target: got class indices of shape (3,), expected (21,)"),
+    ((X, Y + C), IndexError, "target: row 0 has class"),
+    ((X, Y, Y), ValueError, "mix_lambda: got None with mixed_target, expected both or neither"),
+    ((X, torch.ones(N, C)), ValueError, "margin: got a margin with class-probability"),
+)
+def test_bad_calls(arguments, refusal):
+    with refusal:
         make_head("ldam")(*arguments)
-
-
-def test_example():
-    result = doctest.testmod(linear_head)
-    assert result.attempted > 0
-    assert result.failed == 0
-
-
-def test_at_top_level():
-    assert lt_kernels.LinearHead is LinearHead

@@ -49,7 +49,7 @@ SHAPES = [
     *[(e, 7, 33) for e in (2, 3, 6, 9)],
     *((3, 5, 1), (3, 5, 2), (3, 4, 129), (2, 3, 1000)),
 ]
-WIDE_SHAPES = [(3, 24, 8142), (2, 3, 8192), (2, 2, 40_001)]
+WIDE_SHAPES = [(3, 9, 8142), (2, 3, 8192), (2, 2, 40_001)]
 
 
 @pytest.mark.parametrize(("reduction", "expert_reduction"), [("mean", "sum"), ("none", "none")])
@@ -81,7 +81,7 @@ def test_other_reductions(kind, reduction, expert_reduction, backend, device):
 @pytest.mark.parametrize("kind", ["to_mean", "pairwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_temperatures(dtype, kind, classes, backend, device):
-    logits = draw((3, 24, classes), dtype, device)
+    logits = draw((3, 9, classes), dtype, device)
     vector = torch.linspace(0.3, 3.0, classes, device=device)
     for temperature in (4.0, 1.7, vector, torch.tensor(0.7, device=device)):
         check(logits, kind, False, temperature=temperature, reduction="none", expert_reduction="none")
@@ -188,16 +188,14 @@ def test_no_rows(kind, backend, device):
 
 
 @pytest.mark.parametrize("kind", ["to_mean", "pairwise"])
-@pytest.mark.parametrize("backend_name", ["reference", "native"])
-def test_gradcheck(kind, backend_name):
+def test_gradcheck(kind, backend):
     logits = draw((3, 3, 7), torch.float64, "cpu").requires_grad_()
     temperature = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)
 
     def call(x: Tensor) -> Tensor:
         return expert_divergence(x, kind, temperature, detach_mean=False, reduction="none", expert_reduction="none")
 
-    with lt_kernels.use_backend(backend_name):
-        assert torch.autograd.gradcheck(call, logits)
+    assert torch.autograd.gradcheck(call, logits)
 
 
 X = torch.randn(3, 4, 5)

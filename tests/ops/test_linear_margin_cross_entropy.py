@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases.linear import BY_ID, CASES, OWN, Case
-from _strategies import LINEAR_MODES, linear_mode
+from _engines import of_backends
+from _gradients import gradcheck
+from _strategies import LINEAR_MODES, linear_mode, tiled_linear_reason
 from torch import Tensor
 
 import lt_kernels
@@ -26,7 +28,6 @@ from lt_kernels.testing import (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_BACKENDS = ("reference", "native")
 
 
 @pytest.fixture(params=LINEAR_MODES)
@@ -59,8 +60,11 @@ def _kinds() -> list:
     return [pytest.param(case, DTYPES[kind], how, id=f"{case.id}-{kind}-{how}") for case, kind, how in kinds]
 
 
+@pytest.mark.parametrize("mode", [*LINEAR_MODES, *of_backends(triton=("tiled",))], indirect=True)
 @pytest.mark.parametrize(("case", "dtype", "reduction"), _kinds())
 def test_value_and_every_gradient(case, dtype, reduction, mode, backend, device):
+    if mode == "tiled" and (reason := tiled_linear_reason(case.width, case.positions, case.soft)):
+        pytest.skip(reason)
     sample = case.sample(dtype, device, reduction=reduction)
     check_linear_margin_cross_entropy(
         with_strategy(mode), sample, upstream=upstream_of(sample, reduction, device), factor=2.0
@@ -73,26 +77,12 @@ def test_sum_on_auto(case, backend, device):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.classes <= 40 and c.spread < 100], ids=lambda case: case.id)
-@pytest.mark.parametrize("backend_name", CPU_BACKENDS)
-def test_gradcheck(case, mode, backend_name):
-    small = dataclasses.replace(case, rows=min(case.rows, 4), width=2, classes=min(case.classes, 7))
-    sample = small.sample(torch.float64)
-    names = list(sample.differentiable)
+def test_gradcheck(case, mode, backend):
+    def call(**arguments) -> tuple[Tensor, ...]:
+        return linear_margin_cross_entropy(return_lse=True, strategy=mode, **arguments)[:2]
 
-    def call(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        given = {
-            "input": sample.input,
-            "target": sample.target,
-            **sample.options,
-            **dict(zip(names, leaves, strict=True)),
-        }
-        values = [given.pop(name) for name in ("input", "linear_weight", "target")]
-        output = linear_margin_cross_entropy(*values, return_lse=True, strategy=mode, **given)
-        return output.loss, output.lse
-
-    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in sample.differentiable.values())
-    with lt_kernels.use_backend(backend_name):
-        assert torch.autograd.gradcheck(call, leaves)
+    case = dataclasses.replace(case, rows=min(case.rows, 4), width=2, classes=min(case.classes, 7))
+    gradcheck(call, case.sample(torch.float64))
 
 
 linear_cross_entropy = getattr(F, "linear_cross_entropy", None)

@@ -8,7 +8,7 @@ import torch
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import linear_margin_cross_entropy
-from lt_kernels.ops.linear_margin_cross_entropy.plan import padded
+from lt_kernels.ops._gemm.products import padded
 
 
 def test_budget_decides_what_is_kept(monkeypatch):
@@ -49,7 +49,7 @@ def test_the_plan_is_what_runs(monkeypatch):
     """Chunks of the planned size, and no buffer beyond the budget."""
     seen = []
     monkeypatch.setattr(
-        "lt_kernels.ops.linear_margin_cross_entropy.products.buffer",
+        "lt_kernels.ops._gemm.products.buffer",
         lambda rows, columns, dtype, device: (
             seen.append((rows, columns)) or torch.empty(rows, padded(columns, dtype), dtype=dtype)[:, :columns]
         ),

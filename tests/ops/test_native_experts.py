@@ -13,7 +13,7 @@ import torch
 from _arguments import converted
 from torch import Tensor
 
-from lt_kernels.ops._experts import compute_dtype
+from lt_kernels._checks import compute_dtype
 from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments
 from lt_kernels.ops.expert_fusion.arguments import Arguments as FusionArguments
@@ -59,7 +59,7 @@ def reference(op: str):
 
 
 def drawn(size: tuple[int, int, int], dtype: torch.dtype, layout: str = "one", spread: float = 4.0) -> list[Tensor]:
-    torch.manual_seed(sum(size))
+    torch.default_generator.manual_seed(sum(size))
     x = (torch.randn(size, dtype=torch.float64) * spread).to(dtype)
     made = LAYOUTS[layout](x)
     assert layout == "one for all" or torch.equal(torch.stack([*made]).reshape(size), x)
@@ -84,7 +84,7 @@ def assert_like_eager(op: str, names: tuple[str, ...], arguments: tuple, *flags)
 
 def fusion(logits: list[Tensor], every_option: bool = False) -> FusionArguments:
     experts, classes = (logits[0].shape[0] if logits[0].dim() == 3 else len(logits)), logits[0].shape[-1]
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits[0].dtype)
     if not every_option:
         return FusionArguments(logits, None, None, None, [1 / experts] * experts, 1.0)
     vectors = torch.rand(experts, dtype=dtype), torch.randn(classes, dtype=dtype), torch.tensor(1.3, dtype=dtype)
@@ -167,7 +167,7 @@ def divergence(kind: str, detach: bool, logits: list[Tensor], temperature: Tenso
 @pytest.mark.parametrize(("size", "dtype", "layout"), EVERY, **IDS)
 def test_values_of_divergence(size, dtype, layout, kind):
     logits = drawn(size, dtype, layout, spread=2.0)
-    temperature = torch.rand(size[2], dtype=compute_dtype(logits)) + 0.5
+    temperature = torch.rand(size[2], dtype=compute_dtype(logits[0].dtype)) + 0.5
     divergence(kind, True, logits, None)
     divergence(kind, False, logits, temperature)
 
@@ -199,7 +199,7 @@ def test_divergence_of_values_that_are_not_finite(classes, kind):
 
 def cross_entropy(logits: list[Tensor], mixed: bool) -> Arguments:
     experts, (rows, classes) = (logits[0].shape[0] if logits[0].dim() == 3 else len(logits)), logits[0].shape[-2:]
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits[0].dtype)
     first, second = torch.randint(classes, (2, rows))
     first[1::5] = -100
     options = RowOptions(first[:, None])._replace(scale=1.5)
@@ -265,7 +265,7 @@ def test_bad_targets(name, value):
 
 def everything(size: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
     logits = drawn(size, dtype)
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     results = [*native("expert_fusion").forward(fusion(logits, True), min(4, size[2]), True)]
     for kind in KINDS:
         value, saved = native("expert_divergence").forward(logits, None, kind)

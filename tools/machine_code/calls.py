@@ -224,8 +224,13 @@ def _experts_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
     return _rows_work(kernel, a)
 
 
+def makes_products(a: Mapping[str, Any]) -> bool:
+    """Return whether a kernel with these arguments multiplies matrices."""
+    return "f" in a and "BLOCK_N" in a
+
+
 def _keys_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
-    if "PRECISION" in a:
+    if makes_products(a):
         return Work(a["BLOCK_N"] * a["BLOCK_C"], one_trip=True)
     if "GROUP" in a:
         return Work(a["LANES"] * a["GROUP"] * a.get("ROWS", 1), one_trip=True)

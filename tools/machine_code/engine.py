@@ -105,7 +105,7 @@ class Task:
         first = self.launches["sm_90"]
         row: Row = {"case": self.key.case, "kernel": self.key.kernel}
         if self.by_target:
-            recorded = (*_SHORT, "shared", *(("products",) if "PRECISION" in self.arguments else ()))
+            recorded = (*_SHORT, "shared", *(("products",) if calls.makes_products(self.arguments) else ()))
             for target, launch in self.launches.items():
                 sizes = _picked(launch.arguments, _SIZES)
                 row[target] = {**sizes, **launch.options, **_picked(codes[target], recorded)}
@@ -232,7 +232,7 @@ def _compiled(config: Any, kernel: str, by_target: dict[str, Any], place: tuple[
     if kernels := getattr(config, "kernels", ()):
         return kernel in kernels
     scalars = getattr(config, "scalars", True)
-    return scalars or "PRECISION" in by_target["sm_90"][place].arguments
+    return scalars or calls.makes_products(by_target["sm_90"][place].arguments)
 
 
 def _compile_nth(index: int, directory: str) -> tuple[Row, list[str]]:

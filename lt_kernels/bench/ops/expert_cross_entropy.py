@@ -6,12 +6,7 @@ prior.
 Cases are steps with mixup, as published: two targets for each sample, ``lambda`` times the loss of one and ``1 -
 lambda`` times that of the other. The variant ``plain`` has one target. The logits of the experts are a list of tensors,
 as networks return them, and so are their gradients.
-
-Bytes and operations per logit of any expert, for the least work that the result needs, are counted as for rows alone:
-
-    fwd      reads each logit once                            itemsize bytes,     4 operations, 1 exponential
-    bwd      reads each logit and writes its gradient         2 * itemsize bytes, 4 operations, 1 exponential
-    fwd_bwd  reads each logit once, writes its gradient once  2 * itemsize bytes, 8 operations, 1 exponential
+Work is counted by ``op.cost_of_logits``, as for rows alone.
 """
 
 from __future__ import annotations
@@ -25,19 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional
-from .. import experts
-from ..cases import by_name
-from ..experts import CPU_CASE, GPU_CASE, ExpertCase, ExpertInputs
-from ..op import COPY, Cost, Op, Target
+from ..agreement import LogitsAgreement
+from ..cases import Inputs, by_name
+from ..experts import CPU_CASE, GPU_CASE, MIX_LAMBDA, cases_with, expert_op, experts_of
+from ..op import Target, cost_of_logits
 from ..providers import Provider, Step, backends, compiled, eager, headlines_on_cpu, kernels_unavailable
 
 NAME = "expert_cross_entropy"
 PLAIN = "plain"
-CASES = (
-    experts.EXPERTS
-    | experts.SMALL_EXPERTS
-    | experts.variants(PLAIN, [CPU_CASE, GPU_CASE, "odd-3x7x123"], "one target for each sample: no mixup")
-)
+CASES = cases_with(PLAIN, "one target for each sample: no mixup")
 
 TARGETS = (
     Target("cpu", CPU_CASE, "float32", "published", 4.0),
@@ -49,21 +40,15 @@ TARGETS = (
 )
 
 
-def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
-    """Count the work as the module's docstring says."""
-    passes, operations = {"fwd": (1, 4), "bwd": (2, 4), "fwd_bwd": (2, 8)}[direction]
-    return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits)
-
-
-class Agreement(experts.Agreement):
-    def _losses(self, logits: Tensor, samples: Tensor) -> Tensor:
+class Agreement(LogitsAgreement):
+    def _losses_of(self, logits: Tensor, rows: Tensor) -> Tensor:
         inputs = self._inputs
         shifts = torch.outer(logits.new_tensor(inputs.case.taus), inputs.log_prior.double())
         # F.cross_entropy wants the classes second
         shifted = (logits + shifts[:, None]).movedim(0, -1)
         total = torch.zeros_like(shifted[:, 0])
         for target, share in _targets(inputs):
-            labels = target[samples, None].expand(-1, len(logits))
+            labels = target[rows, None].expand(-1, len(logits))
             total += share * F.cross_entropy(shifted, labels, reduction="none")
         return total.mean(1)
 
@@ -73,11 +58,11 @@ class Agreement(experts.Agreement):
 Targets = Sequence[tuple[Tensor, float]]
 
 
-def _targets(inputs: ExpertInputs) -> Targets:
+def _targets(inputs: Inputs) -> Targets:
     """Each target of the samples, and its share of the loss."""
     if inputs.case.variant == PLAIN:
         return [(inputs.target, 1.0)]
-    return [(inputs.target, inputs.mix_lambda), (inputs.mixed_target, 1 - inputs.mix_lambda)]
+    return [(inputs.target, MIX_LAMBDA), (inputs["mixed_target"], 1 - MIX_LAMBDA)]
 
 
 def published_loss(logits: Sequence[Tensor], targets: Targets, counts: Tensor, taus: Sequence[float]) -> Tensor:
@@ -107,36 +92,32 @@ def eager_loss(logits: Sequence[Tensor], targets: Targets, shifts: Sequence[Tens
     return total / len(logits)
 
 
-def _published_arguments(inputs: ExpertInputs) -> tuple[object, ...]:
-    return inputs.experts, _targets(inputs), inputs.counts, inputs.case.taus
+def _published_arguments(inputs: Inputs) -> tuple[object, ...]:
+    return experts_of(inputs), _targets(inputs), inputs.counts, inputs.case.taus
 
 
-def _arguments(inputs: ExpertInputs) -> tuple[object, ...]:
-    shifts = [(tau * inputs.log_prior).to(inputs.stacked.dtype) for tau in inputs.case.taus]
-    return inputs.experts, _targets(inputs), shifts
+def _arguments(inputs: Inputs) -> tuple[object, ...]:
+    shifts = [(tau * inputs.log_prior).to(inputs["stacked"].dtype) for tau in inputs.case.taus]
+    return experts_of(inputs), _targets(inputs), shifts
 
 
-def _mixup(inputs: ExpertInputs) -> dict[str, Any]:
-    if inputs.case.variant == PLAIN:
-        return {}
-    return {"mixed_target": inputs.mixed_target, "mix_lambda": inputs.mix_lambda}
+def _mixup(inputs: Inputs) -> dict[str, Any]:
+    return {} if inputs.case.variant == PLAIN else {"mixed_target": inputs["mixed_target"], "mix_lambda": MIX_LAMBDA}
 
 
-def _our_loss(inputs: ExpertInputs) -> Tensor:
-    loss: Tensor = functional.expert_cross_entropy(
-        inputs.experts, inputs.target, log_prior=inputs.log_prior, taus=inputs.case.taus, **_mixup(inputs)
-    )
-    return loss
+def _ours(inputs: Inputs) -> Step:
+    options = {"log_prior": inputs.log_prior, "taus": inputs.case.taus, **_mixup(inputs)}
+    return partial(functional.expert_cross_entropy, experts_of(inputs), inputs.target, **options)
 
 
-def _our_loop(inputs: ExpertInputs) -> Step:
+def _our_loop(inputs: Inputs) -> Step:
     """One call for each expert of the op that knows nothing of experts."""
     shifts, options = [tau * inputs.log_prior for tau in inputs.case.taus], _mixup(inputs)
 
     def step() -> Tensor:
         losses = [
             functional.margin_cross_entropy(logits, inputs.target, class_bias=shift, **options)
-            for logits, shift in zip(inputs.experts, shifts, strict=True)
+            for logits, shift in zip(experts_of(inputs), shifts, strict=True)
         ]
         return torch.stack(losses).mean()
 
@@ -146,22 +127,18 @@ def _our_loop(inputs: ExpertInputs) -> Step:
 PROVIDERS = by_name(
     eager("published", published_loss, _published_arguments),
     eager("eager", eager_loss, _arguments),
-    compiled("compile", eager_loss, _arguments, left_out=headlines_on_cpu),
-    *backends(NAME, lambda inputs: partial(_our_loss, inputs)),
+    compiled(eager_loss, _arguments, left_out=headlines_on_cpu),
+    *backends(NAME, _ours),
     Provider("lt-loop", _our_loop, lambda device: kernels_unavailable(NAME, device)),
 )
 
 
-OP = Op(
+OP = expert_op(
     NAME,
     cases=CASES,
     providers=PROVIDERS,
-    cost=cost,
+    cost=cost_of_logits,
     agreement=Agreement,
-    floor=COPY,
-    rank=2,
-    shape="E x N x C",
-    compare_cases=(CPU_CASE,),
     references=("published", "compile"),
     targets=TARGETS,
     plots=("floor", "memory"),

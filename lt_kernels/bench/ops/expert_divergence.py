@@ -2,14 +2,8 @@
 
 It is the sum over experts of their divergence from the experts' mean. The variant ``pairwise`` sums the divergences of
 all ordered pairs of experts, as in NCL.
-
-Bytes and operations per logit of any expert, for the least work that the result needs:
-
-    fwd      reads each logit once                            itemsize bytes,      6 operations
-    bwd      reads each logit and writes its gradient         2 * itemsize bytes,  4 operations
-    fwd_bwd  reads each logit once, writes its gradient once  2 * itemsize bytes, 10 operations
-
-and one exponential for each. The mean adds N C exponentials. The result needs no work per pair.
+Work is counted by ``op.cost_of_logits``, with six operations in forward. The experts' mean adds N C exponentials. The
+result needs no work per pair.
 """
 
 from __future__ import annotations
@@ -22,31 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional
-from .. import experts
-from ..cases import by_name
-from ..experts import CPU_CASE, GPU_CASE, ExpertCase, ExpertInputs
-from ..op import COPY, Cost, Op
-from ..providers import backends, compiled, eager, headlines_on_cpu
+from ..agreement import LogitsAgreement
+from ..cases import Inputs, by_name
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, cases_with, expert_op, experts_of
+from ..op import Cost, cost_of_logits
+from ..providers import Step, backends, compiled, eager, headlines_on_cpu
 
 NAME = "expert_divergence"
 PAIRWISE = "pairwise"
 _SHAPES = (CPU_CASE, "inat18-e6-n512", GPU_CASE)
-CASES = (
-    {name: experts.EXPERTS[name] for name in _SHAPES}
-    | experts.SMALL_EXPERTS
-    | experts.variants(PAIRWISE, [*_SHAPES, "odd-3x7x123"], "all pairs of experts")
-)
+CASES = cases_with(PAIRWISE, "all pairs of experts", repeated=_SHAPES, real=_SHAPES)
 
 
 def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
     """Count the work as the module's docstring says."""
-    passes, operations = {"fwd": (1, 6), "bwd": (2, 4), "fwd_bwd": (2, 10)}[direction]
+    least = cost_of_logits(case, dtype, direction, forward=6)
     means = 0 if case.variant == PAIRWISE else case.logits // case.experts
-    return Cost(passes * case.logits * dtype.itemsize, operations * case.logits, case.logits + means)
+    return least._replace(exponentials=least.exponentials + means)
 
 
-class Agreement(experts.Agreement):
-    def _losses(self, logits: Tensor, samples: Tensor) -> Tensor:
+class Agreement(LogitsAgreement):
+    def _losses_of(self, logits: Tensor, rows: Tensor) -> Tensor:
         own = logits.log_softmax(-1)
         if self._inputs.case.variant == PAIRWISE:
             others = own[:, None].expand(-1, len(own), -1, -1)
@@ -74,31 +64,28 @@ def published_divergence(logits: Sequence[Tensor], pairwise: bool) -> Tensor:
     return total
 
 
-def _arguments(inputs: ExpertInputs) -> tuple[object, ...]:
-    return inputs.experts, inputs.case.variant == PAIRWISE
+def _arguments(inputs: Inputs) -> tuple[list[Tensor], bool]:
+    return experts_of(inputs), inputs.case.variant == PAIRWISE
 
 
-def _ours(inputs: ExpertInputs) -> Tensor:
-    return functional.expert_divergence(inputs.experts, "pairwise" if inputs.case.variant == PAIRWISE else "to_mean")
+def _ours(inputs: Inputs) -> Step:
+    logits, pairwise = _arguments(inputs)
+    return partial(functional.expert_divergence, logits, "pairwise" if pairwise else "to_mean")
 
 
 PROVIDERS = by_name(
     eager("published", published_divergence, _arguments),
-    compiled("compile", published_divergence, _arguments, left_out=headlines_on_cpu),
-    *backends(NAME, lambda inputs: partial(_ours, inputs)),
+    compiled(published_divergence, _arguments, left_out=headlines_on_cpu),
+    *backends(NAME, _ours),
 )
 
 
-OP = Op(
+OP = expert_op(
     NAME,
     cases=CASES,
     providers=PROVIDERS,
     cost=cost,
     agreement=Agreement,
-    floor=COPY,
-    rank=2,
-    shape="E x N x C",
-    compare_cases=(CPU_CASE,),
     references=("published", "compile"),
     eager="published",
 )

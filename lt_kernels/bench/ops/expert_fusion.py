@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 
 from ... import functional
-from .. import agreement, experts
-from ..cases import by_name
-from ..experts import CPU_CASE, GPU_CASE, ExpertCase, ExpertInputs
-from ..op import COPY, Cost, Op, Target
+from .. import agreement
+from ..cases import Inputs, by_name
+from ..experts import CPU_CASE, GPU_CASE, ExpertCase, cases_with, expert_op, experts_of
+from ..op import Cost, Target
 from ..providers import Step, backends, compiled, eager, headlines_on_cpu
 
 NAME = "expert_fusion"
 TOP5 = "top5"
-CASES = (
-    experts.EXPERTS
-    | experts.SMALL_EXPERTS
-    | experts.variants(TOP5, [CPU_CASE, GPU_CASE, "odd-3x7x123"], "the five most likely classes")
-)
+CASES = cases_with(TOP5, "the five most likely classes")
 
 TARGETS = (
     Target("cpu", CPU_CASE, "float32", "eager", 3.0),
@@ -43,17 +39,18 @@ def cost(case: ExpertCase, dtype: torch.dtype, direction: str) -> Cost:
     return Cost(case.logits * dtype.itemsize, 2 * case.logits + 2 * means, means)
 
 
-class Agreement(agreement.Agreement[ExpertInputs]):
+class Agreement(agreement.Agreement):
     """Compares the probabilities of all samples, and the mean logits of the classes found with the largest mean logits.
 
     Classes that are equally likely within rounding are interchangeable.
     """
 
-    def _choose_parts(self) -> None:
-        stacked = self._inputs.stacked.detach()
+    def __init__(self, op: str, inputs: Inputs, eager: Step) -> None:
+        stacked = inputs["stacked"]
         self._means = torch.zeros_like(stacked[0], dtype=torch.float64)
-        for logits in stacked:
+        for logits in stacked:  # float64 of one expert at a time
             self._means += logits.double() / len(stacked)
+        super().__init__(op, inputs, eager)
 
     def _run(self, step: Step) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -68,7 +65,7 @@ class Agreement(agreement.Agreement[ExpertInputs]):
 # Providers
 
 
-def _k(inputs: ExpertInputs) -> int:
+def _k(inputs: Inputs) -> int:
     return 5 if inputs.case.variant == TOP5 else 1
 
 
@@ -88,33 +85,29 @@ def eager_fusion_of_one(logits: Tensor, k: int) -> Found:
     return _most_likely(logits.mean(0), k)
 
 
-def _arguments(inputs: ExpertInputs) -> tuple[object, ...]:
-    return inputs.experts, _k(inputs)
+def _arguments(inputs: Inputs) -> tuple[list[Tensor], int]:
+    return experts_of(inputs), _k(inputs)
 
 
-def _ours(inputs: ExpertInputs) -> Found:
-    found = functional.expert_fusion(inputs.experts, topk=_k(inputs))
+def our_fusion(logits: Sequence[Tensor], k: int) -> Found:
+    found = functional.expert_fusion(logits, topk=k)
     return found.topk_values, found.topk_indices
 
 
 PROVIDERS = by_name(
     eager("eager", eager_fusion, _arguments),
-    eager("eager-one-tensor", eager_fusion_of_one, lambda inputs: (inputs.stacked, _k(inputs))),
-    compiled("compile", eager_fusion, _arguments, left_out=headlines_on_cpu),
-    *backends(NAME, lambda inputs: partial(_ours, inputs)),
+    eager("eager-one-tensor", eager_fusion_of_one, lambda inputs: (inputs["stacked"], _k(inputs))),
+    compiled(eager_fusion, _arguments, left_out=headlines_on_cpu),
+    *backends(NAME, lambda inputs: partial(our_fusion, *_arguments(inputs))),
 )
 
 
-OP = Op(
+OP = expert_op(
     NAME,
     cases=CASES,
     providers=PROVIDERS,
     cost=cost,
     agreement=Agreement,
-    floor=COPY,
-    rank=2,
-    shape="E x N x C",
-    compare_cases=(CPU_CASE,),
     references=("eager", "compile"),
     targets=TARGETS,
     plots=("floor", "memory"),

@@ -14,11 +14,9 @@ gradient of weight by ``torch.mm``, into outputs that exist already. Its time is
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional, plan_linear
+from ...ops.linear_margin_cross_entropy.configs import SHAPES
 from ...ops.linear_margin_cross_entropy.plan import LARGEST_TILED_WIDTH
-from ..agreement import LossAgreement
-from ..cases import CPU, GPU, Case, Inputs, by_name, spread
+from ..agreement import LossAgreement, spread
+from ..cases import CPU, GPU, Case, Inputs, by_name, cases_of, normal
 from ..op import GEMMS, Cost, Op, Target
-from ..providers import Products, Provider, Step, backends, compiled, eager, headlines_on_cpu, peer, strategy
+from ..providers import Products, Provider, Step, backends, compiled, eager, headlines_on_cpu, peer, strategies
 
 NAME = "linear_margin_cross_entropy"
 
@@ -41,76 +40,44 @@ class LinearCase(Case):
     """Features [rows, width] and a weight [classes, width], whose product are the logits."""
 
     width: int = 2048
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"N": self.rows, "D": self.width, "C": self.classes}
+    letters = (("N", "rows"), ("D", "width"), ("C", "classes"))
 
     @property
     def uncounted(self) -> int:
         """The gradients of features and weight."""
         return (self.rows + self.classes) * self.width
 
-    def inputs(self, dtype: torch.dtype, device: str) -> LinearInputs:
+    def _draw(self, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         """Make features with standard deviation 1 and a weight that makes logits with standard deviation 3."""
-        generator = torch.Generator(device).manual_seed(0)
-        features = torch.randn(self.rows, self.width, generator=generator, device=device).to(dtype)
-        weight = torch.randn(self.classes, self.width, generator=generator, device=device)
-        weight = weight.mul_(3 / math.sqrt(self.width)).to(dtype)
-        labels = self._draw_labels(generator, self.rows)
-        return LinearInputs(*labels, features.requires_grad_(), weight.requires_grad_())
+        features = normal(generator, self.rows, self.width).to(dtype)
+        weight = normal(generator, self.classes, self.width).mul_(3 / math.sqrt(self.width)).to(dtype)
+        leaves = {"features": features.requires_grad_(), "weight": weight.requires_grad_()}
+        return self._draw_labels(generator, self.rows), leaves
 
 
-@dataclass
-class LinearInputs(Inputs):
-    """Features and the weight of a linear head, in one dtype."""
-
-    features: Tensor  # [N, D], requires grad
-    weight: Tensor  # [C, D], requires grad
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        return {"features": self.features, "weight": self.weight}
-
-
-def _head(name: str, rows: int, classes: int, width: int, counts: str | None = None, **options: Any) -> LinearCase:
-    return LinearCase(name, rows, classes, counts, width=width, **options)
-
-
+_real = cases_of(LinearCase, SHAPES)
 #: Linear heads, [N, D] features and [C, D] weights.
 CASES = by_name(
-    _head("inat18-n512-d2048", 512, 8142, 2048, "inat18_like", headline=CPU, sweep=CPU, note="iNaturalist 2018"),
-    _head(
-        "inat18-n8192-d2048",
-        8192,
-        8142,
-        2048,
-        "inat18_like",
-        devices=GPU,
-        headline=GPU,
-        sweep=GPU,
-        note="iNaturalist 2018, a large batch",
-    ),
-    _head("c100k-n512-d512", 512, 100_000, 512, devices=CPU, headline=CPU, sweep=CPU, note="very many classes"),
-    _head("c100k-n4096-d512", 4096, 100_000, 512, devices=GPU, headline=GPU, sweep=GPU, note="very many classes"),
-    _head("c100k-n256-d128", 256, 100_000, 128, devices=CPU, sweep=CPU, note="a narrow head"),
-    _head("c100k-n8192-d128", 8192, 100_000, 128, devices=GPU, headline=GPU, sweep=GPU, note="a narrow head"),
-    _head("c1m-n64-d256", 64, 1_000_000, 256, devices=CPU, sweep=CPU, note="few rows, a million classes"),
-    _head("c1m-n1024-d256", 1024, 1_000_000, 256, devices=GPU, sweep=GPU, note="many rows, a million classes"),
-    _head("inat21-n512-d2048", 512, 10_000, 2048, sweep=CPU, note="iNaturalist 2021"),
-    _head("inat21-n8192-d2048", 8192, 10_000, 2048, devices=GPU, sweep=GPU, note="iNaturalist 2021"),
-    _head("inat18-n256-d2048", 256, 8142, 2048, "inat18_like", note="iNaturalist 2018, a small batch"),
-    _head(
-        "inat18-n1024-d2048", 1024, 8142, 2048, "inat18_like", devices=GPU, note="iNaturalist 2018, a middling batch"
-    ),
+    _real("inat18-n512-d2048", headline=CPU, sweep=CPU, note="iNaturalist 2018"),
+    _real("inat18-n8192-d2048", devices=GPU, headline=GPU, sweep=GPU, note="iNaturalist 2018, a large batch"),
+    _real("c100k-n512-d512", devices=CPU, headline=CPU, sweep=CPU, note="very many classes"),
+    _real("c100k-n4096-d512", devices=GPU, headline=GPU, sweep=GPU, note="very many classes"),
+    _real("c100k-n256-d128", devices=CPU, sweep=CPU, note="a narrow head"),
+    _real("c100k-n8192-d128", devices=GPU, headline=GPU, sweep=GPU, note="a narrow head"),
+    _real("c1m-n64-d256", devices=CPU, sweep=CPU, note="few rows, a million classes"),
+    _real("c1m-n1024-d256", devices=GPU, sweep=GPU, note="many rows, a million classes"),
+    _real("inat21-n512-d2048", sweep=CPU, note="iNaturalist 2021"),
+    _real("inat21-n8192-d2048", devices=GPU, sweep=GPU, note="iNaturalist 2021"),
+    _real("inat18-n256-d2048", note="iNaturalist 2018, a small batch"),
+    _real("inat18-n1024-d2048", devices=GPU, note="iNaturalist 2018, a middling batch"),
 )
 
 #: Small heads for tests and for trying the command.
 SMALL = by_name(
-    _head("tiny-3x4x5", 3, 5, 4, devices=()),
-    _head("odd-7x19x123", 7, 123, 19, devices=()),
-    _head("odd-33x45x507", 33, 507, 45, devices=()),
-    _head("even-16x64x1024", 16, 1024, 64, devices=()),
+    LinearCase("tiny-3x4x5", 3, 5, width=4, devices=()),
+    LinearCase("odd-7x19x123", 7, 123, width=19, devices=()),
+    LinearCase("odd-33x45x507", 33, 507, width=45, devices=()),
+    LinearCase("even-16x64x1024", 16, 1024, width=64, devices=()),
 )
 
 _CPU_HEAD, _CPU_WIDE, _GPU_HEAD = "inat18-n512-d2048", "c100k-n512-d512", "inat18-n8192-d2048"
@@ -127,11 +94,6 @@ TARGETS = (
     Target("cuda", _GPU_HEAD, "bfloat16", "fastest other", 1.0),
 )
 
-#: Float64 logits are made in blocks of classes of about this many.
-BLOCK_LOGITS = 2**22
-#: The number of rows whose features' gradient is compared.
-CHECKED_ROWS = 16
-
 
 def cost(case: LinearCase, dtype: torch.dtype, direction: str) -> Cost:
     """Count the work as the module's docstring says."""
@@ -140,50 +102,26 @@ def cost(case: LinearCase, dtype: torch.dtype, direction: str) -> Cost:
     return Cost(passes * operands, 2 * products * case.logits * case.width, case.logits)
 
 
-class Agreement(LossAgreement[LinearInputs]):
-    """Compares the loss, and parts of both gradients, which are exact: their sums run over everything.
+#: The number of rows whose features' gradient is compared.
+CHECKED_ROWS = 16
 
-    The parts are ``CHECKED_ROWS`` rows of the features' gradient, spread evenly, and up to twice as many classes of the
+
+class Agreement(LossAgreement):
+    """Compares parts of both gradients, since copies of the whole take long.
+
+    They are ``CHECKED_ROWS`` rows of the features' gradient, spread evenly, and up to twice as many classes of the
     weight's: some spread evenly, the others the targets of those rows.
     """
 
-    def _choose_parts(self) -> None:
-        inputs, device = self._inputs, self._inputs.target.device
-        self._rows = spread(len(inputs.features), CHECKED_ROWS, device)
-        classes = spread(len(inputs.weight), CHECKED_ROWS, device)
-        self._classes = torch.cat([classes, inputs.target[self._rows]]).unique()
+    def _compared(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        target = self._inputs.target
+        rows, classes = (spread(size, CHECKED_ROWS, target.device) for size in map(len, gradients.values()))
+        classes = torch.cat([classes, target[rows]]).unique()
+        return super()._compared({"features": gradients["features"][rows], "weight": gradients["weight"][classes]})
 
-    def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            "gradient of features": gradients["features"][self._rows],
-            "gradient of weight": gradients["weight"][self._classes],
-        }
-
-    def _true_values(self) -> dict[str, Tensor]:
-        inputs, rows = self._inputs, self._rows
-        features, count = inputs.features.double(), len(inputs.features)
-        log_prior = inputs.log_prior.double()
-        step = max(1, BLOCK_LOGITS // max(count, 1))
-        weights = inputs.weight.split(step)
-
-        totals, at_rows = [], []
-        for weight, prior in zip(weights, log_prior.split(step), strict=True):
-            logits = torch.addmm(prior, features, weight.double().T)
-            totals.append(logits.logsumexp(1))
-            at_rows.append(logits[rows])
-        lse = torch.stack(totals).logsumexp(0)
-        towards_rows = -inputs.weight[inputs.target[rows]].double()
-        for weight, logits in zip(weights, at_rows, strict=True):
-            towards_rows += (logits - lse[rows, None]).exp() @ weight.double()
-        at_target = (features * inputs.weight[inputs.target].double()).sum(1) + log_prior[inputs.target]
-        some = torch.addmm(log_prior[self._classes], features, inputs.weight[self._classes].double().T)
-        shares = (some - lse[:, None]).exp()
-        shares -= (inputs.target[:, None] == self._classes).double()
-        return {
-            "loss": (lse - at_target).mean(),
-            "gradient of features": towards_rows / count,
-            "gradient of weight": shares.T @ features / count,
-        }
+    def _losses(self, inputs: Inputs, rows: Tensor) -> Tensor:
+        logits = torch.addmm(inputs.log_prior, inputs["features"][rows], inputs["weight"].T)
+        return F.cross_entropy(logits, inputs.target[rows], reduction="none")
 
 
 # Providers
@@ -194,19 +132,19 @@ def eager_loss(features: Tensor, weight: Tensor, target: Tensor, log_prior: Tens
     return F.cross_entropy(F.linear(features, weight) + log_prior, target)
 
 
-def _arguments(inputs: LinearInputs) -> tuple[Tensor, ...]:
-    return inputs.features, inputs.weight, inputs.target, inputs.log_prior.to(inputs.features.dtype)
+def _arguments(inputs: Inputs) -> tuple[Tensor, ...]:
+    features = inputs["features"]
+    return features, inputs["weight"], inputs.target, inputs.log_prior.to(features.dtype)
 
 
-def _torch_linear(options: Callable[[], dict[str, Any]]) -> Callable[[LinearInputs], Step]:
-    def make(inputs: LinearInputs) -> Step:
-        features, weight, target, log_prior = _arguments(inputs)
-        # not in torch before 2.13
-        function: Callable[..., Tensor] = F.linear_cross_entropy  # type: ignore[attr-defined, unused-ignore]
-        keywords = options()
-        return lambda: function(features, weight, target, linear_bias=log_prior, **keywords)
-
-    return make
+def _torch_linear(inputs: Inputs, chunked: bool = False) -> Step:
+    """Neither is in torch before 2.13."""
+    features, weight, target, log_prior = _arguments(inputs)
+    options: dict[str, Any] = {}
+    if chunked:
+        options["options"] = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined, unused-ignore]
+    function: Callable[..., Tensor] = F.linear_cross_entropy  # type: ignore[attr-defined, unused-ignore]
+    return partial(function, features, weight, target, linear_bias=log_prior, **options)
 
 
 def _before_torch_2_13(device: str) -> str | None:
@@ -220,77 +158,55 @@ def _slow_on_cpu(case: Case, dtype: str, device: str) -> str | None:
     return None
 
 
-def _our_loss(inputs: LinearInputs, **options: Any) -> Tensor:
-    loss: Tensor = functional.linear_margin_cross_entropy(
-        inputs.features, inputs.weight, inputs.target, class_bias=inputs.log_prior, **options
-    )
+def _our_loss(inputs: Inputs, **options: Any) -> Tensor:
+    operands = inputs["features"], inputs["weight"], inputs.target
+    loss: Tensor = functional.linear_margin_cross_entropy(*operands, class_bias=inputs.log_prior, **options)
     return loss
 
 
-def _strategy(name: str) -> Provider:
-    def left_out(case: Case, dtype: str, device: str) -> str | None:
-        assert isinstance(case, LinearCase)
-        if name == "tiled" and case.width > LARGEST_TILED_WIDTH:
-            return f"it takes narrow heads, D <= {LARGEST_TILED_WIDTH}"
-        sizes = (case.rows, case.width, case.classes, getattr(torch, dtype), device)
-        if plan_linear(*sizes, one_pass=dtype != "float16").strategy == name:
-            return "it is what the library chooses here by itself"
-        plan = plan_linear(*sizes, one_pass=dtype != "float16", strategy=name)  # type: ignore[arg-type]
-        return "one chunk holds all rows" if plan.by == "rows" and plan.chunk >= case.rows else None
-
-    return strategy(NAME, name, _our_loss, left_out)
+def _strategy_left_out(name: str, case: Case, dtype: str, device: str) -> str | None:
+    assert isinstance(case, LinearCase)
+    if name == "tiled" and case.width > LARGEST_TILED_WIDTH:
+        return f"it takes narrow heads, D <= {LARGEST_TILED_WIDTH}"
+    plan = partial(plan_linear, case.rows, case.width, case.classes, getattr(torch, dtype), device)
+    one_pass = dtype != "float16"
+    if plan(one_pass=one_pass).strategy == name:
+        return "it is what the library chooses here by itself"
+    asked = plan(one_pass=one_pass, strategy=name)  # type: ignore[arg-type]
+    return "one chunk holds all rows" if asked.by == "rows" and asked.chunk >= case.rows else None
 
 
-def _liger(module: Any, inputs: LinearInputs) -> Step:
+def _weight_first(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
     features, weight, target, log_prior = _arguments(inputs)
-    loss = module.LigerFusedLinearCrossEntropyLoss()
-    return lambda: loss(weight, features, target, log_prior)
+    return partial(loss, weight, features, target, log_prior)
 
 
-def _cut(name: str, **options: str) -> Provider:
-    def make(module: Any, inputs: LinearInputs) -> Step:
-        features, weight, target, log_prior = _arguments(inputs)
-        function = module.linear_cross_entropy
-        return lambda: function(features, weight, target, bias=log_prior, **options)
-
-    provider = peer(name, "cut_cross_entropy", make)
-
-    def unavailable(device: str) -> str | None:
-        if (reason := provider.unavailable(device)) is not None:
-            return reason
-        function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-        if "bias" in inspect.signature(function).parameters:
-            return None
-        return "the installed linear_cross_entropy takes no bias, so it cannot add the log prior"
-
-    return replace(provider, unavailable=unavailable)
-
-
-def _quack(module: Any, inputs: LinearInputs) -> Step:
+def _bias_third(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
     features, weight, target, log_prior = _arguments(inputs)
-    function = module.linear_cross_entropy_func  # its chunked form takes no bias
-    inplace = "inplace_backward" in inspect.signature(function).parameters
-    options = {"reduction": "mean", **({"inplace_backward": True} if inplace else {})}
-    return lambda: function(features, weight, log_prior, target, **options)
+    return partial(loss, features, weight, log_prior, target)
 
 
+def _bias_by_name(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
+    *operands, log_prior = _arguments(inputs)
+    return partial(loss, *operands, bias=log_prior)
+
+
+_CUT = "cut_cross_entropy", "linear_cross_entropy", _bias_by_name, "bias"
 PROVIDERS = by_name(
-    Provider("gemms", lambda inputs: Products(inputs.features, inputs.weight), is_loss=False),
+    Provider("gemms", lambda inputs: Products(inputs["features"], inputs["weight"]), is_loss=False),
     eager("eager", eager_loss, _arguments),
-    compiled("compile", eager_loss, _arguments, left_out=headlines_on_cpu),
-    Provider("torch-linear-ce", _torch_linear(dict), _before_torch_2_13, left_out=headlines_on_cpu),
+    compiled(eager_loss, _arguments, left_out=headlines_on_cpu),
+    Provider("torch-linear-ce", _torch_linear, _before_torch_2_13, left_out=headlines_on_cpu),
     Provider(
-        "torch-linear-ce-chunked",
-        _torch_linear(lambda: {"options": torch.nn.LinearCrossEntropyOptions()}),
-        _before_torch_2_13,
-        left_out=_slow_on_cpu,
+        "torch-linear-ce-chunked", partial(_torch_linear, chunked=True), _before_torch_2_13, left_out=_slow_on_cpu
     ),
     *backends(NAME, lambda inputs: partial(_our_loss, inputs)),
-    *map(_strategy, ("materialize", "chunked", "tiled")),
-    peer("liger", "liger_kernel.transformers", _liger),
-    _cut("cut-cross-entropy"),
-    _cut("cut-cross-entropy-exact", impl="cce_exact"),
-    peer("quack", "quack.linear_cross_entropy", _quack),
+    *strategies(NAME, _our_loss, _strategy_left_out),
+    peer("liger", "liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", _weight_first),
+    peer("cut-cross-entropy", *_CUT),
+    peer("cut-cross-entropy-exact", *_CUT, impl="cce_exact"),
+    # its chunked form takes no bias
+    peer("quack", "quack.linear_cross_entropy", "linear_cross_entropy_func", _bias_third, reduction="mean"),
 )
 
 

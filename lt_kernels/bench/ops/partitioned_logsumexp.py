@@ -18,6 +18,7 @@ loss: it makes the products alone by ``torch.mm``, into outputs that exist alrea
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,13 @@ from torch import Tensor
 from ... import functional, losses
 from ...ops.partitioned_logsumexp import plan
 from ..agreement import LossAgreement
-from ..cases import Case, by_name
+from ..cases import Case, Inputs, by_name
 from ..contrastive import (
     ALPHA,
     CASES,
     SMALL,
     TEMPERATURE,
     ContrastiveCase,
-    ContrastiveInputs,
     dense_loss,
     leaves_out_own,
     masked_loss,
@@ -50,8 +50,7 @@ from ..providers import (
     compiled,
     eager,
     import_failure,
-    strategy,
-    whole,
+    strategies,
 )
 
 NAME = "partitioned_logsumexp"
@@ -67,9 +66,6 @@ TARGETS = (
     Target("cuda", _MEMORY, "bfloat16", "static floor", 0.4),
 )
 
-#: Float64 losses are made in pieces of about this many similarities.
-PIECE = 2**22
-
 
 def cost(case: ContrastiveCase, dtype: torch.dtype, direction: str) -> Cost:
     """Count the work as the module's docstring says."""
@@ -82,65 +78,49 @@ def cost(case: ContrastiveCase, dtype: torch.dtype, direction: str) -> Cost:
     return Cost(elements * dtype.itemsize, round(2 * products * case.logits * d), case.logits + logits)
 
 
-class Agreement(LossAgreement[ContrastiveInputs]):
-    """Compares the loss and every gradient. The truth is the masked form in float64, some queries at a time."""
+class Agreement(LossAgreement):
+    """The truth is the masked form."""
 
-    def _parts(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"gradient of {name}": gradient for name, gradient in gradients.items()}
-
-    def _true_values(self) -> dict[str, Tensor]:
-        inputs = self._inputs.converted(torch.float64)
-        n, m = len(inputs.target), len(inputs.key_label)
-        total = inputs.log_prior.new_zeros(())
-        with torch.enable_grad():
-            for rows in torch.arange(n, device=inputs.target.device).split(max(1, PIECE // m)):
-                part = masked_losses(inputs, rows).sum() / n
-                part.backward()
-                total += part.detach()
-        gradients = {name: leaf.grad for name, leaf in inputs.leaves.items()}
-        assert all(gradient is not None for gradient in gradients.values())
-        return {"loss": total, **self._parts(gradients)}  # type: ignore[arg-type]
+    def _losses(self, inputs: Inputs, rows: Tensor) -> Tensor:
+        return masked_losses(inputs, rows)
 
 
 # Ours
 
 
-def _our_step(inputs: ContrastiveInputs) -> Step:
+def _our_step(inputs: Inputs) -> Step:
     """Make a call of the public loss of the case's method."""
-    given, case = inputs.tensors, inputs.case
-    counts, label, key_label = inputs.counts.cpu(), inputs.target, inputs.key_label
-    device = label.device
+    case, counts, label, device = inputs.case, inputs.counts.cpu(), inputs.target, inputs.target.device
+    samples = label[: case.rows // 2].contiguous()  # of two views
     if case.method == "views":
-        supcon, samples = losses.SupConLoss(temperature=TEMPERATURE["views"]), label[: case.rows // 2].contiguous()
-        return lambda: supcon(given["features"], samples)
+        return partial(losses.SupConLoss(temperature=TEMPERATURE["views"]), inputs["features"], samples)
     if case.method == "bcl":
         bcl = losses.BalancedContrastiveLoss(counts, temperature=TEMPERATURE["bcl"])
-        samples = label[: case.rows // 2].contiguous()
-        return lambda: bcl(given["features"], samples, given["centers"])
+        return partial(bcl, inputs["features"], samples, inputs["centers"])
     if case.method == "paco":
         paco = losses.PaCoLoss(counts, alpha=ALPHA, temperature=TEMPERATURE["paco"], device=device)
         own, grad_rows = torch.arange(case.rows, device=device), (0, case.rows)
 
-        def with_queue() -> Tensor:
+        def with_queue() -> Any:
             query, key = vectors(inputs)
-            loss: Tensor = paco(query, label, key, key_label, given["logits"], exclude=own, key_grad_rows=grad_rows)
-            return loss
+            rest = key, inputs["key_label"], inputs["logits"]
+            return paco(query, label, *rest, exclude=own, key_grad_rows=grad_rows)
 
         return with_queue
     if case.method == "gml":
         gml = losses.GMLLoss(counts, device=device)
         ((name, learned),) = gml.named_parameters()
-        shared = {name: given["log_temperature"].view(learned.shape)}  # the leaf of every provider
-        ids = {"query_id": given["query_id"], "key_id": given["key_id"]}
-        arguments = (given["query"], label, given["key"], key_label, given["logits"])
+        shared = {name: inputs["log_temperature"].view(learned.shape)}  # the leaf of every provider
+        arguments = (inputs["query"], label, inputs["key"], inputs["key_label"], inputs["logits"])
+        ids = {name: inputs[name] for name in ("query_id", "key_id")}
         return lambda: torch.func.functional_call(gml, shared, arguments, ids)
-    return lambda: _our_supcon(inputs)
+    return partial(_our_supcon, inputs)
 
 
-def _our_supcon(inputs: ContrastiveInputs, **options: Any) -> Tensor:
+def _our_supcon(inputs: Inputs, **options: Any) -> Tensor:
     """Compute the loss of ``supcon`` and ``moco``; options: a strategy, which the public loss does not take."""
     case, temperature = inputs.case, TEMPERATURE[inputs.case.method]
-    arguments = (*vectors(inputs), inputs.target, inputs.key_label)
+    arguments = (*vectors(inputs), inputs.target, inputs["key_label"])
     given: dict[str, Any] = {"normalized": True}
     given |= {"exclude": "self"} if leaves_out_own(case.method) else {}
     given |= {"key_grad_rows": (0, case.rows)} if case.method == "moco" else {}
@@ -154,7 +134,7 @@ def _our_supcon(inputs: ContrastiveInputs, **options: Any) -> Tensor:
 # Providers
 
 
-def _products(inputs: ContrastiveInputs) -> Products:
+def _products(inputs: Inputs) -> Products:
     case = inputs.case
     return Products(*vectors(inputs), learning=0 if case.method == "views" else case.learning_keys)
 
@@ -168,7 +148,7 @@ def _first_headline_on_cpu(case: Case, dtype: str, device: str) -> str | None:
 _PML_MODULES = tuple(f"pytorch_metric_learning.{name}" for name in ("losses", "distances", "reducers"))
 
 
-def _metric_learning(inputs: ContrastiveInputs) -> Step:
+def _metric_learning(inputs: Inputs) -> Step:
     losses, distances, reducers = map(importlib.import_module, _PML_MODULES)
     loss = losses.SupConLoss(
         temperature=TEMPERATURE[inputs.case.method],
@@ -180,7 +160,7 @@ def _metric_learning(inputs: ContrastiveInputs) -> Step:
         query, key = vectors(inputs)
         if inputs.case.method == "views":
             return loss(query, inputs.target)
-        return loss(query, inputs.target, ref_emb=key, ref_labels=inputs.key_label)
+        return loss(query, inputs.target, ref_emb=key, ref_labels=inputs["key_label"])
 
     return step
 
@@ -192,31 +172,28 @@ def _metric_learning_left_out(case: Case, dtype: str, device: str) -> str | None
     return "it cannot leave out a query's own among other keys" if case.method == "supcon" else "it has no such loss"
 
 
-def _strategy(name: str) -> Provider:
-    def left_out(case: Case, dtype: str, device: str) -> str | None:
-        assert isinstance(case, ContrastiveCase)
-        if case.method not in ("supcon", "moco"):
-            return "its loss leaves the strategy to the library"
-        product = getattr(torch, dtype)
-        reason = plan.tiled_reason(case.width, product)
-        tiled = device == "cuda" and backend_unavailable(NAME, "triton", device) is None and reason is None
-        if name == "tiled" and reason is not None:
-            return reason
-        if plan.choose(case.rows, case.keys, product, True, tiled, "auto", 2**31) == name:
-            return "it is what the library chooses here by itself"
-        return None
-
-    return strategy(NAME, name, _our_supcon, left_out)
+def _strategy_left_out(name: str, case: Case, dtype: str, device: str) -> str | None:
+    assert isinstance(case, ContrastiveCase)
+    if case.method not in ("supcon", "moco"):
+        return "its loss leaves the strategy to the library"
+    product = getattr(torch, dtype)
+    reason = plan.tiled_reason(case.width, product)
+    if name == "tiled" and reason is not None:
+        return reason
+    tiled = device == "cuda" and backend_unavailable(NAME, "triton", device) is None and reason is None
+    if plan.choose(case.rows, case.keys, product, True, tiled, "auto", 2**31) == name:
+        return "it is what the library chooses here by itself"
+    return None
 
 
 PROVIDERS = by_name(
     Provider("gemms", _products, is_loss=False),
-    eager("dense", dense_loss, whole),
-    eager("masked", masked_loss, whole),
-    compiled("compile", dense_loss, whole, left_out=_first_headline_on_cpu),
+    eager("dense", dense_loss),
+    eager("masked", masked_loss),
+    compiled(dense_loss, left_out=_first_headline_on_cpu),
     Provider("pml", _metric_learning, lambda device: import_failure(*_PML_MODULES), left_out=_metric_learning_left_out),
     *backends(NAME, _our_step),
-    *map(_strategy, ("materialize", "chunked", "tiled")),
+    *strategies(NAME, _our_supcon, _strategy_left_out),
 )
 
 

@@ -1,1 +1,1 @@
-"""Tiled matrix products that are never stored: what linear heads and contrastive keys share."""
+"""Matrix products of linear heads and contrastive keys: tiles that are never stored, and blocks in buffers."""

@@ -13,6 +13,8 @@ one another.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -32,6 +34,28 @@ from .triton_math import (
 #: Position of the axis REPEAT in tiles [REPEAT, LANES, contiguous] (or [LANES, REPEAT, contiguous]): Triton spreads
 #: threads over the later of the first two axes, until 3.6 over the earlier; REPEAT must be the other one.
 REPEAT_AXIS = tl.constexpr(0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 1)
+
+
+class Place(NamedTuple):
+    """Where a row of contiguous logits is, how it is cut, and what shifts its logits."""
+
+    x_ptr: Any  # its first logit
+    head: Any  # columns before the body
+    groups: Any  # of the body
+    group_a: Any  # the group that holds a target, -1 for none
+    group_b: Any
+    scale: Any
+    smooth_share: Any  # label smoothing of one class
+
+
+class Edge(NamedTuple):
+    """The irregular columns of a row, [4 * GROUP], and their logits."""
+
+    columns: Any
+    mask: Any  # which exist
+    rest: Any  # which exist and are no target
+    x: Any
+    u: Any
 
 
 # --- where columns are -----------------------------------------------------------------------------------------------
@@ -76,6 +100,14 @@ def edge_columns(head, groups, group_a, group_b, classes, GROUP: tl.constexpr):
     stop = tl.where(part >= 2, tl.where(group >= 0, tail, first), stop)
     columns = first + lane % GROUP
     return columns, columns < stop
+
+
+@triton.jit
+def split_row(n, k, stride_n, stride_k, classes, GROUP: tl.constexpr):
+    """Return where the row and its first whole group begin, the columns before it, and the number of whole groups."""
+    offset = n * stride_n + k * stride_k
+    aligned, head, groups = split_groups(offset, classes, GROUP)
+    return offset, aligned, head, groups
 
 
 @triton.jit
@@ -251,6 +283,20 @@ def weigh(z, first, offsets, mask, o, WIDE: tl.constexpr):
     if o.weight_ptr is not None:
         z = z * load_class_values(o.weight_ptr, first, offsets, mask, 0.0, WIDE, False)
     return tl.where(mask, z, 0.0)
+
+
+@triton.jit
+def read_edge(at, a, b, classes, o, GROUP: tl.constexpr):
+    """Load the edge of a row. a, b: the targets; not used where the options are soft."""
+    columns, mask = edge_columns(at.head, at.groups, at.group_a, at.group_b, classes, GROUP)
+    x = tl.load(at.x_ptr + columns, mask=mask, other=-INF).to(tl.float32)
+    u = shift_logits(x, 0, columns, mask, o, at.scale, False)
+    rest = mask
+    if not o.soft:
+        rest = rest & (columns != a.column)
+        if o.mixed_target_ptr is not None:
+            rest = rest & (columns != b.column)
+    return Edge(columns, mask, rest, x, u)
 
 
 @triton.jit

@@ -11,7 +11,9 @@ PER_THREAD = 16
 
 
 class RowsLaunch(NamedTuple):
-    body: str  # "tile", "loop" or "parts", see margin_cross_entropy_rows_forward_kernel
+    """How rows are visited: whole, as one tile; in a loop over tiles; or in parts, several programs for each row."""
+
+    body: str  # "tile", "loop" or "parts"
     group: int
     repeat: int
     num_warps: int

@@ -142,6 +142,28 @@ def rescale_sums(peak, mass, weighted, visited, common):
     return mass * fast_exp(tl.minimum(below, 0.0)), weighted + visited * below
 
 
+@triton.jit
+def start_sums(zeros):
+    """Return the statistics of no columns; ``zeros``: one for each that is summed."""
+    nothing = tl.full(zeros.shape, -INF, tl.float32)
+    return Statistics(nothing, zeros, zeros, zeros, nothing, tl.full(zeros.shape, NO_COLUMN, tl.int32))
+
+
+@triton.jit
+def load_upstream(rest_ptr, grad_loss_ptr, grad_lse_ptr, row, rows, grad_loss_stride, grad_lse_stride):
+    """Load what backward has of a row: the maximum and the sum of exponentials of ``rest``, and the upstream gradients
+    of the loss (1 if there is none) and of the log-sum-exp."""
+    peak = tl.load(rest_ptr + row)
+    mass = tl.load(rest_ptr + rows + row)
+    upstream = tl.full([], 1.0, tl.float32)
+    if grad_loss_ptr is not None:
+        upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    upstream_lse = 0.0
+    if grad_lse_ptr is not None:
+        upstream_lse = tl.load(grad_lse_ptr + row * grad_lse_stride)
+    return peak, mass, upstream, upstream_lse
+
+
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._experts import compute_dtype, experts_of
+from ..._checks import compute_dtype
+from .._experts import experts_of
 from .._registry import Signature
 from .._rows.options import DIFFERENTIABLE as OPTIONS
 from .._rows.options import RowOptions
@@ -25,7 +26,7 @@ class Arguments(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.logits)
+        return compute_dtype(self.logits[0].dtype)
 
     @property
     def experts(self) -> list[Tensor]:

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
-from .._configs import ENSEMBLE_BUDGET, MEMORY_BUDGET, ONE_TILE_BUDGET
+from .._configs import COUNTED_EXPERTS, ENSEMBLE_BUDGET, MEMORY_BUDGET, ONE_TILE_BUDGET, ExpertConfig
 
-
-class Config(NamedTuple):
-    """A forward call, with the gradient, on the logits of several experts."""
-
-    name: str
-    classes: int
-    dtype: str = "bfloat16"
-    options: tuple[str, ...] = ()
-    experts: int = 3
-    rows: int = 1024
-    samples_first: bool = False  # [N, E, C] in memory
-    wide: bool = True  # held to 16-byte loads and stores
-    budget: float | None = None  # limit of instructions per logit
-
-    @property
-    def title(self) -> str:
-        return f"expert_cross_entropy, {self.name}, E {self.experts}, C {self.classes}, {self.dtype}"
-
-    def limit(self, kernel: str) -> float | None:
-        """Return the limit of instructions per logit of a kernel."""
-        return self.budget
-
-
+Config = partial(ExpertConfig, "expert_cross_entropy")
 _PRIOR = ("log_prior",)
 _MEAN = ("log_prior", "ensemble")
-CONFIGS: tuple[Config, ...] = (
+CONFIGS: tuple[ExpertConfig, ...] = (
     Config("plain", 8142, budget=ONE_TILE_BUDGET),
     *(Config("log_prior", c, options=_PRIOR, budget=MEMORY_BUDGET) for c in (8142, 8192)),
     Config("log_prior", 8142, "float32", _PRIOR, budget=MEMORY_BUDGET),
@@ -46,5 +24,7 @@ CONFIGS: tuple[Config, ...] = (
         for c in (21841, 100_000)
     ),
 )
-#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
-COUNTED: tuple[Config, ...] = tuple(Config("log_prior", 8142, d, _PRIOR, rows=2731) for d in ("bfloat16", "float32"))
+#: What the GPU counters measure.
+COUNTED: tuple[ExpertConfig, ...] = tuple(
+    Config("log_prior", dtype=dtype, options=_PRIOR, **COUNTED_EXPERTS) for dtype in ("bfloat16", "float32")
+)

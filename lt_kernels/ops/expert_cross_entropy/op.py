@@ -30,7 +30,6 @@ from ..margin_cross_entropy.op import scale_
 from .arguments import DIFFERENTIABLE, SIGNATURE
 
 OP = "expert_cross_entropy"
-REDUCE = ("none", "rows", "all")
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
-from .._configs import MEMORY_BUDGET, ONE_TILE_BUDGET
+from .._configs import COUNTED_EXPERTS, MEMORY_BUDGET, ONE_TILE_BUDGET, ExpertConfig
 
-
-class Config(NamedTuple):
-    """A call on the logits of several experts."""
-
-    name: str
-    classes: int
-    dtype: str = "bfloat16"
-    options: tuple[str, ...] = ()
-    experts: int = 3
-    rows: int = 1024
-    backward: bool = False
-    wide: bool = True  # held to 16-byte loads and stores
-    budget: float | None = None  # limit of instructions per logit
-
-    @property
-    def title(self) -> str:
-        direction = ", backward" if self.backward else ""
-        return f"expert_divergence, {self.name}, E {self.experts}, C {self.classes}, {self.dtype}{direction}"
-
-    def limit(self, kernel: str) -> float | None:
-        """Return the limit of instructions per logit of a kernel."""
-        return self.budget
-
-
+Config = partial(ExpertConfig, "expert_divergence")
 _PAIRWISE, _TEMPERATURE = ("pairwise",), ("temperature",)
 _BOTH = ("temperature", "pairwise")
-CONFIGS: tuple[Config, ...] = (
+CONFIGS: tuple[ExpertConfig, ...] = (
     *(Config("to_mean", c, budget=ONE_TILE_BUDGET) for c in (8142, 100_000)),
     Config("to_mean, temperature", 8192, "float32", _TEMPERATURE, experts=6),
     Config("pairwise", 8142, options=_PAIRWISE, budget=ONE_TILE_BUDGET),
@@ -45,5 +22,5 @@ CONFIGS: tuple[Config, ...] = (
     Config("pairwise, temperature", 8192, "float32", _BOTH, experts=6, backward=True),
     Config("pairwise", 8142, options=_PAIRWISE, experts=9, backward=True, wide=False),
 )
-#: What the GPU counters measure: real batches, with as many logits as 8192 rows of a classifier.
-COUNTED: tuple[Config, ...] = tuple(Config("to_mean", 8142, rows=2731, backward=b) for b in (False, True))
+#: What the GPU counters measure.
+COUNTED: tuple[ExpertConfig, ...] = tuple(Config("to_mean", backward=b, **COUNTED_EXPERTS) for b in (False, True))

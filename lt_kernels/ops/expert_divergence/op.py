@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._checks import compute_dtype
 from .._backend import load
-from .._experts import compute_dtype, empty_gradient, per_argument, shape_of
+from .._experts import empty_gradient, per_argument, shape_of
 from .._registry import define, register_autograd, register_no_double_backward
 
 OP = "expert_divergence"
@@ -40,7 +41,7 @@ def _forward(logits: list[Tensor], temperature: Tensor | None, kind: str, detach
 
 def _forward_fake(logits: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     e, n, _c = shape_of(logits)
-    value = logits[0].new_empty((e, n), dtype=compute_dtype(logits))
+    value = logits[0].new_empty((e, n), dtype=compute_dtype(logits[0].dtype))
     return value, value.new_empty((3 * e + 2, n))
 
 

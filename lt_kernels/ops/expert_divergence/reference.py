@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._experts import compute_dtype, empty_gradient, experts_of
+from ..._checks import compute_dtype
+from .._experts import empty_gradient, experts_of
 
 
 def _divided(logits: list[Tensor], temperature: Tensor | None) -> Tensor:
     """u [E, N, C] in the compute dtype."""
-    x = torch.stack([each.to(compute_dtype(logits)) for each in experts_of(logits)])
+    x = torch.stack([each.to(compute_dtype(each.dtype)) for each in experts_of(logits)])
     return x if temperature is None else x / temperature
 
 

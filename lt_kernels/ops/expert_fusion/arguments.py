@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._experts import compute_dtype, experts_of
+from ..._checks import compute_dtype
+from .._experts import experts_of
 from .._registry import Signature
 
 
@@ -23,7 +24,7 @@ class Arguments(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.logits)
+        return compute_dtype(self.logits[0].dtype)
 
     @property
     def experts(self) -> list[Tensor]:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._checks import compute_dtype
+from .._gemm import products
 from .._registry import Signature
 from .._rows.options import DIFFERENTIABLE as OPTIONS
 from .._rows.options import RowOptions
-from ..margin_cross_entropy.arguments import Arguments as RowArguments
 
 
 class Arguments(NamedTuple):
@@ -34,7 +35,7 @@ class Arguments(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.input.dtype)
 
     @property
     def positions(self) -> int:
@@ -45,9 +46,9 @@ class Arguments(NamedTuple):
     def classes(self) -> int:
         return self.linear_weight.shape[0] // self.positions
 
-    def of_rows(self, logits: Tensor) -> RowArguments:
-        """Return the arguments of the rows kernel on ``logits`` [N, C, K]."""
-        return RowArguments(logits, self.options)
+    def inverse_norms(self) -> Tensor | None:
+        """Return 1 / |linear_weight_jk| [C * K] in the compute dtype; None unless ``normalize``."""
+        return products.inverse_norms(self.factor, self.compute_dtype) if self.normalize else None
 
 
 #: Inputs that can receive a gradient, in the order of ``needs`` and of what the backward op returns.

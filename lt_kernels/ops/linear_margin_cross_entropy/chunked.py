@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._gemm import products
 from .._rows.options import RowOptions
 from .._rows.row_terms import RowTerms, Slot
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
-from . import products
 from .arguments import DIFFERENTIABLE, Arguments
 
 _ROW_NEEDS = 6  # gradients of the rows kernel: input, target, class_bias, class_scale, class_margin, learned_scale
@@ -42,7 +42,7 @@ class Head:
         self.a, self.rows = a, rows
         self.n, self.k, self.classes = a.input.shape[0], a.positions, a.classes
         self.columns = self.classes * self.k
-        self.inverse_norm = products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
+        self.inverse_norm = a.inverse_norms()
         self.narrow = a.normalize and a.input.dtype == torch.float16
         # Whether the buffer is multiplied by 1 / |w|: class_scale cannot carry what differs between positions, and a
         # prediction is taken from the raw logits.
@@ -156,7 +156,7 @@ class Gradients:
             self.weight = torch.zeros_like(a.linear_weight) if self.needs["linear_weight"] else None
         if head.inverse_norm is not None:
             if self.weight is not None:
-                products.project_(self.weight, a, head.inverse_norm, head.narrow)
+                products.project_(self.weight, a.linear_weight, head.inverse_norm, head.narrow)
             if self.needs["class_scale"] and not head.cosines:
                 self.values["class_scale"] *= head.inverse_norm
         if self.weight is not None:
@@ -177,10 +177,6 @@ def _forward_like(a: Arguments, with_prediction: bool) -> Forward:
     return Forward(loss, torch.empty_like(loss), prediction, loss.new_empty((2, *loss.shape)))
 
 
-def _chunks(size: int, chunk: int) -> list[slice]:
-    return [slice(begin, min(begin + chunk, size)) for begin in range(0, size, max(chunk, 1))]
-
-
 # --- by rows (materialize: one chunk, which is kept) -----------------------------------------------------------------
 
 
@@ -190,7 +186,7 @@ def forward_rows(
     """Results, and the gradients for an upstream gradient of 1 if asked for."""
     results = _forward_like(head.a, with_prediction)
     room = head.buffer(min(chunk, head.n), head.columns)
-    for rows in _chunks(head.n, chunk):
+    for rows in products.slices(head.n, chunk):
         z = room[: rows.stop - rows.start]
         head.logits(z, rows, slice(None))
         part = forward_logits(head, z, rows, with_prediction, gradients is not None)
@@ -225,7 +221,7 @@ def backward_rows(
     def part(upstream: Tensor | None, rows: slice) -> Tensor | None:
         return upstream if upstream is None or upstream.dim() == 0 else upstream[rows]
 
-    for rows in _chunks(head.n, chunk):
+    for rows in products.slices(head.n, chunk):
         dl = room[: rows.stop - rows.start]
         if logits is None:
             head.logits(dl, rows, slice(None))
@@ -262,7 +258,7 @@ class _Blocks:
         )
 
     def __iter__(self):  # type: ignore[no-untyped-def]
-        for columns in _chunks(self.head.classes, self.block):
+        for columns in products.slices(self.head.classes, self.block):
             z = self.room[:, : columns.stop - columns.start]
             self.head.logits(z, slice(None), columns)
             yield columns, z
@@ -294,16 +290,6 @@ def _terms(head: Head, raw: list[Tensor]) -> RowTerms:
     return RowTerms(options, head.classes, head.a.compute_dtype, lambda index: next(values))
 
 
-def merge(rest: Tensor, peak: Tensor, total: Tensor) -> None:
-    """Add a block's maximum and sum of exponentials to those so far."""
-    before = torch.where(rest[1] != 0, rest[0], -math.inf)
-    here = torch.where(total != 0, peak, -math.inf)
-    high = torch.maximum(before, here)
-    high = torch.where(high == -math.inf, 0.0, high)
-    rest[1] = rest[1] * (before - high).exp() + total * (here - high).exp()
-    rest[0] = high
-
-
 def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
     a = head.a
     results = _forward_like(a, with_prediction)
@@ -316,7 +302,7 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
         local = [sweep.local(target, columns) for target in _targets(a)]
         arguments = sweep.arguments(z, columns, local)
         part = Forward(*head.rows.forward(arguments, with_prediction, False)[:4])
-        merge(rest, part.rest[0], part.rest[1])
+        products.merge(rest, part.rest[0], part.rest[1])
         for value, target in zip(raw, local, strict=True):
             value.copy_(torch.where(target >= 0, z.gather(1, target.clamp_min(0)), value))
         if best is not None:

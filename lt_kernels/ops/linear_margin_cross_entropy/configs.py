@@ -5,6 +5,31 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Shape(NamedTuple):
+    """Features [rows, width] and a weight [classes, width]."""
+
+    rows: int
+    classes: int
+    width: int
+
+
+#: Real linear heads, by name.
+SHAPES = {
+    "inat18-n256-d2048": Shape(256, 8142, 2048),
+    "inat18-n512-d2048": Shape(512, 8142, 2048),
+    "inat18-n1024-d2048": Shape(1024, 8142, 2048),
+    "inat18-n8192-d2048": Shape(8192, 8142, 2048),
+    "inat21-n512-d2048": Shape(512, 10_000, 2048),
+    "inat21-n8192-d2048": Shape(8192, 10_000, 2048),
+    "c100k-n512-d512": Shape(512, 100_000, 512),
+    "c100k-n4096-d512": Shape(4096, 100_000, 512),
+    "c100k-n256-d128": Shape(256, 100_000, 128),
+    "c100k-n8192-d128": Shape(8192, 100_000, 128),
+    "c1m-n64-d256": Shape(64, 1_000_000, 256),
+    "c1m-n1024-d256": Shape(1024, 1_000_000, 256),
+}
+
+
 class Config(NamedTuple):
     """A call of the tiled strategy, forward and backward: shape, dtype, options."""
 

@@ -14,6 +14,7 @@ each [0] otherwise. Backward computes from ``rest``, and from ``logits`` if they
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from ..._checks import check_classes
 from .._backend import load
+from .._gemm import products
 from .._reduce import ordered_sum
 from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward, spends_in_place
 from ..margin_cross_entropy.op import OP as ROWS
 from ..margin_cross_entropy.op import scale_
 from . import chunked
 from .arguments import DIFFERENTIABLE, SIGNATURE, Arguments
-from .plan import Sizes, chunk_plan, padded
+from .plan import Sizes, chunk_plan
 
 OP = "linear_margin_cross_entropy"
 _OWN = ("input", "linear_weight", "linear_bias")  # what forward can have gradients of
@@ -63,8 +65,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(a.input.device.type, enabled=False):  # dtypes have been chosen
         _check_targets(a)
         if strategy == "tiled":
-            inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
-            results = chunked.Forward(*_tiled_module().forward(a, inverse_norm, with_prediction))
+            results = chunked.Forward(*_tiled_module().forward(a, a.inverse_norms(), with_prediction))
         else:
             head = chunked.Head(a, load(ROWS, backend), with_prediction)
             all_needs = [*needs, *[False] * (len(DIFFERENTIABLE) - len(_OWN))]
@@ -97,9 +98,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     rows = a.input.new_empty((n, k), dtype=a.compute_dtype)
     logits = a.input.new_empty((0,))
     if strategy == "materialize":
-        logits = torch.empty_strided(
-            (n, columns), (padded(columns, a.input.dtype), 1), dtype=a.input.dtype, device=a.input.device
-        )
+        logits = products.fake_buffer(n, columns, a.input.dtype, a.input.device)
     return (
         rows.new_empty(()) if reduce else rows,
         torch.empty_like(rows),
@@ -115,48 +114,33 @@ def _like(a: Arguments, name: str, wanted: bool) -> Tensor:
     return value.new_empty(value.shape) if wanted else a.input.new_empty((0,))
 
 
-def _backward(*args: Any) -> list[Tensor]:
-    return _gradients(False, *args)
-
-
-def _backward_in_place(*args: Any) -> list[Tensor]:
-    return _gradients(True, *args)
-
-
-def _gradients(overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
+def _gradients(
+    overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, logits: Tensor | None, is_gradient: bool,
+    *args: Any,
+) -> list[Tensor]:  # fmt: skip
     """Return the gradients. overwrite: whether kept logits may be turned into their gradient in place."""
-    logits, is_gradient, *inputs, strategy, memory_budget, with_prediction, needs, backend = args
+    *inputs, strategy, memory_budget, with_prediction, needs, backend = args
     a = SIGNATURE.rebuild(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
-        return _gradients_of(
-            a, grad_loss, grad_lse, rest, logits, is_gradient, overwrite, strategy, memory_budget, with_prediction,
-            needs, backend,
-        )  # fmt: skip
-
-
-def _gradients_of(
-    a: Arguments, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, logits: Tensor | None, is_gradient: bool,
-    overwrite: bool, strategy: str, memory_budget: int, with_prediction: bool, needs: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    if strategy == "tiled":
-        inverse_norm = chunked.products.inverse_norms(a.factor, a.compute_dtype) if a.normalize else None
-        values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
-        if inverse_norm is not None and needs[1]:
-            chunked.products.project_(values[1], a, inverse_norm, False)
-        return values
-    head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
-    if is_gradient:
-        assert logits is not None
-        gradients = chunked.Gradients(head, needs)
-        one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # asking a GPU would wait for it
-        gradients.add_rows(logits, slice(0, head.n), None if one else grad_loss)
-        return gradients.finished()
-    if strategy == "materialize":
-        return chunked.backward_rows(head, head.n, logits, overwrite, grad_loss, grad_lse, rest, needs)
-    plan = chunk_plan(sizes(a, True, False, any(needs[3:])), memory_budget)
-    if plan.by == "rows":
-        return chunked.backward_rows(head, plan.chunk, None, True, grad_loss, grad_lse, rest, needs)
-    return chunked.backward_classes(head, plan.chunk, grad_loss, grad_lse, rest, needs)
+        if strategy == "tiled":
+            inverse_norm = a.inverse_norms()
+            values: list[Tensor] = _tiled_module().backward(grad_loss, grad_lse, rest, a, inverse_norm, needs)
+            if inverse_norm is not None and needs[1]:
+                products.project_(values[1], a.linear_weight, inverse_norm, False)
+            return values
+        head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
+        if is_gradient:
+            assert logits is not None
+            gradients = chunked.Gradients(head, needs)
+            one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # asking a GPU would wait for it
+            gradients.add_rows(logits, slice(0, head.n), None if one else grad_loss)
+            return gradients.finished()
+        if strategy == "materialize":
+            return chunked.backward_rows(head, head.n, logits, overwrite, grad_loss, grad_lse, rest, needs)
+        plan = chunk_plan(sizes(a, True, False, any(needs[3:])), memory_budget)
+        if plan.by == "rows":
+            return chunked.backward_rows(head, plan.chunk, None, True, grad_loss, grad_lse, rest, needs)
+        return chunked.backward_classes(head, plan.chunk, grad_loss, grad_lse, rest, needs)
 
 
 def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
@@ -178,13 +162,13 @@ _AFTER_LOGITS = (
 )
 BACKWARD = define(
     f"{OP}_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor? logits, {_AFTER_LOGITS}",
-    _backward,
+    partial(_gradients, False),
     _backward_fake,
 )
 # The same, which turns the logits that forward kept into their gradient. Only called where no graph is recorded.
 define(
     f"{OP}_bwd_(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor(a!) logits, {_AFTER_LOGITS}",
-    _backward_in_place,
+    partial(_gradients, True),
     _backward_fake,
 )
 

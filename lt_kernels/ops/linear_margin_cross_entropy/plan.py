@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from .._device import BYTES_PER_SECOND, PRODUCT_FLOPS
+from .._gemm.products import line, padded
 
 STRATEGIES = ("auto", "materialize", "chunked", "tiled")
 #: Widest features for which "auto" considers "tiled", and the widest that strategy takes.
@@ -39,7 +40,6 @@ _RATE = {  # operations per second of the libraries' matrix products
 }
 _BANDWIDTH = {"cpu": 4e10, "cuda": BYTES_PER_SECOND}
 _TILED_EFFICIENCY = 0.6  # of the libraries' rate
-_LINE = 64  # bytes: rows of a buffer start at multiples of this
 #: "chunked" asked for by name where everything would fit: at least this many chunks, of at least this many rows.
 _CHUNKS, _FEWEST_ROWS = 5, 64
 
@@ -78,12 +78,6 @@ class Sizes(NamedTuple):
     def row_bytes(self) -> int:
         """Of a buffer's row."""
         return padded(self.columns, self.dtype) * self.dtype.itemsize
-
-
-def padded(columns: int, dtype: torch.dtype) -> int:
-    """Columns of a buffer whose rows start at multiples of 64 bytes."""
-    step = _LINE // dtype.itemsize
-    return (columns + step - 1) // step * step
 
 
 def _estimate(
@@ -153,7 +147,7 @@ def chunk_plan(s: Sizes, memory_budget: int) -> LinearPlan:
     else:
         rows = -(-s.rows // (-(-s.rows // most)))
     best = _by_rows(s, max(1, _rounded(rows, most)))
-    step = _LINE // s.dtype.itemsize
+    step = line(s.dtype)
     classes = memory_budget // max(1, s.rows * s.dtype.itemsize) // step * step
     if s.divisible and step <= classes < s.classes:
         blocks = -(-s.classes // classes)

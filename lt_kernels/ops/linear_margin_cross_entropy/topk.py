@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._checks import compute_dtype
 from .._backend import load
+from .._gemm import products
 from .._registry import define
 from .._rows.options import RowOptions
 from .._select import GROUPS, group_size, largest
 from .._select import largest_of_all as _largest
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
 from ..margin_cross_entropy.op import OP as ROWS
-from . import products
-from .chunked import merge
 
 OP = "linear_topk"
 #: The buffer's bytes, unless ``set_memory_budget`` allows fewer: larger ones are no faster.
@@ -57,14 +57,9 @@ def _statistics(rows: Any, u: Tensor) -> Tensor:
     return rest
 
 
-def _linear_topk(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, class_shift: Tensor | None,
-    learned_scale: Tensor | None, scale: float, normalize: bool, k: int, buffer: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):  # dtypes have been chosen
-        return _in_blocks(
-            input, linear_weight, linear_bias, class_shift, learned_scale, scale, normalize, k, buffer, backend
-        )
+def _linear_topk(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):  # dtypes have been chosen
+        return _in_blocks(*args)
 
 
 def _in_blocks(
@@ -73,7 +68,7 @@ def _in_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows_kernel = load(ROWS, backend)
     dtype, device = input.dtype, input.device
-    wide = _compute_dtype(dtype)
+    wide = compute_dtype(dtype)
     n, classes = input.shape[0], linear_weight.shape[0]
     changed = normalize or class_shift is not None or learned_scale is not None or scale != 1.0
     apart = changed and wide != dtype  # the logits' own dtype is too narrow for what is added to them
@@ -112,7 +107,7 @@ def _in_blocks(
                     u[:, :size].add_(class_shift[columns])
             u[:, size:].fill_(-math.inf)
             part = _statistics(rows_kernel, u[:, :size])
-            merge(rest, part[0], part[1])
+            products.merge(rest, part[0], part[1])
             here, places = largest(u, k, group)
             values = torch.cat([values, here.to(wide)], 1)
             found = torch.cat([found, places + start], 1)
@@ -125,12 +120,8 @@ def _in_blocks(
     return results
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _results(input: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    confidence = input.new_empty((input.shape[0], k), dtype=_compute_dtype(input.dtype))
+    confidence = input.new_empty((input.shape[0], k), dtype=compute_dtype(input.dtype))
     return torch.empty_like(confidence, dtype=torch.int64), confidence, confidence.new_empty((input.shape[0],))
 
 

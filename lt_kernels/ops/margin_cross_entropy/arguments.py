@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._checks import compute_dtype
 from .._registry import Signature
 from .._rows.options import DIFFERENTIABLE as OPTIONS
 from .._rows.options import RowOptions
@@ -20,7 +21,7 @@ class Arguments(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.input.dtype)
 
 
 #: Inputs that can receive a gradient, in the order of ``needs`` and of what the backward op returns.

@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 from .._configs import MEMORY_BUDGET, ONE_TILE_BUDGET
+
+
+class Shape(NamedTuple):
+    """Logits [rows, classes, *positions]."""
+
+    rows: int
+    classes: int
+    positions: tuple[int, ...] = ()  # e.g. height and width of a segmentation map
+
+
+#: Real classification heads and batches, by name.
+SHAPES = {
+    "inat18-n64": Shape(64, 8142),
+    "inat18-n256": Shape(256, 8142),
+    "inat18-n512": Shape(512, 8142),
+    "inat18-n2048": Shape(2048, 8142),
+    "inat18-n8192": Shape(8192, 8142),
+    "aligned-n512": Shape(512, 8192),
+    "aligned-n8192": Shape(8192, 8192),
+    "inat21-n512": Shape(512, 10_000),
+    "inat21-n8192": Shape(8192, 10_000),
+    "imagenet-lt-n512": Shape(512, 1000),
+    "imagenet-lt-n8192": Shape(8192, 1000),
+    "lvis-n512": Shape(512, 1203),
+    "lvis-n8192": Shape(8192, 1203),
+    "imagenet21k-n512": Shape(512, 21_841),
+    "imagenet21k-n8192": Shape(8192, 21_841),
+    "c65536-n256": Shape(256, 65_536),
+    "c65536-n4096": Shape(4096, 65_536),
+    "c100k-n256": Shape(256, 100_000),
+    "c100k-n4096": Shape(4096, 100_000),
+    "c1m-n64": Shape(64, 1_000_000),
+    "c1m-n512": Shape(512, 1_000_000),
+    "seg-n16": Shape(16, 150, positions=(512, 512)),  # maps with the classes of ADE20K
+}
 
 
 class Config(NamedTuple):
@@ -138,21 +174,28 @@ _IN_PLACE = (
 )
 CONFIGS: tuple[Config, ...] = (*_ONE_PASS, *_FORWARD_ONLY, *_LOOPED, *_PARTS, *_BACKWARD, *_TILES, *_IN_PLACE)
 
+
+def _counted(shape: Shape, dtype: str = "bfloat16", **options: Any) -> Config:
+    rows, classes, positions = shape
+    return Config("class_bias", classes, dtype, _BIAS, rows=rows, positions=math.prod(positions), **options)
+
+
+_INAT18, _WIDE, _ODD = SHAPES["inat18-n8192"], SHAPES["c65536-n4096"], Shape(4096, 100_003)
 #: What the GPU counters measure: real batches, the most telling first.
 COUNTED: tuple[Config, ...] = (
-    Config("class_bias", 8142, options=_BIAS, rows=8192),
-    Config("class_bias", 8142, _SINGLE, _BIAS, rows=8192),
-    Config("class_bias", 65_536, options=_BIAS, rows=4096),
-    Config("class_bias", 100_003, options=_BIAS, rows=4096),
-    Config("class_bias", 8142, options=_BIAS, needs=("input",), rows=8192),
-    Config("class_bias", 8142, options=_BIAS, with_grad=False, rows=8192),
-    Config("class_bias", 65_536, _SINGLE, _BIAS, rows=4096),
-    Config("class_bias", 100_003, _SINGLE, _BIAS, rows=4096),
-    Config("class_bias", 1_000_000, options=_BIAS, rows=256),
-    Config("class_bias", 8192, options=_BIAS, rows=8192),
-    Config("class_bias", 8142, _SINGLE, _BIAS, needs=("input",), rows=8192),
-    Config("class_bias", 65_536, options=_BIAS, needs=("input",), rows=4096),
-    Config("class_bias", 150, options=_BIAS, rows=16, positions=512 * 512),
+    _counted(_INAT18),
+    _counted(_INAT18, _SINGLE),
+    _counted(_WIDE),
+    _counted(_ODD),
+    _counted(_INAT18, needs=("input",)),
+    _counted(_INAT18, with_grad=False),
+    _counted(_WIDE, _SINGLE),
+    _counted(_ODD, _SINGLE),
+    _counted(Shape(256, 1_000_000)),
+    _counted(SHAPES["aligned-n8192"]),
+    _counted(_INAT18, _SINGLE, needs=("input",)),
+    _counted(_WIDE, needs=("input",)),
+    _counted(SHAPES["seg-n16"]),
 )
 
 

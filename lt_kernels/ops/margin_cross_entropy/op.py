@@ -95,7 +95,7 @@ def _mean_coefficient_fake(target: Tensor, mixed_target: Tensor | None, *args: A
     return target.new_empty((1 if mixed_target is None else 2,), dtype=args[3])
 
 
-MEAN_COEFFICIENT = define(
+define(
     f"{OP}_mean_coefficient(Tensor target, Tensor? mixed_target, Tensor? weight, int ignore_index, int classes,"
     " ScalarType dtype, str backend) -> Tensor",
     _mean_coefficient,

@@ -8,14 +8,13 @@ gradient is written once; what is added up over blocks is added in float32 at le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..linear_margin_cross_entropy import products
+from .._gemm import products
 from .arguments import (
     N_SLOPES,
     N_STATISTICS,
@@ -48,8 +47,8 @@ class Sweep:
         return products.buffer(n, m, self.a.query.dtype, self.a.query.device)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        for rows in _pieces(self.n, self.blocks.rows):
-            for keys in _pieces(self.m, self.blocks.keys):
+        for rows in products.slices(self.n, self.blocks.rows):
+            for keys in products.slices(self.m, self.blocks.keys):
                 yield rows, keys
 
     def block(self, rows: slice, keys: slice, filled: bool = False) -> Block:
@@ -83,22 +82,12 @@ class Sweep:
         return value if keys.stop - keys.start == self.m else value[keys]
 
 
-def _pieces(size: int, most: int) -> list[slice]:
-    return [slice(begin, min(begin + most, size)) for begin in range(0, size, most)]
-
-
 def join_(total: Tensor, part: Tensor) -> None:
     """Add the statistics of more columns to those so far, both as ``Block`` has them."""
     for peak, mass, slope in ((NEG_PEAK, NEG_MASS, NEG_SLOPE), (POS_PEAK, POS_MASS, POS_SLOPE)):
-        before = torch.where(total[mass] != 0, total[peak], -math.inf)
-        here = torch.where(part[mass] != 0, part[peak], -math.inf)
-        high = torch.maximum(before, here)
-        high = torch.where(high == -math.inf, 0.0, high)
-        kept, added = (before - high).exp(), (here - high).exp()
-        total[mass] = total[mass] * kept + part[mass] * added
+        kept, added = products.merge(total[peak : mass + 1], part[peak], part[mass])
         if len(total) > slope:
             total[slope] = total[slope] * kept + part[slope] * added
-        total[peak] = high
     total[POS_SUM] += part[POS_SUM]
     total[NUM_POS] += part[NUM_POS]
 

@@ -7,6 +7,26 @@ from typing import NamedTuple
 from .._configs import MEMORY_BUDGET
 
 
+class Shape(NamedTuple):
+    """Queries [rows, width] and keys [keys, width]."""
+
+    rows: int
+    keys: int
+    width: int = 128
+
+
+#: Real batches of contrastive losses, by name.
+SHAPES = {
+    "supcon-2x256x128": Shape(512, 512),
+    "supcon-512x16384x128": Shape(512, 16_384),
+    "supcon-512x16384x128-frozen": Shape(512, 16_384),  # the keys learn nothing
+    "moco-256x65536x128": Shape(256, 65_536),
+    "paco-64x16398x128": Shape(64, 8256),
+    "bcl-512x8654x1024": Shape(512, 8654, 1024),
+    "gml-128x16384x1024-c8142": Shape(128, 16_384, 1024),
+}
+
+
 class Config(NamedTuple):
     """A call on tiles, forward and backward, or on a block of similarities in memory."""
 
@@ -71,8 +91,9 @@ def _at_width(d: int) -> list[Config]:
     return configs
 
 
+_FEW, _MANY, _WIDTH = SHAPES["supcon-512x16384x128"]
 CONFIGS: tuple[Config, ...] = (
-    Config("bounded", 128, ("bounded",), rows=512, kernels=_TILED_FORWARD, budgets=_BOUNDED),
+    Config("bounded", _WIDTH, ("bounded",), rows=_FEW, columns=_MANY, kernels=_TILED_FORWARD, budgets=_BOUNDED),
     Config("key_bias", 128, ("key_bias",), "float16", budgets=_UNBOUNDED),
     Config("self left out", 0, ("exclude",), columns=4096, budgets=_BLOCK),
     Config("all", 0, _EVERY, columns=4090),

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from .._backend import load
+from .._gemm import products
 from .._reduce import ordered_sum
 from .._registry import define, register_autograd, register_no_double_backward
-from ..linear_margin_cross_entropy.plan import padded
 from . import chunked
 from .arguments import (
     DIFFERENTIABLE,
@@ -70,7 +70,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, with_slopes, separate, strategy, memory_budget, backend = args
     a = SIGNATURE.rebuild(inputs)
     with torch.autocast(a.query.device.type, enabled=False):  # dtypes have been chosen
-        kept = _room_for_products(a, strategy, chunked.products.buffer)
+        kept = _room_for_products(a, strategy, products.buffer)
         if strategy == "tiled":
             s = load(OP, "triton").tiled_forward(a, with_slopes)
         else:
@@ -105,12 +105,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     n = a.query.shape[0]
     row = a.query.new_empty((n,), dtype=a.compute_dtype)
 
-    def strided(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty_strided((rows, columns), (padded(columns, dtype), 1), dtype=dtype, device=device)
-
     return (
         row, *(torch.empty_like(row) for _ in range(3)), row.new_empty((4, n)),
-        row.new_empty((3, n) if with_slopes else (0,)), _room_for_products(a, strategy, strided),
+        row.new_empty((3, n) if with_slopes else (0,)), _room_for_products(a, strategy, products.fake_buffer),
         row.new_empty((3, n) if separate else (0,)),
     )  # fmt: skip
 
@@ -168,11 +165,8 @@ def _terms(grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | 
     )  # fmt: skip
 
 
-def _backward_fake(
-    grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, grad_of_scale: Tensor | None,
-    rest: Tensor, slopes: Tensor, kept: Tensor | None, *args: Any,
-) -> list[Tensor]:  # fmt: skip
-    *inputs, _, _, _, needs, _ = args
+def _backward_fake(*args: Any) -> list[Tensor]:
+    *inputs, _, _, _, needs, _ = args[7:]
     a = SIGNATURE.rebuild(inputs)
     values = [getattr(a, name) for name in DIFFERENTIABLE]
     return [

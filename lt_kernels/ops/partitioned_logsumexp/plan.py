@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from .._gemm.products import line, padded
+
 STRATEGIES = ("auto", "materialize", "chunked", "tiled")
 #: Widest features of the tiled kernels.
 TILED_WIDTH = 256
@@ -26,7 +28,6 @@ KEPT_BYTES = 64 * 2**20
 _BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
 #: Fewest keys of a block: the queries' gradient is added up once for each block of keys.
 _FEWEST_KEYS = 512
-_LINE = 64  # bytes: rows of a buffer start at multiples of this
 
 
 class Blocks(NamedTuple):
@@ -38,11 +39,11 @@ class Blocks(NamedTuple):
 
 def blocks(rows: int, keys: int, dtype: torch.dtype, device: str, memory_budget: int) -> Blocks:
     """All rows and as many keys as fit; fewer rows where even ``_FEWEST_KEYS`` keys of all are too many."""
-    line = _LINE // dtype.itemsize
+    step = line(dtype)
     elements = max(1, min(_BLOCK_BYTES.get(device, 2**25), memory_budget) // dtype.itemsize)
-    fewest = -(-min(max(keys, 1), _FEWEST_KEYS) // line) * line  # rows of a buffer are that long
+    fewest = padded(min(max(keys, 1), _FEWEST_KEYS), dtype)
     n = _even(rows, max(1, elements // fewest), 8)
-    return Blocks(n, _even(keys, max(elements // max(n, 1) // line * line, 1), line))
+    return Blocks(n, _even(keys, max(elements // max(n, 1) // step * step, 1), step))
 
 
 def _even(size: int, most: int, step: int) -> int:

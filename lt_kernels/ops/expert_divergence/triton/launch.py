@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import triton
 
 from ..._device import MOST_GRID_Y, MULTIPROCESSORS
+from ..._rows.triton_launch import RowsLaunch
 
 #: Logits of all experts that a thread holds at once.
 PER_THREAD = 64
 #: Warps that keep the device busy that sizes are weighed for, whatever runs: 12 on each multiprocessor.
 _BUSY_WARPS = 12 * MULTIPROCESSORS
-
-
-class DivergenceLaunch(NamedTuple):
-    group: int
-    repeat: int
-    num_warps: int
-
-    @property
-    def block(self) -> int:
-        return 32 * self.num_warps * self.repeat * self.group
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """Return keyword arguments of a launch."""
-        return {
-            "GROUP": self.group, "LANES": 32 * self.num_warps, "REPEAT": self.repeat, "num_warps": self.num_warps,
-        }  # fmt: skip
 
 
 def power_of_two(limit: int) -> int:
@@ -45,19 +28,19 @@ def split_tile(experts: int, group: int) -> tuple[int, int]:
 
 
 @functools.cache
-def forward_launch(experts: int, rows: int, classes: int, group: int) -> DivergenceLaunch:
+def forward_launch(experts: int, rows: int, classes: int, group: int) -> RowsLaunch:
     """Return few warps for each row, as their sums are brought together at its end; more if there are few rows."""
     group, repeat = split_tile(experts, group)
     warps = min(power_of_two(classes // 4096), 8)
     while warps < 8 and rows * warps < _BUSY_WARPS and classes >= 1024 * warps:
         warps *= 2
-    return DivergenceLaunch(group, repeat, warps)
+    return RowsLaunch("loop", group, repeat, warps)
 
 
 @functools.cache
-def backward_launch(experts: int, classes: int, group: int) -> DivergenceLaunch:
+def backward_launch(experts: int, classes: int, group: int) -> RowsLaunch:
     group, repeat = split_tile(experts, group)
     warps = min(power_of_two(triton.cdiv(classes, 32 * repeat * group)), 4)
     while triton.cdiv(classes, 32 * warps * repeat * group) > MOST_GRID_Y:
         warps, repeat = (2 * warps, repeat) if warps < 32 else (warps, 2 * repeat)
-    return DivergenceLaunch(group, repeat, warps)
+    return RowsLaunch("parts", group, repeat, warps)

@@ -6,7 +6,7 @@ split of the rows) those of the factor and the class vectors. Each does 4 D oper
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,14 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._gemm import launch as gemm
-from ..._gemm.launch import PADDING, Launch, add_splits, most_splits, partial_gradients
-from ..._gemm.triton_tiles import load_vectors, tile_product
+from ..._gemm.launch import PADDING, Launch, column_sums, left_gradient, right_gradient
+from ..._gemm.triton_tiles import (
+    inner_products,
+    load_left,
+    load_right,
+    split_tiles,
+    store_gradient,
+    store_sums,
+    tile_product,
+)
 from ..._rows.triton_math import (
     INF,
     add_shared_column,
     affine,
     fast_exp,
     load_scale,
+    load_upstream,
     load_weight_total,
     row_slopes,
 )
@@ -41,12 +50,20 @@ THROUGH, TO_BIAS, TO_MARGIN = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 SLOT_TERMS = tl.constexpr(3)  # from one target's to the other's
 
 
+class ClassGradients(NamedTuple):
+    """Gradients of the class vectors, one argument of a kernel: pointers to [C], None where not needed."""
+
+    linear_bias_ptr: Any
+    class_bias_ptr: Any
+    class_scale_ptr: Any
+    class_margin_ptr: Any
+    scale_ptr: Any  # each class's part of the gradient of the scale
+
+
 @triton.jit(do_not_specialize=["rows", "padded", "ignore_index"])
 def linear_margin_cross_entropy_terms_kernel(
-    input_ptr,  # [N, D]
-    factor_ptr,  # [C, D]
-    inverse_norm_ptr,  # [C]
-    linear_bias_ptr,  # [C]
+    f,  # Factors: inputs and classes
+    v,  # ClassVectors
     o,  # KernelOptions
     rest_ptr,  # [2, N]
     grad_loss_ptr,  # 0-dim or [N]
@@ -56,34 +73,21 @@ def linear_margin_cross_entropy_terms_kernel(
     rows,
     padded,
     classes,
-    width,
-    input_stride,
-    factor_stride,
     grad_loss_stride,
     grad_lse_stride,
     ignore_index,
-    FULL: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Compute the terms that the gradients of a row are made of."""
     out = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = out < rows
     row = tl.minimum(out, rows - 1)
-    peak = tl.load(rest_ptr + row)
-    mass = tl.load(rest_ptr + rows + row)
-    upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
-    upstream_lse = tl.zeros([BLOCK], tl.float32)
-    if grad_lse_ptr is not None:
-        upstream_lse += tl.load(grad_lse_ptr + row * grad_lse_stride)
-    a, cosine_a, b, cosine_b = load_targets(
-        row, rows, input_ptr, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o, classes, width, input_stride,
-        factor_stride, ignore_index, FULL, BLOCK_D,
-    )  # fmt: skip
-    slopes = row_slopes(
-        peak, mass, a, b, upstream, upstream_lse, load_weight_total(o, classes),
-        o.label_smoothing / classes, o,
-    )  # fmt: skip
+    peak, mass, upstream, upstream_lse = load_upstream(
+        rest_ptr, grad_loss_ptr, grad_lse_ptr, row, rows, grad_loss_stride, grad_lse_stride
+    )
+    a, cosine_a, b, cosine_b = load_targets(f, v, o, row, rows, classes, ignore_index)
+    smooth_share = o.label_smoothing / classes
+    slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, load_weight_total(o, classes), smooth_share, o)
     size = tl.cast(padded, tl.int64)
     out_ptr = terms_ptr + out
     mask = out < padded
@@ -114,10 +118,8 @@ def store_target_terms(out_ptr, size, slot, cosine, gradient, mask):
 
 @triton.jit(do_not_specialize=["rows", "padded", "tiles_per_split"])
 def linear_margin_cross_entropy_grad_input_kernel(
-    input_ptr,  # [N, D], unit stride along D
-    factor_ptr,  # [C, D], unit stride along D
-    slope_ptr,  # [C]; the full scale if None
-    offset_ptr,  # [C]; 0 if None
+    f,  # Factors: inputs and classes
+    v,  # ClassVectors
     o,  # KernelOptions
     terms_ptr,  # [7 or 10, padded N], see linear_margin_cross_entropy_terms_kernel
     columns_ptr,  # [1 or 2, padded N] int32
@@ -125,20 +127,13 @@ def linear_margin_cross_entropy_grad_input_kernel(
     rows,
     padded,
     classes,
-    width,
     tiles_per_split,
-    input_stride,
-    factor_stride,
-    HAS_SLOPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Compute the gradient of a block of rows through the columns of one split."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = load_vectors(input_ptr, row, rows, width, input_stride, FULL, BLOCK_D)
+    x = load_left(f, row, rows)
     size = tl.cast(padded, tl.int64)
     own_ptr = terms_ptr + row
     peak = tl.load(own_ptr + PEAK * size)
@@ -151,16 +146,15 @@ def linear_margin_cross_entropy_grad_input_kernel(
     if o.smooth:
         smooth = tl.load(own_ptr + SMOOTH * size)
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad = tl.zeros([BLOCK_N, f.block_d], tl.float32)
     lane = tl.arange(0, BLOCK_C)
-    split = tl.program_id(1)
-    first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(classes, BLOCK_C))):
+    split, first, end = split_tiles(tiles_per_split, classes, BLOCK_C)
+    for tile in range(first, end):
         begin = tile * BLOCK_C
-        w = load_vectors(factor_ptr, begin + lane, classes, width, factor_stride, FULL, BLOCK_D)
-        s = tile_product(x, tl.trans(w), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+        w = load_right(f, begin + lane, classes)
+        s = inner_products(x, w, f)
         columns = (begin + lane)[None, :]
-        slope, offset = load_class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
+        slope, offset = load_class_vectors(v, scale, columns, classes)
         du = row_slope[:, None] * fast_exp(affine(s, slope, offset) - peak[:, None])
         if o.smooth:
             if o.weight_ptr is not None:
@@ -170,64 +164,45 @@ def linear_margin_cross_entropy_grad_input_kernel(
         if o.mixed_target_ptr is not None:
             du = tl.where(lane[None, :] == (column_b - begin)[:, None], through_b[:, None], du)
         du = tl.where(lane[None, :] == (column_a - begin)[:, None], through_a[:, None], du)
-        if HAS_SLOPE:
+        if v.has_slope:
             du = du * slope
-        grad = tile_product(du.to(w.dtype), w, grad, PRECISION)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    offset = (split * tl.cast(rows, tl.int64) + row)[:, None] * width + d
-    tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (d < width))
+        grad = tile_product(du.to(w.dtype), w, grad, f.precision)
+    store_gradient(grad_ptr, grad, split, row, rows, f)
 
 
-@triton.jit(do_not_specialize=["rows", "padded", "blocks", "blocks_per_split"])
+@triton.jit(do_not_specialize=["rows", "padded", "blocks_per_split"])
 def linear_margin_cross_entropy_grad_factor_kernel(
-    input_ptr,  # [N, D], unit stride along D
-    factor_ptr,  # [C, D], unit stride along D
-    slope_ptr,  # [C]; the full scale if None
-    offset_ptr,  # [C]; 0 if None
+    f,  # Factors: inputs and classes
+    v,  # ClassVectors
     o,  # KernelOptions
-    inverse_norm_ptr,  # [C]
-    linear_bias_ptr,  # [C]
     terms_ptr,  # [7 or 10, padded N], see linear_margin_cross_entropy_terms_kernel
     columns_ptr,  # [1 or 2, padded N] int32
     grad_ptr,  # [splits, C, D]; None where not needed
-    sums_ptr,  # [splits, SUM_THROUGH + SUM_PRODUCT, C], sums over the rows of the gradient of class_scale_j x_ij over
-    # the scale, and of its product with x_ij
+    sums,  # ColumnSums of the gradient of class_scale_j x_ij over the scale, and of its product with x_ij
     rows,
     padded,
     classes,
-    width,
-    blocks,
     blocks_per_split,
-    input_stride,
-    factor_stride,
-    HAS_SLOPE: tl.constexpr,
-    SUM_THROUGH: tl.constexpr,
-    SUM_PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Compute the gradients of a block of classes through the rows of one split, in tiles [BLOCK_C, BLOCK_N]."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    w = load_vectors(factor_ptr, column, classes, width, factor_stride, FULL, BLOCK_D)
+    w = load_right(f, column, classes)
     columns = column[:, None]
-    real = columns < classes
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    slope, offset = load_class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
+    slope, offset = load_class_vectors(v, scale, columns, classes)
     if o.smooth and o.weight_ptr is not None:
-        weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
+        weight = tl.load(o.weight_ptr + columns, mask=columns < classes, other=0.0)
     size = tl.cast(padded, tl.int64)
-    grad = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    grad = tl.zeros([BLOCK_C, f.block_d], tl.float32)
     sum_through = tl.zeros([BLOCK_C], tl.float32)
     sum_product = tl.zeros([BLOCK_C], tl.float32)
-    split = tl.program_id(1)
-    first = split * blocks_per_split
-    for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
+    split, first, end = split_tiles(blocks_per_split, rows, BLOCK_N)
+    for block in range(first, end):
         row = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        x = load_vectors(input_ptr, row, rows, width, input_stride, FULL, BLOCK_D)
-        s = tile_product(w, tl.trans(x), tl.zeros([BLOCK_C, BLOCK_N], tl.float32), PRECISION)
+        x = load_left(f, row, rows)
+        s = inner_products(w, x, f)
         own_ptr = terms_ptr + row
         du = fast_exp(affine(s, slope, offset) - tl.load(own_ptr + PEAK * size)[None, :])
         du = tl.load(own_ptr + SLOPE * size)[None, :] * du
@@ -241,38 +216,29 @@ def linear_margin_cross_entropy_grad_factor_kernel(
             du = tl.where(columns == column_b, tl.load(own_ptr + (THROUGH + SLOT_TERMS) * size)[None, :], du)
         column_a = tl.load(columns_ptr + row)[None, :]
         du = tl.where(columns == column_a, tl.load(own_ptr + THROUGH * size)[None, :], du)
-        if SUM_THROUGH:
+        if sums.first:
             sum_through += tl.sum(du, 1)
-        if SUM_PRODUCT:
+        if sums.second:
             sum_product += tl.sum(du * s, 1)
         if grad_ptr is not None:
-            if HAS_SLOPE:
+            if v.has_slope:
                 du = du * slope
-            grad = tile_product(du.to(x.dtype), x, grad, PRECISION)
+            grad = tile_product(du.to(x.dtype), x, grad, f.precision)
     if grad_ptr is not None:
-        d = tl.arange(0, BLOCK_D)[None, :]
-        offsets = (split * tl.cast(classes, tl.int64) + column)[:, None] * width + d
-        tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=real & (d < width))
-    if sums_ptr is not None:
-        out_ptr = sums_ptr + split.to(tl.int64) * (SUM_THROUGH + SUM_PRODUCT) * classes + column
-        if SUM_THROUGH:
-            tl.store(out_ptr, sum_through, mask=column < classes)
-        if SUM_PRODUCT:
-            tl.store(out_ptr + SUM_THROUGH * classes, sum_product, mask=column < classes)
+        store_gradient(grad_ptr, grad, split, column, classes, f)
+    store_sums(sums, sum_through, sum_product, split, column, classes, column < classes)
 
 
-@triton.jit(do_not_specialize=["padded", "blocks", "blocks_per_split"])
+@triton.jit(do_not_specialize=["rows", "padded", "blocks_per_split"])
 def linear_margin_cross_entropy_target_sums_kernel(
     o,  # KernelOptions
     terms_ptr,  # [7 or 10, padded N], see linear_margin_cross_entropy_terms_kernel
     columns_ptr,  # [1 or 2, padded N] int32
-    sums_ptr,  # [splits, SUM_BIAS + SUM_MARGIN, C]
+    target_sums,  # ColumnSums of the targets' terms of class_bias and of the margin
+    rows,
     padded,
     classes,
-    blocks,
     blocks_per_split,
-    SUM_BIAS: tl.constexpr,
-    SUM_MARGIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -281,52 +247,41 @@ def linear_margin_cross_entropy_target_sums_kernel(
     size = tl.cast(padded, tl.int64)
     sum_bias = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)  # rows are added up at the end: no exchange in the loop
     sum_margin = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    split = tl.program_id(1)
-    first = split * blocks_per_split
-    for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
+    split, first, end = split_tiles(blocks_per_split, rows, BLOCK_N)
+    for block in range(first, end):
         row = block * BLOCK_N + tl.arange(0, BLOCK_N)
         for slot in tl.static_range(2 if o.mixed_target_ptr is not None else 1):
             is_target = column[:, None] == tl.load(columns_ptr + slot * size + row)[None, :]
             own_ptr = terms_ptr + slot * SLOT_TERMS * size + row
-            if SUM_BIAS:
+            if target_sums.first:
                 sum_bias += tl.where(is_target, tl.load(own_ptr + TO_BIAS * size)[None, :], 0.0)
-            if SUM_MARGIN:
+            if target_sums.second:
                 sum_margin += tl.where(is_target, tl.load(own_ptr + TO_MARGIN * size)[None, :], 0.0)
-    out_ptr = sums_ptr + split.to(tl.int64) * (SUM_BIAS + SUM_MARGIN) * classes + column
-    if SUM_BIAS:
-        tl.store(out_ptr, tl.sum(sum_bias, 1), mask=column < classes)
-    if SUM_MARGIN:
-        tl.store(out_ptr + SUM_BIAS * classes, tl.sum(sum_margin, 1), mask=column < classes)
+    sum_bias, sum_margin = tl.sum(sum_bias, 1), tl.sum(sum_margin, 1)
+    store_sums(target_sums, sum_bias, sum_margin, split, column, classes, column < classes)
 
 
 @triton.jit
-def add_sums(sums_ptr, kind, kinds, splits, column, classes):
-    """Return one kind of the sums [splits, kinds, C], the splits added up in order."""
+def add_sums(sums, kind, splits, column, classes):
+    """Return the first (0) or second (sums.first) of the sums, the splits added up in order."""
+    kinds: tl.constexpr = sums.first + sums.second
     total = tl.zeros(column.shape, tl.float32)
     for split in range(splits):
-        total += tl.load(sums_ptr + (split * kinds + kind) * tl.cast(classes, tl.int64) + column, mask=column < classes)
+        offset = (split * kinds + kind) * tl.cast(classes, tl.int64)
+        total += tl.load(sums.ptr + offset + column, mask=column < classes)
     return total
 
 
 @triton.jit(do_not_specialize=["splits", "target_splits"])
 def linear_margin_cross_entropy_class_sums_kernel(
-    sums_ptr,  # [splits, SUM_THROUGH + SUM_PRODUCT, C], see linear_margin_cross_entropy_grad_factor_kernel
-    target_sums_ptr,  # [target splits, SUM_BIAS + SUM_MARGIN, C], see linear_margin_cross_entropy_target_sums_kernel
-    inverse_norm_ptr,  # [C]
-    linear_bias_ptr,  # [C]
+    sums,  # ColumnSums, see linear_margin_cross_entropy_grad_factor_kernel
+    target_sums,  # ColumnSums, see linear_margin_cross_entropy_target_sums_kernel
+    v,  # ClassVectors
     o,  # KernelOptions
-    grad_linear_bias_ptr,  # [C], None where not needed
-    grad_class_bias_ptr,  # [C], None where not needed
-    grad_class_scale_ptr,  # [C], None where not needed
-    grad_class_margin_ptr,  # [C], None where not needed
-    to_scale_ptr,  # [C], each class's part of the gradient of the scale; None where not needed
+    grads,  # ClassGradients
     classes,
     splits,
     target_splits,
-    SUM_THROUGH: tl.constexpr,
-    SUM_PRODUCT: tl.constexpr,
-    SUM_BIAS: tl.constexpr,
-    SUM_MARGIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute the gradients of the class vectors from the sums of all splits."""
@@ -336,29 +291,29 @@ def linear_margin_cross_entropy_class_sums_kernel(
     class_scale = 1.0
     if o.class_scale_ptr is not None:
         class_scale = tl.load(o.class_scale_ptr + column, mask=real)
-    if SUM_THROUGH:
-        through = add_sums(sums_ptr, 0, SUM_THROUGH + SUM_PRODUCT, splits, column, classes)
-    if grad_linear_bias_ptr is not None:
+    if sums.first:
+        through = add_sums(sums, 0, splits, column, classes)
+    if grads.linear_bias_ptr is not None:
         grad = scale * class_scale * through
-        tl.store(grad_linear_bias_ptr + column, grad.to(grad_linear_bias_ptr.dtype.element_ty), mask=real)
-    if grad_class_bias_ptr is not None:
+        tl.store(grads.linear_bias_ptr + column, grad.to(grads.linear_bias_ptr.dtype.element_ty), mask=real)
+    if grads.class_bias_ptr is not None:
         grad = through
-        if SUM_BIAS:
-            grad += add_sums(target_sums_ptr, 0, SUM_BIAS + SUM_MARGIN, target_splits, column, classes)
-        tl.store(grad_class_bias_ptr + column, grad, mask=real)
-    if SUM_PRODUCT:
-        product = add_sums(sums_ptr, SUM_THROUGH, SUM_THROUGH + SUM_PRODUCT, splits, column, classes)
-        if inverse_norm_ptr is not None:
-            product = product * tl.load(inverse_norm_ptr + column, mask=real)
-        if linear_bias_ptr is not None:
-            product += through * tl.load(linear_bias_ptr + column, mask=real).to(tl.float32)
-        if grad_class_scale_ptr is not None:
-            tl.store(grad_class_scale_ptr + column, scale * product, mask=real)
-        if to_scale_ptr is not None:
-            tl.store(to_scale_ptr + column, class_scale * product, mask=real)
-    if SUM_MARGIN:
-        grad = add_sums(target_sums_ptr, SUM_BIAS, SUM_BIAS + SUM_MARGIN, target_splits, column, classes)
-        tl.store(grad_class_margin_ptr + column, scale * grad, mask=real)
+        if target_sums.first:
+            grad += add_sums(target_sums, 0, target_splits, column, classes)
+        tl.store(grads.class_bias_ptr + column, grad, mask=real)
+    if sums.second:
+        product = add_sums(sums, sums.first, splits, column, classes)
+        if v.inverse_norm_ptr is not None:
+            product = product * tl.load(v.inverse_norm_ptr + column, mask=real)
+        if v.linear_bias_ptr is not None:
+            product += through * tl.load(v.linear_bias_ptr + column, mask=real).to(tl.float32)
+        if grads.class_scale_ptr is not None:
+            tl.store(grads.class_scale_ptr + column, scale * product, mask=real)
+        if grads.scale_ptr is not None:
+            tl.store(grads.scale_ptr + column, class_scale * product, mask=real)
+    if target_sums.second:
+        grad = add_sums(target_sums, target_sums.first, target_splits, column, classes)
+        tl.store(grads.class_margin_ptr + column, scale * grad, mask=real)
 
 
 def backward(
@@ -385,7 +340,7 @@ def backward(
     per_lse, grad_lse_stride = per_row(grad_lse, rest.shape[1:])
     with torch.cuda.device_of(a.input):
         arguments = common_arguments(a, inverse_norm)
-        width, padded = arguments["width"], triton.cdiv(n, PADDING) * PADDING
+        padded = triton.cdiv(n, PADDING) * PADDING
         launches = launches_for(a, arguments)
         mixed = a.options.mixed_target is not None
         arguments |= {
@@ -398,18 +353,13 @@ def backward(
             "columns_ptr": rest.new_empty((1 + mixed, padded), dtype=torch.int32),
             "padded": padded,
         }
-        rows = block_of_rows(width)
+        rows = block_of_rows(a.input.shape[1])
         launch_with(linear_margin_cross_entropy_terms_kernel, (triton.cdiv(padded, rows["BLOCK"]),), arguments, **rows)
         if needs[0]:
-            launch = launches.grad_input
-            blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-            per_split = gemm.tiles_per_split(blocks, tiles, launch.together, most_splits(n * width))
-            grad = partial_gradients(triton.cdiv(tiles, per_split), a.input, a.input.dtype)
-            arguments |= {"grad_ptr": grad, "tiles_per_split": per_split}
-            launch_with(
-                linear_margin_cross_entropy_grad_input_kernel, (blocks, len(grad)), arguments, **launch.constants
-            )
-            grads[0] = add_splits(grad, a.input.dtype)
+            grads[0] = left_gradient(
+                linear_margin_cross_entropy_grad_input_kernel, arguments, launches.grad_input, a.input, classes,
+                a.input.dtype,
+            )  # fmt: skip
         if any(needs[1:]):
             _class_gradients(a, needs, grads, arguments, launches.grad_factor)
     return grads
@@ -424,49 +374,33 @@ def _class_gradients(
     product = need_scale or need_learned
     through = need_linear or need_bias or (product and a.linear_bias is not None)
     extra = need_bias and a.options.angular
-    arguments |= {
-        "grad_ptr": None,
-        "sums_ptr": None,
-        "target_sums_ptr": None,
-        "splits": 0,
-        "target_splits": 0,
-        "SUM_THROUGH": through,
-        "SUM_PRODUCT": product,
-        "SUM_BIAS": extra,
-        "SUM_MARGIN": need_margin,
-    }
+    sums = target_sums = column_sums(0, False, False, classes, rest)
     if need_weight or through or product:
-        blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-        per_split = gemm.tiles_per_split(tiles, blocks, launch.together, most_splits(classes * a.input.shape[1]))
-        splits = triton.cdiv(blocks, per_split)
-        grad = partial_gradients(splits, a.factor, a.linear_weight.dtype) if need_weight else None
-        sums = rest.new_empty((splits, through + product, classes)) if through or product else None
-        arguments |= {"grad_ptr": grad, "blocks": blocks, "blocks_per_split": per_split}
-        arguments |= {"sums_ptr": sums, "splits": splits}
-        launch_with(linear_margin_cross_entropy_grad_factor_kernel, (tiles, splits), arguments, **launch.constants)
-        if grad is not None:
-            grads[1] = add_splits(grad, a.linear_weight.dtype)
+        grads[1], sums = right_gradient(
+            linear_margin_cross_entropy_grad_factor_kernel, arguments, launch, a.factor, n,
+            a.linear_weight.dtype if need_weight else None, through, product,
+        )  # fmt: skip
     if extra or need_margin:
         block_n, block_c = _TARGET_SUMS
-        blocks, tiles = triton.cdiv(n, block_n), triton.cdiv(classes, block_c)
-        per_split = gemm.tiles_per_split(tiles, blocks, 8)
-        splits = triton.cdiv(blocks, per_split)
-        target_sums = rest.new_empty((splits, extra + need_margin, classes))
-        own = {"sums_ptr": target_sums, "blocks": blocks, "blocks_per_split": per_split}
-        blocks_of = {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4}
-        launch_with(linear_margin_cross_entropy_target_sums_kernel, (tiles, splits), arguments | own, **blocks_of)
-        arguments |= {"target_sums_ptr": target_sums, "target_splits": splits}
+        cut = gemm.cut(triton.cdiv(classes, block_c), triton.cdiv(n, block_n), 8)
+        target_sums = column_sums(cut.splits, extra, need_margin, classes, rest)
+        own = {"target_sums": target_sums, "blocks_per_split": cut.per_split}
+        constants = {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4}
+        launch_with(linear_margin_cross_entropy_target_sums_kernel, cut.grid, arguments | own, **constants)
     if through or product or need_margin:
-        outputs = {"linear_bias": 2, "class_bias": 4, "class_scale": 5, "class_margin": 6}
-        for name, position in outputs.items():
+        outputs = []
+        for name, position in {"linear_bias": 2, "class_bias": 4, "class_scale": 5, "class_margin": 6}.items():
             if needs[position]:
                 like: Any = a.linear_bias if name == "linear_bias" else getattr(a.options, name)
                 grads[position] = like.new_empty((classes,))
-            arguments[f"grad_{name}_ptr"] = grads[position] if needs[position] else None
+            outputs.append(grads[position] if needs[position] else None)
         to_scale = rest.new_empty((classes,)) if need_learned else None
+        own = {"sums": sums, "target_sums": target_sums, "grads": ClassGradients(*outputs, scale_ptr=to_scale)}
+        for name, of in (("splits", sums), ("target_splits", target_sums)):
+            own[name] = 0 if of.ptr is None else len(of.ptr)
         launch_with(
-            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),),
-            arguments | {"to_scale_ptr": to_scale}, BLOCK=256, num_warps=4,
+            linear_margin_cross_entropy_class_sums_kernel, (triton.cdiv(classes, 256),), arguments | own, BLOCK=256,
+            num_warps=4,
         )  # fmt: skip
         if to_scale is not None:
             grads[7] = a.options.scale * (to_scale.sum() + arguments["terms_ptr"][TO_SCALE.value].sum())

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm import launch as gemm
-from ..._gemm.triton_tiles import load_vectors, tile_product
+from ..._gemm.triton_tiles import inner_products, load_left, load_right, split_tiles
 from ..._rows.triton_math import (
     INF,
     NO_COLUMN,
@@ -25,6 +24,7 @@ from ..._rows.triton_math import (
     rescale_sums,
     row_loss,
     same_number,
+    start_sums,
 )
 from ..._triton import launch_with
 from ..arguments import Arguments
@@ -33,64 +33,47 @@ from .tiles import common_arguments, launches_for, load_class_vectors, load_targ
 
 
 @triton.jit
-def raw_logits(s, columns, classes, inverse_norm_ptr, linear_bias_ptr):
+def raw_logits(s, v, columns, classes):
     """Return the logits x; -inf where there is no class."""
     real = columns < classes
-    if inverse_norm_ptr is not None:
-        s = s * tl.load(inverse_norm_ptr + columns, mask=real, other=0.0)
-    if linear_bias_ptr is not None:
-        s = s + tl.load(linear_bias_ptr + columns, mask=real, other=0.0).to(tl.float32)
+    if v.inverse_norm_ptr is not None:
+        s = s * tl.load(v.inverse_norm_ptr + columns, mask=real, other=0.0)
+    if v.linear_bias_ptr is not None:
+        s = s + tl.load(v.linear_bias_ptr + columns, mask=real, other=0.0).to(tl.float32)
     return tl.where(real, s, -INF)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles_per_split", "ignore_index"])
 def linear_margin_cross_entropy_forward_kernel(
-    input_ptr,  # [N, D], unit stride along D
-    factor_ptr,  # [C, D], unit stride along D
+    f,  # Factors: inputs and classes
+    v,  # ClassVectors
     o,  # KernelOptions
-    slope_ptr,  # [C]; the full scale if None
-    offset_ptr,  # [C]; 0 if None
-    inverse_norm_ptr,  # [C]; read for predictions
-    linear_bias_ptr,  # [C]; read for predictions
     partial_ptr,  # [2, 4 or 5, splits, N]: maximum, mass; where SMOOTH weighted, visited; for predictions the best
     partial_column_ptr,  # [splits, N] int32: the first column of the best; None without predictions
     rows,
     classes,
-    width,
     tiles_per_split,
-    input_stride,
-    factor_stride,
     ignore_index,
-    PRECISION: tl.constexpr,
-    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Sum over the columns of one split that are no target of the row."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
-    x = load_vectors(input_ptr, row, rows, width, input_stride, FULL, BLOCK_D)
+    x = load_left(f, row, rows)
     row = tl.minimum(row, rows - 1).to(tl.int64)
     _, _, column_a = load_label(o.target_ptr + row, classes, ignore_index)
     if o.mixed_target_ptr is not None:
         _, _, column_b = load_label(o.mixed_target_ptr + row, classes, ignore_index)
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    peak = tl.full([BLOCK_N], -INF, tl.float32)
-    mass = tl.zeros([BLOCK_N], tl.float32)
-    weighted = tl.zeros([BLOCK_N], tl.float32)
-    visited = tl.zeros([BLOCK_N], tl.float32)
-    best = tl.full([BLOCK_N], -INF, tl.float32)
-    best_column = tl.full([BLOCK_N], NO_COLUMN, tl.int32)
+    peak, mass, weighted, visited, best, best_column = start_sums(tl.zeros([BLOCK_N], tl.float32))
     lane = tl.arange(0, BLOCK_C)
-    split = tl.program_id(1)
-    first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(classes, BLOCK_C))):
+    split, first, end = split_tiles(tiles_per_split, classes, BLOCK_C)
+    for tile in range(first, end):
         begin = tile * BLOCK_C
-        w = load_vectors(factor_ptr, begin + lane, classes, width, factor_stride, FULL, BLOCK_D)
-        s = tile_product(x, tl.trans(w), tl.zeros([BLOCK_N, BLOCK_C], tl.float32), PRECISION)
+        s = inner_products(x, load_right(f, begin + lane, classes), f)
         columns = (begin + lane)[None, :]
-        slope, offset = load_class_vectors(slope_ptr, offset_ptr, scale, columns, classes)
+        slope, offset = load_class_vectors(v, scale, columns, classes)
         u = affine(s, slope, offset)
         is_target = lane[None, :] == (column_a - begin)[:, None]
         if o.mixed_target_ptr is not None:
@@ -109,7 +92,7 @@ def linear_margin_cross_entropy_forward_kernel(
             weighted += tl.sum(tl.where(counted, w_j * z, 0.0), 1)
             visited += tl.sum(tl.where(counted, w_j, 0.0), 1)
         if partial_column_ptr is not None:
-            raw = raw_logits(s, columns, classes, inverse_norm_ptr, linear_bias_ptr)
+            raw = raw_logits(s, v, columns, classes)
             tile_best = largest(raw, 1)
             tile_column = tl.min(tl.where(same_number(raw, tile_best[:, None]), columns, NO_COLUMN), 1)
             best, best_column = merge_best(best, best_column, tile_best, tile_column)
@@ -127,10 +110,8 @@ def linear_margin_cross_entropy_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits", "ignore_index"])
 def linear_margin_cross_entropy_finish_kernel(
-    input_ptr,  # [N, D]
-    factor_ptr,  # [C, D]
-    inverse_norm_ptr,  # [C]
-    linear_bias_ptr,  # [C]
+    f,  # Factors: inputs and classes
+    v,  # ClassVectors
     o,  # KernelOptions
     partial_ptr,  # [2, 3, 4 or 5, splits, N], see linear_margin_cross_entropy_forward_kernel
     partial_column_ptr,  # [splits, N] int32
@@ -140,26 +121,16 @@ def linear_margin_cross_entropy_finish_kernel(
     rest_ptr,  # [2, N]
     rows,
     classes,
-    width,
     splits,
-    input_stride,
-    factor_stride,
     ignore_index,
-    FULL: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Merge the splits in order and compute the rows' results."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     row = tl.minimum(row, rows - 1)
     size = splits * tl.cast(rows, tl.int64)
-    peak = tl.full([BLOCK], -INF, tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    visited = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK], -INF, tl.float32)
-    best_column = tl.full([BLOCK], NO_COLUMN, tl.int32)
+    peak, mass, weighted, visited, best, best_column = start_sums(tl.zeros([BLOCK], tl.float32))
     for split in range(splits):
         from_ptr = partial_ptr + split * tl.cast(rows, tl.int64) + row
         split_peak = tl.load(from_ptr)
@@ -179,10 +150,7 @@ def linear_margin_cross_entropy_finish_kernel(
             split_column = tl.load(partial_column_ptr + split * tl.cast(rows, tl.int64) + row)
             best, best_column = merge_best(best, best_column, split_best, split_column)
     peak = finite_reference(peak)
-    a, _, b, _ = load_targets(
-        row, rows, input_ptr, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o, classes, width, input_stride,
-        factor_stride, ignore_index, FULL, BLOCK_D,
-    )  # fmt: skip
+    a, _, b, _ = load_targets(f, v, o, row, rows, classes, ignore_index)
     loss, lse = row_loss(peak, mass, weighted, a, b, load_weight_total(o, classes), o.label_smoothing / classes, o)
     tl.store(loss_ptr + row, loss, mask=inside)
     tl.store(lse_ptr + row, lse, mask=inside)
@@ -202,23 +170,20 @@ def forward(a: Arguments, inverse_norm: Tensor | None, with_prediction: bool) ->
         return loss, lse, prediction, rest
     with torch.cuda.device_of(a.input):
         arguments = common_arguments(a, inverse_norm)
-        width = arguments["width"]
         launch = launches_for(a, arguments, with_prediction).forward
-        blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(classes, launch.block_c)
-        per_split = gemm.tiles_per_split(blocks, tiles, launch.together)
-        splits = triton.cdiv(tiles, per_split)
+        cut = launch.along_rows(n, classes)
         kinds = (4 if a.options.label_smoothing > 0 else 2) + with_prediction
         arguments |= {
-            "partial_ptr": loss.new_empty((kinds, splits, n)),
-            "partial_column_ptr": loss.new_empty((splits, n), dtype=torch.int32) if with_prediction else None,
-            "tiles_per_split": per_split,
-            "splits": splits,
+            "partial_ptr": loss.new_empty((kinds, cut.splits, n)),
+            "partial_column_ptr": loss.new_empty((cut.splits, n), dtype=torch.int32) if with_prediction else None,
+            "tiles_per_split": cut.per_split,
+            "splits": cut.splits,
             "loss_ptr": loss,
             "lse_ptr": lse,
             "prediction_ptr": prediction if with_prediction else None,
             "rest_ptr": rest,
         }
-        launch_with(linear_margin_cross_entropy_forward_kernel, (blocks, splits), arguments, **launch.constants)
-        finish = block_of_rows(width)
+        launch_with(linear_margin_cross_entropy_forward_kernel, cut.grid, arguments, **launch.constants)
+        finish = block_of_rows(a.input.shape[1])
         launch_with(linear_margin_cross_entropy_finish_kernel, (triton.cdiv(n, finish["BLOCK"]),), arguments, **finish)
     return loss, lse, prediction, rest

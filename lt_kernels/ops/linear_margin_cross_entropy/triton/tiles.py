@@ -12,64 +12,59 @@ row by row. No logit is stored.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._gemm.launch import architecture_of, block_d, product_precision, readable_rows
-from ..._gemm.triton_tiles import load_vectors
+from ..._gemm.launch import architecture_of, factors
+from ..._gemm.triton_tiles import load_left, load_right
 from ..._rows.triton_math import INF, load_label, load_scale, make_slot
 from ..._rows.triton_options import kernel_options
 from ..arguments import Arguments
 from .launch import Launches, launches_of
 
 
+class ClassVectors(NamedTuple):
+    """What turns products into logits, one argument of a kernel: pointers to [C]."""
+
+    inverse_norm_ptr: Any
+    linear_bias_ptr: Any  # any floating dtype
+    slope_ptr: Any  # the full scale if None
+    offset_ptr: Any  # 0 if None
+    has_slope: Any  # constexpr: whether any slope is not 1
+
+
 @triton.jit
-def load_class_vectors(slope_ptr, offset_ptr, scale, columns, classes):
+def load_class_vectors(v, scale, columns, classes):
     """Return slope and offset of the columns; offset is -inf, and with it every logit, where there is no class."""
     real = columns < classes
-    if slope_ptr is not None:
-        slope = tl.load(slope_ptr + columns, mask=real, other=0.0)
+    if v.slope_ptr is not None:
+        slope = tl.load(v.slope_ptr + columns, mask=real, other=0.0)
     else:
         slope = scale
-    if offset_ptr is not None:
-        offset = tl.load(offset_ptr + columns, mask=real, other=-INF)
+    if v.offset_ptr is not None:
+        offset = tl.load(v.offset_ptr + columns, mask=real, other=-INF)
     else:
         offset = tl.where(real, 0.0, -INF)
     return slope, offset
 
 
 @triton.jit
-def load_target(
-    row,
-    x,  # [rows, BLOCK_D] float32, the rows' inputs
-    factor_ptr,  # [C, D]
-    inverse_norm_ptr,  # [C]
-    linear_bias_ptr,  # [C]
-    target_ptr,  # [N] int64
-    share,
-    o,
-    scale,
-    classes,
-    width,
-    factor_stride,
-    ignore_index,
-    SLOT: tl.constexpr,
-    FULL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Return a target of the rows and its class_scale_y x_y, which is not NaN for a class out of range."""
-    label = load_label(target_ptr + row, classes, ignore_index)
+def load_target(x, target_ptr, share, f, v, o, scale, classes, ignore_index, SLOT: tl.constexpr):
+    """Return a target of the rows with vectors x, float32, and its class_scale_y x_y.
+
+    That is not NaN for a class out of range.
+    """
+    label = load_label(target_ptr, classes, ignore_index)
     index = label.index
-    w = load_vectors(factor_ptr, index, classes, width, factor_stride, FULL, BLOCK_D).to(tl.float32)
-    logit = tl.sum(x * w, 1)
-    if inverse_norm_ptr is not None:
-        logit = logit * tl.load(inverse_norm_ptr + index)
-    if linear_bias_ptr is not None:
-        logit = logit + tl.load(linear_bias_ptr + index).to(tl.float32)
+    logit = tl.sum(x * load_right(f, index, classes).to(tl.float32), 1)
+    if v.inverse_norm_ptr is not None:
+        logit = logit * tl.load(v.inverse_norm_ptr + index)
+    if v.linear_bias_ptr is not None:
+        logit = logit + tl.load(v.linear_bias_ptr + index).to(tl.float32)
     slot = make_slot(logit, label, share, o, scale, classes, SLOT)
     if o.class_scale_ptr is not None:
         logit = logit * tl.load(o.class_scale_ptr + index)
@@ -77,38 +72,18 @@ def load_target(
 
 
 @triton.jit
-def load_targets(
-    row,
-    rows,
-    input_ptr,  # [N, D]
-    factor_ptr,  # [C, D]
-    inverse_norm_ptr,  # [C]
-    linear_bias_ptr,  # [C]
-    o,  # KernelOptions
-    classes,
-    width,
-    input_stride,
-    factor_stride,
-    ignore_index,
-    FULL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def load_targets(f, v, o, row, rows, classes, ignore_index):
     """Return both targets of the rows, each with its class_scale_y x_y; the second repeats the first if it is alone."""
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    x = load_vectors(input_ptr, row, rows, width, input_stride, FULL, BLOCK_D).to(tl.float32)
+    x = load_left(f, row, rows).to(tl.float32)
     share = 1.0
     if o.mixed_target_ptr is not None:
         share = tl.load(o.mix_lambda_ptr + row * o.mix_lambda_stride)
-    a, cosine_a = load_target(
-        row, x, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o.target_ptr, share, o, scale, classes,
-        width, factor_stride, ignore_index, 0, FULL, BLOCK_D,
-    )  # fmt: skip
+    a, cosine_a = load_target(x, o.target_ptr + row, share, f, v, o, scale, classes, ignore_index, 0)
     b, cosine_b = a, cosine_a
     if o.mixed_target_ptr is not None:
-        b, cosine_b = load_target(
-            row, x, factor_ptr, inverse_norm_ptr, linear_bias_ptr, o.mixed_target_ptr, 1.0 - share, o,
-            scale, classes, width, factor_stride, ignore_index, 1, FULL, BLOCK_D,
-        )  # fmt: skip
+        target_ptr = o.mixed_target_ptr + row
+        b, cosine_b = load_target(x, target_ptr, 1.0 - share, f, v, o, scale, classes, ignore_index, 1)
     return a, cosine_a, b, cosine_b
 
 
@@ -141,44 +116,32 @@ def linear_margin_cross_entropy_fold_kernel(
 
 def common_arguments(a: Arguments, inverse_norm: Tensor | None) -> dict[str, Any]:
     """Return the arguments of the kernels, by name; each takes some."""
-    x, factor = readable_rows(a.input), readable_rows(a.factor)
-    width, classes = x.shape[1], a.classes
+    classes = a.classes
     options = kernel_options(a.options)
     norm = None if inverse_norm is None else inverse_norm.contiguous()
     bias = None if a.linear_bias is None else a.linear_bias.contiguous()
-    o = a.options
-    slope, offset = None, o.class_bias
-    if norm is not None or o.class_scale is not None:
-        slope = x.new_empty((classes,), dtype=torch.float32)
+    slope, offset = None, a.options.class_bias
+    if norm is not None or a.options.class_scale is not None:
+        slope = a.input.new_empty((classes,), dtype=torch.float32)
     if bias is not None:
-        offset = x.new_empty((classes,), dtype=torch.float32)
+        offset = a.input.new_empty((classes,), dtype=torch.float32)
     if slope is not None or bias is not None:
         linear_margin_cross_entropy_fold_kernel[(triton.cdiv(classes, 1024),)](
             options, norm, bias, slope, None if bias is None else offset, classes, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return {
+        "f": factors(a.input, a.factor),
+        "v": ClassVectors(norm, bias, slope, offset, tl.constexpr(options.scaled.value or slope is not None)),
         "o": options,
-        "input_ptr": x,
-        "factor_ptr": factor,
-        "inverse_norm_ptr": norm,
-        "linear_bias_ptr": bias,
-        "slope_ptr": slope,
-        "offset_ptr": offset,
-        "rows": x.shape[0],
+        "rows": a.input.shape[0],
         "classes": classes,
-        "width": width,
-        "input_stride": x.stride(0),
-        "factor_stride": factor.stride(0),
-        "HAS_SLOPE": options.scaled.value or slope is not None,
-        "ignore_index": o.ignore_index,
-        "PRECISION": product_precision(x.dtype),
-        "FULL": width == block_d(width),
-        "BLOCK_D": block_d(width),
+        "ignore_index": a.options.ignore_index,
     }
 
 
 def launches_for(a: Arguments, arguments: dict[str, Any], with_prediction: bool = False) -> Launches:
     """Return the launches of a call with these arguments."""
     options = with_prediction + (a.options.label_smoothing > 0) + (a.options.mixed_target is not None)
-    tf32 = arguments["PRECISION"] == "tf32"
-    return launches_of(arguments["width"], a.input.element_size(), tf32, options, architecture_of(a.input.device))
+    f = arguments["f"]
+    tf32 = f.precision.value == "tf32"
+    return launches_of(f.width, a.input.element_size(), tf32, options, architecture_of(a.input.device))

@@ -13,14 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._rows.triton_io import (
+    Place,
     block_rows,
     body_gradient,
     body_tile,
-    edge_columns,
     edge_gradient,
     load_soft_weights,
+    read_edge,
     shift_logits,
-    split_groups,
+    split_row,
     target_groups,
 )
 from ..._rows.triton_math import (
@@ -31,6 +32,7 @@ from ..._rows.triton_math import (
     load_label,
     load_scale,
     load_slots,
+    load_upstream,
     load_weight_total,
     row_slopes,
 )
@@ -78,6 +80,24 @@ def margin_cross_entropy_own_logits_kernel(
         tl.store(own_ptr + rows + row, tl.load(row_ptr + index).to(tl.float32), mask=inside)
 
 
+@triton.jit
+def write_tile_gradient(
+    at, body_ptr, q_body, grad_body_ptr, begin, peak, slopes, o, POLICY: tl.constexpr, GROUP: tl.constexpr,
+    LANES: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the body's tile from group ``begin`` on. POLICY: whether the cache should keep it."""
+    WIDE: tl.constexpr = GROUP >= 4
+    _, _, offsets, mask = body_tile(begin, at.groups, at.group_a, at.group_b, GROUP, LANES, REPEAT)
+    x = tl.load(body_ptr + offsets, mask=mask, other=-INF, eviction_policy=POLICY).to(tl.float32)
+    u = shift_logits(x, at.head, offsets, mask, o, at.scale, WIDE)
+    e = fast_exp(u - peak)
+    q = e
+    if o.soft:
+        q = load_soft_weights(q_body, offsets, at.head, offsets, mask, at.smooth_share, o, WIDE)
+    dx = body_gradient(e, q, slopes, at.head, offsets, mask, o, at.scale, WIDE)
+    tl.store(grad_body_ptr + offsets, dx.to(grad_body_ptr.dtype.element_ty), mask=mask, eviction_policy=POLICY)
+
+
 @triton.jit(do_not_specialize=["ignore_index"])
 def margin_cross_entropy_rows_backward_kernel(
     input_ptr,  # [N, C, K], unit class stride
@@ -107,31 +127,23 @@ def margin_cross_entropy_rows_backward_kernel(
 
     Programs run in the order opposite to the pass before: the cache still holds what they visit first.
     """
-    WIDE: tl.constexpr = GROUP >= 4
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
     rows = tl.num_programs(0)
     row = (rows - 1 - tl.program_id(0)).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     n, k = row // positions, row % positions
-    offset = n * input_stride_n + k * input_stride_k
-    grad_offset = n * grad_stride_n + k * grad_stride_k
-    aligned, head, groups = split_groups(offset, classes, GROUP)
-    grad_aligned, _, _ = split_groups(grad_offset, classes, GROUP)
+    offset, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
+    grad_offset, grad_aligned, _, _ = split_row(n, k, grad_stride_n, grad_stride_k, classes, GROUP)
     scale = load_scale(o.scale, o.learned_scale_ptr)
     smooth_share = o.label_smoothing / classes
     row_ptr = input_ptr + offset
-    peak = tl.load(rest_ptr + row)
-    mass = tl.load(rest_ptr + rows + row)
-    upstream = tl.full([], 1.0, tl.float32)
-    if grad_loss_ptr is not None:
-        upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
-    upstream_lse = 0.0
-    if grad_lse_ptr is not None:
-        upstream_lse = tl.load(grad_lse_ptr + row * grad_lse_stride)
+    peak, mass, upstream, upstream_lse = load_upstream(
+        rest_ptr, grad_loss_ptr, grad_lse_ptr, row, rows, grad_loss_stride, grad_lse_stride
+    )
+    q_offset, q_aligned = 0, 0
     group_a, group_b = -1, -1
     if o.soft:
-        q_offset = n * target_stride_n + k * target_stride_k
-        q_aligned, _, _ = split_groups(q_offset, classes, GROUP)
+        q_offset, q_aligned, _, _ = split_row(n, k, target_stride_n, target_stride_k, classes, GROUP)
         smooth = upstream
         if o.coefficient_ptr is not None:
             smooth = upstream * tl.load(o.coefficient_ptr)
@@ -147,28 +159,21 @@ def margin_cross_entropy_rows_backward_kernel(
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
         slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o)
 
+    at = Place(row_ptr, head, groups, group_a, group_b, scale, smooth_share)
     if tile == 0:
-        edge, edge_mask = edge_columns(head, groups, group_a, group_b, classes, GROUP)
-        x = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-        u = shift_logits(x, 0, edge, edge_mask, o, scale, False)
-        e = fast_exp(u - peak)
+        edge = read_edge(at, a, b, classes, o, GROUP)
+        e = fast_exp(edge.u - peak)
         q = e
         if o.soft:
             q_row = o.target_ptr + q_offset
-            q = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
-        dx = edge_gradient(e, q, a, b, slopes, edge, edge_mask, o, scale)
-        tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
+            q = load_soft_weights(q_row, edge.columns, 0, edge.columns, edge.mask, smooth_share, o, False)
+        dx = edge_gradient(e, q, a, b, slopes, edge.columns, edge.mask, o, scale)
+        tl.store(grad_ptr + grad_offset + edge.columns, dx.to(grad_ptr.dtype.element_ty), mask=edge.mask)
 
-    _, _, offsets, mask = body_tile(tile * (REPEAT * LANES), groups, group_a, group_b, GROUP, LANES, REPEAT)
-    x = tl.load(input_ptr + aligned + offsets, mask=mask, other=-INF).to(tl.float32)
-    u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
-    e = fast_exp(u - peak)
-    q = e
-    if o.soft:
-        q_body = o.target_ptr + q_aligned
-        q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
-    dx = body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE)
-    tl.store(grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
+    write_tile_gradient(
+        at, input_ptr + aligned, o.target_ptr + q_aligned, grad_ptr + grad_aligned, tile * (REPEAT * LANES), peak,
+        slopes, o, "", GROUP, LANES, REPEAT,
+    )  # fmt: skip
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -228,12 +233,9 @@ def margin_cross_entropy_terms_kernel(
     inside = row < rows
     row = tl.minimum(row, rows - 1)
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    peak = tl.load(rest_ptr + row)
-    mass = tl.load(rest_ptr + rows + row)
-    upstream = tl.load(grad_loss_ptr + row * grad_loss_stride)
-    upstream_lse = tl.zeros([BLOCK], tl.float32)
-    if grad_lse_ptr is not None:
-        upstream_lse += tl.load(grad_lse_ptr + row * grad_lse_stride)
+    peak, mass, upstream, upstream_lse = load_upstream(
+        rest_ptr, grad_loss_ptr, grad_lse_ptr, row, rows, grad_loss_stride, grad_lse_stride
+    )
     size = tl.cast(rows, tl.int64)
     out_ptr = terms_ptr + row
     if o.soft:

@@ -21,21 +21,22 @@ from torch import Tensor
 
 from ..._rows.triton_io import (
     REPEAT_AXIS,
+    Place,
     best_groups,
     best_of_lanes,
     block_rows,
     body_gradient,
     body_tile,
-    edge_columns,
     edge_gradient,
     find_group,
     lane_sum,
     load_soft_weights,
     merge_online_lse,
     ordinary_gradient,
+    read_edge,
     repeat_lanes,
     shift_logits,
-    split_groups,
+    split_row,
     target_groups,
     undo_scale,
     weigh,
@@ -61,13 +62,14 @@ from ..._rows.triton_math import (
     row_loss,
     row_slopes,
     same_number,
+    start_sums,
     target_gradient,
 )
 from ..._rows.triton_options import kernel_options
 from ..._triton import launch_with
 from ..arguments import Arguments
 from . import launch as table
-from .backward import launch_rows_backward
+from .backward import launch_rows_backward, write_tile_gradient
 from .launch import Layout, in_place, layout_of, readable
 
 
@@ -85,43 +87,26 @@ class BodyTile(NamedTuple):
 
 @triton.jit
 def sum_body(
-    body_ptr,  # the row's first aligned logit
-    q_body,  # its first aligned probability where the options are soft
-    head,
-    begin,
-    end,
-    group_a,
-    group_b,
-    smooth_share,
-    o,
-    scale,
-    PREDICT: tl.constexpr,
-    GROUP: tl.constexpr,
-    LANES: tl.constexpr,
+    at, body_ptr, q_body, begin, end, o, PREDICT: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
     REPEAT: tl.constexpr,
-):
+):  # fmt: skip
     """Return the statistics of the body's groups ``begin`` to ``end``."""
     WIDE: tl.constexpr = GROUP >= 4
-    peaks = tl.full([LANES], -INF, tl.float32)
-    masses = tl.zeros([LANES], tl.float32)
-    weighteds = tl.zeros([LANES], tl.float32)
-    visiteds = tl.zeros([LANES], tl.float32)
-    bests = tl.full([LANES], -INF, tl.float32)
-    groups_of_bests = tl.full([LANES], NO_COLUMN, tl.int32)
+    peaks, masses, weighteds, visiteds, bests, groups_of_bests = start_sums(tl.zeros([LANES], tl.float32))
     for first in range(begin, end, REPEAT * LANES):
-        group, inside, offsets, mask = body_tile(first, end, group_a, group_b, GROUP, LANES, REPEAT)
+        group, inside, offsets, mask = body_tile(first, end, at.group_a, at.group_b, GROUP, LANES, REPEAT)
         x = tl.load(body_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_last").to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
+        u = shift_logits(x, at.head, offsets, mask, o, at.scale, WIDE)
         peaks, masses, weighteds, z = merge_online_lse(u, peaks, masses, weighteds, visiteds)
         if o.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
+            q = load_soft_weights(q_body, offsets, at.head, offsets, mask, at.smooth_share, o, WIDE)
             weighteds += lane_sum(tl.where(mask, q * z, 0.0))
             visiteds += lane_sum(q)
         elif o.smooth:
-            weighteds += lane_sum(weigh(z, head, offsets, mask, o, WIDE))
+            weighteds += lane_sum(weigh(z, at.head, offsets, mask, o, WIDE))
             if o.weight_ptr is not None:
                 ones = tl.full(x.shape, 1.0, tl.float32)
-                visiteds += lane_sum(weigh(ones, head, offsets, mask, o, WIDE))
+                visiteds += lane_sum(weigh(ones, at.head, offsets, mask, o, WIDE))
             else:
                 visiteds += tl.sum(inside.to(tl.float32), REPEAT_AXIS) * GROUP
         if PREDICT:
@@ -129,9 +114,9 @@ def sum_body(
             bests, groups_of_bests = merge_best(bests, groups_of_bests, tile_best, tile_group)
     peak = tl.max(peaks, 0)
     masses, weighteds = rescale_sums(peaks, masses, weighteds, visiteds, peak)
-    best, column = peak, head  # not used
+    best, column = peak, at.head  # not used
     if PREDICT:
-        best, column = best_of_lanes(body_ptr, head, bests, groups_of_bests, GROUP)
+        best, column = best_of_lanes(body_ptr, at.head, bests, groups_of_bests, GROUP)
     return Statistics(peak, tl.sum(masses, 0), tl.sum(weighteds, 0), tl.sum(visiteds, 0), best, column)
 
 
@@ -192,11 +177,11 @@ def margin_cross_entropy_rows_statistics_kernel(
     rows, parts = tl.num_programs(0), tl.num_programs(1)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, k = row // positions, row % positions
-    aligned, head, groups = split_groups(n * input_stride_n + k * input_stride_k, classes, GROUP)
+    offset, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
     q_body = o.target_ptr
     group_a, group_b = -1, -1
     if o.soft:
-        q_aligned, _, _ = split_groups(n * target_stride_n + k * target_stride_k, classes, GROUP)
+        _, q_aligned, _, _ = split_row(n, k, target_stride_n, target_stride_k, classes, GROUP)
         q_body = o.target_ptr + q_aligned
     else:
         group_a = find_group(load_label(o.target_ptr + row, classes, ignore_index).column, head, groups, GROUP)
@@ -204,11 +189,10 @@ def margin_cross_entropy_rows_statistics_kernel(
             column = load_label(o.mixed_target_ptr + row, classes, ignore_index).column
             group_b = find_group(column, head, groups, GROUP)
     begin = part * part_groups
-    found = sum_body(
-        input_ptr + aligned, q_body, head, begin, tl.minimum(begin + part_groups, groups), group_a, group_b,
-        o.label_smoothing / classes, o, load_scale(o.scale, o.learned_scale_ptr), PREDICT,
-        GROUP, LANES, REPEAT,
-    )  # fmt: skip
+    end = tl.minimum(begin + part_groups, groups)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
+    at = Place(input_ptr + offset, head, groups, group_a, group_b, scale, o.label_smoothing / classes)
+    found = sum_body(at, input_ptr + aligned, q_body, begin, end, o, PREDICT, GROUP, LANES, REPEAT)
     out_ptr = partial_ptr + row * parts + part
     size = tl.cast(rows, tl.int64) * parts
     tl.store(out_ptr, found.peak)
@@ -223,76 +207,63 @@ def margin_cross_entropy_rows_statistics_kernel(
 
 @triton.jit
 def sum_one_tile(
-    body_ptr, q_body, head, groups, group_a, group_b, edge_peak, smooth_share, o, scale, PREDICT: tl.constexpr,
-    GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr,
+    at, body_ptr, q_body, edge_peak, o, PREDICT: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
 ):  # fmt: skip
     """Return the statistics of a body that is one tile, relative to the maximum of body and edge, and the tile."""
     WIDE: tl.constexpr = GROUP >= 4
-    group, inside, offsets, mask = body_tile(0, groups, group_a, group_b, GROUP, LANES, REPEAT)
+    group, inside, offsets, mask = body_tile(0, at.groups, at.group_a, at.group_b, GROUP, LANES, REPEAT)
     x = tl.load(body_ptr + offsets, mask=mask, other=-INF).to(tl.float32)
-    u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
+    u = shift_logits(x, at.head, offsets, mask, o, at.scale, WIDE)
     peak = finite_reference(tl.maximum(edge_peak, tl.max(tl.max(tl.max(u, 2), 0), 0)))
     e = fast_exp(u - peak)
     mass = tl.sum(lane_sum(e), 0)
     weighted, visited, q = 0.0, 0.0, e
     if o.soft:
-        q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
+        q = load_soft_weights(q_body, offsets, at.head, offsets, mask, at.smooth_share, o, WIDE)
         visited = tl.sum(lane_sum(q), 0)
         weighted = tl.sum(lane_sum(tl.where(mask, q * (u - peak), 0.0)), 0)
     elif o.smooth:
-        weighted = tl.sum(lane_sum(weigh(u - peak, head, offsets, mask, o, WIDE)), 0)
-    best, column = peak, head  # not used
+        weighted = tl.sum(lane_sum(weigh(u - peak, at.head, offsets, mask, o, WIDE)), 0)
+    best, column = peak, at.head  # not used
     if PREDICT:
         bests, groups_of_bests = best_groups(x, group, inside)
-        best, column = best_of_lanes(body_ptr, head, bests, groups_of_bests, GROUP)
+        best, column = best_of_lanes(body_ptr, at.head, bests, groups_of_bests, GROUP)
     return Statistics(peak, mass, weighted, visited, best, column), BodyTile(offsets, mask, e, q)
 
 
 @triton.jit
-def finish_row(
-    peak, mass, weighted, visited, u_edge, q_row, edge, edge_mask, rest_mask, a, b, factor, weight_total, smooth_share,
-    o,
-):  # fmt: skip
+def finish_row(at, q_row, peak, mass, weighted, visited, edge, a, b, factor, weight_total, o):
     """Add the edge to the body's sums. Return them, the edge's exponentials and soft weights, loss and log-sum-exp."""
-    e_edge = fast_exp(tl.where(rest_mask, u_edge, -INF) - peak)
+    e_edge = fast_exp(tl.where(edge.rest, edge.u, -INF) - peak)
     mass += tl.sum(e_edge, 0)
     q_edge = e_edge
     if o.soft:
-        q_edge = load_soft_weights(q_row, edge, 0, edge, edge_mask, smooth_share, o, False)
+        q_edge = load_soft_weights(q_row, edge.columns, 0, edge.columns, edge.mask, at.smooth_share, o, False)
         visited += tl.sum(q_edge, 0)
-        weighted += tl.sum(tl.where(edge_mask, q_edge * (u_edge - peak), 0.0), 0)
+        weighted += tl.sum(tl.where(edge.mask, q_edge * (edge.u - peak), 0.0), 0)
         log_mass = tl.log(mass)
         loss, lse = factor * (visited * log_mass - weighted), peak + log_mass
     else:
         if o.smooth:
-            weighted += tl.sum(weigh(u_edge - peak, 0, edge, rest_mask, o, False), 0)
-        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
+            weighted += tl.sum(weigh(edge.u - peak, 0, edge.columns, edge.rest, o, False), 0)
+        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, at.smooth_share, o)
     return mass, visited, e_edge, q_edge, loss, lse
 
 
 @triton.jit
 def write_body_gradient(
-    body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share, o,
-    scale, GROUP: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr,
+    at, body_ptr, q_body, grad_body_ptr, peak, slopes, o, GROUP: tl.constexpr, LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a body of several tiles. The last tile comes first: it was read last, so that it is in the
     cache if anything is."""
-    WIDE: tl.constexpr = GROUP >= 4
-    tiles = (groups + (REPEAT * LANES - 1)) // (REPEAT * LANES)
+    tiles = (at.groups + (REPEAT * LANES - 1)) // (REPEAT * LANES)
     for visit in range(tiles):
         begin = (tiles - 1 - visit) * (REPEAT * LANES)
-        _, _, offsets, mask = body_tile(begin, groups, group_a, group_b, GROUP, LANES, REPEAT)
-        x = tl.load(body_ptr + offsets, mask=mask, other=-INF, eviction_policy="evict_first").to(tl.float32)
-        u = shift_logits(x, head, offsets, mask, o, scale, WIDE)
-        e = fast_exp(u - peak)
-        q = e
-        if o.soft:
-            q = load_soft_weights(q_body, offsets, head, offsets, mask, smooth_share, o, WIDE)
-        dx = body_gradient(e, q, slopes, head, offsets, mask, o, scale, WIDE)
-        tl.store(
-            grad_ptr + grad_aligned + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask,
-            eviction_policy="evict_first",
-        )  # fmt: skip
+        write_tile_gradient(
+            at, body_ptr, q_body, grad_body_ptr, begin, peak, slopes, o, "evict_first", GROUP, LANES, REPEAT
+        )
 
 
 @triton.jit(do_not_specialize=["ignore_index", "parts"])
@@ -334,20 +305,15 @@ def margin_cross_entropy_rows_forward_kernel(
     rows = tl.num_programs(0)
     row = tl.program_id(0).to(tl.int64)
     n, k = row // positions, row % positions
-    offset = n * input_stride_n + k * input_stride_k
-    aligned, head, groups = split_groups(offset, classes, GROUP)
-    q_row = o.target_ptr
-    q_body = o.target_ptr
+    offset, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
+    q_row, q_body = o.target_ptr, o.target_ptr
     scale = load_scale(o.scale, o.learned_scale_ptr)
     smooth_share = o.label_smoothing / classes
-    row_ptr = input_ptr + offset
-    body_ptr = input_ptr + aligned
+    row_ptr, body_ptr = input_ptr + offset, input_ptr + aligned
     group_a, group_b = -1, -1
     if o.soft:
-        q_offset = n * target_stride_n + k * target_stride_k
-        q_row = o.target_ptr + q_offset
-        q_aligned, _, _ = split_groups(q_offset, classes, GROUP)
-        q_body = o.target_ptr + q_aligned
+        q_offset, q_aligned, _, _ = split_row(n, k, target_stride_n, target_stride_k, classes, GROUP)
+        q_row, q_body = o.target_ptr + q_offset, o.target_ptr + q_aligned
         factor = load_factor(o)
         a, b, weight_total = factor, factor, factor  # not used
     else:
@@ -356,42 +322,29 @@ def margin_cross_entropy_rows_forward_kernel(
         a, b = load_slots(row_ptr, row, o, scale, classes, 1, ignore_index)
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
 
-    edge, edge_mask = edge_columns(head, groups, group_a, group_b, classes, GROUP)
-    x_edge = tl.load(row_ptr + edge, mask=edge_mask, other=-INF).to(tl.float32)
-    u_edge = shift_logits(x_edge, 0, edge, edge_mask, o, scale, False)
-    rest_mask = edge_mask
-    if not o.soft:
-        rest_mask = rest_mask & (edge != a.column)
-        if MIXED:
-            rest_mask = rest_mask & (edge != b.column)
-    peak = tl.max(tl.where(rest_mask, u_edge, -INF), 0)
+    at = Place(row_ptr, head, groups, group_a, group_b, scale, smooth_share)
+    edge = read_edge(at, a, b, classes, o, GROUP)
+    peak = tl.max(tl.where(edge.rest, edge.u, -INF), 0)
 
     if BODY == "tile":
-        found, tile = sum_one_tile(
-            body_ptr, q_body, head, groups, group_a, group_b, peak, smooth_share, o, scale, PREDICT, GROUP, LANES,
-            REPEAT,
-        )  # fmt: skip
+        found, tile = sum_one_tile(at, body_ptr, q_body, peak, o, PREDICT, GROUP, LANES, REPEAT)
         peak, mass, weighted = found.peak, found.mass, found.weighted
     else:
         if BODY == "loop":
-            found = sum_body(
-                body_ptr, q_body, head, 0, groups, group_a, group_b, smooth_share, o, scale, PREDICT, GROUP,
-                LANES, REPEAT,
-            )  # fmt: skip
+            found = sum_body(at, body_ptr, q_body, 0, groups, o, PREDICT, GROUP, LANES, REPEAT)
         else:
             found = merge_parts(partial_ptr, partial_column_ptr, row, rows, parts, PREDICT, o.soft or o.smooth, PARTS)
         peak = tl.maximum(peak, found.peak)
         mass, weighted = rescale_sums(found.peak, found.mass, found.weighted, found.visited, peak)
         peak = finite_reference(peak)
     if PREDICT:
-        edge_best, edge_column = first_best(x_edge, edge, edge_mask)
+        edge_best, edge_column = first_best(edge.x, edge.columns, edge.mask)
         _, prediction = merge_best(edge_best, edge_column, found.best, found.column)
         tl.store(prediction_ptr + row, prediction.to(tl.int64))
 
     mass, visited, e_edge, q_edge, loss, lse = finish_row(
-        peak, mass, weighted, found.visited, u_edge, q_row, edge, edge_mask, rest_mask, a, b, factor, weight_total,
-        smooth_share, o,
-    )  # fmt: skip
+        at, q_row, peak, mass, weighted, found.visited, edge, a, b, factor, weight_total, o
+    )
     if o.soft and soft_mass_ptr is not None:
         tl.store(soft_mass_ptr + row, visited)
     tl.store(loss_ptr + row, loss)
@@ -402,22 +355,19 @@ def margin_cross_entropy_rows_forward_kernel(
     if grad_ptr is not None:
         if IN_PLACE:  # from here on, each thread reads only what it will write itself
             tl.debug_barrier()
-        grad_offset = n * grad_stride_n + k * grad_stride_k
-        grad_aligned, _, _ = split_groups(grad_offset, classes, GROUP)
+        grad_offset, grad_aligned, _, _ = split_row(n, k, grad_stride_n, grad_stride_k, classes, GROUP)
         if o.soft:
             slopes = Slopes(factor * visited / mass, factor, None, None)
         else:
-            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
-        dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge, edge_mask, o, scale)
-        tl.store(grad_ptr + grad_offset + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
+            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, at.smooth_share, o)
+        dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge.columns, edge.mask, o, scale)
+        tl.store(grad_ptr + grad_offset + edge.columns, dx.to(grad_ptr.dtype.element_ty), mask=edge.mask)
         if BODY == "tile":
             dx = body_gradient(tile.e, tile.q, slopes, head, tile.offsets, tile.mask, o, scale, GROUP >= 4)
             tl.store(grad_ptr + grad_aligned + tile.offsets, dx.to(grad_ptr.dtype.element_ty), mask=tile.mask)
         else:
-            write_body_gradient(
-                body_ptr, q_body, grad_ptr, grad_aligned, head, groups, group_a, group_b, peak, slopes, smooth_share,
-                o, scale, GROUP, LANES, REPEAT,
-            )  # fmt: skip
+            grad_body_ptr = grad_ptr + grad_aligned
+            write_body_gradient(at, body_ptr, q_body, grad_body_ptr, peak, slopes, o, GROUP, LANES, REPEAT)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -436,12 +386,7 @@ def sum_tiles(
     """Return the statistics of BLOCK_K rows over all tiles, and the lanes' largest logits."""
     BLOCK_C: tl.constexpr = REPEAT * LANES
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
-    peaks = tl.full([LANES, BLOCK_K], -INF, tl.float32)
-    masses = tl.zeros([LANES, BLOCK_K], tl.float32)
-    weighteds = tl.zeros([LANES, BLOCK_K], tl.float32)
-    visiteds = tl.zeros([LANES, BLOCK_K], tl.float32)
-    bests = tl.full([LANES, BLOCK_K], -INF, tl.float32)
-    best_columns = tl.full([LANES, BLOCK_K], NO_COLUMN, tl.int32)
+    peaks, masses, weighteds, visiteds, bests, best_columns = start_sums(tl.zeros([LANES, BLOCK_K], tl.float32))
     for begin in range(0, classes, BLOCK_C):
         columns = tile_columns(begin, REPEAT, LANES)
         real = columns < classes

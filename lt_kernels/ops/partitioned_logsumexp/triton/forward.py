@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._gemm import launch as gemm
-from ..._gemm.triton_tiles import load_vectors, tile_product
+from ..._gemm.triton_tiles import inner_products, load_left, load_right, split_tiles
 from ..._rows.triton_math import INF, INTERPRETED, finite_reference, load_scale
 from ..._triton import launch_with
 from ..arguments import N_SLOPES, N_STATISTICS, Arguments, Block
@@ -29,19 +29,27 @@ from .keys import (
     POS_PEAK,
     POS_SLOPE,
     POS_SUM,
+    Columns,
     block_columns,
     fast_exp2,
+    load_columns,
     load_excluded,
     load_keys,
-    load_wide,
-    load_wide_keys,
     reference_error,
     relative_exp,
     rescale_factor,
     round_fma,
     to_base2,
 )
-from .launch import BLOCK_TOGETHER, MERGED_ROWS, MOST_SPLITS, block_arguments, block_launch, tile_arguments
+from .launch import (
+    BLOCK_TOGETHER,
+    MERGED_ROWS,
+    MOST_SPLITS,
+    block_arguments,
+    block_launch,
+    bounds_exponents,
+    tile_arguments,
+)
 
 
 class KeyStatistics(NamedTuple):
@@ -57,6 +65,13 @@ class KeyStatistics(NamedTuple):
     num_pos: Any
 
 
+class RowLabel(NamedTuple):
+    """What rows compare with columns."""
+
+    label: Any
+    exclude: Any  # the column that the row leaves out
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -66,63 +81,61 @@ def add_sums(a, b, c, d, e, f):
 
 
 @triton.jit
-def positive_sums(same, x, y, AXIS: tl.constexpr):
-    """Return sums of x and of y over the positive columns along AXIS, and the number of these."""
+def positive_sums(same, x, y):
+    """Return a row's sums of x and of y over the positive columns, and the number of these."""
     one = tl.where(same, 1.0, 0.0)
     x, y = one * x, one * y
     if INTERPRETED:  # whose reductions are slow but for the usual ones
-        return tl.sum(x, AXIS), tl.sum(y, AXIS), tl.sum(one, AXIS)
+        return tl.sum(x, 1), tl.sum(y, 1), tl.sum(one, 1)
     else:  # together: alone the count, which no product is in, would be laid out apart from products
-        return tl.reduce((x, y, one), AXIS, add_sums)
+        return tl.reduce((x, y, one), 1, add_sums)
 
 
 @triton.jit
-def split_sides(label, key_label, column, columns, exclude, MASKED: tl.constexpr):
+def split_sides(row, keys, column, columns, MASKED: tl.constexpr):
     """Return which elements are positive, and which count for nothing."""
-    same = label == key_label
+    same = row.label == keys.label
     out = same
     if MASKED:
-        out = (column >= columns) | (column == exclude)
+        out = (column >= columns) | (column == row.exclude)
         same = same & ~out
     return same, out
 
 
 @triton.jit
-def join_tile(
-    s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, AXIS: tl.constexpr,
-    MASKED: tl.constexpr, CONSTANT: tl.constexpr, SLOPES: tl.constexpr,
-):  # fmt: skip
-    """Return both sides' statistics s with a tile added along AXIS.
+def join_tile(s, z, row, keys, column, columns, o, zero, MASKED: tl.constexpr, SLOPES: tl.constexpr):
+    """Return both sides' statistics s with a tile added.
 
     zero: 0, but the compiler does not know: it compares labels again rather than keep a tile of comparisons in
     registers. MASKED: some elements are left out.
     """
     neg_peak, pos_peak, neg_mass, pos_mass, neg_slope, pos_slope, pos_sum, num_pos = s
-    same, out = split_sides(label, key_label, column, columns, exclude, MASKED)
-    u = round_fma(z, slope, offset)
+    same, out = split_sides(row, keys, column, columns, MASKED)
+    u = round_fma(z, keys.slope, keys.offset)
     if MASKED:
         u = tl.where(out, -INF, u)
-    if CONSTANT:
+    if o.bounded:
         e = fast_exp2(u)
     else:
         neg_before, pos_before = neg_peak, pos_peak
-        neg_peak = tl.maximum(neg_peak, tl.max(tl.where(same, -INF, u), AXIS))
-        pos_peak = tl.maximum(pos_peak, tl.max(tl.where(same, u, -INF), AXIS))
+        neg_peak = tl.maximum(neg_peak, tl.max(tl.where(same, -INF, u), 1))
+        pos_peak = tl.maximum(pos_peak, tl.max(tl.where(same, u, -INF), 1))
         neg_kept, pos_kept = rescale_factor(neg_before, neg_peak), rescale_factor(pos_before, pos_peak)
         neg_mass, pos_mass = neg_mass * neg_kept, pos_mass * pos_kept
         if SLOPES:
             neg_slope, pos_slope = neg_slope * neg_kept, pos_slope * pos_kept
-        neg_reference = tl.expand_dims(to_base2(finite_reference(neg_peak)), AXIS)
-        pos_reference = tl.expand_dims(to_base2(finite_reference(pos_peak)), AXIS)
-        same, _ = split_sides(label + zero, key_label, column, columns, exclude + zero, MASKED)
+        neg_reference = to_base2(finite_reference(neg_peak))[:, None]
+        pos_reference = to_base2(finite_reference(pos_peak))[:, None]
+        again = RowLabel(row.label + zero, row.exclude + zero)
+        same, _ = split_sides(again, keys, column, columns, MASKED)
         e = relative_exp(u, tl.where(same, pos_reference, neg_reference))
-    more_mass, more_sum, more = positive_sums(same, e, z, AXIS)
-    neg_mass, pos_mass = neg_mass + tl.sum(tl.where(same, 0.0, e), AXIS), pos_mass + more_mass
+    more_mass, more_sum, more = positive_sums(same, e, z)
+    neg_mass, pos_mass = neg_mass + tl.sum(tl.where(same, 0.0, e), 1), pos_mass + more_mass
     pos_sum, num_pos = pos_sum + more_sum, num_pos + more
     if SLOPES:
-        e = e * (key_scale * z)
-        neg_slope += tl.sum(tl.where(same, 0.0, e), AXIS)
-        pos_slope += tl.sum(tl.where(same, e, 0.0), AXIS)
+        e = e * (keys.scale * z)
+        neg_slope += tl.sum(tl.where(same, 0.0, e), 1)
+        pos_slope += tl.sum(tl.where(same, e, 0.0), 1)
     return KeyStatistics(neg_peak, pos_peak, neg_mass, pos_mass, neg_slope, pos_slope, pos_sum, num_pos)
 
 
@@ -200,70 +213,46 @@ def find_special_tiles(first, end, columns, low, high, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def join_keys(
-    s, begin, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns, width, key_stride, scale,
-    bound, zero, MASKED: tl.constexpr, CONSTANT: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr,
-    FULL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    s, begin, q, row, f, o, columns, scale, zero, MASKED: tl.constexpr, SLOPES: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Return the statistics s of the queries q with the keys from ``begin`` on added."""
     column = begin + tl.arange(0, BLOCK_C)
-    k = load_vectors(key_ptr, column, columns, width, key_stride, FULL, BLOCK_D)
+    k = load_right(f, column, columns)
     column = column[None, :]
     real = None
     if MASKED:
         real = column < columns
-    key_label, slope, offset, key_scale = load_keys(
-        key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, column, real, CONSTANT
-    )
-    z = tile_product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_C], tl.float32), PRECISION)
-    return join_tile(
-        s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, MASKED, CONSTANT, SLOPES,
-    )  # fmt: skip
+    keys = load_keys(o, scale, Columns(column, real))
+    return join_tile(s, inner_products(q, k, f), row, keys, column, columns, o, zero, MASKED, SLOPES)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "tiles_per_split"])
 def partitioned_logsumexp_tiled_forward_kernel(
-    query_ptr,  # [N, D], unit stride along D
-    key_ptr,  # [M, D], unit stride along D
-    query_label_ptr,  # [N] int32
-    key_label_ptr,  # [M] int32
-    exclude_ptr,  # [N] int32
-    key_bias_ptr,  # [M]
-    key_scale_ptr,  # [M]
-    learned_scale_ptr,  # 0-dim
+    f,  # Factors: queries and keys
+    o,  # KeyOptions
     out_ptr,  # [6 or 8, splits, N]
     rows,
     columns,
-    width,
     tiles_per_split,
-    query_stride,
-    key_stride,
-    scale,
-    bound,
     RAGGED: tl.constexpr,  # whether the last tile is not full
     APART: tl.constexpr,  # whether tiles with comparisons of columns, if there are any, have a loop of their own
-    CONSTANT: tl.constexpr,
     SLOPES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Compute the statistics of the columns of one split."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
-    q = load_vectors(query_ptr, row, rows, width, query_stride, FULL, BLOCK_D)
-    label = tl.load(query_label_ptr + row, mask=inside, other=0)[:, None]
-    exclude, low, high = load_excluded(exclude_ptr, row, inside)
-    exclude = exclude[:, None]
-    scale = load_scale(scale, learned_scale_ptr)
+    q = load_left(f, row, rows)
+    label = tl.load(o.query_label_ptr + row, mask=inside, other=0)[:, None]
+    exclude, low, high = load_excluded(o, row, inside)
+    own = RowLabel(label, exclude[:, None])
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     zero = rows >> 31
     peak, zeros = tl.full([BLOCK_N], -INF, tl.float32), tl.zeros([BLOCK_N], tl.float32)
     s = KeyStatistics(peak, peak, zeros, zeros, zeros, zeros, zeros, zeros)
-    split = tl.program_id(1)
-    first = split * tiles_per_split
-    end = tl.minimum(first + tiles_per_split, tl.cdiv(columns, BLOCK_C))
-    MASKED: tl.constexpr = exclude_ptr is not None or RAGGED
+    split, first, end = split_tiles(tiles_per_split, columns, BLOCK_C)
+    MASKED: tl.constexpr = o.exclude_ptr is not None or RAGGED
     last, skip, skip_end = end, end, end
     if MASKED:
         last, skip, skip_end = find_special_tiles(first, end, columns, low, high, BLOCK_C)
@@ -272,22 +261,16 @@ def partitioned_logsumexp_tiled_forward_kernel(
     if APART or not MASKED:
         for index in range(first, last - (skip_end - skip)):
             tile = tl.where(index < skip, index, index + (skip_end - skip))
-            s = join_keys(
-                s, tile * BLOCK_C, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns,
-                width, key_stride, scale, bound, zero, False, CONSTANT, SLOPES, PRECISION, FULL, BLOCK_C, BLOCK_D,
-            )  # fmt: skip
+            s = join_keys(s, tile * BLOCK_C, q, own, f, o, columns, scale, zero, False, SLOPES, BLOCK_C)
     if MASKED:  # a loop of its own: the registers of comparisons are not those of the loop above
         for index in tl.range(skip, skip_end + (end - last), num_stages=1 if APART else None):
             tile = tl.where(index < skip_end, index, last + (index - skip_end))
-            s = join_keys(
-                s, tile * BLOCK_C, q, label, exclude, key_ptr, key_label_ptr, key_bias_ptr, key_scale_ptr, columns,
-                width, key_stride, scale, bound, zero, True, CONSTANT, SLOPES, PRECISION, FULL, BLOCK_C, BLOCK_D,
-            )  # fmt: skip
-    if CONSTANT:
-        bounds = zeros + bound
+            s = join_keys(s, tile * BLOCK_C, q, own, f, o, columns, scale, zero, True, SLOPES, BLOCK_C)
+    if o.bounded:
+        bounds = zeros + o.bound
         s = KeyStatistics(bounds, bounds, s.neg_mass, s.pos_mass, s.neg_slope, s.pos_slope, s.pos_sum, s.num_pos)
     size = tl.num_programs(1) * tl.cast(rows, tl.int64)
-    store_statistics(out_ptr + split * tl.cast(rows, tl.int64) + row, size, inside, s, CONSTANT, SLOPES)
+    store_statistics(out_ptr + split * tl.cast(rows, tl.int64) + row, size, inside, s, o.bounded, SLOPES)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -304,53 +287,40 @@ def merge_lanes(peak, mass, slope):
 @triton.jit(do_not_specialize=["rows", "columns", "first_column", "tiles_per_split"])
 def partitioned_logsumexp_block_forward_kernel(
     z_ptr,  # [n, m], unit stride along m
-    query_label_ptr,  # [n] int32
-    key_label_ptr,  # [m] int32
-    exclude_ptr,  # [n] int32
-    key_bias_ptr,  # [m]
-    key_scale_ptr,  # [m]
-    learned_scale_ptr,  # 0-dim
+    o,  # KeyOptions
     out_ptr,  # [6 or 8, splits, n]
     rows,
     columns,
     first_column,
     tiles_per_split,
     z_stride,
-    scale,
     SLOPES: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Compute the statistics of a row over the columns of one split; each lane has its own until the end."""
+    BLOCK: tl.constexpr = LANES * GROUP
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(query_label_ptr + row)
+    label = tl.load(o.query_label_ptr + row)
     exclude = -1
-    if exclude_ptr is not None:
-        exclude = tl.load(exclude_ptr + row)
+    if o.exclude_ptr is not None:
+        exclude = tl.load(o.exclude_ptr + row)
     exclude -= first_column
-    scale = load_scale(scale, learned_scale_ptr)
+    own = RowLabel(label, exclude)
+    scale = load_scale(o.scale, o.learned_scale_ptr)
     zero = rows >> 31
     zeros = tl.zeros([LANES], tl.float32)
     s = KeyStatistics(zeros - INF, zeros - INF, zeros, zeros, zeros, zeros, zeros, zeros)
-    split = tl.program_id(1)
-    first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(columns, LANES * GROUP))):
-        begin = tile * (LANES * GROUP)
-        column, whole, edge, has_edge = block_columns(begin, columns, GROUP, LANES)
-        z = load_wide(z_ptr + row * z_stride + column, whole, edge, has_edge, 0.0).to(tl.float32)
-        key_label, slope, offset, key_scale = load_wide_keys(
-            key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column, whole, edge, has_edge
-        )
-        if (begin + LANES * GROUP > columns) | ((exclude < begin + LANES * GROUP) & (exclude >= begin)):
-            s = join_tile(
-                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, True, False,
-                SLOPES,
-            )  # fmt: skip
+    split, first, end = split_tiles(tiles_per_split, columns, BLOCK)
+    for tile in range(first, end):
+        begin = tile * BLOCK
+        tile_columns = block_columns(begin, columns, GROUP, LANES)
+        z = load_columns(z_ptr + row * z_stride, tile_columns, 0.0).to(tl.float32)
+        keys = load_keys(o, scale, tile_columns)
+        if (begin + BLOCK > columns) | ((exclude < begin + BLOCK) & (exclude >= begin)):
+            s = join_tile(s, z, own, keys, tile_columns.index, columns, o, zero, True, SLOPES)
         else:
-            s = join_tile(
-                s, z, label, key_label, slope, offset, key_scale, column, columns, exclude, zero, 1, False, False,
-                SLOPES,
-            )  # fmt: skip
+            s = join_tile(s, z, own, keys, tile_columns.index, columns, o, zero, False, SLOPES)
     neg_peak, neg_mass, neg_slope = merge_lanes(s.neg_peak, s.neg_mass, s.neg_slope)
     pos_peak, pos_mass, pos_slope = merge_lanes(s.pos_peak, s.pos_mass, s.pos_slope)
     size = tl.num_programs(1) * tl.cast(rows, tl.int64)
@@ -367,18 +337,26 @@ def partitioned_logsumexp_block_forward_kernel(
 def forward(block: Block, with_slopes: bool) -> Tensor:
     """Return the statistics of a block's columns [6, n], or [8, n] with_slopes."""
     n, m = block.z.shape
-    kinds = N_STATISTICS + N_SLOPES * with_slopes
     if n == 0 or m == 0:
-        return block.z.new_zeros((kinds, n), dtype=torch.float32)
+        return block.z.new_zeros((N_STATISTICS + N_SLOPES * with_slopes, n), dtype=torch.float32)
     with torch.cuda.device_of(block.z):
         constants = block_launch(m)
         tiles = triton.cdiv(m, constants["LANES"] * constants["GROUP"])
-        per_split = gemm.tiles_per_split(n, tiles, BLOCK_TOGETHER, MOST_SPLITS)
-        splits = triton.cdiv(tiles, per_split)
-        partial = block.z.new_empty((kinds, splits, n), dtype=torch.float32)
-        arguments = block_arguments(block) | {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
-        launch_with(partitioned_logsumexp_block_forward_kernel, (n, splits), arguments, **constants)
-        return merge_statistics(partial)
+        cut = gemm.cut(n, tiles, BLOCK_TOGETHER, MOST_SPLITS)
+        return _statistics(
+            partitioned_logsumexp_block_forward_kernel, cut, block_arguments(block), with_slopes, block.z, **constants
+        )
+
+
+def _statistics(
+    kernel: Any, cut: gemm.Cut, arguments: dict[str, Any], with_slopes: bool, like: Tensor, **constants: Any
+) -> Tensor:
+    """Return the statistics [6, n], or [8, n] with_slopes, from a kernel's ones of each split."""
+    shape = (N_STATISTICS + N_SLOPES * with_slopes, cut.splits, arguments["rows"])
+    partial = like.new_empty(shape, dtype=torch.float32)
+    arguments |= {"out_ptr": partial, "tiles_per_split": cut.per_split, "SLOPES": with_slopes}
+    launch_with(kernel, cut.grid, arguments, **constants)
+    return merge_statistics(partial)
 
 
 def merge_statistics(partial: Tensor) -> Tensor:
@@ -396,20 +374,15 @@ def merge_statistics(partial: Tensor) -> Tensor:
 def tiled_forward(a: Arguments, with_slopes: bool) -> Tensor:
     """Return the statistics of all columns [6, N], or [8, N] with_slopes."""
     n, m = a.query.shape[0], a.keys.shape[0]
-    kinds = N_STATISTICS + N_SLOPES * with_slopes
     if n == 0 or m == 0:
-        return a.query.new_zeros((kinds, n), dtype=torch.float32)
+        return a.query.new_zeros((N_STATISTICS + N_SLOPES * with_slopes, n), dtype=torch.float32)
     with torch.cuda.device_of(a.query):
         arguments, launches = tile_arguments(a)
-        launch = launches.forward_bounded if arguments["CONSTANT"] else launches.forward
-        blocks, tiles = triton.cdiv(n, launch.block_n), triton.cdiv(m, launch.block_c)
-        per_split = gemm.tiles_per_split(blocks, tiles, launch.together, MOST_SPLITS)
-        partial = a.query.new_empty((kinds, triton.cdiv(tiles, per_split), n), dtype=torch.float32)
-        arguments |= {"out_ptr": partial, "tiles_per_split": per_split, "SLOPES": with_slopes}
-        arguments["RAGGED"] = m % launch.block_c != 0
+        launch = launches.forward_bounded if bounds_exponents(a) else launches.forward
+        cut = launch.along_rows(n, m, MOST_SPLITS)
         # products without tensor cores are long code, and twice that would spill
-        arguments["APART"] = a.query.element_size() == 2 or arguments["PRECISION"] == "tf32"
-        launch_with(
-            partitioned_logsumexp_tiled_forward_kernel, (blocks, partial.shape[1]), arguments, **launch.constants
-        )
-        return merge_statistics(partial)
+        apart = a.query.element_size() == 2 or arguments["f"].precision.value == "tf32"
+        return _statistics(
+            partitioned_logsumexp_tiled_forward_kernel, cut, arguments, with_slopes, a.query,
+            RAGGED=m % launch.block_c != 0, APART=apart, **launch.constants,
+        )  # fmt: skip

@@ -13,6 +13,8 @@ Blocks: tiles are [LANES, GROUP] columns of a row, each thread has GROUP contigu
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -25,6 +27,41 @@ LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) in float32
 #: Rows of the statistics, and of backward's terms, as in arguments.py; a test compares them.
 NEG_PEAK, NEG_MASS, POS_PEAK, POS_MASS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 POS_SUM, NUM_POS, NEG_SLOPE, POS_SLOPE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
+
+
+class KeyOptions(NamedTuple):
+    """What makes a product's logit, and which keys count for a query: one argument of a kernel.
+
+    A pointer is None where the option is absent; the compiler then drops its code.
+    """
+
+    query_label_ptr: Any  # [N] int32
+    key_label_ptr: Any  # [M] int32
+    exclude_ptr: Any  # [N] int32
+    key_bias_ptr: Any  # [M]
+    key_scale_ptr: Any  # [M]
+    learned_scale_ptr: Any  # 0-dim
+    scale: Any
+    bound: Any  # of all |u|
+    bounded: Any  # constexpr: whether exponentials are relative to the bound
+
+
+class Columns(NamedTuple):
+    """Columns of a tile."""
+
+    index: Any
+    inside: Any  # which there are; in a block which are in whole groups; None: all
+    edge: Any = None  # in a block: which are in a last group that is not full
+    has_edge: Any = None  # whether there is one
+
+
+class Keys(NamedTuple):
+    """The keys of a tile's columns: u = slope z + offset, to the base 2 and relative to the bound if there is one."""
+
+    label: Any
+    slope: Any
+    offset: Any
+    scale: Any  # key_scale
 
 
 @triton.jit
@@ -89,12 +126,13 @@ def reference_error(reference):
 
 
 @triton.jit
-def relative_exp_of_product(z, u_of_z, offset, reference2, CONSTANT: tl.constexpr):
-    """Return exp(u - reference) of products z, u = u_of_z z + offset; both are to the base 2 where CONSTANT."""
-    if CONSTANT:
-        return fast_exp2(round_fma(z, u_of_z, offset))
+def relative_exp_of_product(z, keys, reference2, o):
+    """Return exp(u - reference) of products z."""
+    u = round_fma(z, keys.slope, keys.offset)
+    if o.bounded:
+        return fast_exp2(u)
     else:
-        return relative_exp(round_fma(z, u_of_z, offset), reference2)
+        return relative_exp(u, reference2)
 
 
 @triton.jit
@@ -104,73 +142,51 @@ def rescale_factor(before, after):
 
 
 @triton.jit
-def load_masked(ptr, index, real, other):
-    """Load ptr[index], ``other`` where not ``real``; None: all are."""
-    if real is None:
-        return tl.load(ptr + index)
+def load_columns(ptr, columns, other):
+    """Load the elements of columns, ``other`` where there is none."""
+    ptrs = ptr + columns.index
+    if columns.inside is None:
+        x = tl.load(ptrs)
     else:
-        return tl.load(ptr + index, mask=real, other=other)
+        x = tl.load(ptrs, mask=columns.inside, other=other)
+        if columns.edge is not None:
+            if columns.has_edge:
+                x = tl.where(columns.edge, tl.load(ptrs, mask=columns.edge, other=other), x)
+    return x
 
 
 @triton.jit
-def load_keys(key_label_ptr, key_scale_ptr, key_bias_ptr, scale, bound, columns, real, CONSTANT: tl.constexpr):
-    """Load the keys' labels, slope and offset of their logits, and key_scale. Slope and offset are to the base 2 and
-    relative to the bound where CONSTANT."""
-    label = load_masked(key_label_ptr, columns, real, 0)
-    key_scale = 1.0
-    if CONSTANT:
-        slope = scale * LOG2E
-        offset = -bound * LOG2E
+def load_keys(o, scale, columns):
+    """Load what columns need of their keys."""
+    label = load_columns(o.key_label_ptr, columns, 0)
+    slope, offset, key_scale = scale, scale * 0.0, 1.0
+    if o.bounded:
+        slope, offset = scale * LOG2E, -o.bound * LOG2E
     else:
-        slope = scale
-        offset = scale * 0.0
-        if key_scale_ptr is not None:
-            key_scale = load_masked(key_scale_ptr, columns, real, 0.0)
+        if o.key_scale_ptr is not None:
+            key_scale = load_columns(o.key_scale_ptr, columns, 0.0)
             slope = scale * key_scale
-        if key_bias_ptr is not None:
-            offset = load_masked(key_bias_ptr, columns, real, -INF)
-    return label, slope, offset, key_scale
+        if o.key_bias_ptr is not None:
+            offset = load_columns(o.key_bias_ptr, columns, -INF)
+    return Keys(label, slope, offset, key_scale)
 
 
 @triton.jit
-def load_excluded(exclude_ptr, row, inside):
+def load_excluded(o, row, inside):
     """Load the columns that rows leave out, -1 for none; also return the smallest and the largest of them."""
     exclude = tl.full(row.shape, -1, tl.int32)
     low, high = NO_COLUMN, -1
-    if exclude_ptr is not None:
-        exclude = tl.load(exclude_ptr + row, mask=inside, other=-1)
+    if o.exclude_ptr is not None:
+        exclude = tl.load(o.exclude_ptr + row, mask=inside, other=-1)
         low, high = tl.min(tl.where(exclude < 0, NO_COLUMN, exclude), 0), tl.max(exclude, 0)
     return exclude, low, high
 
 
 @triton.jit
 def block_columns(begin, columns, GROUP: tl.constexpr, LANES: tl.constexpr):
-    """Return the columns from ``begin`` on, which are in whole groups, which are in a last group that is not full, and
-    whether there is one."""
+    """Return the columns from ``begin`` on in groups, of which whole ones have the widest accesses."""
     group = begin + (tl.arange(0, LANES) * GROUP)[:, None]
     column = group + tl.arange(0, GROUP)[None, :]
     cut = columns % GROUP
     edge = (column >= columns - cut) & (column < columns)
-    return column, group <= columns - GROUP, edge, (cut > 0) & (begin + LANES * GROUP > columns - cut)
-
-
-@triton.jit
-def load_wide(ptrs, whole, edge, has_edge, other):
-    """Load from the pointers, whole groups with the widest accesses; ``other`` where there is no column."""
-    x = tl.load(ptrs, mask=whole, other=other)
-    if has_edge:
-        x = tl.where(edge, tl.load(ptrs, mask=edge, other=other), x)
-    return x
-
-
-@triton.jit
-def load_wide_keys(key_label_ptr, key_scale_ptr, key_bias_ptr, scale, column, whole, edge, has_edge):
-    """Load the keys' labels, their logits' slope and offset, and key_scale."""
-    label = load_wide(key_label_ptr + column, whole, edge, has_edge, 0)
-    slope, offset, key_scale = scale, scale * 0.0, 1.0
-    if key_scale_ptr is not None:
-        key_scale = load_wide(key_scale_ptr + column, whole, edge, has_edge, 0.0)
-        slope = scale * key_scale
-    if key_bias_ptr is not None:
-        offset = load_wide(key_bias_ptr + column, whole, edge, has_edge, -INF)
-    return label, slope, offset, key_scale
+    return Columns(column, group <= columns - GROUP, edge, (cut > 0) & (begin + LANES * GROUP > columns - cut))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from ..._gemm.launch import Launch, architecture_of, block_d, product_precision, readable_rows, tiles_of
+import triton.language as tl
+
+from ..._gemm.launch import Launch, architecture_of, factors, tiles_of
 from ..arguments import Arguments, Block
+from .keys import KeyOptions
 
 #: Where |u| <= bound and 2 bound is at most this, exponentials are taken relative to the bound: none underflows.
 CONSTANT_RANGE = 60.0
@@ -126,21 +129,23 @@ def block_launch(columns: int) -> dict[str, int]:
     return {"GROUP": group, "LANES": 32 * warps, "num_warps": warps}
 
 
+def key_options(a: Arguments | Block, bounded: bool = False) -> KeyOptions:
+    """Return what kernels read of the labels and the keys."""
+    return KeyOptions(
+        a.query_label, a.key_label, a.exclude, a.key_bias, a.key_scale, a.learned_scale, a.scale, abs(a.scale),
+        tl.constexpr(bounded),
+    )  # fmt: skip
+
+
 def block_arguments(block: Block) -> dict[str, Any]:
     """Return the arguments of the block kernels, by name."""
     return {
         "z_ptr": block.z,
-        "query_label_ptr": block.query_label,
-        "key_label_ptr": block.key_label,
-        "exclude_ptr": block.exclude,
-        "key_bias_ptr": block.key_bias,
-        "key_scale_ptr": block.key_scale,
-        "learned_scale_ptr": block.learned_scale,
+        "o": key_options(block),
         "rows": block.z.shape[0],
         "columns": block.z.shape[1],
         "first_column": block.first,
         "z_stride": block.z.stride(0),
-        "scale": block.scale,
     }
 
 
@@ -152,32 +157,15 @@ def bounds_exponents(a: Arguments) -> bool:
 
 def tile_arguments(a: Arguments) -> tuple[dict[str, Any], Launches]:
     """Return the arguments of the kernels, by name; and how they are launched."""
-    query = readable_rows(a.query)
-    key = query if a.key is None else readable_rows(a.key)
-    width = query.shape[1]
-    precision = product_precision(query.dtype)
+    f = factors(a.query, a.keys)
     arguments = {
-        "query_ptr": query,
-        "key_ptr": key,
-        "query_label_ptr": a.query_label,
-        "key_label_ptr": a.key_label,
-        "exclude_ptr": a.exclude,
-        "key_bias_ptr": a.key_bias,
-        "key_scale_ptr": a.key_scale,
-        "learned_scale_ptr": a.learned_scale,
-        "rows": query.shape[0],
-        "columns": key.shape[0],
-        "width": width,
-        "query_stride": query.stride(0),
-        "key_stride": key.stride(0),
-        "scale": a.scale,
-        "bound": abs(a.scale),
-        "CONSTANT": bounds_exponents(a),
-        "PRECISION": precision,
-        "FULL": width == block_d(width),
-        "BLOCK_D": block_d(width),
+        "f": f,
+        "o": key_options(a, bounds_exponents(a)),
+        "rows": a.query.shape[0],
+        "columns": a.keys.shape[0],
     }
-    return arguments, launches_of(width, query.element_size(), precision == "tf32", architecture_of(query.device))
+    tf32 = f.precision.value == "tf32"
+    return arguments, launches_of(f.width, a.query.element_size(), tf32, architecture_of(a.query.device))
 
 
 def is_symmetric(a: Arguments) -> bool:

@@ -1,18 +1,31 @@
-"""Matrix products of a linear head, by torch's own libraries, and the buffers they write to."""
+"""Matrix products by torch's own libraries, the buffers they write to, and sums over the blocks that are in one."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from .._native import empty_pooled
 from .._native import load as load_native
-from .arguments import Arguments
-from .plan import padded
 
 _EPS = 1e-12  # as in F.normalize
+#: Bytes that rows of a buffer start at multiples of.
+LINE = 64
 #: Elements of a temporary where a product or a projection is done block by block.
 _BLOCK = 2**22
+
+
+def line(dtype: torch.dtype) -> int:
+    """Return how many elements fill 64 bytes."""
+    return LINE // dtype.itemsize
+
+
+def padded(columns: int, dtype: torch.dtype) -> int:
+    """Return the columns of a buffer whose rows start at multiples of 64 bytes. May be symbolic."""
+    step = line(dtype)
+    return (columns + step - 1) // step * step
 
 
 def empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -30,6 +43,31 @@ def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised matrix [rows, columns] whose rows start at multiples of 64 bytes."""
     return empty(rows, padded(columns, dtype), dtype, device)[:, :columns]
+
+
+def fake_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor with the strides of a ``buffer``, where tensors have no memory."""
+    return torch.empty_strided((rows, columns), (padded(columns, dtype), 1), dtype=dtype, device=device)
+
+
+def slices(size: int, most: int) -> list[slice]:
+    """Return the parts of at most ``most`` elements that make up ``size``."""
+    return [slice(begin, min(begin + most, size)) for begin in range(0, size, max(most, 1))]
+
+
+def merge(rest: Tensor, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a block's maximum and sum of exponentials to those so far, ``rest``.
+
+    Returns the factors of sums relative to each maximum that make them relative to the larger one.
+    """
+    before = torch.where(rest[1] != 0, rest[0], -math.inf)
+    here = torch.where(total != 0, peak, -math.inf)
+    high = torch.maximum(before, here)
+    high = torch.where(high == -math.inf, 0.0, high)
+    kept, added = (before - high).exp(), (here - high).exp()
+    rest[1] = rest[1] * kept + total * added
+    rest[0] = high
+    return kept, added
 
 
 def inverse_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,11 +115,10 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 def blocks(matrix: Tensor) -> list[slice]:
     """Rows of a matrix in blocks whose temporaries are small."""
-    step = max(1, _BLOCK // max(1, matrix.shape[1]))
-    return [slice(begin, min(begin + step, matrix.shape[0])) for begin in range(0, matrix.shape[0], step)]
+    return slices(matrix.shape[0], max(1, _BLOCK // max(1, matrix.shape[1])))
 
 
-def project_(gradient: Tensor, a: Arguments, inverse_norm: Tensor, of_directions: bool) -> None:
+def project_(gradient: Tensor, weight: Tensor, inverse_norm: Tensor, of_directions: bool) -> None:
     """Turn G, the gradient of w_j / |w_j| times 1 / |w_j|, into that of w_j: g_j - (g_j . w_j) w_j / |w_j|^2.
 
     of_directions: the factor 1 / |w_j| is still missing from G.
@@ -89,8 +126,8 @@ def project_(gradient: Tensor, a: Arguments, inverse_norm: Tensor, of_directions
     # where |w| < eps the norm is a constant, as in F.normalize
     inverse_square = torch.where(inverse_norm < 1 / _EPS, inverse_norm.square(), torch.zeros_like(inverse_norm))
     for part in blocks(gradient):
-        g, w = gradient[part], a.linear_weight[part].to(a.compute_dtype)
-        wide = g.to(a.compute_dtype)
+        g, w = gradient[part], weight[part].to(inverse_norm.dtype)
+        wide = g.to(inverse_norm.dtype)
         if of_directions:
             wide = wide * inverse_norm[part, None]
         along = (wide * w).sum(1) * inverse_square[part]
