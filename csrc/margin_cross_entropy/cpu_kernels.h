@@ -17,8 +17,6 @@ constexpr int64_t kOverlapped = 32768;  // rows of this many columns are written
 constexpr int64_t kSample = 64;         // columns from which a row's peak is guessed
 constexpr int64_t kAhead = 1024;        // how far ahead of the arithmetic logits are fetched
 
-// ------------------------------------------------------------------------------------------------------------- rows
-
 template <class T, class A>
 LTK_INLINE const T* row_pointer(const Call<A>& call, int64_t row) {
   return static_cast<const T*>(call.x) + (row / call.k) * call.x_n + (row % call.k) * call.x_k;
@@ -92,6 +90,45 @@ LTK_INLINE void find_best(const T* x, int64_t begin, int64_t count, PartSums<A>*
   result->best_column = begin + first;
 }
 
+// Adds the weights of a part's ordinary columns and their weighted sum to the result. scratch: u, with the targets at
+// -inf. Not inlined: the loops of every row stay small.
+template <class A>
+[[gnu::noinline]] void sum_weighted(const Call<A>& call, const RowSlots<A>& slots, int64_t row, int64_t begin,
+                                    int64_t count, A* scratch, PartSums<A>* result) {
+  constexpr int64_t W = Simd<A>::W;
+  const A lowest = minus_infinity<A>(), peak = result->peak;
+  const int64_t padded = (count + W - 1) / W * W;
+  for (int i = 0; i < slots.count; ++i) {  // a target adds nothing to the sum here
+    const int64_t j = slots.slot[i].column - begin;
+    if (slots.slot[i].column >= 0 && j >= 0 && j < count) scratch[j] = peak;
+  }
+  const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
+  const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k + begin : nullptr;
+  Vec<A> weights = {}, weighted = {};
+  for (int64_t j = 0; j < padded; j += W) {
+    if (j % (kTerms * W) == 0) {
+      result->weight += sum_lanes<A>(weights);
+      result->weighted += sum_lanes<A>(weighted);
+      weights = weighted = Vec<A>{};
+    }
+    Vec<A> w = call.weight ? get_some<A>(call.weight + begin + j, count - j, A(0)) : splat(A(1));
+    if (q) w = w * (kept * get_some<A>(q + j, count - j, A(0)) + share);
+    Vec<A> product = w * (load(scratch + j) - peak);
+    for (int64_t i = count - j; i < W; ++i) w[i] = 0, product[i] = 0;
+    weights = weights + w;
+    weighted = weighted + product;
+  }
+  result->weight += sum_lanes<A>(weights);
+  result->weighted += sum_lanes<A>(weighted);
+  for (int i = 0; i < slots.count; ++i) {
+    const int64_t j = slots.slot[i].column - begin;
+    if (slots.slot[i].column < 0 || j < 0 || j >= count) continue;
+    if (scratch[j] == peak && !(i == 1 && slots.slot[0].column == slots.slot[1].column))
+      result->weight -= slots.slot[i].weight;
+    scratch[j] = lowest;
+  }
+}
+
 // Sums `count` columns from `begin` of one row in two sweeps. Leaves exp(u - peak) in scratch, 0 at targets and in the
 // padding. `next`: logits to fetch meanwhile; `grad`: where this block's gradient will be written, or null.
 template <class T, class A>
@@ -147,37 +184,7 @@ LTK_INLINE PartSums<A> statistics(const Call<A>& call, const RowSlots<A>& slots,
   if (peak == lowest) peak = 0;
   result.peak = peak;
 
-  if (call.q || call.smoothing > A(0)) {
-    for (int i = 0; i < slots.count; ++i) {  // a target adds nothing to the sum here
-      const int64_t j = slots.slot[i].column - begin;
-      if (slots.slot[i].column >= 0 && j >= 0 && j < count) scratch[j] = peak;
-    }
-    const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
-    const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k + begin : nullptr;
-    Vec<A> weights = {}, weighted = {};
-    for (int64_t j = 0; j < padded; j += W) {
-      if (j % (kTerms * W) == 0) {
-        result.weight += sum_lanes<A>(weights);
-        result.weighted += sum_lanes<A>(weighted);
-        weights = weighted = Vec<A>{};
-      }
-      Vec<A> w = call.weight ? get_some<A>(call.weight + begin + j, count - j, A(0)) : splat(A(1));
-      if (q) w = w * (kept * get_some<A>(q + j, count - j, A(0)) + share);
-      Vec<A> product = w * (load(scratch + j) - peak);
-      for (int64_t i = count - j; i < W; ++i) w[i] = 0, product[i] = 0;
-      weights = weights + w;
-      weighted = weighted + product;
-    }
-    result.weight += sum_lanes<A>(weights);
-    result.weighted += sum_lanes<A>(weighted);
-    for (int i = 0; i < slots.count; ++i) {
-      const int64_t j = slots.slot[i].column - begin;
-      if (slots.slot[i].column < 0 || j < 0 || j >= count) continue;
-      if (scratch[j] == peak && !(i == 1 && slots.slot[0].column == slots.slot[1].column))
-        result.weight -= slots.slot[i].weight;
-      scratch[j] = lowest;
-    }
-  }
+  if (call.q || call.smoothing > A(0)) sum_weighted(call, slots, row, begin, count, scratch, &result);
 
   Vec<A> grand_total = {};
   const Vec<A> high = splat(peak);
@@ -508,171 +515,14 @@ void write_part_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t r
   ordinary(from, end);
 }
 
-// ------------------------------------------------------------------------------------------------------------ panels
-
-template <class T, class A>
-void forward_panel(const Call<A>& call, int64_t n, int64_t begin, int64_t count, A* scratch) {
-  constexpr int64_t W = Simd<A>::W;
-  const A lowest = minus_infinity<A>();
-  const int64_t padded = (count + kPadding - 1) / kPadding * kPadding;
-  const T* x = static_cast<const T*>(call.x) + n * call.x_n + begin;
-  const int64_t first_row = n * call.k + begin;
-  A peak[kPanel], total[kPanel] = {};
-  double weight[kPanel] = {}, weighted[kPanel] = {};
-  A slope[kPanel], smooth[kPanel], soft[kPanel];
-  Int<A> index[kPanel] = {};
-  A best[kPanel];
-  RowSlots<A> slots[kPanel];
-
-  for (int64_t p = 0; p < padded; ++p) peak[p] = best[p] = lowest;
-  for (int64_t c = 0; c < call.classes; ++c) {
-    const A a = scale_of(call, c), bias = call.class_bias ? call.class_bias[c] : A(0);
-    A* u = scratch + c * padded;
-    for (int64_t p = 0; p < padded; p += W) {
-      const Vec<A> logit = get_some<A>(x + c * call.x_c + p, count - p, A(0));
-      const Vec<A> v = affine(logit, a, bias);
-      store(u + p, v);
-      store(peak + p, maximum<A>(v, load(peak + p)));
-      if (call.prediction) {
-        const Vec<A> held = load(best + p);
-        const auto better = (logit > held) | ((logit != logit) & (held == held));
-        store(best + p, better ? logit : held);
-        store_index<A>(index + p, better ? typename Simd<A>::I{} + static_cast<Int<A>>(c) : load_index<A>(index + p));
-      }
-    }
-  }
-
-  bool again = false;
-  for (int64_t p = 0; p < count; ++p) {
-    slots[p] = load_slots(call, first_row + p, x + p, call.x_c);
-    for (int i = 0; i < slots[p].count; ++i) {
-      if (slots[p].slot[i].column < 0) continue;
-      A& u = scratch[slots[p].slot[i].column * padded + p];
-      again |= !(u < peak[p]);
-      u = lowest;
-    }
-  }
-  if (again) {
-    for (int64_t p = 0; p < padded; ++p) peak[p] = lowest;
-    for (int64_t c = 0; c < call.classes; ++c)
-      for (int64_t p = 0; p < padded; p += W)
-        store(peak + p, maximum<A>(load(scratch + c * padded + p), load(peak + p)));
-  }
-  for (int64_t p = 0; p < padded; ++p)
-    if (peak[p] == lowest) peak[p] = 0;
-
-  if (call.q || call.smoothing > A(0)) {
-    auto set_targets = [&](bool to_peak) {
-      for (int64_t p = 0; p < count; ++p)
-        for (int i = 0; i < slots[p].count; ++i)
-          if (slots[p].slot[i].column >= 0) scratch[slots[p].slot[i].column * padded + p] = to_peak ? peak[p] : lowest;
-    };
-    const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
-    set_targets(true);
-    for (int64_t first = 0; first < call.classes; first += kTerms) {
-      A weight_part[kPanel] = {}, weighted_part[kPanel] = {};
-      for (int64_t c = first; c < call.classes && c < first + kTerms; ++c) {
-        const A w = weight_of(call, c);
-        for (int64_t p = 0; p < padded; p += W) {
-          Vec<A> each = splat(w);
-          if (call.q)
-            each = w * (kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share);
-          store(weight_part + p, load(weight_part + p) + each);
-          store(weighted_part + p, load(weighted_part + p) + each * (load(scratch + c * padded + p) - load(peak + p)));
-        }
-      }
-      for (int64_t p = 0; p < padded; ++p) weight[p] += weight_part[p], weighted[p] += weighted_part[p];
-    }
-    set_targets(false);
-  }
-
-  for (int64_t first = 0; first < call.classes; first += kTerms) {
-    A part[kPanel] = {};
-    for (int64_t c = first; c < call.classes && c < first + kTerms; ++c)
-      for (int64_t p = 0; p < padded; p += W) {
-        const Vec<A> e = exp_vector(load(scratch + c * padded + p) - load(peak + p));
-        store(scratch + c * padded + p, e);
-        store(part + p, load(part + p) + e);
-      }
-    for (int64_t p = 0; p < padded; p += W) store(total + p, load(total + p) + load(part + p));
-  }
-
-  RowGradient<A> gradients[kPanel];
-  for (int64_t p = 0; p < count; ++p) {
-    const PartSums<A> s = {peak[p], total[p], weight[p], weighted[p], best[p], index[p]};
-    gradients[p] = finish_row(call, slots[p], first_row + p, s);
-    slope[p] = gradients[p].slope, smooth[p] = gradients[p].smooth, soft[p] = gradients[p].soft;
-  }
-  if (!call.grad) return;
-  for (int64_t p = count; p < padded; ++p) slope[p] = smooth[p] = soft[p] = 0;
-  T* grad = static_cast<T*>(call.grad) + n * call.grad_n + begin;
-  for (int64_t c = 0; c < call.classes; ++c) {
-    const A a = scale_of(call, c), w = weight_of(call, c);
-    for (int64_t p = 0; p < padded && p < count; p += W) {
-      Vec<A> less = load(smooth + p);
-      if (call.q)
-        less = less + load(soft + p) * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0));
-      const Vec<A> du = load(slope + p) * load(scratch + c * padded + p) - less * w;
-      put_some<A>(grad + c * call.grad_c + p, du * a, count - p);
-    }
-  }
-  for (int64_t p = 0; p < count; ++p)
-    for (int i = 0; i < 2; ++i) {
-      const int64_t c = gradients[p].column[i];
-      if (c >= 0) IO<T>::put(grad + c * call.grad_c + p, scale_of(call, c) * gradients[p].dc[i]);
-    }
-}
-
-template <class T, class A>
-void write_class_gradient(const Call<A>& call, const RowGradients<A>& rows, int64_t n, int64_t column, int64_t begin,
-                          int64_t end, double* du_sum, double* dx_sum) {
-  constexpr int64_t W = Simd<A>::W, kFlush = kTerms * W;
-  using IVec = typename Simd<A>::I;
-  const T* x = static_cast<const T*>(call.x) + n * call.x_n + column * call.x_c;
-  T* grad = call.grad ? static_cast<T*>(call.grad) + n * call.grad_n + column * call.grad_c : nullptr;
-  const A* q = call.q ? call.q + n * call.q_n + column * call.q_c : nullptr;
-  A* grad_q = call.grad_q ? call.grad_q + n * call.grad_q_n + column * call.grad_q_c : nullptr;
-  const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0),
-          w = weight_of(call, column);
-  const IVec here = IVec{} + static_cast<Int<A>>(column);
-  for (int64_t block = begin; block < end; block += kFlush) {
-    Vec<A> du_total = {}, dx_total = {};
-    const int64_t stop = block + kFlush < end ? block + kFlush : end;
-    for (int64_t p = block; p < stop; p += W) {
-      const int64_t count = stop - p;
-      const Vec<A> logit = get_some<A>(x + p, count, A(0));
-      const Vec<A> u = affine(logit, a, bias) - get_some<A>(rows.peak + p, count, A(0));
-      Vec<A> less = get_some<A>(rows.smooth + p, count, A(0));
-      const Vec<A> soft = get_some<A>(rows.soft + p, count, A(0));
-      if (q) less = less + soft * get_some<A>(q + p, count, A(0));
-      Vec<A> du = get_some<A>(rows.slope + p, count, A(0)) * exp_vector(u) - less * w;
-      Vec<A> dc = du;
-      for (int i = 0; i < 2; ++i) {
-        IVec columns = IVec{} - Int<A>(1);
-        if (count >= W) {
-          columns = load_index<A>(rows.column[i] + p);
-        } else {
-          for (int64_t l = 0; l < count; ++l) columns[l] = rows.column[i][p + l];
-        }
-        du = columns == here ? get_some<A>(rows.du[i] + p, count, A(0)) : du;
-        dc = columns == here ? get_some<A>(rows.dc[i] + p, count, A(0)) : dc;
-      }
-      if (grad) put_some<A>(grad + p, dc * a, count);
-      if (grad_q) {
-        Vec<A> log_total = {};
-        for (int64_t l = 0; l < W && l < count; ++l) log_total[l] = std::log(call.total[n * call.k + p + l]);
-        put_some<A>(grad_q + p, soft * w * (log_total - u), count);
-      }
-      for (int64_t l = count; l < W; ++l) du[l] = dc[l] = 0;
-      du_total = du_total + du;
-      dx_total = dx_total + dc * logit;
-    }
-    if (du_sum) *du_sum += sum_lanes<A>(du_total);
-    if (dx_sum) *dx_sum += sum_lanes<A>(dx_total);
-  }
-}
-
 }  // namespace
+}  // namespace LTK_ISA
+}  // namespace ltk
+
+#include "cpu_panels.h"
+
+namespace ltk {
+namespace LTK_ISA {
 
 #define LTK_TABLE(T, A)                                                                                \
   {forward_rows<T, A>,        sum_part<T, A>,      finish_cut_row<T, A>,      compute_gradients<T, A>, \
