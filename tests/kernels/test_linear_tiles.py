@@ -21,6 +21,7 @@ from lt_kernels.ops._rows.options import RowOptions
 from lt_kernels.ops.linear_margin_cross_entropy import triton as backend
 from lt_kernels.ops.linear_margin_cross_entropy.arguments import DIFFERENTIABLE, Arguments
 from lt_kernels.ops.margin_cross_entropy import reference
+from lt_kernels.ops.margin_cross_entropy.arguments import Arguments as RowArguments
 from lt_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.backends("triton")
@@ -119,7 +120,7 @@ def dense(
     a = converted(a, dtype)
     factor = a.linear_weight if norm is None else a.linear_weight * norm.to(dtype)[:, None]
     x = torch.nn.functional.linear(a.input, factor, a.linear_bias)
-    rows = a.of_rows(x[:, :, None])
+    rows = RowArguments(x[:, :, None], a.options)
     loss, lse, prediction, rest, _ = reference.forward(rows, True, False)
     upstream = None if grad_lse is None else grad_lse.to(dtype)
     dx, _, *vectors = reference.backward(grad_loss.to(dtype), upstream, rest, rows, [True, False, *[True] * 4])
