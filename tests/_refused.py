@@ -1,4 +1,4 @@
-"""Bad input: tables of arguments, the error that they are, and what it says."""
+"""Bad input: tables of arguments, the error that each must raise, and its message."""
 
 from __future__ import annotations
 

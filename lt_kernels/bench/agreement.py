@@ -13,9 +13,10 @@ from .providers import Step
 
 #: The allowed multiple of eager's error: for our backends, which are released, and for others, which are compared.
 _OURS, _OTHERS = 2.0, 8.0
-#: Float64 losses are made in pieces of about this many logits. Gradients of at most so many logits, or of one row, are
-#: compared.
+#: Gradients of at most so many logits, or of one row, are compared.
 CHECKED_LOGITS = 2**22
+#: Float64 losses are made in pieces of about this many logits.
+_LOGITS_AT_ONCE = 2**25
 
 
 class Agreement(ABC):
@@ -95,7 +96,7 @@ class LogitsAgreement(LossAgreement):
     """
 
     def __init__(self, op: str, inputs: Inputs, eager: Step) -> None:
-        self._rows = spread(inputs.target.numel(), len(_pieces(inputs)[0]), inputs.target.device)
+        self._rows = spread(inputs.target.numel(), len(_pieces(inputs, CHECKED_LOGITS)[0]), inputs.target.device)
         super().__init__(op, inputs, eager)
 
     @abstractmethod
@@ -127,10 +128,10 @@ def spread(size: int, checked: int, device: torch.device) -> Tensor:
     return torch.linspace(0, size - 1, max(1, min(size, checked)), dtype=torch.float64, device=device).long()
 
 
-def _pieces(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return every row, in pieces of ``CHECKED_LOGITS``."""
+def _pieces(inputs: Inputs, most: int = _LOGITS_AT_ONCE) -> tuple[Tensor, ...]:
+    """Return every row, in pieces of about ``most`` logits."""
     rows = inputs.target.numel()
-    at_once = max(1, CHECKED_LOGITS // (inputs.case.logits // rows))
+    at_once = max(1, most // (inputs.case.logits // rows))
     return torch.arange(rows, device=inputs.target.device).split(at_once)
 
 

@@ -141,7 +141,9 @@ def expert_cross_entropy(
     ``scale``.
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError, BackendUnavailableError: as ``margin_cross_entropy``.
+        TypeError, ValueError, NotImplementedError, BackendUnavailableError: as ``margin_cross_entropy``.
+        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``; on a GPU without checks that
+            row's losses and gradients are NaN.
 
     Example:
         >>> logits = torch.randn(3, 4, 8142, requires_grad=True)
@@ -422,7 +424,7 @@ def expert_divergence(
         assert vector is not None
         if checks_on():
             check_all("temperature", vector > 0, "values that are not positive, expected numbers > 0")
-    elif check_positive("temperature", temperature) != 1.0:
+    elif check_positive("temperature", check_number("temperature", temperature)) != 1.0:
         vector = torch.full((first.shape[1],), temperature, dtype=dtype, device=first.device)
     value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
@@ -529,7 +531,7 @@ def _expert_weights(
 
 def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     """Return scale / temperature as a number and a tensor that multiplies it."""
-    inverse = 1.0 / check_positive("temperature", temperature)
+    inverse = 1.0 / check_positive("temperature", check_number("temperature", temperature))
     fixed, learned = check_factor("scale", scale, input, dtype)
     return fixed * inverse, None if learned is None else learned.detach()
 

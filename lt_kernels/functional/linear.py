@@ -135,7 +135,9 @@ def linear_margin_cross_entropy(
     in float32.
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as ``margin_cross_entropy``.
+        TypeError, ValueError, NotImplementedError: as ``margin_cross_entropy``.
+        IndexError: a class index out of range, on the CPU or with ``set_checks(True)``; on a GPU without checks the
+            row's loss and the gradients it is part of are NaN.
         BackendUnavailableError: a backend or strategy asked for by name cannot run the call.
 
     Example:

@@ -1,4 +1,4 @@
-"""What a device runs: calls of every operator, strategy and loss, of which the tests of a device ask the same.
+"""What a device runs: calls of every operator, strategy and loss, which the tests of a device all go through.
 
 A work is one call and its gradients in one dtype. The functions ``rows``, ``linear``, ``experts``, ``contrastive`` and
 ``recipes`` list works; ``each`` parametrizes a test over such lists.
@@ -117,7 +117,7 @@ WAYS = {
         "transposed with everything",
     )
 }
-#: Many rows and very many classes; the sums over rows of what learns.
+#: Many rows, very many classes, and gradients that are sums over rows.
 MANY = {
     f"{shape}{learned}": row_cases.Case("many", *sizes, **BIAS, requires_grad=names)
     for shape, sizes in {

@@ -312,7 +312,7 @@ def test_fusion(case, layout, dtype, k, device):
 
 @parametrized(anywhere=True)
 def test_fusion_ties(device):
-    """Of equal logits the lowest class comes first, -inf is never among the likely ones, a NaN row stays alone."""
+    """The lowest class of equal logits comes first, -inf is never among the likely ones, a NaN row stays alone."""
     x = torch.zeros(2, 4, 8142, device=device)
     x[:, 1, 5000] = x[:, 1, 77] = 3.0
     x[:, 2] = -math.inf

@@ -96,7 +96,6 @@ RECIPES = {
     "arcface": (lambda **k: ArcFaceLoss(**k), arcface),
     "arcface-from-counts": (lambda **k: ArcFaceLoss.from_counts(COUNTS, **k), arcface_from_counts),
 }
-FROM_COUNTS = [name for name in RECIPES if not name.startswith(("cosface", "arcface")) or name.endswith("counts")]
 every_recipe = pytest.mark.parametrize(("make", "formula"), RECIPES.values(), ids=RECIPES.keys())
 
 

@@ -8,7 +8,7 @@ import torch
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import linear_margin_cross_entropy
-from lt_kernels.ops._gemm.products import padded
+from lt_kernels.ops._gemm.layout import padded
 
 
 def test_budget_decides_what_is_kept(monkeypatch):

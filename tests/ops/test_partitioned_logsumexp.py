@@ -16,7 +16,7 @@ from torch import Tensor
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import partitioned_logsumexp, supervised_contrastive
-from lt_kernels.ops._gemm.products import LINE, padded
+from lt_kernels.ops._gemm.layout import LINE, padded
 from lt_kernels.ops.partitioned_logsumexp import chunked, plan
 from lt_kernels.testing import assert_within_budget, check_partitioned_logsumexp
 

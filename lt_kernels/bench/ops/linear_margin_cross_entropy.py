@@ -138,7 +138,7 @@ def _arguments(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _torch_linear(inputs: Inputs, chunked: bool = False) -> Step:
-    """Neither is in torch before 2.13."""
+    """Return a step of torch's own fused head, whole or in chunks; it needs torch 2.13."""
     features, weight, target, log_prior = _arguments(inputs)
     options: dict[str, Any] = {}
     if chunked:

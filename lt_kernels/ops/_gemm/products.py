@@ -9,23 +9,11 @@ from torch import Tensor
 
 from .._native import empty_pooled
 from .._native import load as load_native
+from .layout import padded
 
 _EPS = 1e-12  # as in F.normalize
-#: Bytes that rows of a buffer start at multiples of.
-LINE = 64
 #: Elements of a temporary where a product or a projection is done block by block.
 _BLOCK = 2**22
-
-
-def line(dtype: torch.dtype) -> int:
-    """Return how many elements fill 64 bytes."""
-    return LINE // dtype.itemsize
-
-
-def padded(columns: int, dtype: torch.dtype) -> int:
-    """Return the columns of a buffer whose rows start at multiples of 64 bytes. May be symbolic."""
-    step = line(dtype)
-    return (columns + step - 1) // step * step
 
 
 def empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

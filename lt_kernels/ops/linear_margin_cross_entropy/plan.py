@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from .._device import BYTES_PER_SECOND, PRODUCT_FLOPS
-from .._gemm.products import line, padded
+from .._gemm.layout import line, padded
 
 STRATEGIES = ("auto", "materialize", "chunked", "tiled")
 #: Widest features for which "auto" considers "tiled", and the widest that strategy takes.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._gemm.products import line, padded
+from .._gemm.layout import line, padded
 
 STRATEGIES = ("auto", "materialize", "chunked", "tiled")
 #: Widest features of the tiled kernels.

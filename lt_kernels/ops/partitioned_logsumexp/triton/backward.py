@@ -355,7 +355,7 @@ def partitioned_logsumexp_block_backward_kernel(
                     through_sum = tl.where(kept, through_sum, 0.0)
                 dz = (gradient * keys.slope + through_sum).to(dz_ptr.dtype.element_ty)
                 dz_ptrs = dz_ptr + row * dz_stride + column
-                tl.store(dz_ptrs, dz, mask=tile.inside & inside)
+                tl.store(dz_ptrs, dz, mask=tile.whole & inside)
                 if tile.has_edge:
                     tl.store(dz_ptrs, dz, mask=tile.edge & inside)
     store_sums(sums, sum_bias, scale * sum_scale, split, column, columns, column < columns)

@@ -140,10 +140,10 @@ def join_tile(s, z, row, keys, column, columns, o, zero, MASKED: tl.constexpr, S
 
 
 @triton.jit
-def store_statistics(out_ptr, size, inside, s, CONSTANT: tl.constexpr, SLOPES: tl.constexpr):
+def store_statistics(out_ptr, size, inside, s, bounded: tl.constexpr, SLOPES: tl.constexpr):
     """Store the statistics s in rows of [6 or 8, size]; the peak of no mass is 0."""
     neg_peak, pos_peak, neg_mass, pos_mass, neg_slope, pos_slope, pos_sum, num_pos = s
-    if not CONSTANT:
+    if not bounded:
         neg_factor, pos_factor = (
             reference_error(finite_reference(neg_peak)),
             reference_error(finite_reference(pos_peak)),

@@ -5,8 +5,8 @@ exponential relative to a row's reference r is exp2(log2(e) u - log2(e) r), one 
 forward and backward agree to the last bit. A column is positive for a row of the same label and negative for the
 others, so that one exponential serves both sides: exp(u - (r of the positive or of the negative ones)).
 
-If a small number bounds all |u| (CONSTANT), it is the reference of every row and of both sides: nothing is rescaled, no
-maximum is needed, and exp2((log2(e) a) z - log2(e) bound) is a single fused multiply-add away from z.
+If a small number bounds all |u| (``bounded``), it is the reference of every row and of both sides: nothing is rescaled,
+no maximum is needed, and exp2((log2(e) a) z - log2(e) bound) is a single fused multiply-add away from z.
 
 Blocks: tiles are [LANES, GROUP] columns of a row, each thread has GROUP contiguous ones.
 """
@@ -50,7 +50,7 @@ class Columns(NamedTuple):
     """Columns of a tile."""
 
     index: Any
-    inside: Any  # which there are; in a block which are in whole groups; None: all
+    whole: Any  # columns that one access covers: all that exist, or in a block the whole groups; None: every one
     edge: Any = None  # in a block: which are in a last group that is not full
     has_edge: Any = None  # whether there is one
 
@@ -145,10 +145,10 @@ def rescale_factor(before, after):
 def load_columns(ptr, columns, other):
     """Load the elements of columns, ``other`` where there is none."""
     ptrs = ptr + columns.index
-    if columns.inside is None:
+    if columns.whole is None:
         x = tl.load(ptrs)
     else:
-        x = tl.load(ptrs, mask=columns.inside, other=other)
+        x = tl.load(ptrs, mask=columns.whole, other=other)
         if columns.edge is not None:
             if columns.has_edge:
                 x = tl.where(columns.edge, tl.load(ptrs, mask=columns.edge, other=other), x)
