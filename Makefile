@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lt_kernels
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 LT_KERNELS_BUILD ?= cpu
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 QUICK := tests/test_imports.py tests/test_limits.py tests/test_typing.py tests/ops/test_registry.py tests/ops/test_bad_input.py tests/kernels/test_launches.py
@@ -23,7 +24,7 @@ help:
 
 ## make setup    virtual environment with pinned dependencies, and the extension in place (what changed is built again)
 setup: $(STAMP).torch
-	@$(MAKE) --no-print-directory --jobs=2 $(STAMP).dependencies $(STAMP).extension
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2) $(STAMP).dependencies $(STAMP).extension
 
 $(STAMP).python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is %d.%d: 3.10 or newer is needed (make PYTHON=...)" % sys.version_info[:2])'
@@ -48,14 +49,14 @@ demo: setup
 
 ## make test     every test: on the CPU, with fewer instructions, Triton interpreted, CUDA emulated
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto
+	$(PYTEST)
 	for engine in default avx2 interpreter emulator; do \
-	    $(BIN)/python -m pytest --numprocesses auto --engine=$$engine tests/kernels tests/ops || exit 1; \
+	    $(PYTEST) --engine=$$engine tests/kernels tests/ops || exit 1; \
 	done
 
 ## make check    lint and the quick tests, in about a minute
 check: lint
-	$(BIN)/python -m pytest --numprocesses auto --quiet $(QUICK)
+	$(PYTEST) --quiet $(QUICK)
 
 ## make lint     ruff, clang-format, mypy, import-linter, and that generated tables and figures are up to date
 lint: setup
