@@ -1,4 +1,4 @@
-"""Matrix products by torch's own libraries, the buffers they write to, and sums over the blocks that are in one."""
+"""Matrix products by torch's own libraries, the buffers they write to, and the merge of blocks' sums."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _BLOCK = 2**22
 
 
 def empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised matrix; on the CPU from memory that keeps its pages between steps, if the extension is built."""
+    """Return an uninitialised matrix, on the CPU from memory that keeps its pages if the extension is built."""
     if device.type == "cpu" and not isinstance(load_native(), str):
         return empty_pooled((rows, columns), dtype)
     return torch.empty((rows, columns), dtype=dtype, device=device)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The same for a contiguous matrix shaped like ``tensor``."""
+    """Return an ``empty`` contiguous matrix shaped like ``tensor``."""
     return empty(tensor.shape[0], tensor.shape[1], dtype or tensor.dtype, tensor.device)
 
 
 def buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised matrix [rows, columns] whose rows start at multiples of 64 bytes."""
+    """Return an uninitialised matrix [rows, columns] whose rows start at multiples of 64 bytes."""
     return empty(rows, padded(columns, dtype), dtype, device)[:, :columns]
 
 
@@ -59,20 +59,20 @@ def merge(rest: Tensor, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / |w_j| of the rows of a matrix, in ``dtype``."""
+    """Return 1 / |w_j| of the rows of a matrix, in ``dtype``."""
     norms = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     return norms.clamp_min_(_EPS).reciprocal_()
 
 
 def logits_into(out: Tensor, input: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """out [n, c] = input [n, D] factor [c, D]^T + bias [c]."""
+    """Compute out [n, c] = input [n, D] factor [c, D]^T + bias [c]."""
     if bias is None:
         return torch.mm(input, factor.t(), out=out)
     return torch.addmm(bias.to(out.dtype), input, factor.t(), out=out)
 
 
 def added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + left [m, k] right [k, n] in ``dtype``, in place; the product alone (in new memory) where total is None.
+    """Add left [m, k] right [k, n] to total in place, in ``dtype``; return the product in new memory without a total.
 
     Sums are kept in ``dtype`` whatever the factors'. Each product is rounded to the factors' dtype first where the
     library cannot do otherwise (on the CPU).
@@ -94,7 +94,7 @@ def added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype)
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out = left right, rounded once to ``out``'s dtype where the library can."""
+    """Compute out = left right, rounded once to ``out``'s dtype where the library can."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     else:
@@ -102,7 +102,7 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def blocks(matrix: Tensor) -> list[slice]:
-    """Rows of a matrix in blocks whose temporaries are small."""
+    """Return the rows of a matrix in blocks whose temporaries are small."""
     return slices(matrix.shape[0], max(1, _BLOCK // max(1, matrix.shape[1])))
 
 
