@@ -107,6 +107,8 @@ class ClassTensorLoss(nn.Module):
         delattr(self, name)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value)
+            for unset in [each for each, held in self._buffers.items() if held is None]:
+                self._buffers[unset] = self._buffers.pop(unset)  # torch.export expects them behind the others
         else:
             setattr(self, name, value)
 
