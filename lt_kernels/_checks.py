@@ -19,6 +19,9 @@ from . import _settings
 if TYPE_CHECKING:
     import numpy as np
 
+#: Operators take ints of 64 bits.
+_TOO_LARGE = 2**63
+
 #: Anything one-dimensional and numeric: list, tuple, numpy array, tensor.
 ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any]"
 
@@ -35,6 +38,8 @@ def check_number(
     """Return ``value`` as a float: a finite real number, least <= value <= most."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:  # it may fit no float, and no operator's int
+        raise ValueError(f"{name}: got an int of {value.bit_length()} bits, expected {expected or 'a smaller number'}")
     number = float(value)
     # math.isfinite does not trace where the number is symbolic; NaN fails these comparisons too
     if not (-math.inf < number < math.inf and least <= number <= most):
@@ -62,9 +67,11 @@ def check_int(
     kind: str = "an int",
     expected: str | None = None,
 ) -> int:
-    """Return ``value``: an int, least <= value <= most; ``kind`` says what the type should be."""
+    """Return ``value``: an int of 64 bits, least <= value <= most; ``kind`` says what the type should be."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
+    if not -_TOO_LARGE <= value < _TOO_LARGE:
+        raise ValueError(f"{name}: got an int of {value.bit_length()} bits, expected {expected or 'one of 64 bits'}")
     if (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(f"{name}: got {value}, expected {expected or f'an int >= {least}'}")
     return value
@@ -79,7 +86,7 @@ def check_flag(name: str, value: Any, kind: str = "a bool") -> bool:
 
 def check_choice(name: str, value: Any, choices: Sequence[str], expected: str | None = None) -> None:
     """Refuse a ``value`` that is none of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected {expected or f'one of {quoted(choices)}'}")
 
 
@@ -88,22 +95,21 @@ def quoted(choices: Sequence[str]) -> str:
 
 
 def check_tensor(name: str, value: Any, expected: str = "a Tensor") -> Tensor:
-    """Return ``value``: a tensor."""
+    """Return ``value``: a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if value.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, expected a dense one (its values(), or torch.cat of its parts)")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {value.layout}, expected a dense one (to_dense())")
     return value
 
 
-def check_floating(
-    name: str, value: Any, expected: str = "a Tensor", kind: str | tuple[torch.dtype, ...] = FLOATING
-) -> Tensor:
-    """Return ``value``: a tensor of a dtype in ``kind``, or of any floating dtype if that is a text."""
+def check_floating(name: str, value: Any, expected: str = "a Tensor", kind: str = f"one of {FLOATING}") -> Tensor:
+    """Return ``value``: a tensor of a dtype in ``FLOATING``; ``kind`` says so in the message."""
     check_tensor(name, value, expected)
-    fits = value.is_floating_point() if isinstance(kind, str) else value.dtype in kind
-    if not fits:
-        raise TypeError(
-            f"{name}: got dtype {value.dtype}, expected {kind if isinstance(kind, str) else f'one of {kind}'}"
-        )
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {kind}")
     return value
 
 
@@ -123,6 +129,20 @@ def check_integers(
     if value.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {kind}")
     return value
+
+
+def as_int64(name: str, value: Tensor) -> Tensor:
+    """Return integers as int64; uint64 beyond that become its largest value, which is no class, and on the CPU or with
+    checks on an IndexError.
+    """
+    integers = value.to(torch.int64)
+    if value.dtype != torch.uint64:
+        return integers
+    wrapped = integers < 0
+    if reads_values(value) and bool(wrapped.any()):
+        largest = int(integers[wrapped].max()) + 2**64
+        raise IndexError(f"{name}: got {largest}, expected integers below 2^63")
+    return integers.masked_fill(wrapped, torch.iinfo(torch.int64).max)
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int], note: str = "", *, expected: str | None = None) -> None:
@@ -223,7 +243,7 @@ def check_classes(
     name: str, label: Tensor, classes: int, none: int | None = None, hint: str | None = None, what: str = "class"
 ) -> None:
     """Raise IndexError for the first label that is neither a class nor ``none``. Reads values: a GPU is waited for."""
-    label = label.to(torch.int64)
+    label = as_int64(name, label)
     bad = (label < 0) | (label >= classes)
     if none is not None:
         bad &= label != none

@@ -14,7 +14,7 @@ GRADIENT_POLICIES = ("auto", "one_pass", "recompute")
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
     return value
 
@@ -72,9 +72,14 @@ def set_checks(enabled: bool) -> None:
 
     On the CPU an out-of-range target always raises ``IndexError``. On a GPU that needs a host synchronisation, so by
     default the row's loss and gradient become NaN; with checks on the same ``IndexError`` is raised there too.
+
+    Raises:
+        TypeError: if ``enabled`` is no bool.
     """
     global checks
-    checks = bool(enabled)
+    if not isinstance(enabled, bool):
+        raise TypeError(f"set_checks(enabled): got {type(enabled).__name__}, expected a bool")
+    checks = enabled
 
 
 def set_gradient_policy(policy: str) -> None:

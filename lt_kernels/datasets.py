@@ -58,7 +58,7 @@ def class_counts(name: str) -> Tensor:
         >>> len(counts), counts.sum().item(), counts.min().item(), counts.max().item()
         (1000, 115846, 5, 1280)
     """
-    if name not in _FILES:
+    if not isinstance(name, str) or name not in _FILES:
         hint = ""
         if "inat" in str(name).lower():
             hint = (

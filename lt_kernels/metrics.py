@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ._checks import (
     ClassVector,
+    as_int64,
     check_classes,
     check_device,
+    check_flag,
     check_floating,
     check_int,
     check_integers,
@@ -96,8 +98,8 @@ class ShotGroupAccuracy(Metric):
         groups = shot_groups(class_counts, many_above, few_below)
         self.register_buffer("shot_group", groups, persistent=False)
         self.num_classes = len(groups)
-        self.ignore_index = ignore_index
-        self.validate_args = validate_args
+        self.ignore_index = check_int("ignore_index", ignore_index)
+        self.validate_args = check_flag("validate_args", validate_args)
         self.add_state("correct", default=torch.zeros_like(groups), dist_reduce_fx="sum")
         self.add_state("total", default=torch.zeros_like(groups), dist_reduce_fx="sum")
 
@@ -139,12 +141,17 @@ class ShotGroupAccuracy(Metric):
         """Return predicted and true classes as flat int64."""
         check_tensor("preds", preds)
         check_integers("target", target, "a Tensor")
+        check_device("preds", preds, self.total, " as the metric")
+        check_device("target", target, self.total, " as the metric")
         if preds.is_floating_point():
+            check_floating("preds", preds, kind="a floating-point dtype")
             if preds.dim() < 2 or preds.shape[1] != self.num_classes:
                 raise ValueError(f"preds: got shape {tuple(preds.shape)}, expected [N, {self.num_classes}, ...]")
             preds = preds.argmax(1)
+        else:
+            check_integers("preds", preds, kind="a floating dtype, or an integer one for classes")
         check_shape("target", target, preds.shape, ", one class per prediction")
-        return preds.flatten().long(), target.flatten().long()
+        return as_int64("preds", preds).flatten(), as_int64("target", target).flatten()
 
 
 class WithinClassSpread(Metric):
@@ -209,7 +216,9 @@ class WithinClassSpread(Metric):
         groups = shot_groups(class_counts, many_above, few_below)
         self.register_buffer("shot_group", groups, persistent=False)
         self.num_classes, self.dim = len(groups), dim
-        self.normalize, self.ignore_index, self.validate_args = normalize, ignore_index, validate_args
+        self.normalize = check_flag("normalize", normalize)
+        self.ignore_index = check_int("ignore_index", ignore_index)
+        self.validate_args = check_flag("validate_args", validate_args)
         zeros = torch.zeros(len(groups), dim, dtype=torch.float64, device=groups.device)
         self.add_state("count", default=torch.zeros_like(groups), dist_reduce_fx="sum")
         self.add_state("sums", default=zeros, dist_reduce_fx="sum")
@@ -229,7 +238,7 @@ class WithinClassSpread(Metric):
         check_shape("labels", labels, embeddings.shape[:1], ", one per embedding")
         check_device("embeddings", embeddings, self.count, " as the metric")
         check_device("labels", labels, self.count, " as the metric")
-        label = labels.to(torch.int64)
+        label = as_int64("labels", labels)
         counted = label != self.ignore_index
         is_class = (label >= 0) & (label < self.num_classes)
         if self.validate_args:
@@ -326,7 +335,8 @@ class CalibrationError(Metric):
     Args:
         bins: how many.
         ignore_index: targets with this class are left out.
-        validate_args: check the values of confidences and classes (on a GPU this waits for the device).
+        validate_args: check the values of confidences and classes (on a GPU this waits for the device). Without it, a
+            target that is no class is left out.
         kwargs: of ``torchmetrics.Metric`` (``dist_sync_on_step``, ...).
 
     Raises:
@@ -351,8 +361,8 @@ class CalibrationError(Metric):
     def __init__(self, bins: int = 15, *, ignore_index: int = -100, validate_args: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bins = check_int("bins", bins, 1)
-        self.ignore_index = ignore_index
-        self.validate_args = validate_args
+        self.ignore_index = check_int("ignore_index", ignore_index)
+        self.validate_args = check_flag("validate_args", validate_args)
         self.add_state("sums", default=torch.zeros(bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -364,9 +374,8 @@ class CalibrationError(Metric):
             target: classes [N], any integer dtype, for probabilities; whether the prediction was right [N], bool, for
                 confidences.
         """
-        counted = _confidence_and_correct(preds, target, self.ignore_index)
-        if self.validate_args:
-            _check_confidence("preds", counted[0])
+        check_device("preds", check_tensor("preds", preds), self.sums, " as the metric")
+        counted = _confidence_and_correct(preds, target, self.ignore_index, self.validate_args)
         self.sums = self.sums + _bin_sums(*counted, self.bins)
 
     def compute(self) -> dict[str, Tensor]:
@@ -396,8 +405,7 @@ def calibration_error(preds: Tensor, target: Tensor, bins: int = 15, *, ignore_i
         >>> round(ece.item(), 4), round(mce.item(), 4)
         (0.4, 0.7)
     """
-    counted = _confidence_and_correct(preds, target, ignore_index)
-    _check_confidence("preds", counted[0])
+    counted = _confidence_and_correct(preds, target, check_int("ignore_index", ignore_index))
     return _errors(_bin_sums(*counted, check_int("bins", bins, 1)))
 
 
@@ -419,8 +427,7 @@ def reliability_diagram(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: as [`calibration_error`][lt_kernels.metrics.calibration_error].
     """
-    counted = _confidence_and_correct(confidence, correct, -100, ("confidence", "correct"))
-    _check_confidence("confidence", counted[0])
+    counted = _confidence_and_correct(confidence, correct, -100, names=("confidence", "correct"))
     sums = _bin_sums(*counted, check_int("bins", bins, 1)).cpu()
     figure = None
     if isinstance(path_or_axis, (str, os.PathLike)):
@@ -458,12 +465,18 @@ def _check_confidence(name: str, confidence: Tensor) -> None:
 
 
 def _confidence_and_correct(
-    preds: Tensor, target: Tensor, ignore_index: int, names: tuple[str, str] = ("preds", "target")
+    preds: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    validate: bool = True,
+    *,
+    names: tuple[str, str] = ("preds", "target"),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return confidence (float64, 0 if ignored), whether it was right and whether it counts (bool), [N] each."""
     of_preds, of_target = names
     check_tensor(of_target, target)
     check_floating(of_preds, preds, kind="a floating-point dtype")
+    check_device(of_target, target, preds, f" as {of_preds}")
     dims = (1, 2) if of_preds == "preds" else (1,)
     if preds.dim() not in dims or (preds.dim() == 2 and preds.shape[1] == 0):
         expected = "probabilities [N, C] or confidences [N]" if 2 in dims else "[N]"
@@ -474,11 +487,18 @@ def _confidence_and_correct(
             raise TypeError(
                 f"{of_target}: got dtype {target.dtype} with confidences [N], expected bool: whether they were right"
             )
+        if validate:
+            _check_confidence(of_preds, preds)
         return preds.detach().double(), target, torch.ones_like(target)
-    check_integers(of_target, target)
+    label = as_int64(of_target, check_integers(of_target, target))
     confidence, predicted = preds.detach().max(1)
-    kept = target != ignore_index
-    return confidence.double().masked_fill(~kept, 0.0), (predicted == target) & kept, kept
+    kept = label != ignore_index
+    confidence = confidence.double().masked_fill(~kept, 0.0)
+    if validate:
+        check_classes(of_target, label.where(kept, 0), preds.shape[1])
+        _check_confidence(of_preds, confidence)
+    kept &= (label >= 0) & (label < preds.shape[1])
+    return confidence.masked_fill(~kept, 0.0), (predicted == label) & kept, kept
 
 
 def _bin_sums(confidence: Tensor, correct: Tensor, kept: Tensor, bins: int) -> Tensor:

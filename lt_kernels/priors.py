@@ -181,6 +181,8 @@ class ClassPrior:
         Where all counts are equal, every class has ``bounds[1]``.
         """
         lower, upper = margin_bounds(bounds)
+        check_number("margin_bounds", lower, 0.0, math.pi, expected="angles in [0, pi]")
+        check_number("margin_bounds", upper, 0.0, math.pi, expected="angles in [0, pi]")
         power = check_positive("power", power)
         x = self._inverse_power(power)
         low, high = x.min(), x.max()
@@ -192,7 +194,7 @@ class ClassPrior:
 
         A class without samples counts as the rarest one.
         """
-        temperature = check_number("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
         factor = check_number("reweight_factor", reweight_factor, 0.0, 1.0)
         n = self._at_least_the_rarest()
         w = len(n) * n / n.sum() * factor + 1 - factor

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ._checks import (
     FLOATING,
     ClassVector,
+    as_int64,
     check_choice,
     check_classes,
     check_device,
+    check_flag,
     check_floating,
     check_int,
     check_integers,
@@ -130,6 +132,8 @@ class ClassQueue(nn.Module):
         if reads_values(label):
             check_classes("labels", label, self.num_classes, -1, ", or -1")
         given = None if ids is None else _check_integers("ids", ids, rows, self.features)
+        if given is not None and reads_values(given):
+            check_classes("ids", given, 2**63 - 1, -1, ", or -1", what="id")
         if rows == 0:
             return label
         group = label.masked_fill(~is_class, self.num_classes)
@@ -257,16 +261,19 @@ class FeatureQueue(nn.Module):
 
         Args:
             features: [N, D], floating; stored in the queue's dtype, without gradient. The last M stay.
-            labels: [N], any integer dtype; 0 or more.
+            labels: [N], any integer dtype: 0 or more; -1 for rows of no class, whose slots count as empty.
 
         Returns:
             [N] int64: the slot of each feature, -1 where it was pushed out by a later one of the same call.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, dtype, shape or device; the message names it.
+            IndexError: a label below -1 or beyond int32, on the CPU or with checks on.
         """
         rows = _check_features(features, self.features)
         label = _check_integers("labels", labels, rows, self.features)
+        if reads_values(label):
+            check_classes("labels", label, 2**31, -1, ", or -1")
         order = torch.arange(rows, device=label.device)
         slot = (self.pointer + order) % self.size
         last = max(rows - self.size, 0)
@@ -303,6 +310,7 @@ def momentum_update(target: nn.Module, source: nn.Module, momentum: float, *, bu
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name}: got {type(module).__name__}, expected an nn.Module")
     momentum = check_number("momentum", momentum, 0.0, 1.0)
+    check_flag("buffers", buffers)
     ours: dict[str, Tensor] = dict(target.named_parameters())
     theirs: dict[str, Tensor] = dict(source.named_parameters())
     if buffers:
@@ -353,4 +361,4 @@ def _check_integers(name: str, value: Any, rows: int, held: Tensor) -> Tensor:
     check_integers(name, value, f"a Tensor [{rows}] of integers")
     check_shape(name, value, (rows,), ", one for each feature", expected=f"[{rows}]")
     check_device(name, value, held, " as the queue")
-    return value.to(torch.int64)
+    return as_int64(name, value)

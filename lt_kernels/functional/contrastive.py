@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from .. import _settings
 from .._checks import (
+    as_int64,
     check_choice,
     check_class_vector,
     check_device,
@@ -291,7 +292,7 @@ def _index_vector(name: str, value: Any, size: int, query: Tensor) -> Tensor:
 def _labels(name: str, value: Any, size: int, query: Tensor) -> Tensor:
     value = _index_vector(name, value, size, query)
     if value.dtype.itemsize >= 4 and value.dtype != torch.int32 and size > 0 and reads_values(value):
-        low, high = (int(bound) for bound in value.to(torch.int64).aminmax())
+        low, high = (int(bound) for bound in as_int64(name, value).aminmax())
         if not _LABELS.min <= low <= high <= _LABELS.max:
             bad = low if low < _LABELS.min else high
             raise ValueError(f"{name}: got {bad}, expected labels from {_LABELS.min} to {_LABELS.max}")
@@ -306,7 +307,7 @@ def _exclude(exclude: Any, n: int, m: int, query: Tensor) -> Tensor | None:
         if m < n:
             raise ValueError(f"exclude: got 'self' with {m} keys for {n} queries, expected a key for each query")
         return torch.arange(n, dtype=torch.int32, device=query.device)
-    value = _index_vector("exclude", exclude, n, query).to(torch.int64)
+    value = as_int64("exclude", _index_vector("exclude", exclude, n, query))
     if n > 0 and reads_values(value):
         bad = (value < -1) | (value >= m)
         if bool(bad.any()):

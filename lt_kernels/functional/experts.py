@@ -27,6 +27,7 @@ from .._checks import (
     check_tensor,
     checks_on,
     compute_dtype,
+    product_dtype,
 )
 from ..ops._backend import resolve
 from ..ops._experts import shape_of
@@ -157,6 +158,7 @@ def expert_cross_entropy(
     count = len(experts)
     dtype = compute_dtype(first.dtype)
     check_choice("expert_reduction", expert_reduction, REDUCTIONS)
+    check_flag("return_ensemble", return_ensemble)
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(
             f"target: got dtype {target.dtype}, expected class indices of an integer dtype (pairs of classes: "
@@ -321,13 +323,15 @@ def linear_expert_fusion(
         TypeError, ValueError, BackendUnavailableError: as ``expert_fusion``.
     """
     check_tensor("linear_weight", linear_weight, "a Tensor [E, C, D]")
+    check_flag("normalize", normalize)
     if linear_weight.dim() != 3 or 0 in linear_weight.shape[:2]:
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [E, C, D]")
     check_floating("linear_weight", linear_weight)
     count, classes, width = linear_weight.shape
     features = _check_features(input, count, width, linear_weight)
     if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias, "a Tensor [E, C]")
+        check_floating("linear_bias", linear_bias, "a Tensor [E, C]")
+        product_dtype(linear_weight, linear_bias, "linear_bias", "linear_weight")
         check_shape("linear_bias", linear_bias, (count, classes), expected=f"[{count}, {classes}]")
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
@@ -424,8 +428,8 @@ def expert_divergence(
         assert vector is not None
         if checks_on():
             check_all("temperature", vector > 0, "values that are not positive, expected numbers > 0")
-    elif check_positive("temperature", check_number("temperature", temperature)) != 1.0:
-        vector = torch.full((first.shape[1],), temperature, dtype=dtype, device=first.device)
+    elif (number := check_positive("temperature", check_number("temperature", temperature))) != 1.0:
+        vector = torch.full((first.shape[1],), number, dtype=dtype, device=first.device)
     value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
         value = value.sum(0)
@@ -539,6 +543,7 @@ def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torc
 def _check_features(input: ExpertLogits, experts: int, width: int, linear_weight: Tensor) -> list[Tensor]:
     """Return one [N, D] for each expert, or one that all share."""
     if isinstance(input, Tensor):
+        check_tensor("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"input: got shape {tuple(input.shape)}, expected [E, N, D], [N, D] or a list of E [N, D]")
         features = list(input.unbind(0)) if input.dim() == 3 else [input]

@@ -381,6 +381,7 @@ def _check_linear(
     check_device("linear_weight", linear_weight, input, " as input")
     if linear_bias is not None:
         check_floating("linear_bias", linear_bias)
+        product_dtype(linear_weight, linear_bias, "linear_bias", "linear_weight")
         check_shape("linear_bias", linear_bias, linear_weight.shape[:-1])
         check_device("linear_bias", linear_bias, input, " as input")
         if normalize:

@@ -13,6 +13,7 @@ from .. import _settings
 from .._checks import (
     FLOATING,
     INDEX_DTYPES,
+    as_int64,
     check_all,
     check_both,
     check_choice,
@@ -20,6 +21,7 @@ from .._checks import (
     check_classes,
     check_device,
     check_factor,
+    check_flag,
     check_floating,
     check_int,
     check_number,
@@ -162,6 +164,8 @@ def margin_cross_entropy(
         >>> margin_cross_entropy(logits, target, class_bias=log_prior).backward()
     """
     _check_logits(input)
+    check_flag("return_lse", return_lse)
+    check_flag("return_prediction", return_prediction)
     dtype = compute_dtype(input.dtype)
     options = row_options(
         tuple(input.shape),
@@ -279,9 +283,9 @@ def row_options(
     if soft:
         target = target.reshape(flat)
     else:
-        target = target.to(torch.int64).reshape(rows)
+        target = as_int64("target", target).reshape(rows)
         if mixed_target is not None:
-            mixed_target = mixed_target.to(torch.int64).reshape(rows)
+            mixed_target = as_int64("mixed_target", mixed_target).reshape(rows)
         if share is not None and share.dim() > 0:
             share = share.reshape(rows)
     return RowOptions(

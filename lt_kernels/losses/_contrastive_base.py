@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from .._checks import check_classes, check_device, check_integers, check_shape, reads_values
+from .._checks import as_int64, check_classes, check_device, check_integers, check_shape, reads_values
 from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
@@ -90,7 +90,7 @@ def check_ids(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
     check_integers(name, value)
     check_shape(name, value, shape)
     check_device(name, value, like)
-    return value.to(torch.int64)
+    return as_int64(name, value)
 
 
 def count_classes(label: Tensor, counted: Tensor, classes: int) -> Tensor:

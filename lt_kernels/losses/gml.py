@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from .._checks import ClassVector, check_embeddings, check_int, check_number, check_positive
+from .._checks import ClassVector, as_int64, check_embeddings, check_int, check_number, check_positive
 from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
@@ -312,7 +312,7 @@ class GMLLoss(ContrastiveLossBase):
         factor = self.scale / DISTILLATION_TEMPERATURE
         student, teacher = ((factor * z.to(dtype)).log_softmax(1) for z in (logits, teacher_logits.detach()))
         rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * DISTILLATION_TEMPERATURE**2
-        counted = target.to(torch.int64) != self.ignore_index
+        counted = as_int64("query_label", target) != self.ignore_index
         return self._reduce(torch.where(counted, rows, 0.0), counted)
 
     def _drawn(
