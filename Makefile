@@ -35,8 +35,11 @@ $(STAMP).torch: constraints.txt | $(STAMP).python
 	$(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools wheel ninja
 	touch $@
 
+# timm comes without torchvision, whose PyPI build is for CUDA: beside a CPU torch it fails on import, and so does
+# whatever looks for it (transformers, Lightning). The tests give timm a stand-in (tests/standins).
 $(STAMP).dependencies: pyproject.toml constraints.txt $(STAMP).torch
 	LT_KERNELS_BUILD=none $(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 $(STAMP).extension: setup.py $(SOURCES) $(STAMP).torch
