@@ -113,6 +113,23 @@ def check_floating(name: str, value: Any, expected: str = "a Tensor", kind: str 
     return value
 
 
+def as_dtype(name: str, value: Any) -> torch.dtype:
+    """Return a floating-point dtype for new tensors; None is torch's default."""
+    if value is None:
+        return torch.get_default_dtype()
+    if not isinstance(value, torch.dtype) or value not in FLOATING:
+        raise TypeError(f"{name}: got {value!r}, expected a floating-point dtype")
+    return value
+
+
+def as_device(name: str, value: Any, default: torch.device | str | None = None) -> torch.device:
+    """Return the device that a torch.device, its name or its index stands for; None is ``default``, or torch's."""
+    try:
+        return torch.device(value if value is not None else default or torch.get_default_device())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {value!r}, expected a torch.device or the name of one") from error
+
+
 def check_embeddings(name: str, value: Any, shape: str) -> Tensor:
     """Return ``value``: floating, with as many dimensions as ``shape``, such as "[N, D]"."""
     check_floating(name, value, f"a Tensor {shape}", "a floating-point dtype")

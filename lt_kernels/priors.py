@@ -14,12 +14,21 @@ Zero counts are an explicit choice, ``zero_counts``:
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ._checks import ClassVector, as_class_vector, check_choice, check_each_class, check_number, check_positive
+from ._checks import (
+    ClassVector,
+    as_class_vector,
+    as_device,
+    as_dtype,
+    check_choice,
+    check_each_class,
+    check_number,
+    check_positive,
+)
 
 ZeroCounts: TypeAlias = Literal["error", "mask"] | float
 
@@ -29,13 +38,21 @@ SHOT_GROUPS = ("many", "medium", "few")
 _MAX_NAMED = 8  # classes listed in an error message
 
 
+def check_zero_counts(zero_counts: Any) -> ZeroCounts:
+    """Return ``zero_counts`` if it says what a class without samples means."""
+    policies = "'error', 'mask' or a positive number"
+    if not isinstance(zero_counts, str):
+        return check_positive("zero_counts", zero_counts, policies)
+    check_choice("zero_counts", zero_counts, ("error", "mask"), policies)
+    return zero_counts  # type: ignore[return-value]  # one of the two words
+
+
 def _as_counts(class_counts: ClassVector, zero_counts: ZeroCounts) -> Tensor:
     counts = as_class_vector("class_counts", class_counts)
     check_each_class("class_counts", counts, counts >= 0, "counts >= 0")
-    policies = "'error', 'mask' or a positive number"
+    zero_counts = check_zero_counts(zero_counts)
     if not isinstance(zero_counts, str):
-        return counts.masked_fill(counts == 0, check_positive("zero_counts", zero_counts, policies))
-    check_choice("zero_counts", zero_counts, ("error", "mask"), policies)
+        return counts.masked_fill(counts == 0, zero_counts)
     empty = (counts == 0).nonzero().flatten().tolist()
     if zero_counts == "error" and empty:
         named = ", ".join(map(str, empty[:_MAX_NAMED])) + (", ..." if len(empty) > _MAX_NAMED else "")
@@ -82,10 +99,8 @@ class ClassPrior:
         self._counts = _as_counts(class_counts, zero_counts)
         self.zero_counts = zero_counts
         default = class_counts.device if isinstance(class_counts, Tensor) else "cpu"
-        self.device = torch.device(default if device is None else device)
-        self.dtype = dtype or torch.get_default_dtype()
-        if not self.dtype.is_floating_point:
-            raise TypeError(f"dtype: got {self.dtype}, expected a floating-point dtype")
+        self.device = as_device("device", device, default)
+        self.dtype = as_dtype("dtype", dtype)
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -180,9 +195,7 @@ class ClassPrior:
 
         Where all counts are equal, every class has ``bounds[1]``.
         """
-        lower, upper = margin_bounds(bounds)
-        check_number("margin_bounds", lower, 0.0, math.pi, expected="angles in [0, pi]")
-        check_number("margin_bounds", upper, 0.0, math.pi, expected="angles in [0, pi]")
+        lower, upper = angles("bounds", bounds)
         power = check_positive("power", power)
         x = self._inverse_power(power)
         low, high = x.min(), x.max()
@@ -214,13 +227,13 @@ class ClassPrior:
         return groups.to(self.device)
 
 
-def margin_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    """Return ``bounds`` as (lower, upper) floats; ValueError if they are not two finite numbers in order."""
+def angles(name: str, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Return ``bounds`` as (lower, upper) floats; ValueError if they are not two angles in order, in radians."""
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise ValueError(f"margin_bounds: got {bounds!r}, expected (lower, upper)")
-    lower, upper = (check_number("margin_bounds", bound) for bound in bounds)
+        raise ValueError(f"{name}: got {bounds!r}, expected (lower, upper)")
+    lower, upper = (check_number(name, bound, 0.0, math.pi, expected="angles in [0, pi]") for bound in bounds)
     if lower > upper:
-        raise ValueError(f"margin_bounds: got {bounds!r}, expected lower <= upper")
+        raise ValueError(f"{name}: got {bounds!r}, expected lower <= upper")
     return lower, upper
 
 

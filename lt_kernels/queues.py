@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import (
-    FLOATING,
     ClassVector,
+    as_device,
+    as_dtype,
     as_int64,
     check_choice,
     check_classes,
@@ -251,6 +252,7 @@ class FeatureQueue(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.dim = check_int("size", size, 1), check_int("dim", dim, 1)
+        device = as_device("device", device)
         self.register_buffer("features", _empty_features(size, dim, device, dtype))
         self.register_buffer("labels", torch.full((size,), -1, device=device))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
@@ -342,10 +344,7 @@ def _rank_within(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _empty_features(size: int, dim: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    dtype = dtype or torch.get_default_dtype()
-    if dtype not in FLOATING:
-        raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
-    return torch.zeros(size, dim, device=device, dtype=dtype)
+    return torch.zeros(size, dim, device=device, dtype=as_dtype("dtype", dtype))
 
 
 def _check_features(features: Any, held: Tensor) -> int:

@@ -291,8 +291,8 @@ def test_masking_every_class_is_an_error():
     (lambda p: p.ldam_margins(-1.0), ValueError, "max_margin: got -1.0, expected a number >= 0"),
     (lambda p: p.vs_scales(float("inf")), ValueError, "gamma: got inf, expected a finite number"),
     (lambda p: p.arcface_margins(power=-1.0), ValueError, "power: got -1.0, expected a number > 0"),
-    (lambda p: p.arcface_margins((0.5, 0.1)), ValueError, "margin_bounds: got (0.5, 0.1), expected lower"),
-    (lambda p: p.arcface_margins((0.5,)), ValueError, "margin_bounds: got (0.5,), expected (lower"),
+    (lambda p: p.arcface_margins((0.5, 0.1)), ValueError, "bounds: got (0.5, 0.1), expected lower"),
+    (lambda p: p.arcface_margins((0.5,)), ValueError, "bounds: got (0.5,), expected (lower"),
     (lambda p: p.shot_groups(10, 20), ValueError, "few_below: got 20, expected at most many_above + 1 = 11"),
     (lambda p: ClassPrior([1], dtype=torch.int64), TypeError, "dtype: got torch.int64, expected a floating"),
 )

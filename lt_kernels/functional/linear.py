@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from .. import _settings
 from .._checks import (
     FLOATING,
+    as_device,
     check_choice,
     check_class_vector,
     check_device,
@@ -249,16 +250,19 @@ def plan_linear(
     """
     for name, value in (("rows", rows), ("width", width), ("classes", classes)):
         check_int(name, value, 1, expected="at least 1")
-    for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype or dtype)):
-        if given not in FLOATING:
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype)):
+        if not isinstance(given, torch.dtype) or given not in FLOATING:
             raise TypeError(f"{name}: got {given}, expected one of {FLOATING}")
     check_choice("strategy", strategy, plans.STRATEGIES)
-    kind = torch.device(device).type
+    check_flag("training", training)
+    check_flag("one_pass", one_pass)
+    kind = as_device("device", device).type
     check_choice("device", kind, ("cpu", "cuda"))
     budget = _settings.memory_budget if memory_budget is None else _settings.checked_budget(memory_budget)
     policy = _settings.gradient_policy
     one_pass = one_pass and (policy == "one_pass" or (policy == "auto" and dtype != torch.float16))
-    sizes = plans.Sizes(rows, width, classes, 1, dtype, weight_dtype or dtype, kind, training, one_pass, True)
+    sizes = plans.Sizes(rows, width, classes, 1, dtype, weight_dtype, kind, training, one_pass, True)
     tiled = kind == "cuda" and plans.tiled_reason(width, 1, dtype, False) is None
     if strategy == "tiled" and not tiled:
         reason = plans.tiled_reason(width, 1, dtype, False) or "its kernels need CUDA tensors"

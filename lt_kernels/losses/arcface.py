@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .._checks import ClassVector
-from ..priors import ClassPrior
+from ..priors import ClassPrior, angles
 from ._base import LossOptions, MarginCrossEntropyBase
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ArcFaceLoss(MarginCrossEntropyBase):
             options: as the constructor's, and ``zero_counts``.
         """
         loss = cls(scale=scale, **options)
-        loss.margin_bounds, loss.power = margin_bounds, power
+        loss.margin_bounds, loss.power = angles("margin_bounds", margin_bounds), power
         loss._set_counts(class_counts)
         return loss
 
