@@ -103,6 +103,7 @@ def expert_cross_entropy(
     margin_type: Literal["additive", "angular"] = "additive",
     ignore_index: int = -100,
     reduction: Literal["none", "mean", "sum"] = "mean",
+    empty_mean: Literal["nan", "zero"] = "nan",
     expert_reduction: Literal["none", "mean", "sum"] = "mean",
     label_smoothing: float = 0.0,
     mixed_target: Tensor | None = None,
@@ -129,8 +130,8 @@ def expert_cross_entropy(
         return_ensemble: also return the cross-entropy and the prediction of zbar = scale * mean over experts of their
             logits, without prior, margin, class vectors or smoothing: what the product of experts would say.
 
-    ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``ignore_index``, ``reduction``, ``label_smoothing``,
-    ``mixed_target`` and ``mix_lambda`` are those of ``margin_cross_entropy``.
+    ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``ignore_index``, ``reduction``, ``empty_mean``,
+    ``label_smoothing``, ``mixed_target`` and ``mix_lambda`` are those of ``margin_cross_entropy``.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-dim, ``[E]`` with ``expert_reduction="none"``, ``[N]`` with
@@ -193,11 +194,11 @@ def expert_cross_entropy(
     options = options._replace(class_bias=bias)
     experts_mean = 1.0 / count if expert_reduction == "mean" else 1.0
     prior_learns = prior is not None and prior.requires_grad
-    options = with_coefficient(options, classes, reduction, dtype, backend)
+    options = with_coefficient(options, classes, reduction, empty_mean, dtype, backend)
     ensemble_coefficient = options.coefficient if return_ensemble else None
     if ensemble_coefficient is not None and options.weight is not None:
         ensemble_coefficient = with_coefficient(
-            options._replace(weight=None), classes, reduction, dtype, backend
+            options._replace(weight=None), classes, reduction, empty_mean, dtype, backend
         ).coefficient
     if experts_mean != 1.0:
         if options.coefficient is None:
@@ -219,7 +220,7 @@ def expert_cross_entropy(
     )
     if reduction == "none" and expert_reduction != "none":
         loss = loss.sum(0)
-    if reduction == "mean" and n == 0:
+    if reduction == "mean" and empty_mean == "nan" and n == 0:
         loss, ensemble_loss = loss * math.nan, ensemble_loss * math.nan  # the mean of no rows, as torch has it
     return ExpertCrossEntropyOutput(loss, ensemble_loss, prediction) if return_ensemble else loss
 

@@ -90,6 +90,7 @@ def linear_margin_cross_entropy(
     normalize: bool = False,
     ignore_index: int | None = None,
     reduction: Literal["none", "mean", "sum"] = "mean",
+    empty_mean: Literal["nan", "zero"] = "nan",
     label_smoothing: float = 0.0,
     mixed_target: Tensor | None = None,
     mix_lambda: float | Tensor | None = None,
@@ -121,7 +122,7 @@ def linear_margin_cross_entropy(
             (Triton: logits never leave the chip; features up to 512 wide, class-index targets), or ``"auto"``:
             the cheapest by the cost model that [`plan_linear`][lt_kernels.functional.plan_linear] explains.
 
-    ``weight``, ``class_bias``, ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``reduction``,
+    ``weight``, ``class_bias``, ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``reduction``, ``empty_mean``,
     ``label_smoothing``, ``mixed_target``, ``mix_lambda``, ``return_lse`` and ``return_prediction`` are those of
     [`margin_cross_entropy`][lt_kernels.functional.margin_cross_entropy], of the logits above (cosines with
     ``normalize``).
@@ -184,7 +185,7 @@ def linear_margin_cross_entropy(
     needs = [t is not None and t.requires_grad for t in (features, matrix, bias)]
     training = torch.is_grad_enabled() and (any(needs) or options.learns)
     one_pass = any(needs) and knows_gradient(options, reduction, return_lse, dtype)
-    options = with_coefficient(options, flat[1], reduction, arithmetic, backend)
+    options = with_coefficient(options, flat[1], reduction, empty_mean, arithmetic, backend)
     a = Arguments(features, matrix, copy, bias, options, normalize)
     sizes = sizes_of(a, training, one_pass, options.learns)
     tiled_reason = _tiled_reason(a, backend) if strategy in ("auto", "tiled") else None
@@ -201,7 +202,7 @@ def linear_margin_cross_entropy(
         needs if one_pass else [False] * 3,
         backend,
     )
-    return row_output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
+    return row_output(loss, lse, prediction, reduction, empty_mean, row_shape, return_lse, return_prediction)
 
 
 def plan_linear(

@@ -37,6 +37,7 @@ from ..ops.margin_cross_entropy.op import OP, forward, mean_coefficient
 
 REDUCTIONS = ("none", "mean", "sum")
 MARGIN_TYPES = ("additive", "angular")
+EMPTY_MEANS = ("nan", "zero")
 
 
 class MarginCrossEntropyOutput(NamedTuple):
@@ -56,6 +57,7 @@ class RowKeywords(TypedDict, total=False):
     scale: float | Tensor
     margin_type: Literal["additive", "angular"]
     reduction: Literal["none", "mean", "sum"]
+    empty_mean: Literal["nan", "zero"]
     label_smoothing: float
     mixed_target: Tensor | None
     mix_lambda: float | Tensor | None
@@ -99,6 +101,7 @@ def margin_cross_entropy(
     margin_type: Literal["additive", "angular"] = "additive",
     ignore_index: int = -100,
     reduction: Literal["none", "mean", "sum"] = "mean",
+    empty_mean: Literal["nan", "zero"] = "nan",
     label_smoothing: float = 0.0,
     mixed_target: Tensor | None = None,
     mix_lambda: float | Tensor | None = None,
@@ -133,6 +136,8 @@ def margin_cross_entropy(
         ignore_index: rows with this target contribute nothing. Class-index targets only.
         reduction: ``"none"``, ``"mean"`` (class indices: over the total weight of the targets that are not ignored;
             probabilities: over rows) or ``"sum"``.
+        empty_mean: the mean over no weight at all (every target ignored, or no rows): ``"nan"``, as in torch, or
+            ``"zero"``, so that a task without targets adds nothing to a sum of losses. The gradient is 0 either way.
         label_smoothing: in [0, 1].
         mixed_target: a second target like ``target`` (class indices): mixup or CutMix pairs in the same pass. The loss
             is ``mix_lambda * loss(target) + (1 - mix_lambda) * loss(mixed_target)``, each with its own mean.
@@ -191,7 +196,7 @@ def margin_cross_entropy(
         and not torch.compiler.is_compiling()
         and knows_gradient(options, reduction, return_lse, input.dtype)
     )
-    options = with_coefficient(options, flat[1], reduction, dtype, backend)
+    options = with_coefficient(options, flat[1], reduction, empty_mean, dtype, backend)
     loss, lse, prediction, _, _ = forward(
         *flatten(Arguments(input.reshape(flat), options)),
         reduction != "none",
@@ -199,7 +204,7 @@ def margin_cross_entropy(
         one_pass,
         backend,
     )
-    return row_output(loss, lse, prediction, reduction, row_shape, return_lse, return_prediction)
+    return row_output(loss, lse, prediction, reduction, empty_mean, row_shape, return_lse, return_prediction)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -389,16 +394,20 @@ def knows_gradient(options: RowOptions, reduction: str, return_lse: bool, dtype:
     )
 
 
-def with_coefficient(o: RowOptions, classes: int, reduction: str, dtype: torch.dtype, backend: str) -> RowOptions:
+def with_coefficient(
+    o: RowOptions, classes: int, reduction: str, empty_mean: str, dtype: torch.dtype, backend: str
+) -> RowOptions:
     """Return the options with the factor that makes a sum over rows the reduction asked for."""
+    check_choice("empty_mean", empty_mean, EMPTY_MEANS)
     if reduction != "mean":
         return o
     if o.soft:
         rows = o.target.shape[0] * o.target.shape[2]
         return o._replace(coefficient=torch.full((1,), 1 / max(1, rows), dtype=dtype, device=o.target.device))
-    return o._replace(
-        coefficient=mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, classes, dtype, backend)
-    )
+    coefficient = mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, classes, dtype, backend)
+    if empty_mean == "zero":
+        coefficient = coefficient.masked_fill(coefficient.isinf(), 0.0)
+    return o._replace(coefficient=coefficient)
 
 
 def row_output(
@@ -406,6 +415,7 @@ def row_output(
     lse: Tensor,
     prediction: Tensor,
     reduction: str,
+    empty_mean: str,
     row_shape: tuple[int, ...],
     return_lse: bool,
     return_prediction: bool,
@@ -413,7 +423,7 @@ def row_output(
     """Return the loss as it was asked for, with what was asked for beside it."""
     if reduction == "none":
         loss = loss.reshape(row_shape)
-    elif reduction == "mean" and math.prod(row_shape) == 0:
+    elif reduction == "mean" and empty_mean == "nan" and math.prod(row_shape) == 0:
         loss = loss * math.nan  # the mean of no rows, as torch has it
     if not (return_lse or return_prediction):
         return loss

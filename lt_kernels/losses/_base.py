@@ -20,6 +20,7 @@ class LossOptions(TypedDict, total=False):
     weight: ClassVector | None
     ignore_index: int
     reduction: Literal["none", "mean", "sum"]
+    empty_mean: Literal["nan", "zero"]
     label_smoothing: float
     zero_counts: ZeroCounts
     device: torch.device | str | None
@@ -34,7 +35,9 @@ class MarginCrossEntropyBase(ClassTensorLoss):
     Args:
         weight: [C], class weights as in ``nn.CrossEntropyLoss``: ``"mean"`` divides by the sum of the targets' weights.
         ignore_index: targets with this class contribute nothing.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean over no row is NaN.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        empty_mean: the mean over no row at all, such as a batch whose targets are all ignored: ``"nan"``, as in torch,
+            or ``"zero"``, for a sum of several tasks' losses. The gradient is 0 either way.
         label_smoothing: in [0, 1].
         zero_counts: what a class without samples means: ``"error"``, ``"mask"`` or a positive number such as 1; see
             [`priors`][lt_kernels.priors].
@@ -66,6 +69,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         weight: ClassVector | None = None,
         ignore_index: int = -100,
         reduction: Literal["none", "mean", "sum"] = "mean",
+        empty_mean: Literal["nan", "zero"] = "nan",
         label_smoothing: float = 0.0,
         zero_counts: ZeroCounts = "error",
         device: torch.device | str | None = None,
@@ -75,6 +79,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             scale=scale,
             ignore_index=ignore_index,
             reduction=reduction,
+            empty_mean=empty_mean,
             zero_counts=zero_counts,
             device=device,
             dtype=dtype,
@@ -123,6 +128,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             "margin_type": self.margin_type,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
+            "empty_mean": self.empty_mean,
             "label_smoothing": self.label_smoothing,
         }
 

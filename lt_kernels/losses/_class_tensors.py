@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 #: What ``repr`` shows if a loss has it and it differs from this.
-_SHOWN = {"scale": 1.0, "margin": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+_SHOWN = {
+    "scale": 1.0,
+    "margin": None,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "empty_mean": "nan",
+    "label_smoothing": 0.0,
+}
 
 
 class ClassTensorLoss(nn.Module):
@@ -33,15 +41,18 @@ class ClassTensorLoss(nn.Module):
         scale: float,
         ignore_index: int,
         reduction: Literal["none", "mean", "sum"],
+        empty_mean: Literal["nan", "zero"],
         zero_counts: ZeroCounts,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
+        check_choice("empty_mean", empty_mean, ("nan", "zero"))
         self.scale = check_positive("scale", scale)
         self.ignore_index = check_int("ignore_index", ignore_index)
         self.reduction: Literal["none", "mean", "sum"] = reduction
+        self.empty_mean: Literal["nan", "zero"] = empty_mean
         self.zero_counts: ZeroCounts = zero_counts
         self._device = device
         dtype = dtype or torch.get_default_dtype()
@@ -83,6 +94,17 @@ class ClassTensorLoss(nn.Module):
         classes = [] if self.class_counts is None else [f"num_classes={len(self.class_counts)}"]
         changed = [f"{k}={v}" for k, v in values.items() if not isinstance(v, Tensor) and v != _SHOWN[k]]
         return ", ".join(classes + changed)
+
+    def _reduce(self, rows: Tensor, counted: Tensor) -> Tensor:
+        """Reduce ``rows``, 0 where not ``counted``; the mean is over the counted rows, ``empty_mean`` over none."""
+        if self.reduction == "none":
+            return rows
+        if self.reduction == "sum":
+            return rows.sum()
+        count = counted.sum()
+        mean = rows.sum() / count.clamp_min(1)
+        # 0 / 0 would send NaN to the gradients of rows that are left out
+        return mean if self.empty_mean == "zero" else torch.where(count > 0, mean, math.nan)
 
     def _set_counts(self, class_counts: ClassVector) -> None:
         """Derive and register the class tensors: the last line of a recipe's constructor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -18,6 +17,7 @@ class ContrastiveOptions(TypedDict, total=False):
 
     ignore_index: int
     reduction: Literal["none", "mean", "sum"]
+    empty_mean: Literal["nan", "zero"]
     zero_counts: ZeroCounts
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -27,8 +27,8 @@ class ContrastiveLossBase(ClassTensorLoss):
     """A classifier's loss together with [`partitioned_logsumexp`][lt_kernels.functional.partitioned_logsumexp].
 
     Its recipes take these keywords of [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase], with the
-    same meanings: ``ignore_index``, ``reduction``, ``zero_counts``, ``device`` and ``dtype``. Class tensors are
-    buffers, at least float32, and ``update_counts`` derives them anew.
+    same meanings: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device`` and ``dtype``. Class
+    tensors are buffers, at least float32, and ``update_counts`` derives them anew.
     """
 
     # no weight, margin or label_smoothing: a recipe would have to say what they mean for its contrastive part
@@ -39,6 +39,7 @@ class ContrastiveLossBase(ClassTensorLoss):
         scale: float = 1.0,
         ignore_index: int = -100,
         reduction: Literal["none", "mean", "sum"] = "mean",
+        empty_mean: Literal["nan", "zero"] = "nan",
         zero_counts: ZeroCounts = "error",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -47,6 +48,7 @@ class ContrastiveLossBase(ClassTensorLoss):
             scale=scale,
             ignore_index=ignore_index,
             reduction=reduction,
+            empty_mean=empty_mean,
             zero_counts=zero_counts,
             device=device,
             dtype=dtype,
@@ -59,16 +61,6 @@ class ContrastiveLossBase(ClassTensorLoss):
             f"loss: got a {type(self).__name__}, which takes embeddings beside the logits, expected the loss of one "
             "classifier"
         )
-
-    def _reduce(self, rows: Tensor, counted: Tensor) -> Tensor:
-        """Reduce ``rows`` [N], 0 where not ``counted``; the mean is over the counted rows, NaN over none."""
-        if self.reduction == "none":
-            return rows
-        if self.reduction == "sum":
-            return rows.sum()
-        count = counted.sum()
-        # 0 / 0 would send NaN to the gradients of rows that are left out
-        return torch.where(count > 0, rows.sum() / count.clamp_min(1), math.nan)
 
 
 def check_labels(

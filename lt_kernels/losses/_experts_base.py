@@ -20,8 +20,8 @@ class ExpertLossBase(MarginCrossEntropyBase):
 
     Every recipe for experts takes the keywords of
     [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]: ``weight``, ``ignore_index``, ``reduction``,
-    ``label_smoothing``, ``zero_counts``, ``device`` and ``dtype``. Its class tensors are buffers in the same way, and
-    ``update_counts`` derives them anew.
+    ``empty_mean``, ``label_smoothing``, ``zero_counts``, ``device`` and ``dtype``. Its class tensors are buffers in the
+    same way, and ``update_counts`` derives them anew.
     """
 
     #: How the experts' cross-entropies are combined.
@@ -64,6 +64,26 @@ class ExpertLossBase(MarginCrossEntropyBase):
         """Return class tensors and options as keywords of ``expert_cross_entropy``."""
         own = {"log_prior": self.log_prior, "taus": self.taus, "expert_reduction": self.expert_reduction}
         return {**super().keywords(), **own}
+
+    def over_rows(
+        self,
+        rows: Tensor,
+        target: Tensor,
+        mixed_target: Tensor | None = None,
+        mix_lambda: float | Tensor | None = None,
+    ) -> Tensor:
+        """Reduce a term of each row [N] as the cross-entropies are: ignored rows take no part.
+
+        Class weights do not act on it: the mean is over the rows that are not ignored. Of mixed targets, each has its
+        share of the term, and its own mean.
+        """
+        if mixed_target is None or mix_lambda is None:
+            return self._over_kept(rows, target)
+        return self._over_kept(mix_lambda * rows, target) + self._over_kept((1 - mix_lambda) * rows, mixed_target)
+
+    def _over_kept(self, rows: Tensor, target: Tensor) -> Tensor:
+        kept = target.to(torch.int64) != self.ignore_index
+        return self._reduce(torch.where(kept, rows, 0.0), kept)
 
     @property
     def class_sizes(self) -> dict[str, int]:

@@ -23,15 +23,16 @@ class ArcFaceLoss(MarginCrossEntropyBase):
         phi  = cos(theta + m), or cos(theta) - m sin(m) once theta > pi - m
 
     ``input`` are the cosines [N, C]. Sets ``margin``, ``scale`` and ``margin_type="angular"``. The gradient is that
-    of the formula; the reference face-recognition code changes the angle outside autograd and passes the gradient
-    straight through, so its gradient on the target column differs.
+    of the formula. The reference face-recognition code (insightface) changes the angle outside autograd and passes the
+    gradient straight through, so its gradient on the target column differs; and it takes cos(theta + m) beyond pi - m
+    too, where its value differs.
 
     Args:
         margin: m in radians, a number or one per class [C] (then a buffer; an ``nn.Parameter`` stays one and is
             learned).
         scale: s.
-        options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``device``, ``dtype``;
-            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+        options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``device``,
+            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
 
     Example:
         >>> import torch

@@ -27,8 +27,9 @@ class BalancedSoftmaxLoss(MarginCrossEntropyBase):
 
     Args:
         class_counts: training samples per class, [C].
-        options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``zero_counts``, ``device``,
-            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+        options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
+            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
+            and errors.
 
     Example:
         >>> import torch

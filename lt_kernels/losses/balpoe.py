@@ -51,8 +51,9 @@ class BalPoELoss(ExpertLossBase):
             (then a buffer; an ``nn.Parameter`` stays one and is learned).
         eps: the published code adds 1e-9 to the prior.
         scale: multiplies the logits; for heads that hand over cosines.
-        options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``zero_counts``, ``device``,
-            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+        options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
+            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
+            and errors.
 
     Warns:
         UserWarning: once, at construction: the taus' mean (of some class) is not 1.

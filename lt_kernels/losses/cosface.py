@@ -24,8 +24,8 @@ class CosFaceLoss(MarginCrossEntropyBase):
     Args:
         margin: m, a number or one per class [C] (then a buffer; an ``nn.Parameter`` stays one and is learned).
         scale: s.
-        options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``device``, ``dtype``;
-            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+        options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``device``,
+            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
 
     Example:
         >>> import torch

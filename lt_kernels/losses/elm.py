@@ -89,7 +89,7 @@ class ELMLoss(ContrastiveLossBase):
         max_margin: of LDAM.
         scale: multiplies the logits; LDAM's are cosines, with a scale of 30.
         normalize: divide embeddings by their norm first. Otherwise they must be unit vectors.
-        options: ``ignore_index``, ``reduction``, ``zero_counts``, ``device``, ``dtype``;
+        options: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``;
             [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
 
     Raises:
@@ -219,7 +219,7 @@ class ELMLoss(ContrastiveLossBase):
         label, is_class = check_labels("target", target, (len(embeddings),), classes, embeddings, self.ignore_index)
         of_logits = LF.margin_cross_entropy(
             logits, target, class_bias=self.class_bias, margin=self.margin, scale=self.scale,
-            ignore_index=self.ignore_index, reduction=self.reduction,
+            ignore_index=self.ignore_index, reduction=self.reduction, empty_mean=self.empty_mean,
         )  # fmt: skip
         is_class = is_class & (target != self.ignore_index)
         query = F.normalize(embeddings, dim=1) if self.normalize else embeddings

@@ -82,7 +82,7 @@ class GMLLoss(ContrastiveLossBase):
         scale: of the cosines.
         pixels_per_class: for segmentation: of each class up to this many pixels of the batch are queries (see
             [`sample_pixels`][lt_kernels.losses.sample_pixels]), where the call has ``query`` [N, D, H, W].
-        options: ``ignore_index``, ``reduction``, ``zero_counts``, ``device``, ``dtype``;
+        options: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``;
             [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
 
     Raises:
@@ -222,7 +222,7 @@ class GMLLoss(ContrastiveLossBase):
         of_logits = query_label if target is None else target
         sup = LF.margin_cross_entropy(
             logits, of_logits, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
-            reduction=self.reduction,
+            reduction=self.reduction, empty_mean=self.empty_mean,
         )  # fmt: skip
         total = self.gamma * sup
         con = con_temperature = torch.zeros_like(sup)

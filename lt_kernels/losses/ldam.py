@@ -30,8 +30,9 @@ class LDAMLoss(MarginCrossEntropyBase):
         class_counts: training samples per class, [C].
         max_margin: margin of the rarest class.
         scale: s, the inverse temperature of the cosines.
-        options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``zero_counts``, ``device``,
-            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+        options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
+            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
+            and errors.
 
     Example:
         >>> import torch

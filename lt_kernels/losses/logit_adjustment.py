@@ -29,8 +29,9 @@ class LogitAdjustmentLoss(MarginCrossEntropyBase):
         class_counts: training samples per class, [C].
         tau: strength; 1 is consistent for the balanced error, 0 is cross-entropy.
         eps: the paper's published code uses log(pi^tau + 1e-12): ``eps=1e-12``. 0 (default) is the formula above.
-        options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``zero_counts``, ``device``,
-            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+        options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
+            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
+            and errors.
 
     Example:
         >>> import torch

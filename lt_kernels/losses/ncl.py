@@ -33,8 +33,9 @@ class NCLLoss(ExpertLossBase):
 
     The hard classes are the same for all experts: the ``hard_classes`` largest of z_0, the first expert's logits
     without log n, the target always among them. As published, the other classes get the logit 0, not -inf: together
-    they add C - K to the sum of exponentials. The published code's log(p + 1e-9) in D is not reproduced: D is exact.
-    Its several views of each image are for the caller to add up.
+    they add C - K to the sum of exponentials. The published code has log(softmax(x_e) + 1e-9) in D: ``eps=1e-9``,
+    computed pair by pair in eager PyTorch. By default D is exact and fused. The several views of each image are for
+    the caller to add up.
 
     Sets ``class_bias`` = log n, float32 [C]. At test time use
     [`expert_fusion`][lt_kernels.functional.expert_fusion] of the plain logits.
@@ -48,9 +49,11 @@ class NCLLoss(ExpertLossBase):
         hard_factor: of the cross-entropies over the hard classes.
         divergence_factor: of the divergence over all classes.
         hard_divergence_factor: of the divergence over the hard classes.
-        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``label_smoothing``, ``zero_counts``,
-            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
-            and errors. Weights, smoothing and ignored targets act on the cross-entropies alone. A masked class
+        eps: added to softmax(x_e) inside the logarithm of D; published: 1e-9.
+        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``empty_mean``, ``label_smoothing``,
+            ``zero_counts``, ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
+            has them, shapes and errors. Weights and smoothing act on the cross-entropies alone; ignored rows take no
+            part in the divergences either, whose means are over the other rows. A masked class
             (``zero_counts="mask"``) takes no part, hard or not.
 
     A single expert has no divergence. With mixup both classes of a pair are hard; the paper has none.
@@ -73,6 +76,7 @@ class NCLLoss(ExpertLossBase):
         hard_factor: float = 1.0,
         divergence_factor: float = 0.6,
         hard_divergence_factor: float = 0.6,
+        eps: float = 0.0,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
@@ -80,6 +84,7 @@ class NCLLoss(ExpertLossBase):
         self.hard_factor = check_number("hard_factor", hard_factor)
         self.divergence_factor = check_number("divergence_factor", divergence_factor)
         self.hard_divergence_factor = check_number("hard_divergence_factor", hard_divergence_factor)
+        self.eps = check_number("eps", eps, 0.0)
         self._set_counts(class_counts)
         assert self.class_counts is not None
         classes = len(self.class_counts)
@@ -101,7 +106,7 @@ class NCLLoss(ExpertLossBase):
         pairs = max(experts - 1, 1)
         shifted = _each(lambda z: torch.add(bias, z, alpha=self.scale), logits)  # in the bias's precision
         if experts > 1 and self.divergence_factor != 0:
-            loss = loss + self.divergence_factor / pairs * self._divergence(shifted)
+            loss = loss + self.divergence_factor / pairs * self.over_rows(self._divergence(shifted), target, **mixed)
         if self.hard_factor == 0 and (experts == 1 or self.hard_divergence_factor == 0):
             return loss
         masked = bias == -math.inf
@@ -111,11 +116,23 @@ class NCLLoss(ExpertLossBase):
             keywords = {**self.keywords(), "class_bias": None, "scale": 1.0}
             loss = loss + self.hard_factor * LF.expert_cross_entropy(hard, target, **mixed, **keywords)
         if experts > 1 and self.hard_divergence_factor != 0:
-            loss = loss + self.hard_divergence_factor / pairs * self._divergence(hard)
+            loss = loss + self.hard_divergence_factor / pairs * self.over_rows(self._divergence(hard), target, **mixed)
         return loss
 
     def _divergence(self, logits: ExpertLogits) -> Tensor:
-        return LF.expert_divergence(logits, "pairwise", reduction=self.reduction)
+        """Return the sum over ordered pairs of KL(softmax(x_f) || softmax(x_e)) of each row [N]."""
+        if self.eps == 0:
+            return LF.expert_divergence(logits, "pairwise", reduction="none")
+        exact = [z.log_softmax(1) for z in logits]
+        probabilities = [log_p.exp() for log_p in exact]
+        softened = [(p + self.eps).log() for p in probabilities]
+        rows = torch.zeros_like(exact[0][:, 0])
+        for f, p in enumerate(probabilities):
+            log_p = exact[f].clamp_min(torch.finfo(p.dtype).min)  # of a masked class: 0 times a finite number
+            for e, log_q in enumerate(softened):
+                if e != f:
+                    rows = rows + (p * (log_p - log_q)).sum(1)
+        return rows
 
     @torch.no_grad()
     def _hard(self, first: Tensor, target: Tensor, mixed_target: Tensor | None) -> Tensor:

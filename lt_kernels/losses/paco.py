@@ -44,7 +44,7 @@ class PaCoLoss(ContrastiveLossBase):
         eps: the published code adds 1e-9 to the prior.
         label_smoothing: GPaCo's: the target's share of beta is 1 - label_smoothing, each other class's
             label_smoothing / (C - 1); in [0, 1).
-        options: ``ignore_index`` (of queries), ``reduction``, ``zero_counts``, ``device``, ``dtype``;
+        options: ``ignore_index`` (of queries), ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``;
             [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
 
     Raises:

@@ -49,10 +49,11 @@ class RIDELoss(ExpertLossBase):
         diversity: factor of the divergence; negative rewards it.
         temperature: of the divergence.
         reweight_factor: in [0, 1]: how much T depends on the prior.
-        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``label_smoothing``, ``zero_counts``,
-            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
-            and errors. Weights, smoothing and ignored targets act on the cross-entropies alone. A class without
-            samples (``zero_counts="mask"``) counts as the rarest one.
+        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``empty_mean``, ``label_smoothing``,
+            ``zero_counts``, ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
+            has them, shapes and errors. Weights and smoothing act on the cross-entropies alone; ignored rows take no
+            part in the divergence either, whose mean is over the other rows. A class without samples
+            (``zero_counts="mask"``) counts as the rarest one.
 
     Example:
         >>> import torch
@@ -109,5 +110,5 @@ class RIDELoss(ExpertLossBase):
             reweighted = torch.where(self.weight > 0, self.weight, largest).min() < largest
             temperature = torch.where(reweighted, self.class_temperature, temperature)
             mean = torch.where(reweighted, self.class_temperature.mean(), mean).to(loss.dtype)
-        divergence = LF.expert_divergence(logits, "to_mean", temperature, reduction=self.reduction)
-        return loss + self.diversity * mean**2 * divergence
+        rows = LF.expert_divergence(logits, "to_mean", temperature, reduction="none")
+        return loss + self.diversity * mean**2 * self.over_rows(rows, target, **mixed)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import ClassVector, check_int, check_number
+from .._checks import ClassVector, check_choice, check_int, check_number
 from ..priors import ClassPrior
 from ._base import LossOptions
 from ._experts_base import ExpertLossBase, stacked
@@ -37,13 +39,13 @@ class SADELoss(ExpertLossBase):
 
     Args:
         class_counts: training samples per class, [C].
-        tau: of the third expert; published: 2, and 1 for iNaturalist 2018.
+        tau: of the third expert; published: 2, and 1 for Places-LT and iNaturalist 2018.
         eps: the published code adds 1e-9 to the priors.
         scale: multiplies the logits; for heads that hand over cosines.
-        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``label_smoothing``, ``zero_counts``,
-            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
-            and errors. ``zero_counts="mask"`` masks classes without samples in every expert; the others' ranks are
-            reversed among themselves.
+        options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``empty_mean``, ``label_smoothing``,
+            ``zero_counts``, ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
+            has them, shapes and errors. ``zero_counts="mask"`` masks classes without samples in every expert; the
+            others' ranks are reversed among themselves.
 
     Example:
         >>> import torch
@@ -83,50 +85,92 @@ class SADELoss(ExpertLossBase):
         return super().loss(logits, target, **mixed)
 
 
+class ExpertWeightsPreset(NamedTuple):
+    """Published settings of one data set for [`fit_expert_weights`][lt_kernels.losses.fit_expert_weights]."""
+
+    lr: float
+    weight_decay: float
+    entropy_weight: float = 0.0  #: of the experts' weights
+    prediction_entropy_weight: float = 0.0
+    min_weight: float = 0.045  #: the scripts compare weights rounded to two decimals with 0.05
+    stop_after: Literal["step", "epoch"] = "epoch"
+
+
+#: The test-time scripts and configurations that SADE's authors published, by data set.
+EXPERT_WEIGHTS_PRESETS: Mapping[str, ExpertWeightsPreset] = MappingProxyType(
+    {
+        "cifar100-lt": ExpertWeightsPreset(lr=0.1, weight_decay=5e-4),
+        "imagenet-lt": ExpertWeightsPreset(lr=0.025, weight_decay=5e-4),
+        "places-lt": ExpertWeightsPreset(lr=0.01, weight_decay=4e-4),
+        "inat2018": ExpertWeightsPreset(lr=0.2, weight_decay=2e-4, prediction_entropy_weight=0.01),
+    }
+)
+_DEFAULT = ExpertWeightsPreset(0.025, 5e-4, entropy_weight=0.01, min_weight=0.05, stop_after="step")
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit_expert_weights(
     view1_logits: ExpertLogits,
     view2_logits: ExpertLogits,
     *,
+    preset: Literal["cifar100-lt", "imagenet-lt", "places-lt", "inat2018"] | None = None,
     epochs: int = 5,
     batch_size: int = 128,
-    lr: float = 0.025,
+    lr: float | None = None,
     momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    entropy_weight: float = 0.01,
-    min_weight: float = 0.05,
+    weight_decay: float | None = None,
+    entropy_weight: float | None = None,
+    prediction_entropy_weight: float | None = None,
+    min_weight: float | None = None,
+    stop_after: Literal["step", "epoch"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Fit weights of experts to unlabelled test data of an unknown class distribution.
 
     SADE's test-time aggregation (Zhang et al., NeurIPS 2022): weights w = softmax(a), with a equal for all experts at
-    first, such that two augmented views of a sample get similar predictions,
+    first, such that two augmented views of a sample get similar predictions p = softmax(sum_e w_e z_e),
 
-        maximise  mean over samples of cos(softmax(sum_e w_e z_e^1), softmax(sum_e w_e z_e^2)) + entropy_weight H(w)
+        maximise  mean over samples of cos(p^1, p^2)
+                  + entropy_weight H(w) + prediction_entropy_weight mean over samples of [H(p^1) + H(p^2)] / C
 
-    by SGD with Nesterov momentum over batches in order, until all epochs are done or a weight falls below
-    ``min_weight``. The weights at that moment are returned.
+    by SGD with Nesterov momentum over batches in order, until all epochs are done or a weight is below ``min_weight``.
+    The weights at that moment are returned.
 
-    The objective is the published one. [unverified]: the optimiser's settings are those of the published script as far
-    as we know, and where exactly it stops within a step.
+    ``preset`` takes what the authors' script and configuration of a data set have, except that the scripts draw new
+    views and a new order in each epoch (for the order hand over a ``generator``):
+
+    | preset | lr | weight_decay | prediction_entropy_weight |
+    |---|---|---|---|
+    | ``"cifar100-lt"`` | 0.1 | 5e-4 | 0 |
+    | ``"imagenet-lt"`` | 0.025 | 5e-4 | 0 |
+    | ``"places-lt"`` | 0.01 | 4e-4 | 0 |
+    | ``"inat2018"`` | 0.2 | 2e-4 | 0.01 |
+
+    all with ``entropy_weight=0``, ``min_weight=0.045`` and ``stop_after="epoch"`` (a weight that is below 0.05 once
+    rounded to two decimals). The default is no published setting: the optimiser of ImageNet-LT, ``entropy_weight=0.01``
+    (the entropy of the weights keeps all experts in use), and a look at ``min_weight=0.05`` after each step.
 
     Args:
         view1_logits: the experts' logits of one view, [E, N, C] or a list of E [N, C].
         view2_logits: the same for the other view.
+        preset: a key of ``EXPERT_WEIGHTS_PRESETS``; arguments that are given take precedence over it.
         epochs: passes over the samples.
         batch_size: samples per step; the last batch may be smaller.
         lr: of SGD.
         momentum: of SGD; Nesterov's unless 0.
         weight_decay: of SGD.
-        entropy_weight: factor of the weights' entropy, 0.01 in the paper.
+        entropy_weight: factor of the weights' entropy.
+        prediction_entropy_weight: factor of the predictions' entropy, the mean over samples and classes of -p log p, of
+            both views.
         min_weight: a weight below it ends the fit.
+        stop_after: when weights are compared with ``min_weight``: after each ``"step"`` or ``"epoch"``.
         generator: shuffles the samples anew for each epoch, if given; a generator of the CPU.
 
     Returns:
         w, [E], float32 (float64 for float64 logits), without gradient: the ``expert_weight`` of
-        [`expert_fusion`][lt_kernels.functional.expert_fusion]. The same inputs give the same weights. Each step waits
-        for a GPU, to see whether to stop.
+        [`expert_fusion`][lt_kernels.functional.expert_fusion]. The same inputs give the same weights. Each step (or
+        epoch, see ``stop_after``) waits for a GPU, to see whether to stop.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
@@ -136,37 +180,65 @@ def fit_expert_weights(
         >>> fit_expert_weights(views[0], views[1], epochs=0)
         tensor([0.3333, 0.3333, 0.3333])
     """
+    first, second = _two_views(view1_logits, view2_logits)
+    if preset is not None:
+        check_choice("preset", preset, tuple(EXPERT_WEIGHTS_PRESETS))
+    check_int("epochs", epochs, 0)
+    check_int("batch_size", batch_size, 1)
+    given = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "entropy_weight": entropy_weight,
+        "prediction_entropy_weight": prediction_entropy_weight,
+        "min_weight": min_weight,
+    }
+    for name, value in {**given, "momentum": momentum}.items():
+        if value is not None:
+            check_number(name, value, 0.0)
+    if stop_after is not None:
+        check_choice("stop_after", stop_after, ("step", "epoch"))
+    if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+        raise TypeError(f"generator: got {generator!r}, expected a torch.Generator of the CPU or None")
+    chosen = {name: value for name, value in {**given, "stop_after": stop_after}.items() if value is not None}
+    settings = (_DEFAULT if preset is None else EXPERT_WEIGHTS_PRESETS[preset])._replace(**chosen)  # type: ignore[arg-type]
+
+    experts, rows, _ = first.shape
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    a = torch.full((experts,), 1.0 / experts, dtype=dtype, device=first.device, requires_grad=True)
+    optimizer = torch.optim.SGD([a], settings.lr, momentum, weight_decay=settings.weight_decay, nesterov=momentum > 0)
+    for _ in range(epochs):
+        order = None if generator is None else torch.randperm(rows, generator=generator).to(first.device)
+        for start in range(0, rows, batch_size):
+            batch = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+            # copies: logits of inference mode cannot be saved for backward
+            z1, z2 = (view[:, batch].to(dtype, copy=True) for view in (first, second))
+            optimizer.zero_grad()
+            _disagreement(a.softmax(0), z1, z2, settings).backward()
+            optimizer.step()
+            last = start + batch_size >= rows
+            if (last or settings.stop_after == "step") and bool((a.detach().softmax(0) < settings.min_weight).any()):
+                return a.detach().softmax(0)
+    return a.detach().softmax(0)
+
+
+def _disagreement(w: Tensor, z1: Tensor, z2: Tensor, settings: ExpertWeightsPreset) -> Tensor:
+    """Return what is minimised, 0-dim, for experts' weights [E] and two views' logits [E, n, C]."""
+    u1, u2 = (torch.einsum("e,enc->nc", w, z) for z in (z1, z2))
+    value = -F.cosine_similarity(u1.softmax(1), u2.softmax(1), dim=1).mean()
+    if settings.entropy_weight != 0:
+        value = value + settings.entropy_weight * (w * w.log()).sum()
+    if settings.prediction_entropy_weight != 0:
+        negentropy = (u1.softmax(1) * u1.log_softmax(1)).mean() + (u2.softmax(1) * u2.log_softmax(1)).mean()
+        value = value + settings.prediction_entropy_weight * negentropy
+    return value
+
+
+def _two_views(view1_logits: ExpertLogits, view2_logits: ExpertLogits) -> tuple[Tensor, Tensor]:
+    """Return the logits of both views, each [E, N, C]."""
     first, second = stacked("view1_logits", view1_logits).detach(), stacked("view2_logits", view2_logits).detach()
     for what in ("shape", "dtype", "device"):
         here, there = getattr(second, what), getattr(first, what)
         if here != there:
             shown = [tuple(value) if isinstance(value, torch.Size) else value for value in (here, there)]
             raise ValueError(f"view2_logits: got {what} {shown[0]}, expected {shown[1]} as view1_logits")
-    check_int("epochs", epochs, 0)
-    check_int("batch_size", batch_size, 1)
-    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    numbers |= {"entropy_weight": entropy_weight, "min_weight": min_weight}
-    for name, value in numbers.items():
-        check_number(name, value, 0.0)
-    if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
-        raise TypeError(f"generator: got {generator!r}, expected a torch.Generator of the CPU or None")
-
-    experts, rows, _ = first.shape
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    a = torch.full((experts,), 1.0 / experts, dtype=dtype, device=first.device, requires_grad=True)
-    optimizer = torch.optim.SGD([a], lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-    for _ in range(epochs):
-        order = None if generator is None else torch.randperm(rows, generator=generator).to(first.device)
-        for start in range(0, rows, batch_size):
-            batch = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-            w = a.softmax(0)
-            # copies: logits of inference mode cannot be saved for backward
-            z1, z2 = (view[:, batch].to(dtype, copy=True) for view in (first, second))
-            p, q = (torch.einsum("e,enc->nc", w, z).softmax(1) for z in (z1, z2))
-            negentropy = (w * w.log()).sum()
-            optimizer.zero_grad()
-            (entropy_weight * negentropy - F.cosine_similarity(p, q, dim=1).mean()).backward()
-            optimizer.step()
-            if bool((a.detach().softmax(0) < min_weight).any()):
-                return a.detach().softmax(0)
-    return a.detach().softmax(0)
+    return first, second

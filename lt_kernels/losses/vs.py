@@ -30,8 +30,9 @@ class VSLoss(MarginCrossEntropyBase):
         class_counts: training samples per class, [C].
         gamma: strength of the multiplicative part.
         tau: strength of the additive part.
-        options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``zero_counts``, ``device``,
-            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+        options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
+            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
+            and errors.
 
     Example:
         >>> import torch

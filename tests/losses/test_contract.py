@@ -35,10 +35,6 @@ def cases(**wanted: bool) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", found.values(), ids=found.keys())
 
 
-#: Their divergences are over all rows, whatever the targets; test_experts.py has the values.
-DIVERGENT = (losses.RIDELoss, losses.NCLLoss)
-
-
 def same_state(loss: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
 
@@ -285,34 +281,93 @@ def test_the_mean_over_no_row_is_nan_and_the_sum_is_zero(case, backend):
 @cases(ignores=True)
 @pytest.mark.parametrize("ignore_index", [-100, 255])
 def test_all_rows_ignored_are_no_row(case, ignore_index, backend):
-    """As in ``F.cross_entropy``: NaN, with gradients that are 0."""
+    """As in ``F.cross_entropy``: NaN, with gradients that are 0; or 0, if asked for."""
     ignored = BATCH._replace(target=torch.full_like(BATCH.target, ignore_index))
     options = {"ignore_index": ignore_index}
-    if isinstance(case.make(COUNTS), DIVERGENT):  # the divergence goes on
-        assert case.call(case.make(COUNTS, **options), ignored).isnan()
-        return
-    value, *gradients = with_gradients(lambda b: case.call(case.make(COUNTS, **options), b), ignored)
-    assert value.isnan()
-    assert not any(gradient.any() for gradient in gradients if gradient is not None)  # NaN would be "any"
+    for empty_mean in ("nan", "zero"):
+        loss = case.make(COUNTS, empty_mean=empty_mean, **options)
+        value, *gradients = with_gradients(lambda b, loss=loss: case.call(loss, b), ignored)
+        assert value.isnan() if empty_mean == "nan" else value == 0
+        assert not any(gradient.any() for gradient in gradients if gradient is not None)  # NaN would be "any"
     assert case.call(case.make(COUNTS, reduction="sum", **options), ignored) == 0
     assert not case.call(case.make(COUNTS, reduction="none", **options), ignored).any()
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ignores and name not in ("ride", "ncl")])
-def test_ignored_rows_are_not_in_the_mean(name):
-    case = CASES[name]
+@cases(ignores=True)
+def test_no_rows_can_have_a_mean_of_zero(case, backend):
+    assert case.call(case.make(COUNTS, empty_mean="zero"), BATCH.rows(slice(0))) == 0
+    assert torch.equal(case.call(case.make(COUNTS, empty_mean="zero"), BATCH), case.call(case.make(COUNTS), BATCH))
+
+
+def spread(rows: Tensor, kept: Tensor, dim: int) -> Tensor:
+    """Put rows where they are kept; zeros elsewhere."""
+    whole = rows.new_zeros(*rows.shape[:dim], len(kept), *rows.shape[dim + 1 :])
+    return whole.index_copy(dim, kept.nonzero().flatten(), rows)
+
+
+@cases(ignores=True)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_rows_are_as_if_they_had_been_dropped(case, reduction, backend):
+    """Values and gradients, whatever the ignored rows hold."""
     target = BATCH.target.clone()
     target[::3] = 255
     kept = target != 255
-    loss = case.make(COUNTS, ignore_index=255)
-    given, left = BATCH._replace(target=target), BATCH.rows(kept)
+    loss = case.make(COUNTS, ignore_index=255, reduction=reduction)
+    call = case.call
     if isinstance(loss, losses.GMLLoss | losses.PaCoLoss):  # own keys are by position
-        given, left = (
-            (b.embeddings, b.target, b.key, b.key_label, b.logits) for b in (given, left)
-        )  # fmt: skip
-        torch.testing.assert_close(loss(*given), loss(*left))
-        return
-    torch.testing.assert_close(case.call(loss, given), case.call(loss, left))
+
+        def call(loss: nn.Module, b: Batch) -> Tensor:
+            return loss(b.embeddings, b.target, b.key, b.key_label, b.logits)
+
+    value, *gradients = with_gradients(lambda b: call(loss, b).sum(), BATCH._replace(target=target))
+    expected, *of_kept = with_gradients(lambda b: call(loss, b).sum(), BATCH.rows(kept))
+    torch.testing.assert_close(value, expected)
+    floating = [name for name, x in zip(Batch._fields, BATCH, strict=True) if x.is_floating_point()]
+    for name, gradient, left in zip(floating, gradients, of_kept, strict=True):
+        if gradient is None or left is None:
+            assert gradient is left, name
+            continue
+        if gradient.shape != left.shape:
+            left = spread(left, kept, 1 if name == "experts" else 0)
+        torch.testing.assert_close(gradient, left, msg=lambda text, name=name: f"{name}: {text}")
+    if reduction == "none":
+        assert not call(loss, BATCH._replace(target=target))[~kept].any()
+
+
+@cases(weighted=True)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_ignored_rows_may_hold_anything(case, reduction, bad, backend):
+    target = BATCH.target.clone()
+    target[::3] = 255
+    kept = target != 255
+    loss = case.make(COUNTS, ignore_index=255, reduction=reduction)
+    holed = BATCH._replace(target=target, logits=BATCH.logits.masked_fill(~kept[:, None], bad))
+    holed = holed._replace(experts=BATCH.experts.masked_fill(~kept[:, None], bad))
+    torch.testing.assert_close(case.call(loss, holed), case.call(loss, BATCH.rows(kept)))
+
+
+@cases(weighted=True)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_mixed_targets_ignore_rows_each_on_its_own(case, reduction):
+    """A pair's loss is that of both targets, each with its own mean; a row that one ignores counts for the other."""
+    first, second = BATCH.target.clone(), BATCH.target.roll(1)
+    first[::3], second[1::4] = 255, 255
+    share = torch.linspace(0, 1, N, dtype=torch.float64)
+    pairs = case.make(COUNTS, ignore_index=255, reduction=reduction)
+    single = case.make(COUNTS, ignore_index=255, reduction="none")
+    given = BATCH.experts if case in EXPERTS.values() else BATCH.logits
+    if isinstance(single, losses.NCLLoss):  # both of a pair are hard
+        single = case.make(COUNTS, ignore_index=255, reduction="none", hard_factor=0.0, hard_divergence_factor=0.0)
+        pairs = case.make(COUNTS, ignore_index=255, reduction=reduction, hard_factor=0.0, hard_divergence_factor=0.0)
+    one, two = share * single(given, first), (1 - share) * single(given, second)
+    if reduction == "none":
+        expected = one + two
+    elif reduction == "sum":
+        expected = (one + two).sum()
+    else:
+        expected = one.sum() / (first != 255).sum() + two.sum() / (second != 255).sum()
+    torch.testing.assert_close(pairs(given, first, second, share), expected)
 
 
 @cases()
@@ -437,6 +492,7 @@ def test_bad_options(case, options, refusal):
 @refused(
     "options",
     ({"ignore_index": 1.0}, TypeError, "ignore_index: got float, expected an int"),
+    ({"empty_mean": "none"}, ValueError, "empty_mean: got 'none', expected one of 'nan', 'zero'"),
     ({"dtype": torch.int32}, TypeError, "dtype: got torch.int32, expected a floating-point dtype"),
 )
 def test_bad_options_of_class_tensors(case, options, refusal):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lt_kernels
 from lt_kernels.losses import fit_expert_weights
+from lt_kernels.losses.sade import EXPERT_WEIGHTS_PRESETS
 
 E = 3
 
@@ -25,7 +26,21 @@ def two_views(rows: int = 200, stable: int = 1, dtype: torch.dtype = torch.float
     return first.to(dtype), second.to(dtype)
 
 
-def fitted_in_plain_torch(first: Tensor, second: Tensor, steps: list[Any], min_weight: float = 0.05) -> Tensor:
+class Settings(NamedTuple):
+    """What a published script sets, or our default."""
+
+    lr: float = 0.025
+    decay: float = 5e-4
+    of_weights: float = 0.01
+    of_predictions: float = 0.0
+
+
+DEFAULT = Settings()
+
+
+def fitted_in_plain_torch(
+    first: Tensor, second: Tensor, steps: list[Any], min_weight: float = 0.05, settings: Settings = DEFAULT
+) -> Tensor:
     """SGD with Nesterov momentum and weight decay, written out."""
     a, velocity = torch.full((len(first),), 1 / len(first), dtype=first.dtype), None
     for rows in steps:
@@ -33,13 +48,24 @@ def fitted_in_plain_torch(first: Tensor, second: Tensor, steps: list[Any], min_w
         w = a.softmax(0)
         p, q = ((w[:, None, None] * z[:, rows]).sum(0).softmax(1) for z in (first, second))
         cosine = (p * q).sum(1) / (p.norm(dim=1) * q.norm(dim=1))
-        (gradient,) = torch.autograd.grad(-cosine.mean() - 0.01 * -(w * w.log()).sum(), a)
-        gradient = gradient + 5e-4 * a.detach()
+        entropy = -torch.mean(p * torch.log(p)) - torch.mean(q * torch.log(q))
+        aim = cosine.mean() - settings.of_weights * (w * w.log()).sum() + settings.of_predictions * entropy
+        (gradient,) = torch.autograd.grad(-aim, a)
+        gradient = gradient + settings.decay * a.detach()
         velocity = gradient if velocity is None else 0.9 * velocity + gradient
-        a = (a - 0.025 * (gradient + 0.9 * velocity)).detach()
+        a = (a - settings.lr * (gradient + 0.9 * velocity)).detach()
         if (a.softmax(0) < min_weight).any():
             break
     return a.softmax(0)
+
+
+#: Of the authors' test-time scripts and configurations.
+PUBLISHED = {
+    "cifar100-lt": Settings(0.1, 5e-4, 0.0),
+    "imagenet-lt": Settings(0.025, 5e-4, 0.0),
+    "places-lt": Settings(0.01, 4e-4, 0.0),
+    "inat2018": Settings(0.2, 2e-4, 0.0, 0.01),
+}
 
 
 class TestFitExpertWeights:
@@ -50,6 +76,32 @@ class TestFitExpertWeights:
         torch.testing.assert_close(ours, fitted_in_plain_torch(first, second, steps))
         assert ours.dtype == torch.float64
         assert not ours.requires_grad
+
+    @pytest.mark.parametrize("preset", PUBLISHED)
+    def test_presets_are_the_published_settings(self, preset):
+        views = two_views(dtype=torch.float64)
+        steps = [slice(0, 128), slice(128, 200)] * 3
+        ours = fit_expert_weights(*views, preset=preset, epochs=3)
+        expected = fitted_in_plain_torch(*views, steps, min_weight=0.0, settings=PUBLISHED[preset])
+        torch.testing.assert_close(ours, expected)
+        other = fitted_in_plain_torch(*views, steps, min_weight=0.0, settings=PUBLISHED[preset]._replace(lr=0.3))
+        torch.testing.assert_close(fit_expert_weights(*views, preset=preset, epochs=3, lr=0.3), other)
+
+    def test_every_preset_is_listed(self):
+        assert set(PUBLISHED) == set(EXPERT_WEIGHTS_PRESETS)
+
+    def test_presets_stop_after_an_epoch_whose_weights_are_small(self):
+        views = two_views(dtype=torch.float64)
+        steps = [slice(0, 128), slice(128, 200)]
+        for epochs in range(1, 1000):
+            whole = fitted_in_plain_torch(*views, steps * epochs, min_weight=0.0, settings=PUBLISHED["inat2018"])
+            if whole.min() < 0.045:
+                break
+        assert 1 < epochs < 999
+        torch.testing.assert_close(fit_expert_weights(*views, preset="inat2018", epochs=1000), whole)
+        early = fit_expert_weights(*views, preset="inat2018", epochs=1000, min_weight=1.0, stop_after="step")
+        first_step = fitted_in_plain_torch(*views, steps[:1], settings=PUBLISHED["inat2018"])
+        torch.testing.assert_close(early, first_step)
 
     def test_prefers_the_expert_that_is_stable(self):
         weight = fit_expert_weights(*two_views(stable=2), epochs=20)
@@ -127,6 +179,9 @@ class TestFitExpertWeights:
         ({"weight_decay": math.nan}, ValueError, "weight_decay: got nan, expected a number >= 0"),
         ({"entropy_weight": -0.1}, ValueError, "entropy_weight: got -0.1, expected a number >= 0"),
         ({"min_weight": math.inf}, ValueError, "min_weight: got inf, expected a number >= 0"),
+        ({"prediction_entropy_weight": -1}, ValueError, "prediction_entropy_weight: got -1, expected a number >= 0"),
+        ({"preset": "inat"}, ValueError, "preset: got 'inat', expected one of 'cifar100-lt', 'imagenet-lt'"),
+        ({"stop_after": "batch"}, ValueError, "stop_after: got 'batch', expected one of 'step', 'epoch'"),
         ({"generator": 3}, TypeError, "generator: got 3, expected a torch.Generator of the CPU or None"),
     )
     def test_bad_arguments(self, change, refusal):

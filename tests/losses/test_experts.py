@@ -98,12 +98,15 @@ def ride_of_the_ensemble(z: Tensor, y: Tensor, n: Tensor) -> Tensor:
     return sum(ldam_of_scaled(z.mean(0), y, n) for _ in z)
 
 
-def nbod(x: Tensor | list[Tensor]) -> Tensor:
+def nbod(x: Tensor | list[Tensor], eps: float = 0.0) -> Tensor:
     pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if i != j]
-    return sum(kl(x[j], x[i]) for i, j in pairs) / (len(x) - 1)
+    if eps == 0:
+        return sum(kl(x[j], x[i]) for i, j in pairs) / (len(x) - 1)
+    p = [each.softmax(1) for each in x]  # the published code
+    return sum(F.kl_div((p[i] + eps).log(), p[j], reduction="none").sum(1) for i, j in pairs) / (len(x) - 1)
 
 
-def ncl_parts(z: Tensor, y: Tensor, n: Tensor, k: int = 3, scale: float = 1.0) -> list[Tensor]:
+def ncl_parts(z: Tensor, y: Tensor, n: Tensor, k: int = 3, scale: float = 1.0, eps: float = 0.0) -> list[Tensor]:
     x = [scale * each + n.log() for each in z]
     chosen = z[0].detach().scatter(1, y[:, None], 999999.0).topk(k).indices
     mask = torch.zeros_like(z[0]).scatter(1, chosen, 1.0)
@@ -111,8 +114,8 @@ def ncl_parts(z: Tensor, y: Tensor, n: Tensor, k: int = 3, scale: float = 1.0) -
     return [
         sum(cross_entropy(each, y) for each in x),
         sum(cross_entropy(each, y) for each in hard),
-        nbod(x),
-        nbod(hard),
+        nbod(x, eps),
+        nbod(hard, eps),
     ]
 
 
@@ -138,6 +141,8 @@ RECIPES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
         lambda **k: NCLLoss(COUNTS, 5, 1.5, 0.9, 0.8, 0.7, 0.5, **k),
         partial(ncl, factors=(0.9, 0.8, 0.7, 0.5), k=5, scale=1.5),
     ),
+    "ncl-published-eps": (lambda **k: NCLLoss(COUNTS, eps=1e-9, **k), partial(ncl, eps=1e-9)),
+    "ncl-large-eps": (lambda **k: NCLLoss(COUNTS, eps=0.1, **k), partial(ncl, eps=0.1)),
     "ncl-cross-entropies": (
         lambda **k: NCLLoss(COUNTS, divergence_factor=0.0, hard_divergence_factor=0.0, **k),
         partial(ncl, factors=(1.0, 1.0, 0.0, 0.0)),
@@ -226,7 +231,7 @@ def test_ncl_with_mixed_targets_has_both_among_the_hard_classes(dtype):
 
 
 @every_class
-def test_ignored_rows_and_smoothing_act_on_the_cross_entropies(cls):
+def test_smoothing_acts_on_the_cross_entropies_and_ignored_rows_take_no_part(cls):
     z, y = experts_and_target()
     y[::3] = 255
     kept = y != 255
@@ -245,13 +250,13 @@ def test_ignored_rows_and_smoothing_act_on_the_cross_entropies(cls):
     elif cls is RIDELoss:
         m = 15 * n**-0.25 / (n**-0.25).max()
         target = F.one_hot(y.masked_fill(~kept, 0), C).bool()
-        expected = sum(smoothed(torch.where(target, x - m, x)) for x in z) - 0.2 * ride_diversity(z).mean()
+        expected = sum(smoothed(torch.where(target, x - m, x)) for x in z) - 0.2 * ride_diversity(z)[kept].mean()
     else:
         x = [each + n.log() for each in z]
         forced = torch.where(F.one_hot(y.masked_fill(~kept, 0), C).bool() & kept[:, None], 1e6, z[0])
         mask = torch.zeros_like(z[0]).scatter(1, forced.topk(3).indices, 1.0)
         hard = [each * mask for each in x]
-        expected = sum(smoothed(each) for each in (*x, *hard)) + 0.6 * (nbod(x) + nbod(hard)).mean()
+        expected = sum(smoothed(each) for each in (*x, *hard)) + 0.6 * (nbod(x) + nbod(hard))[kept].mean()
     torch.testing.assert_close(loss(z, y), expected)
 
 
@@ -552,12 +557,13 @@ class TestNCL:
         others = z[0].scatter(1, y[:, None], -math.inf).topk(3).indices  # of the first expert, without the prior
         assert hard.gather(1, others).all()
 
-    def test_a_masked_class_takes_no_part(self):
+    @pytest.mark.parametrize("eps", [0.0, 1e-9])
+    def test_a_masked_class_takes_no_part(self, eps):
         z, y = experts_and_target()
         y = y.clamp_max(C - 2)
         z[0, :, -1] = 50.0  # the hardest of all, were it not masked
-        masked = NCLLoss([*COUNTS[:-1], 0], 3, zero_counts="mask", dtype=torch.float64)
-        without = NCLLoss(COUNTS[:-1], 3, dtype=torch.float64)
+        masked = NCLLoss([*COUNTS[:-1], 0], 3, eps=eps, zero_counts="mask", dtype=torch.float64)
+        without = NCLLoss(COUNTS[:-1], 3, eps=eps, dtype=torch.float64)
         torch.testing.assert_close(masked(z, y), without(z[:, :, :-1], y))
         gradient = value_and_gradient(lambda x: masked(x, y), z)[1]
         assert gradient.isfinite().all()
@@ -569,6 +575,7 @@ class TestNCL:
         ({"hard_classes": 11}, ValueError, "hard_classes: got 11, expected 1 to 10, the number of classes"),
         ({"hard_classes": 2.0}, TypeError, "hard_classes: got float, expected an int or None"),
         ({"ce_factor": math.nan}, ValueError, "ce_factor: got nan, expected a finite number"),
+        ({"eps": -1e-9}, ValueError, "eps: got -1e-09, expected a number >= 0"),
         ({"hard_factor": "1"}, TypeError, "hard_factor: got str, expected a number"),
         ({"divergence_factor": math.inf}, ValueError, "divergence_factor: got inf, expected a finite number"),
         ({"hard_divergence_factor": None}, TypeError, "hard_divergence_factor: got NoneType, expected a number"),

@@ -87,6 +87,7 @@ TABLE = {
     "scale bool": ({"scale": True}, TypeError, r"scale: got bool, expected a number"),
     "margin_type": ({"margin_type": "cosine"}, ValueError, r"margin_type: got 'cosine', expected one of 'additive'"),
     "reduction": ({"reduction": "avg"}, ValueError, r"reduction: got 'avg', expected one of 'none', 'mean', 'sum'"),
+    "empty_mean": ({"empty_mean": 0}, ValueError, r"empty_mean: got 0, expected one of 'nan', 'zero'"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, r"ignore_index: got float, expected an int"),
     "smoothing range": (
         {"label_smoothing": 1.5},

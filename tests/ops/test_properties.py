@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,3 +200,67 @@ def test_partitioned_logsumexp(n, m, d, classes, seed):
         torch.testing.assert_close(shifted.neg, result.neg + 0.7)
         torch.testing.assert_close(shifted.pos, result.pos + 0.7)
         torch.testing.assert_close(shifted.pos_sum, result.pos_sum)
+
+
+# --------------------------------------------------------------------------------------------------- means over nothing
+
+
+def _of_rows(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
+    return margin_cross_entropy(leaves[0], target, **options)
+
+
+def _of_experts(leaves: list[Tensor], target: Tensor, **options: Any) -> Tensor:
+    loss, ensemble, _ = expert_cross_entropy(leaves[:2], target, return_ensemble=True, **options)
+    return loss + ensemble
+
+
+def _of_linear(strategy: str) -> Callable[..., Tensor]:
+    return lambda leaves, target, **options: linear_margin_cross_entropy(*leaves, target, strategy=strategy, **options)
+
+
+FORMS = {
+    "rows": (_of_rows, [(6, 5)]),
+    "experts": (_of_experts, [(6, 5), (6, 5)]),
+    "linear-materialize": (_of_linear("materialize"), [(6, 4), (5, 4)]),
+    "linear-chunked": (_of_linear("chunked"), [(6, 4), (5, 4)]),
+}
+TARGET = torch.tensor([0, 4, 2, 1, 3, 0])
+IGNORED = torch.full_like(TARGET, -100)
+
+
+@pytest.mark.parametrize(("form", "shapes"), FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_mean_over_no_weight_is_nan_or_zero(form, shapes, learns, backend):
+    """The gradient is 0 either way; a mean over something is as it was."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    bias = torch.randn(5, generator=generator).requires_grad_(learns)
+    differentiated = [*leaves, bias] if learns else leaves
+    weight = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0])
+    empty = {
+        "ignored": {"target": IGNORED},
+        "without weight": {"target": TARGET * 0 + 4, "weight": weight},
+        "pairs": {"target": IGNORED, "mixed_target": IGNORED, "mix_lambda": 0.25},
+    }
+    for name, options in empty.items():
+        if name != "without weight" or form is not _of_experts:  # the ensemble's mean has no weights
+            assert form(leaves, class_bias=bias, **options).isnan(), name
+            assert form(leaves, class_bias=bias, **options, empty_mean="zero") == 0, name
+        value = form(leaves, class_bias=bias, **options, empty_mean="zero")
+        for gradient in torch.autograd.grad(value, differentiated):
+            assert not gradient.any(), name
+    half = {"target": TARGET, "mixed_target": IGNORED, "mix_lambda": 0.25}
+    expected = 0.25 * form(leaves, TARGET, class_bias=bias)
+    torch.testing.assert_close(form(leaves, class_bias=bias, **half, empty_mean="zero"), expected)
+    assert torch.equal(form(leaves, TARGET, empty_mean="zero"), form(leaves, TARGET))
+
+
+@pytest.mark.parametrize(("form", "shapes"), FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_mean_of_no_rows_is_nan_or_zero(form, shapes, soft, backend):
+    if soft and form is _of_experts:
+        pytest.skip("experts take class indices")
+    leaves = [torch.zeros(0 if shape[0] == 6 else shape[0], shape[1]) for shape in shapes]
+    target = torch.zeros(0, 5) if soft else TARGET[:0]
+    assert form(leaves, target).isnan()
+    assert form(leaves, target, empty_mean="zero") == 0
