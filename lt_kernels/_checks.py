@@ -7,9 +7,9 @@ text of a message.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,21 @@ if TYPE_CHECKING:
 #: Operators take ints of 64 bits.
 _TOO_LARGE = 2**63
 
-#: Anything one-dimensional and numeric: list, tuple, numpy array, tensor.
-ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any]"
+
+class Indexed(Protocol):
+    """Values by an index, as a pandas ``Series`` has them."""
+
+    @property
+    def index(self) -> Any: ...
+    def items(self) -> Iterable[tuple[Any, Any]]: ...
+
+
+#: One number for each class: list, tuple, numpy array or tensor in the order of the classes, or by class: a mapping
+#: such as a ``Counter``, or a pandas ``Series``, whose index has the classes.
+ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any] | Mapping[int, float] | Indexed"
+
+#: Most classes of a vector by class: a wrong key is not to take all memory.
+_MOST_CLASSES = 2**31
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (
@@ -209,16 +222,23 @@ def check_class_vector(
     return value.to(dtype).contiguous()
 
 
-def as_class_vector(name: str, value: ClassVector) -> Tensor:
-    """Return a copy of ``value``, any finite vector, in float64 on the CPU."""
+def as_class_vector(name: str, value: ClassVector, gap: float | None = None) -> Tensor:
+    """Return a copy of ``value``, any finite vector, in float64 on the CPU, whatever torch's default device.
+
+    A mapping or Series is read by class; ``gap`` stands for the classes that it lacks, None refuses them.
+    """
     if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") or isinstance(value, Tensor)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a 1-D sequence, array or tensor of numbers")
+    if isinstance(value, Tensor) and check_tensor(name, value).is_meta:
+        raise ValueError(f"{name}: got a tensor on the meta device, which has no values, expected one of the CPU")
+    given: Any = _by_class(name, value, gap)
     try:
-        raw = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        raw = given.detach() if isinstance(given, Tensor) else torch.tensor(given, device="cpu")
         numeric = not (raw.is_complex() or raw.dtype == torch.bool)
         vector = raw.to("cpu", torch.float64, copy=True) if numeric else raw
-        if numeric and not isinstance(value, Tensor):
-            vector = torch.tensor(value, dtype=torch.float64)  # Python floats would have been rounded to float32
+        if numeric and not isinstance(given, Tensor):
+            # Python floats would have been rounded to float32
+            vector = torch.tensor(given, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: got {type(value).__name__} ({error}), expected numbers [C]") from error
     if not numeric:
@@ -231,12 +251,42 @@ def as_class_vector(name: str, value: ClassVector) -> Tensor:
     return vector
 
 
+def _by_class(name: str, value: Any, gap: float | None) -> Any:
+    """Return a mapping or Series as a list in the order of the classes, anything else as it is."""
+    if not isinstance(value, Mapping):
+        if callable(getattr(value, "index", len)):  # the method of sequences, or none: the order is that of the classes
+            return value
+        if getattr(value, "ndim", 1) != 1:
+            raise ValueError(f"{name}: got a {type(value).__name__} of shape {value.shape}, expected a 1-D vector [C]")
+    values: dict[int, Any] = {}
+    for key, number in value.items():
+        if isinstance(key, bool) or not isinstance(key, Integral):
+            raise TypeError(f"{name}: got {key!r} ({type(key).__name__}) as a class, expected ints 0, 1, ...")
+        at = int(key)
+        if not 0 <= at < _MOST_CLASSES:
+            raise ValueError(f"{name}: got {at} as a class, expected {'0, 1, ...' if at < 0 else 'one below 2^31'}")
+        if at in values:
+            raise ValueError(f"{name}: got class {at} twice, expected each class once")
+        values[at] = number
+    classes = max(values, default=-1) + 1
+    if gap is None and len(values) < classes:
+        missing = next(c for c in range(classes) if c not in values)
+        raise ValueError(f"{name}: got nothing for class {missing}, expected a number for each of {classes} classes")
+    return [values.get(c, gap) for c in range(classes)]
+
+
 def check_each_class(name: str, vector: Tensor, holds: Tensor, expected: str) -> None:
     """Refuse a vector with an entry for which ``holds`` is False, naming the first."""
     bad = (~holds).nonzero().flatten().tolist()
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
+
+
+def check_counted(counted: int, classes: int, of: str) -> None:
+    """Refuse ``of`` with another number of classes than the class counts, the argument that the caller knows."""
+    if counted != classes:
+        raise ValueError(f"class_counts: got {counted} classes, expected {classes} as {of}")
 
 
 def checks_on() -> bool:

@@ -66,7 +66,7 @@ def class_counts(name: str) -> Tensor:
                 "class_counts_from_file(path, format='annotations') reads your own train list"
             )
         raise ValueError(f"name: got {name!r}, expected one of {quoted(available())}{hint}")
-    return torch.tensor([int(line) for line in _lines(_FILES[name])])
+    return torch.tensor([int(line) for line in _lines(_FILES[name])], device="cpu")
 
 
 def class_supercategories(name: str = "inat18") -> list[str]:
@@ -128,7 +128,7 @@ def class_counts_from_file(
     if format == "counts":
         if num_classes is not None and num_classes != len(values):
             raise ValueError(f"{path}: got {len(values)} counts, expected num_classes={num_classes}")
-        return torch.tensor(values)
+        return torch.tensor(values, device="cpu")
     return _count(values, num_classes, str(path))
 
 
@@ -155,7 +155,7 @@ def _integers(path: Path, last_field: bool) -> list[int]:
 def _count(labels: list[int], num_classes: int | None, where: str) -> Tensor:
     if num_classes is not None and labels and max(labels) >= num_classes:
         raise ValueError(f"{where}: got label {max(labels)}, expected labels below num_classes={num_classes}")
-    return torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=num_classes or 0)
+    return torch.bincount(torch.tensor(labels, dtype=torch.int64, device="cpu"), minlength=num_classes or 0)
 
 
 def _from_annotations(path: Path, num_classes: int | None, unit: str) -> Tensor:

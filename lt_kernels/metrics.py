@@ -17,6 +17,7 @@ from ._checks import (
     ClassVector,
     as_int64,
     check_classes,
+    check_counted,
     check_device,
     check_flag,
     check_floating,
@@ -145,8 +146,9 @@ class ShotGroupAccuracy(Metric):
         check_device("target", target, self.total, " as the metric")
         if preds.is_floating_point():
             check_floating("preds", preds, kind="a floating-point dtype")
-            if preds.dim() < 2 or preds.shape[1] != self.num_classes:
+            if preds.dim() < 2:
                 raise ValueError(f"preds: got shape {tuple(preds.shape)}, expected [N, {self.num_classes}, ...]")
+            check_counted(self.num_classes, preds.shape[1], "preds")
             preds = preds.argmax(1)
         else:
             check_integers("preds", preds, kind="a floating dtype, or an integer one for classes")

@@ -48,7 +48,7 @@ def check_zero_counts(zero_counts: Any) -> ZeroCounts:
 
 
 def _as_counts(class_counts: ClassVector, zero_counts: ZeroCounts) -> Tensor:
-    counts = as_class_vector("class_counts", class_counts)
+    counts = as_class_vector("class_counts", class_counts, gap=0.0)
     check_each_class("class_counts", counts, counts >= 0, "counts >= 0")
     zero_counts = check_zero_counts(zero_counts)
     if not isinstance(zero_counts, str):
@@ -69,13 +69,16 @@ class ClassPrior:
     """Class counts [C] and what the losses derive from them.
 
     Args:
-        class_counts: training samples per class, [C]; list, tuple, numpy array or tensor of any real dtype.
+        class_counts: training samples per class, [C]: a list, tuple, numpy array or tensor of any real dtype, in the
+            order of the classes; or by class: a mapping {class: samples} such as a ``Counter``, or a pandas ``Series``
+            whose index has the classes, such as ``labels.value_counts()``. Classes that those lack, up to the largest
+            one there, have no samples: give the last class a 0 if it has none.
         zero_counts: what a class without samples means: ``"error"``, ``"mask"`` or a positive number (see the module).
         device: device of the results; by default that of ``class_counts``.
         dtype: of the results; default ``torch.get_default_dtype()``.
 
     Raises:
-        TypeError: counts that are not numbers.
+        TypeError: counts that are not numbers, or classes that are not ints.
         ValueError: counts that are negative, NaN, infinite, empty, not 1-D, or zero where ``zero_counts="error"``.
 
     Example:

@@ -161,7 +161,7 @@ class TestAsTorchmetrics:
 
 @refused(
     "preds, target",
-    (torch.zeros(2, 3), torch.tensor([0, 1]), ValueError, "preds: got shape (2, 3), expected [N, 8, ...]"),
+    (torch.zeros(2, 3), torch.tensor([0, 1]), ValueError, "class_counts: got 8 classes, expected 3 as preds"),
     (torch.zeros(2), torch.tensor([0, 1]), ValueError, "preds: got shape (2,), expected [N, 8, ...]"),
     (torch.tensor([0, 1]), torch.tensor([0]), ValueError, "target: got shape (1,), expected (2,), one class per"),
     (torch.tensor([0]), torch.tensor([0.0]), TypeError, "target: got dtype torch.float32, expected an integer"),

@@ -7,9 +7,11 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from _refused import refused
@@ -206,27 +208,55 @@ class TestZeroCounts:
             ClassPrior([1, 2], zero_counts=None)
 
 
+LABELS = [c for c, n in enumerate(COUNTS) for _ in range(n)]
 KINDS = {
     "list": COUNTS,
     "tuple": tuple(COUNTS),
-    "range": range(1, 7),
     "numpy-int64": np.array(COUNTS),
     "numpy-uint16": np.array(COUNTS, np.uint16),
     "numpy-float64": np.array(COUNTS, np.float64),
-    "numpy-strided": np.array(COUNTS * 2)[::2],
+    "numpy-strided": np.repeat(COUNTS, 2)[::2],
     "tensor-int32": torch.tensor(COUNTS, dtype=torch.int32),
     "tensor-float32": torch.tensor(COUNTS, dtype=torch.float32),
-    "tensor-strided": torch.tensor(COUNTS * 2)[::2],
+    "tensor-strided": torch.tensor(COUNTS).repeat_interleave(2)[::2],
     "tensor-requires-grad": torch.tensor(COUNTS, dtype=torch.float32, requires_grad=True),
     "floats": [float(n) for n in COUNTS],
+    "mapping": dict(reversed(list(enumerate(COUNTS)))),
+    "counter": Counter(reversed(LABELS)),
+    "numpy-keys": OrderedDict((np.int64(c), np.int32(n)) for c, n in reversed(list(enumerate(COUNTS)))),
+    "series": pd.Series(COUNTS, name="samples"),
+    "series-of-floats": pd.Series(COUNTS, dtype=float)[::-1],
+    "value-counts": pd.Series(LABELS).value_counts(ascending=True),
+    "value-counts-of-categories": pd.Series(LABELS).astype("category").value_counts(ascending=True),
+    "group-sizes": pd.DataFrame({"label": LABELS}).groupby("label").size(),
 }
 
 
 @pytest.mark.parametrize("counts", KINDS.values(), ids=KINDS.keys())
 def test_kinds_of_counts(counts):
     prior = ClassPrior(counts)
-    assert prior.class_counts.tolist() == list(map(float, counts.detach() if hasattr(counts, "detach") else counts))
+    assert prior.class_counts.tolist() == COUNTS
+    assert ClassPrior(range(1, 4)).class_counts.tolist() == [1, 2, 3]
     assert not prior.log_prior().requires_grad
+
+
+def test_classes_that_a_mapping_lacks_have_no_samples():
+    for counts in ({3: 4, 1: 2}, Counter([3, 3, 3, 3, 1, 1]), pd.Series({3: 4, 1: 2}), defaultdict(int, {3: 4, 1: 2})):
+        assert ClassPrior(counts, zero_counts="mask").class_counts.tolist() == [0, 2, 0, 4]
+        assert ClassPrior(counts, zero_counts=0.5).class_counts.tolist() == [0.5, 2, 0.5, 4]
+        with pytest.raises(ValueError, match=r"class_counts: got 0 for 2 of 4 classes \(0, 2\)"):
+            ClassPrior(counts)
+    assert len(ClassPrior({0: 3, 9: 0}, zero_counts="mask")) == 10
+
+
+@pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_values_are_real_whatever_the_default_device(call, device):
+    expected = call(priors, [COUNTS])
+    with torch.device(device):
+        for counts in (COUNTS, np.array(COUNTS), dict(enumerate(COUNTS)), torch.tensor(COUNTS, device="cpu")):
+            assert torch.equal(call(priors, [counts]), expected)
+        assert datasets.class_counts("cifar10_lt_if100").device.type == "cpu"
 
 
 def test_large_counts_are_exact():
@@ -268,7 +298,27 @@ def test_dtype_and_device():
     (torch.ones(2, dtype=torch.complex64), TypeError, "class_counts: got dtype torch.complex64"),
     (3, TypeError, "class_counts: got int, expected a 1-D sequence, array or tensor of numbers"),
     (None, TypeError, "class_counts: got NoneType, expected a 1-D sequence, array or tensor of numbers"),
-    ({0: 1}, TypeError, "class_counts: got dict"),
+    (torch.ones(2, device="meta"), ValueError, "class_counts: got a tensor on the meta device, which has no values"),
+    (torch.ones(2).to_sparse(), TypeError, "class_counts: got a tensor of layout torch.sparse_coo"),
+    ({}, ValueError, "class_counts: got no elements, expected one per class"),
+    ({"cat": 3, "dog": 2}, TypeError, "class_counts: got 'cat' (str) as a class, expected ints 0, 1, ..."),
+    ({0: 3, 1.0: 2}, TypeError, "class_counts: got 1.0 (float) as a class, expected ints"),
+    ({0: 3, True: 2}, TypeError, "class_counts: got True (bool) as a class, expected ints"),
+    (Counter(torch.tensor([0, 0])), TypeError, "class_counts: got tensor(0) (Tensor) as a class, expected ints"),
+    ({0: 3, -1: 2}, ValueError, "class_counts: got -1 as a class, expected 0, 1, ..."),
+    ({0: 3, 2**40: 2}, ValueError, "class_counts: got 1099511627776 as a class, expected one below 2^31"),
+    ({0: "3"}, TypeError, "class_counts: got dict"),
+    ({0: -3}, ValueError, "class_counts: got -3 at class 0, expected counts >= 0"),
+    ({0: 3, 2: 1}, ValueError, "class_counts: got 0 for 1 of 3 classes (1), expected counts > 0"),
+    (Counter([1, 1, 2]), ValueError, "class_counts: got 0 for 1 of 3 classes (0), expected counts > 0"),
+    ({3, 5}, TypeError, "class_counts: got set"),
+    ({0: 3}.values(), TypeError, "class_counts: got dict_values"),
+    (pd.Series(["b", "a", "b"]).value_counts(), TypeError, "class_counts: got 'b' (str) as a class, expected ints"),
+    (pd.Series([3, 2], index=[0.0, 1.0]), TypeError, "class_counts: got 0.0 (float) as a class, expected ints"),
+    (pd.Series([3, 2, 1], index=[0, 1, 1]), ValueError, "class_counts: got class 1 twice, expected each class once"),
+    (pd.Series([3, None], dtype="Int64"), TypeError, "class_counts: got Series"),
+    (pd.DataFrame({"label": [0, 1]}).value_counts(), TypeError, "class_counts: got (0,) (tuple) as a class"),
+    (pd.DataFrame({"n": [3, 2]}), ValueError, "class_counts: got a DataFrame of shape (2, 1), expected a 1-D vector"),
 )
 def test_bad_counts(counts, refusal):
     with refusal:

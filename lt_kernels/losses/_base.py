@@ -112,6 +112,8 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         Returns:
             0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
         """
+        if isinstance(input, Tensor) and input.dim() > 0:
+            self._check_counted(input.shape[min(1, input.dim() - 1)], "input")
         loss: Tensor = LF.margin_cross_entropy(
             input, target, mixed_target=mixed_target, mix_lambda=mix_lambda, **self.keywords()
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import ClassVector, as_class_vector, check_choice, check_int, check_positive
+from .._checks import ClassVector, as_class_vector, check_choice, check_counted, check_int, check_positive
 from ..priors import ClassPrior, ZeroCounts
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class ClassTensorLoss(nn.Module):
             raise ValueError(f"class_counts: got {len(derived['class_counts'])} classes, expected {len(held)}")
         for name, value in derived.items():
             getattr(self, name).copy_(value)
+
+    def _check_counted(self, classes: int, of: str) -> None:
+        """Refuse ``of`` with another number of classes than the counts that the loss was built from, if any."""
+        if self.class_counts is not None:
+            check_counted(len(self.class_counts), classes, of)
 
     def extra_repr(self) -> str:
         values = {name: getattr(self, name, default) for name, default in _SHOWN.items()}

@@ -53,6 +53,10 @@ class ExpertLossBase(MarginCrossEntropyBase):
         Returns:
             0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
         """
+        if isinstance(logits, (Tensor, list, tuple)) and len(logits) > 0:
+            first = logits[0]
+            if isinstance(first, Tensor) and first.dim() > 1:
+                self._check_counted(first.shape[1], "logits")
         return self.loss(logits, target, mixed_target=mixed_target, mix_lambda=mix_lambda)
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:

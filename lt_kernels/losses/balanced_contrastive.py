@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as LF
-from .._checks import ClassVector, check_choice, check_device, check_embeddings, check_positive, check_shape
+from .._checks import (
+    ClassVector,
+    check_choice,
+    check_counted,
+    check_device,
+    check_embeddings,
+    check_positive,
+    check_shape,
+)
 from ..priors import ClassPrior
 from ._contrastive_base import check_labels, count_classes
 
@@ -76,6 +84,7 @@ class BalancedContrastiveLoss(nn.Module):
         """
         samples, views, dim = check_embeddings("features", features, "[N, V, D]").shape
         check_embeddings("centers", centers, "[C, D]")
+        check_counted(self.num_classes, len(centers), "centers")
         check_shape("centers", centers, (self.num_classes, dim))
         check_device("centers", centers, features, " as features")
         # no label means "none": -1 is as much out of range as any other

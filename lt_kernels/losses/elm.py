@@ -20,6 +20,7 @@ from .._checks import (
     check_flag,
     check_number,
     check_positive,
+    check_shape,
 )
 from ..priors import ClassPrior
 from ._contrastive_base import ContrastiveLossBase, ContrastiveOptions, check_ids, check_labels
@@ -207,9 +208,9 @@ class ELMLoss(ContrastiveLossBase):
         """
         check_embeddings("logits", logits, "[N, C]")
         check_embeddings("embeddings", embeddings, "[N, D]")
-        classes = len(self.embedding_margin)
-        if logits.shape != (len(embeddings), classes):
-            raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected ({len(embeddings)}, {classes})")
+        classes = logits.shape[1]
+        self._check_counted(classes, "logits")
+        check_shape("logits", logits, (len(embeddings), classes))
         if (key is None) != (key_label is None):
             given, missing = ("key_label", "key") if key is None else ("key", "key_label")
             raise ValueError(f"{missing}: got None with {given}, expected both or neither")

@@ -220,6 +220,8 @@ class GMLLoss(ContrastiveLossBase):
         if self.reduction == "none" and target is not None:
             raise ValueError("target: got one with reduction 'none', expected None (rows and targets differ)")
         of_logits = query_label if target is None else target
+        if isinstance(logits, Tensor) and logits.dim() > 1:
+            self._check_counted(logits.shape[1], "logits")
         sup = LF.margin_cross_entropy(
             logits, of_logits, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
             reduction=self.reduction, empty_mean=self.empty_mean,

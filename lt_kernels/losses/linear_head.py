@@ -134,6 +134,13 @@ class LinearHead(nn.Linear):
                 f"linear: got a {type(linear).__name__} whose weight or bias is computed (parametrized or pruned), "
                 "expected parameters of its own"
             )
+        cosine = getattr(loss, "cosine", False) if normalize is None else normalize
+        if linear.bias is not None and cosine is True:
+            why = "normalize=True" if normalize else f"{type(loss).__name__} takes cosines"
+            raise ValueError(
+                f"linear: got a layer with a bias for a cosine head ({why}), expected nn.Linear(..., bias=False), or "
+                "normalize=False"
+            )
         head = cls(
             linear.in_features, linear.out_features, loss,
             bias=linear.bias is not None, normalize=normalize, strategy=strategy, device="meta",

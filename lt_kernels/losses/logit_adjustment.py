@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import ClassVector, check_floating, check_number
+from .._checks import ClassVector, check_counted, check_floating, check_number
 from ..priors import ClassPrior, ZeroCounts
 from ._base import LossOptions, MarginCrossEntropyBase
 
@@ -78,7 +78,8 @@ def post_hoc_logit_adjustment(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_prior = ClassPrior(class_counts, zero_counts=zero_counts, device=logits.device, dtype=dtype).log_prior(tau)
     class_dim = min(1, logits.dim() - 1)
-    if logits.dim() == 0 or logits.shape[class_dim] != len(log_prior):
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [N, {len(log_prior)}], a column per class")
+    if logits.dim() == 0:
+        raise ValueError(f"logits: got shape (), expected [N, {len(log_prior)}], a column per class")
+    check_counted(len(log_prior), logits.shape[class_dim], "logits")
     shift = (-log_prior).masked_fill(log_prior == -math.inf, -math.inf)
     return logits + shift.reshape(-1, *[1] * (logits.dim() - class_dim - 1))

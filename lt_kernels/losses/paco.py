@@ -120,8 +120,7 @@ class PaCoLoss(ContrastiveLossBase):
         rows, classes = len(query), logits.shape[1]
         if len(logits) != rows:
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [{rows}, C], a row for each query")
-        if self.class_bias is not None and len(self.class_bias) != classes:
-            raise ValueError(f"logits: got {classes} classes, expected {len(self.class_bias)} as class_counts")
+        self._check_counted(classes, "logits")
         most = (classes - 1) / classes
         if self.label_smoothing > most:
             raise ValueError(

@@ -235,7 +235,7 @@ class TestPostHoc:
     @pytest.mark.parametrize(
         ("logits", "error", "message"),
         [
-            (torch.zeros(2, 3), ValueError, r"logits: got shape \(2, 3\), expected \[N, 10\]"),
+            (torch.zeros(2, 3), ValueError, "class_counts: got 10 classes, expected 3 as logits"),
             (torch.zeros(()), ValueError, r"logits: got shape \(\), expected \[N, 10\]"),
             (torch.zeros(2, C, dtype=torch.int64), TypeError, "logits: got dtype torch.int64, expected a floating"),
             ([0.0] * C, TypeError, "logits: got list, expected a floating"),
@@ -298,7 +298,7 @@ def test_bad_hyperparameters(make, refusal):
 @pytest.mark.parametrize("name", [name for name, case in CLASSIFIERS.items() if case.from_counts])
 @refused(
     "x, y",
-    (X[:, :3], Y, ValueError, "expected [3], one value per class"),
+    (X[:, :3], Y, ValueError, "class_counts: got 10 classes, expected 3 as input"),
     (X, Y + C, IndexError, "target: row 0 has class"),
     (X, Y[:3], ValueError, "target: got class indices of shape (3,), expected (8,)"),
     (X.long(), Y, TypeError, "input: got dtype torch.int64"),

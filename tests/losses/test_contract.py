@@ -7,11 +7,13 @@ import doctest
 import importlib
 import math
 import pkgutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from _loss_cases import CASES, CLASSIFIERS, CONTRASTIVE, COPIES, COUNTS, EXPERTS, OTHER, Batch, C, N, make_batch
@@ -438,7 +440,13 @@ class TestUpdateCounts:
         assert len(graphs) == 1
 
 
+LABELS = [c for c, n in enumerate(COUNTS) for _ in range(n)]
+
 KINDS_OF_COUNTS = {
+    "mapping": dict(reversed(list(enumerate(COUNTS)))),
+    "counter": Counter(reversed(LABELS)),
+    "series": pd.Series(COUNTS),
+    "value-counts": pd.Series(LABELS).value_counts(ascending=True),
     "list": COUNTS,
     "tuple": tuple(COUNTS),
     "numpy-int64": np.array(COUNTS),
@@ -523,6 +531,25 @@ def test_bad_weights_and_smoothing(case, options, refusal):
 def test_bad_options_with_counts(case, options, refusal):
     with refusal:
         case.make(COUNTS, **options)
+
+
+@pytest.mark.parametrize("name", ["bcl", *(name for name, case in CASES.items() if case.from_counts)])
+@pytest.mark.parametrize("counts", [COUNTS[1:], [*COUNTS, 5]], ids=["fewer", "more"])
+def test_counts_of_another_number_of_classes_are_named(name, counts):
+    """By what the caller gave: class_counts, not the class tensors made of them."""
+    with pytest.raises(ValueError, match=rf"^class_counts: got {len(counts)} classes, expected 10 as"):
+        CASES[name].call(CASES[name].make(counts), BATCH._replace(target=BATCH.target % 9))
+
+
+@cases(weighted=True)
+def test_weights_by_class(case):
+    by_class = {c: c + 1.0 for c in reversed(range(C))}
+    expected = case.call(case.make(COUNTS, **case.options), BATCH)
+    for weight in (by_class, pd.Series(by_class)):
+        assert torch.equal(case.call(case.make(COUNTS, **{**case.options, "weight": weight}), BATCH), expected)
+    del by_class[4]
+    with pytest.raises(ValueError, match="weight: got nothing for class 4, expected a number for each of 10 classes"):
+        case.make(COUNTS, weight=by_class)
 
 
 @cases(from_counts=True, weighted=True)

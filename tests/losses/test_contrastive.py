@@ -254,7 +254,7 @@ class TestBalancedContrastive:
         ({"labels": torch.tensor([0, -1, 1])}, IndexError, "labels: row 1 has class -1, expected 0 <= class < 10"),
         ({"labels": torch.zeros(3)}, TypeError, "labels: got dtype torch.float32, expected an integer dtype"),
         ({"centers": torch.zeros(C, D + 1)}, ValueError, "centers: got shape (10, 20), expected (10, 19)"),
-        ({"centers": torch.zeros(C - 1, D)}, ValueError, "centers: got shape (9, 19), expected (10, 19)"),
+        ({"centers": torch.zeros(C - 1, D)}, ValueError, "class_counts: got 10 classes, expected 9 as centers"),
         ({"centers": torch.zeros(C, D, device="meta")}, ValueError, "centers: got device meta, expected cpu"),
         ({"centers": torch.zeros(C, D).long()}, TypeError, "centers: got dtype torch.int64"),
     )
@@ -456,7 +456,7 @@ class TestPaCo:
         ({"key": torch.zeros(5, D + 1)}, ValueError, "key: got 20 features (shape (5, 20)), expected 19 as query"),
         ({"key": torch.zeros(5, D).long()}, TypeError, "key: got dtype torch.int64"),
         ({"logits": torch.zeros(2, C)}, ValueError, "logits: got shape (2, 10), expected [3, C]"),
-        ({"logits": torch.zeros(3, C + 1)}, ValueError, "logits: got 11 classes, expected 10 as class_counts"),
+        ({"logits": torch.zeros(3, C + 1)}, ValueError, "class_counts: got 10 classes, expected 11 as logits"),
         ({"query_label": torch.zeros(4).long()}, ValueError, "query_label: got shape (4,), expected (3,)"),
         ({"query_label": torch.tensor([0, 1, C])}, IndexError, "query_label: row 2 has class 10"),
         ({"key_label": torch.zeros(4).long()}, ValueError, "key_label: got shape (4,), expected (5,)"),
@@ -505,7 +505,7 @@ def test_bcl_without_checks_leaves_a_class_out_of_range_to_its_own_rows():
 def test_paco_refuses_logits_of_other_classes_and_too_much_smoothing():
     query, key = F.normalize(torch.randn(2, 4), dim=1), F.normalize(torch.randn(3, 4), dim=1)
     labels, of_keys = torch.tensor([0, 1]), torch.tensor([0, 1, 1])
-    with pytest.raises(ValueError, match=r"logits: got 2 classes, expected 3 as class_counts"):
+    with pytest.raises(ValueError, match=r"class_counts: got 3 classes, expected 2 as logits"):
         PaCoLoss([5, 4, 3], alpha=0.1)(query, labels, key, of_keys, torch.randn(2, 2))
     with pytest.raises(ValueError, match=r"label_smoothing: got 0.8 with 2 classes, expected at most 0.5"):
         PaCoLoss([5, 4], alpha=0.1, label_smoothing=0.8)(query, labels, key, of_keys, torch.randn(2, 2))

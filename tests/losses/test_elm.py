@@ -187,7 +187,7 @@ class TestELM:
 
     @refused(
         "change",
-        ({"logits": torch.zeros(3, C + 1)}, ValueError, "logits: got shape (3, 11), expected (3, 10)"),
+        ({"logits": torch.zeros(3, C + 1)}, ValueError, "class_counts: got 10 classes, expected 11 as logits"),
         ({"embeddings": torch.zeros(3)}, ValueError, "embeddings: got shape (3,), expected [N, D]"),
         ({"target": torch.tensor([0, 1, C])}, IndexError, "target: row 2 has class 10"),
         ({"key": torch.zeros(5, D)}, ValueError, "key_label: got None with key, expected both or neither"),

@@ -312,7 +312,7 @@ class TestGML:
         ({"key": torch.zeros(5, D + 1)}, ValueError, "key: got 20 features (shape (5, 20)), expected 19"),
         ({"key": None}, TypeError, "key: got NoneType, expected a Tensor [M, D]"),
         ({"logits": torch.zeros(2, C)}, ValueError, "target: got class indices of shape (3,), expected (2,)"),
-        ({"logits": torch.zeros(3, C + 1)}, ValueError, "class_bias: got shape (10,), expected [11]"),
+        ({"logits": torch.zeros(3, C + 1)}, ValueError, "class_counts: got 10 classes, expected 11 as logits"),
         ({"query_label": torch.tensor([0, 1, C])}, IndexError, "target: row 2 has class 10"),
         ({"key_label": torch.full((5,), C)}, IndexError, "key_label: row 0 has class 10, expected 0 <= class < 10"),
         ({"key_label": torch.zeros(4).long()}, ValueError, "key_label: got shape (4,), expected (5,)"),

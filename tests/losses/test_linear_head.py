@@ -239,7 +239,7 @@ class TestFromLinear:
     @refused(
         "linear, loss",
         (nn.Conv2d(1, 1, 1), None, TypeError, "linear: got Conv2d, expected an nn.Linear"),
-        (nn.Linear(D, C), CosFaceLoss(), ValueError, "bias: got True with normalize=True"),
+        (nn.Linear(D, C), CosFaceLoss(), ValueError, "linear: got a layer with a bias for a cosine head (CosFaceLoss"),
         (nn.Linear(D, C + 1), LogitAdjustmentLoss(COUNTS), ValueError, "loss: got a LogitAdjustmentLoss with 13"),
         (parametrizations.weight_norm(nn.Linear(D, C)), None, TypeError, "whose weight or bias is computed"),
         (prune.identity(nn.Linear(D, C), "weight"), None, TypeError, "whose weight or bias is computed"),
