@@ -1,4 +1,4 @@
-"""The origin of a result: its revision, date and versions, and whether its kernels have changed since.
+"""The origin of a result: its revision, date and versions, and whether its kernels or class counts have changed since.
 
 ``revisions.json`` keeps the date of each measured revision and fingerprints of its kernels. ``report.py`` asks git for
 them once, when it publishes. Its ``--check`` reads files alone, so a clone without history and a copy without git say
@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from lt_kernels.bench.cases import DATA_SETS, counts_digest
 from lt_kernels.bench.records import RESULTS, Record
 
 REVISIONS = RESULTS / "revisions.json"
@@ -182,6 +183,12 @@ def text_of(revisions: dict[str, Revision]) -> str:
     return json.dumps({name: facts._asdict() for name, facts in revisions.items()}, indent=1) + "\n"
 
 
+def counts_verdict(record: Record) -> str:
+    """Say whether the class counts of a measurement have changed since; nothing where they have not."""
+    name, _, digest = (record.class_counts or "").partition(" ")
+    return f"other {name} counts then" if name in DATA_SETS.values() and digest != counts_digest(name) else ""
+
+
 class Origins:
     """Describes the origin of a record in a table's cell."""
 
@@ -190,7 +197,7 @@ class Origins:
         self._now = cache(lambda kernels: kernels.fingerprint(WorkingTree(root)))
 
     def describe(self, record: Record) -> str:
-        """Return date, revision and versions, and whether the kernels have changed since.
+        """Return date, revision and versions, and whether the kernels or class counts have changed since.
 
         An old record has no date of its own; its revision's date is shown.
         """
@@ -201,8 +208,8 @@ class Origins:
         if record.date is None and facts.date is not None:
             revision += f" of {facts.date}"
         known = ", ".join([*([record.date] if record.date else []), revision, *versions])
-        verdict = self._verdict(record, facts)
-        return f"{known}; {verdict}" if verdict else known
+        verdicts = [self._verdict(record, facts), counts_verdict(record)]
+        return "; ".join([known, *filter(None, verdicts)])
 
     def _verdict(self, record: Record, facts: Revision) -> str:
         kernels = Kernels.of(record)

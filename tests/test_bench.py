@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 from datetime import date
@@ -218,6 +219,7 @@ def test_run_makes_complete_records(case):
         assert r.gbps == pytest.approx(r.bytes_moved / r.ms_median / 1e6, rel=1e-3)
         assert r.fraction_of_floor == pytest.approx(r.gbps / r.copy_gbps, rel=1e-3)
         assert r.sizes == op.cases[case].sizes
+        assert r.class_counts == "exponential profile"
         assert r.device_slug.startswith("cpu-")
         assert r.versions["torch"] == torch.__version__
         assert r.static_floor_ms is None
@@ -228,6 +230,13 @@ def test_run_makes_complete_records(case):
     if eager["fwd_bwd"].peak_bytes is not None:
         assert eager["fwd_bwd"].peak_bytes >= eager["bwd"].peak_bytes >= logits
         assert eager["fwd"].peak_bytes >= 2 * logits  # shifted, and its log-softmax
+
+
+def test_records_name_the_class_counts_of_a_data_set():
+    (found,) = run_small(cases=["inat18-n64"], providers=["eager"], directions=["fwd"], repetitions=1)
+    counts = lt_kernels.datasets.class_counts("inat18_like").tolist()
+    digest = hashlib.sha256("".join(f"{count}\n" for count in counts).encode()).hexdigest()
+    assert found.class_counts == f"inat18_like {digest[:12]}"
 
 
 def test_run_of_a_head_measures_its_floor_unasked_and_holds_others_against_it(monkeypatch):
@@ -554,12 +563,16 @@ def test_save_replaces_whole_groups_only(tmp_path):
 
 def test_load_reads_the_first_schemas_and_refuses_others(tmp_path):
     path = tmp_path / "old.json"
-    for schema, absent in ((1, ("static_floor_ms", "date")), (2, ("date",))):
+    for schema, absent in (
+        (1, ("static_floor_ms", "date", "class_counts")),
+        (2, ("date", "class_counts")),
+        (3, ("class_counts",)),
+    ):
         old = {name: value for name, value in dataclasses.asdict(record()).items() if name not in absent}
         path.write_text(json.dumps({"schema": schema, "records": [old]}))
         assert records.load(path) == [record()]
-    path.write_text(json.dumps({"schema": 4, "records": []}))
-    with pytest.raises(ValueError, match=r"old.json: got schema 4, expected one of \(1, 2, 3\)"):
+    path.write_text(json.dumps({"schema": 5, "records": []}))
+    with pytest.raises(ValueError, match=r"old.json: got schema 5, expected one of \(1, 2, 3, 4\)"):
         records.load(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"old.json: expected a results file"):

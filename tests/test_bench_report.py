@@ -18,6 +18,7 @@ import pytest
 from bench_records import head_record, record
 
 from lt_kernels.bench import records
+from lt_kernels.bench.cases import counts_digest
 from lt_kernels.bench.ops import OPS
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "benchmarks")]
@@ -367,6 +368,18 @@ def test_a_row_tells_date_revision_and_versions(repository):
         "2026-01-03, revision unknown, torch 2.13.0; kernels not compared",
     ]
     assert repository.origins(record(git=revision)) == [f"revision {revision}, torch 2.13.0"]  # eager has no kernels
+
+
+def test_a_row_tells_that_its_class_counts_have_changed(repository):
+    today = f"inat18_like {counts_digest('inat18_like')}"
+    assert repository.origins(
+        *(record(git=None, class_counts=name) for name in (None, "exponential profile", today, "inat18_like 0123")),
+        measured("0" * 12, class_counts="inat18_like 0123"),
+    ) == [
+        *["revision unknown, torch 2.13.0"] * 3,
+        "revision unknown, torch 2.13.0; other inat18_like counts then",
+        "2026-01-03, revision 000000000000, torch 2.13.0; kernels not compared; other inat18_like counts then",
+    ]
 
 
 def verdicts(repository) -> list[str]:

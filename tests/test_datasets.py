@@ -5,7 +5,9 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,10 @@ import torch
 from lt_kernels import datasets
 from lt_kernels.datasets import available, class_counts, class_counts_from_file, class_supercategories
 from lt_kernels.priors import shot_groups
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools import inat18_like
 
 #: name: (classes, total, min, max)
 FACTS = {
@@ -28,12 +34,6 @@ FACTS = {
     "inat18_val": (8142, 24426, 3, 3),
     "inat18_like": (8142, 437513, 2, 1000),
 }
-#: iNaturalist 2018's train totals, which the synthetic counts meet.
-SUPERCATEGORY_TOTALS = {
-    "Plantae": 118800, "Insecta": 87192, "Aves": 143950, "Actinopterygii": 7835, "Fungi": 6864, "Reptilia": 22754,
-    "Mollusca": 8007, "Mammalia": 20104, "Animalia": 5966, "Amphibia": 11156, "Arachnida": 4037, "Chromista": 621,
-    "Protozoa": 211, "Bacteria": 16,
-}  # fmt: skip
 
 
 def test_available_names_are_the_documented_ones():
@@ -57,11 +57,18 @@ def test_imagenet_lt_split():
     assert shot_groups(class_counts("imagenet_lt")).bincount().tolist() == [385, 479, 136]
 
 
-def test_synthetic_counts_meet_the_known_totals_of_the_supercategories():
+def test_synthetic_counts_meet_what_is_known_of_the_real_ones():
+    counts = class_counts("inat18_like")
     totals: Counter[str] = Counter()
-    for name, count in zip(class_supercategories("inat18"), class_counts("inat18_like").tolist(), strict=True):
+    for name, count in zip(class_supercategories("inat18"), counts.tolist(), strict=True):
         totals[name] += count
-    assert totals == SUPERCATEGORY_TOTALS
+    assert totals == inat18_like.TOTALS
+    assert totals.total() == 437_513
+    assert shot_groups(counts).bincount().tolist() == [842, 4_076, 3_224]
+
+
+def test_synthetic_counts_are_made_by_the_committed_tool():
+    assert inat18_like.text() == inat18_like.FILE.read_text()
 
 
 def test_each_call_returns_a_tensor_of_its_own():

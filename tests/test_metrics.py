@@ -21,6 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from lt_kernels import metrics
+from lt_kernels.datasets import class_counts
 from lt_kernels.functional import expert_fusion
 from lt_kernels.metrics import (
     CalibrationError,
@@ -30,6 +31,7 @@ from lt_kernels.metrics import (
     reliability_diagram,
     within_class_spread,
 )
+from lt_kernels.priors import shot_groups
 
 COUNTS = [500, 101, 100, 60, 20, 19, 3, 0]  # training samples: groups 0 0 | 1 1 1 | 2 2 2
 C = len(COUNTS)
@@ -74,6 +76,41 @@ def test_classes_without_test_samples_are_left_out():
     assert values(metric)["balanced"] == pytest.approx(balanced_accuracy_score(target, logits.argmax(1)), rel=1e-6)
     assert math.isnan(values(metric)["few"])
     assert metric.per_class().isnan().tolist() == [False] * 5 + [True] * 3
+
+
+#: Accuracies of ResNet-50 on iNaturalist 2018, in percent: (all, many, medium, few). The first five stand in
+#: MODEL_ZOO.md of frank-xwang/RIDE-LongTailRecognition, the next three in Kang et al. (ICLR 2020), the last in Zhang et
+#: al. (NeurIPS 2022), whose cross-entropy is trained for longer.
+PUBLISHED = {
+    "cross-entropy": (61.7, 72.2, 63.0, 57.2),
+    "learnable weight scaling": (65.9, 65.0, 66.3, 65.5),
+    "RIDE, 3 experts": (71.2, 70.2, 71.2, 71.6),
+    "RIDE, 4 experts, distilled": (72.6, 70.9, 72.5, 73.1),
+    "RIDE, 6 experts": (72.9, 71.1, 72.9, 73.3),
+    "nearest class mean": (58.2, 55.5, 57.9, 59.3),
+    "classifier re-training": (65.2, 69.0, 66.0, 63.2),
+    "tau-normalised": (65.6, 65.6, 65.3, 65.9),
+    "cross-entropy, longer": (64.7, 74.7, 66.3, 60.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rows_add_up_with_the_groups_of_inaturalist(name):
+    """Three images of each class are tested, as many right in each group as is published: the rest must follow."""
+    overall, *of_groups = PUBLISHED[name]
+    counts = class_counts("inat18_like")
+    target = torch.arange(len(counts)).repeat_interleave(3)
+    preds = (target + 1) % len(counts)
+    for group, accuracy in enumerate(of_groups):
+        rows = (shot_groups(counts)[target] == group).nonzero().flatten()
+        right = rows[: round(accuracy / 100 * len(rows))]
+        preds[right] = target[right]
+    metric = ShotGroupAccuracy(counts)
+    metric.update(preds, target)
+    percent = {name: 100 * value for name, value in values(metric).items()}
+    assert [percent[name] for name in ("many", "medium", "few")] == pytest.approx(of_groups, abs=0.02)
+    assert percent["overall"] == pytest.approx(overall, abs=0.06)
+    assert percent["balanced"] == pytest.approx(percent["overall"], abs=1e-4)  # as many images of each class
 
 
 def test_batches_and_orders_do_not_matter():

@@ -6,9 +6,11 @@ Real shapes stand in each op's ``configs.py``, which the machine-code gate and t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -87,6 +89,12 @@ class Case:
         """The number of elements of gradients that peak memory does not count."""
         return 0
 
+    @property
+    def counts_name(self) -> str:
+        """The name of the class counts: a data set with a digest of its counts, or the profile."""
+        name = DATA_SETS.get(self.classes)
+        return "exponential profile" if name is None else f"{name} {counts_digest(name)}"
+
     def class_counts(self) -> Tensor:
         """Training images per class, float64 [classes]."""
         if self.classes in DATA_SETS:
@@ -122,6 +130,13 @@ def exponential_counts(classes: int, largest: float, imbalance: float) -> Tensor
     """The profile of long-tailed CIFAR: largest * imbalance^(-j / (classes - 1)), rounded, float64 [classes]."""
     position = torch.linspace(0, 1, classes, dtype=torch.float64)
     return (largest * imbalance**-position).round().clamp_min(1)
+
+
+@cache
+def counts_digest(name: str) -> str:
+    """Return a digest of a data set's class counts, which tells whether those of a measurement are today's."""
+    counts = datasets.class_counts(name).tolist()
+    return hashlib.sha256("".join(f"{count}\n" for count in counts).encode()).hexdigest()[:12]
 
 
 C = TypeVar("C", bound=Case)

@@ -16,8 +16,8 @@ import torch
 
 from .. import __version__
 
-SCHEMA = 3
-_READABLE = (1, 2, 3)  # 1: without static_floor_ms; 2: without date
+SCHEMA = 4
+_READABLE = (1, 2, 3, 4)  # 1: without static_floor_ms; 2: without date; 3: without class_counts
 #: The saved results of a checkout.
 RESULTS = Path("benchmarks/results")
 #: The measured code.
@@ -51,6 +51,9 @@ class Record:
     git: str | None
     static_floor_ms: float | None = None  # Cost.static_floor_ms; None for a chip it does not know
     date: str | None = None  # of the measurement, ISO 8601; None in old records
+    class_counts: str | None = (
+        None  # the data set and a digest of its counts, see Case.counts_name; None in old records
+    )
 
     @property
     def shape(self) -> str:

@@ -261,6 +261,7 @@ def _run_group(
         "op": op.name,
         "case": case.name,
         "sizes": case.sizes,
+        "class_counts": case.counts_name,
         "dtype": dtype_name,
         "device": device_name(device),
         "device_slug": device_slug(device),
