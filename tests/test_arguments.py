@@ -78,7 +78,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "supervised_contrastive": (
         LF.supervised_contrastive,
         {"query": KEYS, "key": KEYS.clone(), "query_label": TARGET, "key_label": TARGET, "temperature": 0.1,
-         "form": "out", "reduction": "mean"},
+         "form": "out", "ignore_index": -100, "reduction": "mean"},
     ),
     "ClassQueue.enqueue": (
         method(CLASS_QUEUE, "enqueue"), {"features": FEATURES, "labels": TARGET, "ids": torch.arange(4)}
@@ -179,8 +179,9 @@ def test_choices_are_one_of_the_words(name, argument, value):
 )
 @pytest.mark.parametrize("value", [2**70, 2.5, True, "3", None, torch.tensor(3)], ids=str)
 def test_integers(name, argument, value):
-    if value is None and (name, argument) == ("linear_margin_cross_entropy", "ignore_index"):
-        return  # nothing is ignored
+    takes_none = ("linear_margin_cross_entropy", "supervised_contrastive")  # nothing is ignored
+    if value is None and argument == "ignore_index" and name in takes_none:
+        return
     refused(name, argument, value, r"(an int of 71 bits|\w+), expected")
 
 

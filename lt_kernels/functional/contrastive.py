@@ -34,6 +34,8 @@ from ..ops.partitioned_logsumexp.arguments import Arguments
 from ..ops.partitioned_logsumexp.op import OP, forward
 from .rows import REDUCTIONS
 
+#: Of contrastive losses; a query without positives counts in "mean", and does not in "mean_positives".
+CONTRASTIVE_REDUCTIONS = (*REDUCTIONS, "mean_positives")
 #: Labels are compared as int32.
 _LABELS = torch.iinfo(torch.int32)
 #: How far above 1 a norm may be where vectors are said to be normalised, in roundings of their dtype.
@@ -210,7 +212,9 @@ def supervised_contrastive(
     exclude: Tensor | Literal["self"] | None = None,
     key_grad_rows: tuple[int, int] | None = None,
     normalized: bool = False,
-    reduction: Literal["none", "mean", "sum"] = "mean",
+    ignore_index: int | None = None,
+    reduction: Literal["none", "mean", "sum", "mean_positives"] = "mean",
+    empty_mean: Literal["nan", "zero"] = "nan",
 ) -> Tensor:
     """Supervised contrastive loss of queries against keys (Khosla et al., *Supervised Contrastive Learning*, 2020).
 
@@ -224,7 +228,11 @@ def supervised_contrastive(
     Args:
         temperature: a number or 0-dim tensor, > 0 (values of a tensor are not checked).
         form: where the mean over positives is taken: outside or inside the logarithm.
-        reduction: ``"none"`` ([N]), ``"mean"`` (over all queries, those without positives too) or ``"sum"``.
+        ignore_index: queries and keys of this label take no part, as if their rows were dropped; None (the default):
+            every label is one, -1 and -100 too.
+        reduction: ``"none"`` ([N]), ``"mean"`` (over all queries, those without positives too), ``"sum"``, or
+            ``"mean_positives"``: the mean over the queries that have positives, 0 where none has.
+        empty_mean: the ``"mean"`` over no query: ``"nan"`` as in torch, or ``"zero"``.
 
     The other arguments are those of [`partitioned_logsumexp`][lt_kernels.functional.partitioned_logsumexp]; in a batch
     against itself, ``exclude="self"``.
@@ -241,9 +249,14 @@ def supervised_contrastive(
         >>> supervised_contrastive(features, features, labels, temperature=0.07, exclude="self").backward()
     """
     check_choice("form", form, ("out", "in"))
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, CONTRASTIVE_REDUCTIONS)
+    check_choice("empty_mean", empty_mean, ("nan", "zero"))
     if not isinstance(temperature, Tensor):
         temperature = check_positive("temperature", check_number("temperature", temperature))
+    counted = None
+    if ignore_index is not None:
+        check_int("ignore_index", ignore_index, kind="an int or None")
+        counted, key_bias = _without(ignore_index, query, key, query_label, key_label, key_bias)
     sums = partitioned_logsumexp(
         query, key, query_label, key_label, scale=1 / temperature, key_bias=key_bias, exclude=exclude,
         key_grad_rows=key_grad_rows, normalized=normalized,
@@ -255,10 +268,34 @@ def supervised_contrastive(
     else:
         # a softplus, but F.softplus is the identity from 20 on
         loss = torch.logaddexp(sums.neg - sums.pos, torch.zeros_like(sums.pos)) + count.log()
+    if counted is not None:
+        some = some & counted
     loss = torch.where(some, loss, 0.0)
     if reduction == "none":
         return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean_positives":
+        return loss.sum() / some.sum().clamp_min(1)
+    if counted is None and empty_mean == "nan":
+        return loss.mean()
+    count = torch.ones_like(some).sum() if counted is None else counted.sum()
+    mean = loss.sum() / count.clamp_min(1)
+    # 0 / 0 would send NaN to the gradients of rows that are left out
+    return mean if empty_mean == "zero" else torch.where(count > 0, mean, math.nan)
+
+
+def _without(
+    ignore_index: int, query: Tensor, key: Tensor, query_label: Any, key_label: Any, key_bias: Any
+) -> tuple[Tensor, Tensor]:
+    """Return which queries count, [N], and the bias of keys with -inf for those that do not, [M]."""
+    dtype = compute_dtype(_check_vectors(query, key))
+    of_keys, name = (query_label, "query_label") if key_label is None else (key_label, "key_label")
+    counted = as_int64("query_label", _index_vector("query_label", query_label, len(query), query)) != ignore_index
+    left_out = as_int64(name, _index_vector(name, of_keys, len(key), query)) == ignore_index
+    bias = check_class_vector("key_bias", key_bias, len(key), query, dtype, of="key")
+    bias = query.new_zeros((len(key),), dtype=dtype) if bias is None else bias
+    return counted, bias.masked_fill(left_out, -math.inf)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._checks import as_int64, check_classes, check_device, check_integers, check_shape, reads_values
+from .._checks import (
+    as_int64,
+    check_classes,
+    check_device,
+    check_floating,
+    check_integers,
+    check_positive,
+    check_shape,
+    reads_values,
+)
 from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
@@ -61,6 +70,24 @@ class ContrastiveLossBase(ClassTensorLoss):
             f"loss: got a {type(self).__name__}, which takes embeddings beside the logits, expected the loss of one "
             "classifier"
         )
+
+
+def as_temperature(temperature: float | Tensor) -> float | Tensor:
+    """Return what a module holds: a number, an ``nn.Parameter`` that it trains, or a buffer of another 0-dim tensor."""
+    if not isinstance(temperature, Tensor):
+        return check_positive("temperature", temperature)
+    check_floating("temperature", temperature)
+    check_shape("temperature", temperature, (), expected="a 0-dim tensor")
+    if reads_values(temperature) and not bool(temperature > 0):
+        raise ValueError(f"temperature: got {temperature.item():g}, expected a number > 0")
+    return temperature if isinstance(temperature, nn.Parameter) else nn.Buffer(temperature)
+
+
+def shown_temperature(temperature: float | Tensor) -> str:
+    """Return what ``repr`` says; it reads no tensor's value."""
+    if isinstance(temperature, Tensor):
+        return "learned" if temperature.requires_grad else "tensor"
+    return str(temperature)
 
 
 def check_labels(

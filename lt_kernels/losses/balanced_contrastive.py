@@ -15,11 +15,11 @@ from .._checks import (
     check_counted,
     check_device,
     check_embeddings,
-    check_positive,
+    check_int,
     check_shape,
 )
 from ..priors import ClassPrior
-from ._contrastive_base import check_labels, count_classes
+from ._contrastive_base import as_temperature, check_ids, check_labels, count_classes, shown_temperature
 
 
 class BalancedContrastiveLoss(nn.Module):
@@ -41,8 +41,12 @@ class BalancedContrastiveLoss(nn.Module):
     Args:
         class_counts: training samples per class, [C]. Only the number of classes matters: the balance is that of the
             batch.
-        temperature: T; the published code's default is 0.1.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        temperature: T; the published code's default is 0.1. A number, or a 0-dim tensor: an ``nn.Parameter`` is a
+            parameter of the loss and is trained, another tensor is a buffer.
+        ignore_index: samples of this label are neither anchors nor keys, as if they were not in the batch. -1 is a
+            label out of range like any other, unless it is this one.
+        reduction: ``"mean"`` over the views that are not ignored, ``"sum"`` or ``"none"``.
+        empty_mean: the ``"mean"`` over no view: ``"nan"``, or ``"zero"``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
@@ -58,18 +62,24 @@ class BalancedContrastiveLoss(nn.Module):
         BalancedContrastiveLoss(num_classes=3, temperature=0.07)
     """
 
+    temperature: float | Tensor
+
     def __init__(
         self,
         class_counts: ClassVector,
-        temperature: float = 0.07,
+        temperature: float | Tensor = 0.07,
         *,
+        ignore_index: int = -100,
         reduction: Literal["none", "mean", "sum"] = "mean",
+        empty_mean: Literal["nan", "zero"] = "nan",
     ) -> None:
         super().__init__()
         self.num_classes = len(ClassPrior(class_counts, zero_counts="mask"))
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = as_temperature(temperature)
+        self.ignore_index = check_int("ignore_index", ignore_index)
         check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
-        self.reduction = reduction
+        check_choice("empty_mean", empty_mean, ("nan", "zero"))
+        self.reduction, self.empty_mean = reduction, empty_mean
 
     def forward(self, features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
         """Return the loss of ``features``, float16, bfloat16, float32 or float64.
@@ -87,12 +97,15 @@ class BalancedContrastiveLoss(nn.Module):
         check_counted(self.num_classes, len(centers), "centers")
         check_shape("centers", centers, (self.num_classes, dim))
         check_device("centers", centers, features, " as features")
-        # no label means "none": -1 is as much out of range as any other
-        index, is_class = check_labels("labels", labels, (samples,), self.num_classes, features, none=None)
+        given = check_ids("labels", labels, (samples,), features)
+        index, is_class = check_labels("labels", given, (samples,), self.num_classes, features, self.ignore_index)
+        counted = given != self.ignore_index
+        is_class = is_class & counted
+        index = index.masked_fill(~is_class, 0)
         query = features.flatten(0, 1)
         label = index[:, None].expand(samples, views).flatten()
         dtype = torch.promote_types(features.dtype, torch.float32)
-        # a class out of range, on a GPU, is no key of any class
+        # an ignored view is no key, nor, on a GPU, is one of a class out of range
         of_views = torch.where(is_class, index, -1)[:, None].expand(samples, views).flatten()
         key_label = torch.cat([of_views, torch.arange(self.num_classes, device=label.device)])
         counts = (views * count_classes(index, is_class, self.num_classes) + 1).to(dtype)
@@ -104,11 +117,20 @@ class BalancedContrastiveLoss(nn.Module):
         count = counts[label]
         others = (count - 1).clamp_min(1)
         rows = torch.logaddexp(sums.neg, sums.pos + (count / others).log()) - sums.pos_sum / others
-        rows = torch.where(is_class[:, None], rows.view(samples, views), math.nan)
+        # a class out of range, on a GPU
+        nothing = torch.where(counted, math.nan, 0.0)[:, None].to(dtype)
+        rows = torch.where(is_class[:, None], rows.view(samples, views), nothing)
         if self.reduction == "none":
             return rows
-        return rows.mean() if self.reduction == "mean" else rows.sum()
+        if self.reduction == "sum":
+            return rows.sum()
+        count_of_rows = views * counted.sum()
+        mean = rows.sum() / count_of_rows.clamp_min(1)
+        # 0 / 0 would send NaN to the gradients of rows that are left out
+        return mean if self.empty_mean == "zero" else torch.where(count_of_rows > 0, mean, math.nan)
 
     def extra_repr(self) -> str:
+        ignored = "" if self.ignore_index == -100 else f", ignore_index={self.ignore_index}"
         reduction = "" if self.reduction == "mean" else f", reduction={self.reduction}"
-        return f"num_classes={self.num_classes}, temperature={self.temperature}{reduction}"
+        reduction += "" if self.empty_mean == "nan" else f", empty_mean={self.empty_mean}"
+        return f"num_classes={self.num_classes}, temperature={shown_temperature(self.temperature)}{ignored}{reduction}"

@@ -19,11 +19,17 @@ from .._checks import (
     check_embeddings,
     check_flag,
     check_number,
-    check_positive,
     check_shape,
 )
 from ..priors import ClassPrior
-from ._contrastive_base import ContrastiveLossBase, ContrastiveOptions, check_ids, check_labels
+from ._contrastive_base import (
+    ContrastiveLossBase,
+    ContrastiveOptions,
+    as_temperature,
+    check_ids,
+    check_labels,
+    shown_temperature,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,7 +90,8 @@ class ELMLoss(ContrastiveLossBase):
         regularizer: R.
         embedding_margin: delta: a number m: m n^-1/4 / max(n^-1/4), the rarest class has m, as the margins of LDAM; or
             a vector [C], fixed.
-        temperature: T.
+        temperature: T; a number, or a 0-dim tensor: an ``nn.Parameter`` is a parameter of the loss and is trained,
+            another tensor is a buffer.
         logit_margin: ``"logit_adjustment"``, or ``"ldam"``: margins ``max_margin`` n^-1/4 / max(n^-1/4) on the target,
             and no class bias.
         max_margin: of LDAM.
@@ -109,6 +116,7 @@ class ELMLoss(ContrastiveLossBase):
 
     margin: Tensor | None
     embedding_margin: Tensor
+    temperature: float | Tensor
 
     def __init__(
         self,
@@ -118,7 +126,7 @@ class ELMLoss(ContrastiveLossBase):
         regularizer: Literal["pairwise", "contrastive", "spread"] = "pairwise",
         *,
         embedding_margin: float | ClassVector = 0.5,
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         logit_margin: Literal["logit_adjustment", "ldam"] = "logit_adjustment",
         max_margin: float = 0.5,
         scale: float = 1.0,
@@ -131,7 +139,7 @@ class ELMLoss(ContrastiveLossBase):
         self.regularizer, self.logit_margin = regularizer, logit_margin
         self.tau, self.max_margin = check_number("tau", tau), check_number("max_margin", max_margin, 0.0)
         self.embedding_weight = check_number("embedding_weight", embedding_weight, 0.0)
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = as_temperature(temperature)
         self.normalize = check_flag("normalize", normalize)
         self._rule: float | None = None
         if isinstance(embedding_margin, Real):
@@ -313,5 +321,5 @@ class ELMLoss(ContrastiveLossBase):
 
     def extra_repr(self) -> str:
         own: dict[str, Any] = {"regularizer": self.regularizer, "embedding_weight": self.embedding_weight}
-        own |= {"temperature": self.temperature, "logit_margin": self.logit_margin}
+        own |= {"temperature": shown_temperature(self.temperature), "logit_margin": self.logit_margin}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in own.items())])

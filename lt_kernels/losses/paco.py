@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,14 @@ from torch import Tensor
 from .. import functional as LF
 from .._checks import ClassVector, check_embeddings, check_number, check_positive
 from ..priors import ClassPrior
-from ._contrastive_base import ContrastiveLossBase, ContrastiveOptions, check_ids, check_labels
+from ._contrastive_base import (
+    ContrastiveLossBase,
+    ContrastiveOptions,
+    as_temperature,
+    check_ids,
+    check_labels,
+    shown_temperature,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,10 +43,12 @@ class PaCoLoss(ContrastiveLossBase):
 
     Args:
         class_counts: training samples per class, [C]; None: no prior.
-        alpha: weight of each positive key. Published: 0.05 (ImageNet-LT), 0.02 (CIFAR-100-LT).
+        alpha: weight of each positive key. Published: 0.05 (ImageNet-LT); CIFAR-100-LT has 0.02 in the paper and 0.01
+            in the scripts.
         beta: weight of the class logit.
         gamma: weight of the keys in the denominator; 0 takes them out.
-        temperature: T.
+        temperature: T; a number, or a 0-dim tensor: an ``nn.Parameter`` is a parameter of the loss and is trained,
+            another tensor is a buffer.
         supt: the temperature of the logits.
         eps: the published code adds 1e-9 to the prior.
         label_smoothing: GPaCo's: the target's share of beta is 1 - label_smoothing, each other class's
@@ -61,13 +70,15 @@ class PaCoLoss(ContrastiveLossBase):
         >>> slots = queue.enqueue(features[:, 1], labels)
     """
 
+    temperature: float | Tensor
+
     def __init__(
         self,
         class_counts: ClassVector | None,
         alpha: float,
         beta: float = 1.0,
         gamma: float = 1.0,
-        temperature: float = 0.2,
+        temperature: float | Tensor = 0.2,
         supt: float = 1.0,
         *,
         eps: float = 1e-9,
@@ -81,7 +92,7 @@ class PaCoLoss(ContrastiveLossBase):
         self.supt = float(supt)
         self.alpha, self.beta = check_number("alpha", alpha, 0.0), check_number("beta", beta, 0.0)
         self.gamma, self.eps = check_number("gamma", gamma, 0.0), check_number("eps", eps, 0.0)
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = as_temperature(temperature)
         if class_counts is not None:
             self._set_counts(class_counts)
 
@@ -201,5 +212,6 @@ class PaCoLoss(ContrastiveLossBase):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        own = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "temperature": self.temperature}
+        own: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma}
+        own["temperature"] = shown_temperature(self.temperature)
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in own.items())]).removeprefix(", ")

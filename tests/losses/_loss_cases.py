@@ -108,7 +108,7 @@ def without_counts(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 classifier = partial(Case, call=of_logits, weighted=True)
 experts = partial(Case, call=of_experts, weighted=True)
-views = partial(Case, from_counts=False, ignores=False)
+views = partial(Case, from_counts=False)
 
 CLASSIFIERS = {
     "logit-adjustment": classifier(LogitAdjustmentLoss),

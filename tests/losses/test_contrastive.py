@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from _loss_cases import COUNTS, C, D, M, N
 from _loss_dense import INAT, Leaves, check, counts_like, every_dtype, exact_dtypes, random_labels, run, unit
 from _refused import refused
-from torch import Tensor
+from torch import Tensor, nn
 
 import lt_kernels
-from lt_kernels.losses import BalancedContrastiveLoss, PaCoLoss, SupConLoss
+from lt_kernels.losses import BalancedContrastiveLoss, ELMLoss, PaCoLoss, SupConLoss
 
 
 def supcon(z: Tensor, y: Tensor, temperature: float = 0.07, form: str = "out") -> Tensor:
@@ -162,11 +162,77 @@ class TestSupCon:
         ({"contrast_mode": "two"}, ValueError, "contrast_mode: got 'two', expected one of 'all', 'one'"),
         ({"form": "mid"}, ValueError, "form: got 'mid', expected one of 'out', 'in'"),
         ({"normalize": 1}, TypeError, "normalize: got int, expected a bool"),
-        ({"reduction": "avg"}, ValueError, "reduction: got 'avg', expected one of 'none', 'mean', 'sum'"),
+        ({"reduction": "avg"}, ValueError, "reduction: got 'avg', expected one of 'none', 'mean', 'sum', 'mean_pos"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index: got float, expected an int or None"),
+        ({"temperature": torch.ones(2)}, ValueError, "temperature: got shape (2,), expected a 0-dim tensor"),
+        ({"temperature": torch.tensor(1)}, TypeError, "temperature: got dtype torch.int64"),
+        ({"temperature": torch.tensor(-0.5)}, ValueError, "temperature: got -0.5, expected a number > 0"),
     )
     def test_bad_construction(self, arguments, refusal):
         with refusal:
             SupConLoss(**arguments)
+
+    @exact_dtypes
+    @pytest.mark.parametrize("form", ["out", "in"])
+    @pytest.mark.parametrize("contrast_mode", ["all", "one"])
+    def test_a_mask_of_positives(self, backend, dtype, form, contrast_mode):
+        z, y = unit(N, 2, D, seed=14), random_labels(N, C, 15)
+        options = {"form": form, "contrast_mode": contrast_mode, "reduction": "none"}
+        loss = SupConLoss(0.1, **options)
+        given = (y[:, None] == y).to(torch.uint8)
+        value, gradients = run(lambda z: loss(z, mask=given), {"z": z.to(dtype)})
+        expected, others = run(lambda z: loss(z, y), {"z": z.to(dtype)})
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradients["z"], others["z"])
+        identity, of_pairs = torch.eye(N, dtype=torch.bool), SupConLoss(0.1, **options)
+        torch.testing.assert_close(of_pairs(z, mask=identity), of_pairs(z))
+
+    @pytest.mark.parametrize("form", ["out", "in"])
+    def test_a_mask_of_weights(self, form):
+        z, weight = unit(7, D, seed=16), torch.rand(7, 7, generator=torch.Generator().manual_seed(17)).double()
+        weight[weight < 0.3] = 0
+        weight[2] = 0  # no positives
+        s = (z @ z.T / 0.1).masked_fill(torch.eye(7, dtype=torch.bool), -math.inf)
+        log_p = (s - s.logsumexp(1, keepdim=True)).masked_fill(torch.eye(7, dtype=torch.bool), 0)
+        share = weight.masked_fill(torch.eye(7, dtype=torch.bool), 0)
+        share = share / share.sum(1, keepdim=True).clamp_min(1e-9)
+        rows = -(share * log_p).sum(1) if form == "out" else -(share * log_p.exp()).sum(1).log()
+        rows[2] = 0
+        loss = SupConLoss(0.1, form=form, reduction="mean_positives")
+        torch.testing.assert_close(loss(z, mask=weight), rows.sum() / 6)
+        value, gradients = run(lambda z: loss(z, mask=torch.zeros(7, 7)), {"z": z})
+        assert value == 0
+        assert not gradients["z"].any()
+        assert run(lambda z: loss(z, mask=weight), {"z": z})[1]["z"].isfinite().all()
+
+    @refused(
+        "mask",
+        (torch.ones(3, 3).tolist(), TypeError, "mask: got list, expected a Tensor [N, N]"),
+        (torch.ones(6, 6), ValueError, "mask: got shape (6, 6), expected (3, 3)"),
+        (torch.ones(3, 3, dtype=torch.complex64), TypeError, "mask: got dtype torch.complex64, expected bool or real"),
+        (-torch.ones(3, 3), ValueError, "mask: got a weight that is negative or not finite, expected finite weights"),
+        (torch.ones(3, 3, device="meta"), ValueError, "mask: got device meta, expected cpu as features"),
+    )
+    def test_bad_masks(self, mask, refusal):
+        with refusal:
+            SupConLoss()(torch.zeros(3, 2, 4), mask=mask)
+
+    def test_labels_and_a_mask(self):
+        with pytest.raises(ValueError, match="mask: got both labels and mask, expected one of them"):
+            SupConLoss()(torch.zeros(3, 4), torch.zeros(3).long(), torch.ones(3, 3))
+
+    @pytest.mark.parametrize("batch", ["some-without", "none-with"])
+    def test_the_mean_over_anchors_with_positives_is_pytorch_metric_learning(self, backend, batch):
+        theirs = pytest.importorskip("pytorch_metric_learning.losses").SupConLoss(temperature=0.1)
+        z = 3 * unit(N, D, seed=18)
+        y = random_labels(N, 30, 19) if batch == "some-without" else torch.arange(N)
+        assert y.bincount().min() < 2
+        loss = SupConLoss(0.1, normalize=True, reduction="mean_positives")
+        value, gradients = run(lambda z: loss(z, y), {"z": z})
+        expected, others = run(lambda z: theirs(z, y), {"z": z})
+        torch.testing.assert_close(value, expected.view(()))
+        torch.testing.assert_close(gradients["z"], others["z"])
+        assert (value == 0) == (batch == "none-with")
 
     @refused(
         "features, labels",
@@ -509,3 +575,90 @@ def test_paco_refuses_logits_of_other_classes_and_too_much_smoothing():
         PaCoLoss([5, 4, 3], alpha=0.1)(query, labels, key, of_keys, torch.randn(2, 2))
     with pytest.raises(ValueError, match=r"label_smoothing: got 0.8 with 2 classes, expected at most 0.5"):
         PaCoLoss([5, 4], alpha=0.1, label_smoothing=0.8)(query, labels, key, of_keys, torch.randn(2, 2))
+
+
+# ----------------------------------------------------------------------------------- what is left out, and temperatures
+
+
+def supcon_of(**options):
+    return lambda z, y, centers, **more: SupConLoss(0.1, **options, **more)(z, y)
+
+
+LEAVING_OUT = {
+    "supcon": supcon_of(),
+    "supcon-in": supcon_of(form="in"),
+    "supcon-one": supcon_of(contrast_mode="one"),
+    "supcon-normalize": supcon_of(normalize=True),
+    "bcl": lambda z, y, centers, **more: BalancedContrastiveLoss(COUNTS, 0.1, **more)(z, y, centers),
+}
+
+
+@pytest.mark.parametrize("ignored", [-1, 3, -100])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "mean_positives"])
+@pytest.mark.parametrize("name", LEAVING_OUT)
+def test_ignoring_samples_is_dropping_them(backend, name, reduction, ignored):
+    if name == "bcl" and reduction == "mean_positives":
+        pytest.skip("every view has its centre")
+    y = random_labels(N, C, 1)
+    y[::3] = ignored
+    kept = y != ignored
+    leaves = {"z": 2 * unit(N, 2, D, seed=0) if "normalize" in name else unit(N, 2, D, seed=0)}
+    leaves["centers"] = unit(C, D, seed=2)
+    call = LEAVING_OUT[name]
+    options = {"reduction": reduction}
+    value, gradients = run(lambda z, centers: call(z, y, centers, ignore_index=ignored, **options), leaves)
+    expected, others = run(lambda z, centers: call(z[kept], y[kept], centers, **options), leaves)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients, others)
+    assert not gradients["z"][~kept].any()
+    rows = call(leaves["z"], y, leaves["centers"], ignore_index=ignored, reduction="none")
+    assert not rows[~kept].any()
+
+
+def test_without_an_ignore_index_supcon_takes_minus_one_and_minus_hundred_as_labels():
+    z, y = unit(6, D, seed=0), torch.tensor([-1, -100, -1, -100, 2, 2])
+    torch.testing.assert_close(SupConLoss()(z, y), SupConLoss()(z, torch.tensor([0, 1, 0, 1, 2, 2])), rtol=0, atol=0)
+
+
+def test_bcl_takes_minus_one_as_out_of_range_unless_it_is_the_ignore_index():
+    given = unit(2, 2, D, seed=0), torch.tensor([0, -1]), unit(C, D, seed=1)
+    with pytest.raises(IndexError, match="labels: row 1 has class -1, expected 0 <= class < 10, or -100 for none"):
+        BalancedContrastiveLoss(COUNTS)(*given)
+    assert BalancedContrastiveLoss(COUNTS, ignore_index=-1)(*given).isfinite()
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor.clone], ids=["parameter", "buffer"])
+@pytest.mark.parametrize("name", ["supcon", "supcon-base", "supcon-mask", "bcl", "paco", "elm-pairwise", "elm-spread"])
+def test_a_temperature_may_be_learned(backend, name, kind):
+    z, y = unit(N, 2, D, seed=0), random_labels(N, C, 1)
+    key, l, logits = unit(M, D, seed=2), random_labels(M, C, 3), unit(N, C, seed=4)  # noqa: E741
+
+    def make(temperature: float | Tensor) -> nn.Module:
+        if name.startswith("elm"):
+            return ELMLoss(COUNTS, temperature=temperature, regularizer=name.removeprefix("elm-"), dtype=torch.float64)
+        if name == "paco":
+            return PaCoLoss(COUNTS, 0.05, temperature=temperature, dtype=torch.float64)
+        if name == "bcl":
+            return BalancedContrastiveLoss(COUNTS, temperature)
+        return SupConLoss(temperature, 0.07 if name == "supcon-base" else None)
+
+    def value(loss: nn.Module) -> Tensor:
+        if name.startswith("elm"):
+            return loss(logits, z[:, 0], y)
+        if name == "paco":
+            return loss(z[:, 0], y, key, l, logits)
+        if name == "bcl":
+            return loss(z, y, key[:C])
+        return loss(z, mask=y[:, None] == y) if name == "supcon-mask" else loss(z, y)
+
+    start = torch.tensor(0.2, dtype=torch.float64)
+    loss = make(kind(start))
+    torch.testing.assert_close(value(loss), value(make(0.2)))
+    assert "temperature" in loss.state_dict()
+    assert [*dict(loss.named_parameters())] == (["temperature"] if kind is nn.Parameter else [])
+    assert f"temperature={'learned' if kind is nn.Parameter else 'tensor'}" in repr(loss)
+    if kind is nn.Parameter:
+        (slope,) = torch.autograd.grad(value(loss), [loss.temperature])
+        step = 1e-6
+        expected = (value(make(0.2 + step)) - value(make(0.2 - step))) / (2 * step)
+        torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-7)
