@@ -32,7 +32,7 @@ from .._checks import (
 from ..ops._backend import resolve
 from ..ops._experts import shape_of
 from ..ops._registry import flatten
-from ..ops.expert_cross_entropy.arguments import Arguments
+from ..ops.expert_cross_entropy.arguments import Arguments, bias_of
 from ..ops.expert_cross_entropy.op import OP as CROSS_ENTROPY
 from ..ops.expert_cross_entropy.op import forward as cross_entropy_forward
 from ..ops.expert_divergence.op import KINDS
@@ -42,9 +42,9 @@ from ..ops.expert_fusion.arguments import Arguments as FusionArguments
 from ..ops.expert_fusion.op import OP as FUSION
 from ..ops.expert_fusion.op import forward as fusion_forward
 from .linear import linear_topk
-from .rows import REDUCTIONS, MarginKeywords, knows_gradient, row_options, with_coefficient
+from .rows import REDUCTIONS, MarginKeywords, knows_gradient, margin_cross_entropy, row_options, with_coefficient
 
-#: Logits of E experts: one tensor [E, N, C], or E tensors [N, C].
+#: Logits of E experts: one tensor [E, N, C] or [E, N, C, d1, ..., dk], or E tensors of that shape without E.
 ExpertLogits: TypeAlias = "Tensor | Sequence[Tensor]"
 
 
@@ -59,7 +59,7 @@ class ExpertCrossEntropyOutput(NamedTuple):
 class ExpertFusion(NamedTuple):
     """Predictions of a product of experts."""
 
-    prediction: Tensor  #: [N] int64, the most likely class
+    prediction: Tensor  #: [N] int64, the most likely class; [N, d1, ..., dk] for maps, and so on
     confidence: Tensor  #: [N], its probability
     topk_values: Tensor  #: [N, k], probabilities of the k most likely classes, the largest first
     topk_indices: Tensor  #: [N, k] int64, these classes
@@ -118,8 +118,10 @@ def expert_cross_entropy(
 
     Args:
         logits: ``[E, N, C]`` with any strides (e.g. a ``[N, E, C]`` stack, transposed), or a list or tuple of E tensors
-            ``[N, C]``, which are not stacked; float16, bfloat16, float32 or float64.
-        target: class indices ``[N]`` of any integer dtype.
+            ``[N, C]``, which are not stacked; float16, bfloat16, float32 or float64. Maps ``[E, N, C, d1, ..., dk]``,
+            or a list of ``[N, C, d1, ..., dk]``, likewise.
+        target: class indices ``[N]`` or ``[N, d1, ..., dk]`` of any integer dtype, or class probabilities shaped like
+            the logits of one expert, in any floating dtype.
         weight: ``[C]``, class weights as in ``F.cross_entropy``; not differentiable.
         log_prior: ``[C]``, finite (natural logarithm). To mask a class, give it -inf in ``class_bias``.
         taus: E numbers, or a tensor ``[E]``, or ``[E, C]`` (an exponent per expert and class); together with
@@ -133,14 +135,17 @@ def expert_cross_entropy(
     ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``ignore_index``, ``reduction``, ``empty_mean``,
     ``label_smoothing``, ``mixed_target`` and ``mix_lambda`` are those of ``margin_cross_entropy``.
 
-    Returns:
-        The loss, float32 (float64 for float64 logits): 0-dim, ``[E]`` with ``expert_reduction="none"``, ``[N]`` with
-        ``reduction="none"``, ``[E, N]`` with both. Or an ``ExpertCrossEntropyOutput`` if ``return_ensemble``, whose
-        ``ensemble_loss`` is 0-dim (``[N]`` with ``reduction="none"``; the mean is over targets that are not ignored,
-        whatever their class weights) and not differentiable.
+    Class indices for ``[N, C]`` are one pass over all experts; maps and probabilities are one call of
+    ``margin_cross_entropy`` for each expert, which reads its logits where they are.
 
-    Gradients flow to ``logits``, ``log_prior``, ``taus`` (tensors), ``class_bias``, ``class_scale``, ``margin`` and
-    ``scale``.
+    Returns:
+        The loss, float32 (float64 for float64 logits): 0-dim, ``[E]`` with ``expert_reduction="none"``, shaped like
+        class indices with ``reduction="none"``, ``[E, ...]`` with both. Or an ``ExpertCrossEntropyOutput`` if
+        ``return_ensemble``, whose ``ensemble_loss`` is 0-dim (like class indices with ``reduction="none"``; the mean is
+        over targets that are not ignored, whatever their class weights) and not differentiable.
+
+    Gradients flow to ``logits``, ``log_prior``, ``taus`` (tensors), ``class_bias``, ``class_scale``, ``margin``,
+    ``scale`` and probability targets.
 
     Raises:
         TypeError, ValueError, NotImplementedError, BackendUnavailableError: as ``margin_cross_entropy``.
@@ -154,39 +159,31 @@ def expert_cross_entropy(
         >>> expert_cross_entropy(logits, target, log_prior=log_prior, taus=(0.0, 1.0, 2.0)).backward()
     """
     given, experts = _check_experts(logits)
-    first = experts[0]
-    _, n, classes = shape_of(given)
-    count = len(experts)
+    first, count = experts[0], len(experts)
     dtype = compute_dtype(first.dtype)
     check_choice("expert_reduction", expert_reduction, REDUCTIONS)
     check_flag("return_ensemble", return_ensemble)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise TypeError(
-            f"target: got dtype {target.dtype}, expected class indices of an integer dtype (pairs of classes: "
-            "mixed_target and mix_lambda)"
-        )
+    shared: dict[str, Any] = {
+        "class_scale": class_scale,
+        "margin": margin,
+        "scale": scale,
+        "margin_type": margin_type,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "mixed_target": mixed_target,
+        "mix_lambda": mix_lambda,
+    }
+    if first.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
+        shared["empty_mean"] = empty_mean
+        return _by_rows(experts, target, weight, log_prior, taus, class_bias, expert_reduction, return_ensemble, shared)
+    _, n, classes = shape_of(given)
     shared_bias = class_bias
     if isinstance(class_bias, Tensor) and class_bias.dim() == 2:
         shared_bias = None
         class_bias = _check_tensor_of("class_bias", class_bias, [(classes,), (count, classes)], first)
         class_bias = class_bias.to(dtype).contiguous()
-    options = row_options(
-        (n, classes),
-        first,
-        dtype,
-        target,
-        weight,
-        class_bias=shared_bias,
-        class_scale=class_scale,
-        margin=margin,
-        scale=scale,
-        margin_type=margin_type,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        mixed_target=mixed_target,
-        mix_lambda=mix_lambda,
-    )
+    options = row_options((n, classes), first, dtype, target, weight, class_bias=shared_bias, **shared)
     bias = options.class_bias if shared_bias is not None else class_bias
     prior, numbers, bias = _prior(log_prior, taus, bias, count, classes, first, dtype)
     backend = resolve(CROSS_ENTROPY, first)
@@ -225,6 +222,40 @@ def expert_cross_entropy(
     return ExpertCrossEntropyOutput(loss, ensemble_loss, prediction) if return_ensemble else loss
 
 
+def _by_rows(
+    experts: list[Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    log_prior: Tensor | None,
+    taus: Sequence[float] | Tensor | None,
+    class_bias: Tensor | None,
+    expert_reduction: str,
+    return_ensemble: bool,
+    shared: dict[str, Any],
+) -> Tensor | ExpertCrossEntropyOutput:
+    """Compute ``expert_cross_entropy`` as one call of ``margin_cross_entropy`` for each expert."""
+    first, count = experts[0], len(experts)
+    classes, dtype = first.shape[1], compute_dtype(first.dtype)
+    if class_bias is not None:
+        class_bias = _check_tensor_of("class_bias", class_bias, [(classes,), (count, classes)], first).to(dtype)
+    prior, numbers, bias = _prior(log_prior, taus, class_bias, count, classes, first, dtype)
+    each = [
+        margin_cross_entropy(x, target, weight, class_bias=bias_of(e, bias, prior, numbers), **shared)
+        for e, x in enumerate(experts)
+    ]
+    loss = torch.stack(each)
+    if expert_reduction != "none":
+        loss = loss.mean(0) if expert_reduction == "mean" else loss.sum(0)
+    if not return_ensemble:
+        return loss
+    plain = ("ignore_index", "reduction", "empty_mean", "mixed_target", "mix_lambda")
+    with torch.no_grad():
+        mean = sum((x.to(dtype) for x in experts[1:]), first.to(dtype)) / count * shared["scale"]
+        of_mean = margin_cross_entropy(mean, target, return_prediction=True, **{name: shared[name] for name in plain})
+    assert of_mean.prediction is not None
+    return ExpertCrossEntropyOutput(loss, of_mean.loss, of_mean.prediction)
+
+
 def expert_fusion(
     logits: ExpertLogits,
     *,
@@ -246,7 +277,9 @@ def expert_fusion(
     ``taus`` of mean 1 (BalPoE), the plain mean is unbiased: predictions for a uniform test prior.
 
     Args:
-        logits: ``[E, N, C]`` with any strides, or a list or tuple of E tensors ``[N, C]``.
+        logits: ``[E, N, C]`` with any strides, or a list or tuple of E tensors ``[N, C]``; or maps
+            ``[E, N, C, d1, ..., dk]``, read in place if their classes are innermost (``torch.channels_last``) or N is
+            1, and copied otherwise.
         expert_weight: E numbers or a tensor ``[E]``; default 1 / E each. They need not add up to 1.
         log_prior_shift: ``[C]``, added last: log pi_test for a known test prior, ``-inf`` to mask a class.
         scale: a number or 0-dim tensor: multiplies all logits (the inverse temperature of cosine heads).
@@ -273,6 +306,7 @@ def expert_fusion(
         tensor([0])
     """
     given, experts = _check_experts(logits)
+    given, shape = _rows_of(given, experts[0])
     first = experts[0]
     classes = first.shape[1]
     dtype = compute_dtype(first.dtype)
@@ -289,7 +323,10 @@ def expert_fusion(
             resolve(FUSION, first),
         )
         values = (u - u[:, :1]).exp() / mass[:, None]  # not exp(u - lse): that would round the log-sum-exp
-    return ExpertFusion(found[:, 0], values[:, 0], values, found, log_probs if return_log_probs else None)
+    values, found = _to_map(values, shape), _to_map(found, shape)
+    return ExpertFusion(
+        found[:, 0], values[:, 0], values, found, _to_map(log_probs, shape) if return_log_probs else None
+    )
 
 
 def linear_expert_fusion(
@@ -388,7 +425,8 @@ def expert_divergence(
     Published weights (RIDE: -0.2 * temperature^2; NCL: 0.6 / (E - 1)) are for the caller to multiply.
 
     Args:
-        logits: ``[E, N, C]`` with any strides, or a list or tuple of E tensors ``[N, C]``.
+        logits: ``[E, N, C]`` with any strides, or a list or tuple of E tensors ``[N, C]``; or maps, as in
+            [`expert_fusion`][lt_kernels.functional.expert_fusion].
         temperature: a number > 0, or ``[C]`` of such numbers (checked only with checks on): RIDE's per-class
             temperature. Not differentiable.
         detach_mean: whether pbar is a constant to the gradient (``"to_mean"`` only). For the sum over experts it makes
@@ -399,7 +437,7 @@ def expert_divergence(
     A class of probability 0 adds nothing, so classes masked by -inf in every expert take no part.
 
     Returns:
-        float32 (float64 for float64 logits): 0-dim, ``[E]``, ``[N]`` or ``[E, N]``.
+        float32 (float64 for float64 logits): 0-dim, ``[E]``, ``[N]`` or ``[E, N]`` (``[N, d1, ..., dk]`` for maps).
 
     Gradients flow to ``logits`` alone.
 
@@ -431,25 +469,40 @@ def expert_divergence(
             check_all("temperature", vector > 0, "values that are not positive, expected numbers > 0")
     elif (number := check_positive("temperature", check_number("temperature", temperature))) != 1.0:
         vector = torch.full((first.shape[1],), number, dtype=dtype, device=first.device)
+    given, shape = _rows_of(given, first)
     value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
         value = value.sum(0)
     if reduction == "sum":
         return value.sum(-1)
-    return value.mean(-1) if reduction == "mean" else value
+    return value.mean(-1) if reduction == "mean" else value.unflatten(-1, shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
+def _rows_of(given: list[Tensor], first: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Return the operators' argument with one row for each position of a map, and the shape of the positions."""
+    shape = (first.shape[0], *first.shape[2:])
+    if first.dim() == 2:
+        return given, shape
+    classes = given[0].dim() - first.dim() + 1  # one more where the experts are one tensor
+    return [x.movedim(classes, -1).flatten(classes - 1, -2) for x in given], shape
+
+
+def _to_map(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return values of rows [n, k] as those of positions, [N, k, d1, ..., dk]."""
+    return rows if len(shape) == 1 else rows.unflatten(0, shape).movedim(-1, 1)
+
+
 def _check_experts(logits: ExpertLogits) -> tuple[list[Tensor], list[Tensor]]:
-    """Check the logits; return the operators' argument, and each expert's [N, C]."""
+    """Check the logits; return the operators' argument, and each expert's [N, C] or [N, C, d1, ..., dk]."""
     if isinstance(logits, Tensor):
         check_floating("logits", logits)
-        if logits.dim() != 3 or logits.shape[0] == 0 or logits.shape[2] == 0:
+        if logits.dim() < 3 or logits.shape[0] == 0 or logits.shape[2] == 0:
             raise ValueError(
-                f"logits: got shape {tuple(logits.shape)}, expected [E, N, C] with at least one expert and one class, "
-                "or a list of E tensors [N, C]"
+                f"logits: got shape {tuple(logits.shape)}, expected [E, N, C] or [E, N, C, d1, ..., dk] with at least "
+                "one expert and one class, or a list of E tensors [N, C]"
             )
         return [logits], list(logits.unbind(0))
     if not isinstance(logits, (list, tuple)):
@@ -459,7 +512,7 @@ def _check_experts(logits: ExpertLogits) -> tuple[list[Tensor], list[Tensor]]:
     for e, each in enumerate(logits):
         name = f"logits[{e}]"
         check_floating(name, each, "a Tensor [N, C]")
-        if each.dim() != 2 or each.shape[1] == 0:
+        if each.dim() < 2 or each.shape[1] == 0:
             raise ValueError(f"{name}: got shape {tuple(each.shape)}, expected [N, C] with at least one class")
         for what in ("shape", "dtype", "device"):
             here, there = getattr(each, what), getattr(logits[0], what)

@@ -45,13 +45,14 @@ class ExpertLossBase(MarginCrossEntropyBase):
         """Return the loss of the experts' ``logits``, float16, bfloat16, float32 or float64.
 
         Args:
-            logits: [E, N, C] with any strides, or a list or tuple of E tensors [N, C].
-            target: class indices [N] of any integer dtype.
-            mixed_target: second class indices [N] of mixup or CutMix pairs.
-            mix_lambda: share of ``target``: a number in [0, 1], or a tensor, 0-dim or [N].
+            logits: [E, N, C] with any strides, or a list or tuple of E tensors [N, C]; or maps [E, N, C, d1, ..., dk].
+            target: class indices [N] or [N, d1, ..., dk] of any integer dtype; for BalPoE and SADE also class
+                probabilities shaped like one expert's logits. RIDE's margins and NCL's hard classes need indices.
+            mixed_target: second class indices of mixup or CutMix pairs, like ``target``.
+            mix_lambda: share of ``target``: a number in [0, 1], or a tensor, 0-dim or like ``target``.
 
         Returns:
-            0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
+            0-dim, or like class indices with ``reduction="none"``; float32 (float64 for float64 logits).
         """
         if isinstance(logits, (Tensor, list, tuple)) and len(logits) > 0:
             first = logits[0]
@@ -76,7 +77,7 @@ class ExpertLossBase(MarginCrossEntropyBase):
         mixed_target: Tensor | None = None,
         mix_lambda: float | Tensor | None = None,
     ) -> Tensor:
-        """Reduce a term of each row [N] as the cross-entropies are: ignored rows take no part.
+        """Reduce a term of each row, shaped like class indices, as the cross-entropies are: ignored rows take no part.
 
         Class weights do not act on it: the mean is over the rows that are not ignored. Of mixed targets, each has its
         share of the term, and its own mean.
@@ -105,14 +106,26 @@ class ExpertLossBase(MarginCrossEntropyBase):
         return f"{shown}, taus={taus}"
 
 
-def stacked(name: str, logits: ExpertLogits) -> Tensor:
-    """Return the experts' logits as one tensor [E, N, C]; TypeError or ValueError if they are no such logits."""
+def stacked(name: str, logits: ExpertLogits, maps: bool = False) -> Tensor:
+    """Return the experts' logits as one tensor [E, N, C], or [E, N, C, d1, ..., dk] if ``maps``.
+
+    TypeError or ValueError if they are no such logits.
+    """
     if isinstance(logits, (list, tuple)) and logits and all(isinstance(each, Tensor) for each in logits):
         for e, each in enumerate(logits):
             if each.shape != logits[0].shape:
                 raise ValueError(f"{name}[{e}]: got shape {tuple(each.shape)}, expected {tuple(logits[0].shape)}")
         logits = torch.stack(list(logits))
     logits = check_floating(name, logits, "a Tensor [E, N, C] or a list of E [N, C]", "a floating-point dtype")
-    if logits.dim() != 3 or 0 in logits.shape[::2]:
+    if logits.dim() < 3 or (logits.dim() > 3 and not maps) or 0 in logits.shape[:3:2]:
         raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected [E, N, C]")
     return logits
+
+
+def check_indices(target: Tensor, why: str) -> None:
+    """Refuse class probabilities."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise TypeError(
+            f"target: got dtype {target.dtype}, expected class indices of an integer dtype, as {why} (pairs of "
+            "classes: mixed_target and mix_lambda)"
+        )

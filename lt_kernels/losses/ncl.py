@@ -13,7 +13,7 @@ from .. import functional as LF
 from .._checks import ClassVector, check_int, check_number
 from ..priors import ClassPrior
 from ._base import LossOptions
-from ._experts_base import ExpertLossBase
+from ._experts_base import ExpertLossBase, check_indices
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -99,9 +99,10 @@ class NCLLoss(ExpertLossBase):
         return {"class_bias": prior.log_counts()}
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
+        check_indices(target, "NCL's hard classes are those of a class")
         loss = self.ce_factor * super().loss(logits, target, **mixed)  # checks the arguments
         assert self.class_bias is not None
-        bias = self.class_bias.to(loss.dtype)
+        bias = self.class_bias.to(loss.dtype).view(-1, *[1] * (logits[0].dim() - 2))  # beside [N, C, d1, ..., dk]
         experts = len(logits)
         pairs = max(experts - 1, 1)
         shifted = _each(lambda z: torch.add(bias, z, alpha=self.scale), logits)  # in the bias's precision
@@ -120,7 +121,7 @@ class NCLLoss(ExpertLossBase):
         return loss
 
     def _divergence(self, logits: ExpertLogits) -> Tensor:
-        """Return the sum over ordered pairs of KL(softmax(x_f) || softmax(x_e)) of each row [N]."""
+        """Return the sum over ordered pairs of KL(softmax(x_f) || softmax(x_e)) of each row."""
         if self.eps == 0:
             return LF.expert_divergence(logits, "pairwise", reduction="none")
         exact = [z.log_softmax(1) for z in logits]
@@ -136,7 +137,7 @@ class NCLLoss(ExpertLossBase):
 
     @torch.no_grad()
     def _hard(self, first: Tensor, target: Tensor, mixed_target: Tensor | None) -> Tensor:
-        """Return whether a class is hard for a sample [N, C]: the first expert's K largest logits and the targets."""
+        """Return whether a class is hard, like ``first``: the first expert's K largest logits and the targets."""
         classes = first.shape[1]
         ranked = first.detach().clone()
         for labels in (target, mixed_target):
@@ -145,7 +146,7 @@ class NCLLoss(ExpertLossBase):
                 known = (labels >= 0) & (labels < classes) & (labels != self.ignore_index)
                 labels = labels.clamp(0, classes - 1)
                 ranked = ranked.scatter(1, labels, torch.where(known, math.inf, ranked.gather(1, labels)))
-        return torch.zeros_like(first, dtype=torch.bool).scatter(1, ranked.topk(self.hard_classes).indices, True)
+        return torch.zeros_like(first, dtype=torch.bool).scatter(1, ranked.topk(self.hard_classes, 1).indices, True)
 
 
 def _each(function: Callable[[Tensor], Tensor], logits: ExpertLogits) -> ExpertLogits:

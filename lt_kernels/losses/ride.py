@@ -11,7 +11,7 @@ from .. import functional as LF
 from .._checks import ClassVector, check_number, check_positive
 from ..priors import ClassPrior
 from ._base import LossOptions
-from ._experts_base import ExpertLossBase, stacked
+from ._experts_base import ExpertLossBase, check_indices, stacked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,8 +97,9 @@ class RIDELoss(ExpertLossBase):
         return {**super().keywords(), "scale": 1.0}
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
+        check_indices(target, "RIDE's margin acts on one class")
         if self.diversity == 0:
-            logits = stacked("logits", logits)
+            logits = stacked("logits", logits, maps=True)
             ensemble = logits.mean(0, dtype=torch.promote_types(logits.dtype, torch.float32))
             return len(logits) * super().loss([ensemble], target, **mixed)
         loss = super().loss(logits, target, **mixed)

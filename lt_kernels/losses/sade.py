@@ -79,7 +79,7 @@ class SADELoss(ExpertLossBase):
         return {"class_bias": bias.masked_fill(masked, -math.inf)}
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
-        is_experts = logits.dim() == 3 if isinstance(logits, Tensor) else isinstance(logits, (list, tuple))
+        is_experts = logits.dim() >= 3 if isinstance(logits, Tensor) else isinstance(logits, (list, tuple))
         if is_experts and len(logits) != EXPERTS:
             raise ValueError(f"logits: got {len(logits)} experts, expected {EXPERTS}")
         return super().loss(logits, target, **mixed)

@@ -260,6 +260,44 @@ def test_smoothing_acts_on_the_cross_entropies_and_ignored_rows_take_no_part(cls
     torch.testing.assert_close(loss(z, y), expected)
 
 
+@exact_dtypes
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@every_recipe
+def test_maps(make, formula, reduction, dtype):
+    """[E, 2, C, 5, 6] has the loss of its 60 positions."""
+    z, y = experts_and_target(dtype, seed=7)
+    loss = make(dtype=dtype, reduction=reduction)
+    shape = (2, 5, 6)
+
+    def of_maps(x: Tensor) -> Tensor:
+        return loss(x.unflatten(1, shape).movedim(-1, 2), y.view(shape)).flatten()
+
+    check_formula(of_maps, lambda x, n: formula(x, y, n).mean().view(1) if reduction == "mean" else formula(x, y, n), z)
+    ignoring = make(dtype=dtype, reduction=reduction, ignore_index=3)
+    maps = z.unflatten(1, shape).movedim(-1, 2)
+    torch.testing.assert_close(ignoring(maps, y.view(shape)).flatten(), ignoring(z, y).flatten())
+    other, share = y.roll(1), torch.linspace(0, 1, N, dtype=dtype)
+    pairs = ignoring(list(maps.unbind(0)), y.view(shape), other.view(shape), share.view(shape))
+    torch.testing.assert_close(pairs.flatten(), ignoring(z, y, other, share).flatten())
+
+
+@exact_dtypes
+@pytest.mark.parametrize("name", ["balpoe", "balpoe-scale", "balpoe-per-class", "sade"])
+def test_class_probabilities(name, dtype):
+    """As of timm's Mixup: two classes and a share for every class; cross-entropy is linear in them."""
+    make, formula = RECIPES[name]
+    z, y = experts_and_target(dtype, seed=8)
+    other = y.roll(1)
+    one_hot = 0.7 * F.one_hot(y, C).double() + 0.3 * F.one_hot(other, C).double()
+    smooth = (0.9 * one_hot + 0.1 / C).to(dtype)
+
+    def expected(x: Tensor, n: Tensor) -> Tensor:
+        of_classes = torch.stack([formula(x, torch.full_like(y, c), n) for c in range(C)], 1)
+        return (smooth.to(x) * of_classes).sum(1).mean()
+
+    check_formula(lambda x: make(dtype=dtype)(x, smooth), expected, z)
+
+
 @pytest.mark.parametrize("experts", [1, 2, 5])
 def test_other_numbers_of_experts(experts):
     z, y = experts_and_target(experts=experts)
@@ -590,6 +628,16 @@ class TestNCL:
 X, Y = experts_and_target()
 
 
+@pytest.mark.parametrize("cls", [RIDELoss, NCLLoss])
+@pytest.mark.parametrize("options", [{}, {"diversity": 0.0}], ids=["default", "ensemble"])
+def test_probabilities_where_classes_are_needed(cls, options):
+    if options and cls is NCLLoss:
+        pytest.skip("RIDE's option")
+    message = "target: got dtype torch.float64, expected class indices of an integer dtype, as (RIDE|NCL)'s"
+    with pytest.raises(TypeError, match=message):
+        cls(COUNTS, **options)(X, X[0].softmax(1))
+
+
 @every_class
 @refused(
     "logits, target, mix",
@@ -600,7 +648,6 @@ X, Y = experts_and_target()
     (None, Y, {}, TypeError, "logits: got NoneType"),
     (X, Y + C, {}, IndexError, "target: row 0 has class"),
     (X, Y[:3], {}, ValueError, "target: got class indices of shape (3,)"),
-    (X, X[0].softmax(1), {}, TypeError, "target: got dtype torch.float64, expected class indices"),
     (X, Y, {"mix_lambda": 0.5}, ValueError, "mixed_target: got None with mix_lambda"),
     (X, Y, {"mixed_target": Y}, ValueError, "mix_lambda: got None with mixed_target"),
     (X, Y, {"mixed_target": Y - C, "mix_lambda": 0.5}, IndexError, "mixed_target: row 0 has class"),

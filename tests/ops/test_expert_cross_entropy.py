@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
-from lt_kernels.testing import assert_within_budget, check_expert_cross_entropy
+from lt_kernels.testing import Sample, assert_within_budget, check_expert_cross_entropy, expert_sample_inputs
 
 
 def as_list(logits: Tensor, target: Tensor, **options):
@@ -171,6 +173,86 @@ def test_only_some_experts_learn(backend, device):
         torch.testing.assert_close(grad, expected[1])
 
 
+# ---------------------------------------------------------------------------------------- maps and class probabilities
+
+EXPERTS, ROWS, CLASSES = 3, 6, 40
+PROBABILITIES = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(1), dtype=torch.float64).softmax(1)
+OF_PROBABILITIES: dict[str, dict] = {
+    "plain": {},
+    "prior": {"options": ["log_prior"]},
+    "everything": {
+        "options": ["log_prior", "taus", "expert_bias", "class_scale", "scale", "weight"],
+        "label_smoothing": 0.1,
+        "requires_grad": ["input", "log_prior", "taus", "class_bias", "class_scale", "scale"],
+    },
+}
+
+
+def a_sample(options: Sequence[str] = (), **keywords: Any) -> Sample:
+    return expert_sample_inputs(EXPERTS, ROWS, CLASSES, dtype=torch.float64, options=options, **keywords)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", OF_PROBABILITIES)
+def test_class_probabilities(name, reduction, dtype, backend, device):
+    drawn = a_sample(**OF_PROBABILITIES[name])
+    target = PROBABILITIES.clone().requires_grad_(name == "everything")
+    sample = Sample(drawn.input, target, {**drawn.options, "reduction": reduction}).converted(dtype, device)
+    check_expert_cross_entropy(expert_cross_entropy, sample, upstream=0.7)
+
+
+MAPS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "contiguous": ((2, 3), lambda x: x.contiguous()),
+    "channels last": ((2, 3), lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2)),
+    "one axis": ((6,), lambda x: x.contiguous()),
+    "list": ((2, 3), lambda x: [each.clone() for each in x.unbind(0)]),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["log_prior", "expert_bias", "margin", "weight", "mixed_target"]], ids=["plain", "all"]
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("expert_reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_are_rows_at_every_position(name, options, reduction, expert_reduction, backend, device):
+    """[E, 2, C, 3] and the like have the loss of the [E, 6, C] whose rows they hold."""
+    positions, layout = MAPS[name]
+    sample = a_sample(options).converted(torch.float64, device)
+    shape = (1, *positions) if name == "one axis" else positions
+
+    def as_map(values: Tensor) -> Tensor:
+        return values.unflatten(0, shape)
+
+    given = dict(sample.options)
+    for key in ("mixed_target", "mix_lambda"):
+        if isinstance(given.get(key), Tensor) and given[key].dim() == 1:
+            given[key] = as_map(given[key])
+    rows = sample.input.detach().requires_grad_()
+    keywords = {"reduction": reduction, "expert_reduction": expert_reduction, "return_ensemble": True}
+    expected = expert_cross_entropy(rows, sample.target, **sample.options, **keywords)
+    flat = sample.input.detach().requires_grad_()
+    maps = layout(flat.unflatten(1, shape).movedim(-1, 2))
+    actual = expert_cross_entropy(maps, as_map(sample.target), **given, **keywords)
+    assert torch.equal(actual.ensemble_prediction.flatten(), expected.ensemble_prediction)
+    for one, other in zip(actual[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one.flatten(), other.flatten())
+    one, other = (torch.autograd.grad(out.loss.square().sum(), x)[0] for out, x in ((actual, flat), (expected, rows)))
+    torch.testing.assert_close(one, other)
+
+
+def test_maps_of_probabilities(backend, device):
+    x = torch.randn(EXPERTS, 2, CLASSES, 3, 4, device=device, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(2, CLASSES, 3, 4, device=device, dtype=torch.float64).softmax(1)
+    taus = (0.0, 1.0, 2.0)
+    prior = torch.randn(CLASSES, device=device, dtype=torch.float64).log_softmax(0)
+    expected = sum(F.cross_entropy(each + tau * prior[:, None, None], q) for each, tau in zip(x, taus, strict=True)) / 3
+    actual = expert_cross_entropy(x, q, log_prior=prior, taus=taus, return_ensemble=True)
+    torch.testing.assert_close(actual.loss, expected)
+    torch.testing.assert_close(actual.ensemble_loss, F.cross_entropy(x.mean(0), q))
+    assert torch.equal(actual.ensemble_prediction, x.mean(0).argmax(1))
+
+
 # ------------------------------------------------------------------------------------------------------ extreme inputs
 
 
@@ -277,8 +359,19 @@ BAD = {
     "item's shape": ({"logits": [X[0], X[1, :3]]}, ValueError, r"logits\[1\]: got shape \(3, 5\), expected \(4, 5\)"),
     "item's dtype": ({"logits": [X[0], X[1].double()]}, ValueError, r"logits\[1\]: got dtype torch.float64, expected"),
     "item's device": ({"logits": [X[0], X[1].to(META)]}, ValueError, r"logits\[1\]: got device meta, expected cpu"),
-    "item's axes": ({"logits": [X, X]}, ValueError, r"logits\[0\]: got shape \(3, 4, 5\), expected \[N, C\]"),
-    "probabilities": ({"target": X[0].softmax(1)}, TypeError, r"target: got dtype torch.float32, expected class indi"),
+    "item's axes": ({"logits": [P, P]}, ValueError, r"logits\[0\]: got shape \(5,\), expected \[N, C\]"),
+    "maps' targets": ({"logits": [X, X]}, ValueError, r"target: got class indices of shape \(4,\), expected \(3, 5\)"),
+    "probabilities": ({"target": X.softmax(2)}, ValueError, r"target: got class probabilities .* of shape \(3, 4, 5\)"),
+    "probabilities and a margin": (
+        {"target": X[0].softmax(1), "margin": 0.1},
+        ValueError,
+        r"margin: got a margin with class-probability targets, expected class indices",
+    ),
+    "maps' bias": (
+        {"logits": X[..., None], "target": Y[:, None], "class_bias": torch.zeros(2, 5)},
+        ValueError,
+        r"class_bias: got shape \(2, 5\), expected \[5\] or \[3, 5",
+    ),
     "target": ({"target": Y[:2]}, ValueError, r"target: got class indices of shape \(2,\), expected \(4,\)"),
     "prior alone": ({"log_prior": P}, ValueError, r"taus: got None with log_prior, expected both or neither"),
     "taus alone": ({"taus": (0, 1, 2)}, ValueError, r"log_prior: got None with taus, expected both or neither"),

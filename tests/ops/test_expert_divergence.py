@@ -198,6 +198,24 @@ def test_gradcheck(kind, backend):
     assert torch.autograd.gradcheck(call, logits)
 
 
+@pytest.mark.parametrize("inner", [True, False], ids=["channels last", "contiguous"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["to_mean", "pairwise"])
+def test_maps_are_rows_at_every_position(kind, reduction, inner, backend, device):
+    rows = draw((3, 24, 50), torch.float32, device)
+
+    def of_maps(x: Tensor, kind: str, temperature: float, **options) -> Tensor:
+        maps = x.unflatten(1, (2, 3, 4)).movedim(-1, 2)
+        return expert_divergence(maps if inner else maps.contiguous(), kind, temperature, **options)
+
+    options = {"reduction": reduction, "expert_reduction": "none"}
+    value, grad = run(of_maps, rows, 0.7, kind, 2.0, **options)
+    expected, of_rows = run(expert_divergence, rows, 0.7, kind, 2.0, **options)
+    assert value.shape == ((3, 2, 3, 4) if reduction == "none" else (3,))
+    assert torch.equal(value.flatten(), expected.flatten())
+    assert torch.equal(grad, of_rows)
+
+
 X = torch.randn(3, 4, 5)
 BAD = {
     "logits": ({"logits": X[0]}, ValueError, r"logits: got shape \(4, 5\), expected \[E, N, C\]"),

@@ -192,6 +192,21 @@ def test_linear_heads(normalize, shared, backend, device):
         assert all(torch.equal(one, other) for one, other in zip(listed[:4], stacked[:4], strict=True))
 
 
+@pytest.mark.parametrize("inner", [True, False], ids=["channels last", "contiguous"])
+@pytest.mark.parametrize("as_list", [True, False], ids=["list", "tensor"])
+def test_maps_are_rows_at_every_position(as_list, inner, dtype, backend, device):
+    rows = torch.randn(3, 24, 50, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    maps = rows.unflatten(1, (2, 3, 4)).movedim(-1, 2)
+    maps = maps if inner else maps.contiguous()
+    options = {"expert_weight": (0.5, 0.2, 0.3), "topk": 3, "return_log_probs": True}
+    actual = expert_fusion(list(maps.unbind(0)) if as_list else maps, **options)
+    expected = expert_fusion(rows, **options)
+    for name in ("prediction", "confidence"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name).view(2, 3, 4)), name
+    for name in ("topk_values", "topk_indices", "log_probs"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name).view(2, 3, 4, -1).movedim(-1, 1)), name
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 X = torch.randn(3, 4, 5)

@@ -34,14 +34,7 @@ class Arguments(NamedTuple):
 
     def bias(self, expert: int) -> Tensor | None:
         """Return all that the expert adds to its logits, [C]."""
-        own = self.options.class_bias
-        if own is not None and own.dim() == 2:
-            own = own[expert]
-        tau = self.taus[expert]
-        if self.log_prior is None or tau == 0.0:
-            return own
-        prior = tau * self.log_prior
-        return prior if own is None else prior + own
+        return bias_of(expert, self.options.class_bias, self.log_prior, self.taus)
 
     def rows(self) -> list[RowArguments]:
         """Return one call of the rows kernel for each expert."""
@@ -49,6 +42,15 @@ class Arguments(NamedTuple):
             RowArguments(x.unsqueeze(2), self.options._replace(class_bias=self.bias(expert)))
             for expert, x in enumerate(self.experts)
         ]
+
+
+def bias_of(expert: int, class_bias: Tensor | None, log_prior: Tensor | None, taus: list[float]) -> Tensor | None:
+    """Return taus[expert] * log_prior + class_bias, [C], of what is given; ``class_bias`` is [C] or [E, C]."""
+    own = class_bias[expert] if class_bias is not None and class_bias.dim() == 2 else class_bias
+    if log_prior is None or taus[expert] == 0.0:
+        return own
+    prior = taus[expert] * log_prior
+    return prior if own is None else prior + own
 
 
 #: Inputs that can receive a gradient, in the order of ``needs`` and of what the backward op returns.
