@@ -134,7 +134,7 @@ class OfEmbeddings(nn.Module):
         self.key = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
     def forward(self, images: Tensor, target: Tensor, index: Tensor) -> Tensor:
-        # which place of the training set each feature is: a query finds its own key by it, and leaves it out
+        # which place of the training set each feature is: a query finds its own keys by it, and leaves them out
         places = (SIZE // 2) ** 2
         ids = index[:, None, None] * places + torch.arange(places).view(SIZE // 2, SIZE // 2)
         lt_kernels.momentum_update(self.teacher, self.network.encoder, MOMENTUM)

@@ -116,8 +116,8 @@ class ClassQueue(nn.Module):
         Args:
             features: [N, D], floating; stored in the queue's dtype, without gradient.
             labels: [N], any integer dtype; -1 for rows to leave out, such as padding.
-            ids: [N], any integer dtype: which sample each is, 0 or more, each once, or -1 for none. A slot that holds
-                the same sample of an earlier time keeps its feature and loses its id, so that ids are unique.
+            ids: [N], any integer dtype: which sample each is, 0 or more, or -1 for none. Several slots may hold the
+                same sample, of this call or of earlier ones.
 
         Returns:
             [N] int64: the slot of each feature, -1 where it was dropped; the ``own_key`` of
@@ -144,10 +144,6 @@ class ClassQueue(nn.Module):
         kept = is_class & (rank < sizes)
         slot = self.starts[safe] + (self.pointers[safe] + rank) % sizes.clamp_min(1)
         new_ids = torch.full_like(label, -1) if given is None else given.masked_fill(~kept, -1)
-        if given is not None:
-            ordered = new_ids.sort().values
-            at = torch.searchsorted(ordered, self.ids).clamp_max(rows - 1)
-            self.ids.masked_fill_((self.ids >= 0) & (ordered[at] == self.ids), -1)
         # Dropped rows repeat the write of the first row that is kept, or write what slot 0 holds already: the sizes
         # of all tensors are known without reading the values of any.
         any_kept = kept.any()

@@ -43,9 +43,6 @@ class SlowClassQueue:
             taken[label] += 1
             slots.append(starts[label] + place)
             stored.append((label, place, feature, index))
-        new = {index for *_, index in stored if index >= 0}
-        for places in self.places:
-            places[:] = [held and (held[0], -1 if held[1] in new else held[1]) for held in places]
         for label, place, feature, index in stored:
             self.places[label][place] = (feature, index)
         for c, count in enumerate(taken):
@@ -98,10 +95,7 @@ class TestClassQueue:
                 slow.resize(queue.sizes.tolist())
                 assert queue.sizes.tolist() == ClassQueue(OTHER, size, 2, base).sizes.tolist()
                 assert_same(queue, slow)
-            labels, seen, ids = [label for label, _ in rows], set(), []
-            for _, index in rows:  # ids of a call are distinct
-                ids.append(-1 if index in seen else index)
-                seen.add(index)
+            labels, ids = [label for label, _ in rows], [index for _, index in rows]
             values = [number + i + 1 for i in range(len(rows))]
             number += len(rows)
             features = torch.tensor(values)[:, None].expand(-1, 2)
@@ -127,6 +121,12 @@ class TestClassQueue:
         assert queue.features[:, 0].tolist() == [0, 0, 0, 3, 4, 2]
         assert queue.labels.tolist() == [-1, -1, -1, 1, 1, 1]
         assert queue.ids.tolist() == [-1, -1, -1, 3, 4, 2]
+
+    def test_several_keys_of_a_sample_keep_its_id(self):
+        queue = ClassQueue([1, 1], 6, 1, base=3)
+        queue.enqueue(torch.zeros(2, 1), torch.tensor([1, 1]), torch.tensor([7, 7]))
+        queue.enqueue(torch.zeros(1, 1), torch.tensor([1]), torch.tensor([7]))
+        assert queue.ids.tolist() == [-1, -1, -1, 7, 7, 7]
 
     def test_random_fill_has_every_class(self):
         torch.manual_seed(0)

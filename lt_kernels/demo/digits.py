@@ -192,10 +192,12 @@ def make_objective(name: str, network: Network) -> tuple[Objective, list[nn.Modu
 
         def of_queue(batch: Batch, generator: torch.Generator) -> Tensor:
             momentum_update(teacher, body, MOMENTUM)
-            slots = queue.enqueue(teacher(batch.images), batch.labels, batch.which)
+            queue.enqueue(teacher(batch.images), batch.labels, batch.which)
             features = body(batch.images)
             query, key = F.normalize(project_query(features)), F.normalize(project_key(queue.features))
-            return gml.forward(query, batch.labels, key, queue.labels, head.logits(features), own_key=slots)
+            return gml.forward(
+                query, batch.labels, key, queue.labels, head.logits(features), query_id=batch.which, key_id=queue.ids
+            )
 
         return of_queue, [gml, project_query, project_key]
     if name == "ELM":

@@ -20,6 +20,9 @@ from .._checks import (
 from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
+#: Most similarities of a chunk of rows where they are compared without a kernel: 16 MB in float32, a few times over.
+CHUNK = 2**22
+
 
 class ContrastiveOptions(TypedDict, total=False):
     """Keywords of the recipes that join a classifier and a contrastive part; see ``ContrastiveLossBase``."""
@@ -118,10 +121,9 @@ def count_classes(label: Tensor, counted: Tensor, classes: int) -> Tensor:
     return counts.scatter_add_(0, label, counted.to(torch.int64))
 
 
-def last_match(ids: Tensor, among: Tensor) -> Tensor:
-    """Return where each id [N] last occurs ``among`` others [M]; -1 if it does not, or is negative."""
-    if len(among) == 0:
-        return torch.full_like(ids, -1)
-    ordered, order = among.sort(stable=True)
-    at = (torch.searchsorted(ordered, ids, right=True) - 1).clamp_min(0)
-    return torch.where((ordered[at] == ids) & (ids >= 0), order[at], -1)
+def row_chunks(rows: int, keys: int) -> list[slice]:
+    """Return slices of rows whose similarities to the keys are ``CHUNK`` at most."""
+    if rows * keys <= CHUNK:  # where sizes are symbols, this is one graph for all that fit
+        return [slice(0, rows)]
+    step = max(CHUNK // max(keys, 1), 1)
+    return [slice(start, start + step) for start in range(0, rows, step)]

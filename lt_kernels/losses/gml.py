@@ -18,7 +18,7 @@ from ._contrastive_base import (
     check_ids,
     check_labels,
     count_classes,
-    last_match,
+    row_chunks,
 )
 from .pixels import sample_pixels
 
@@ -60,18 +60,19 @@ class GMLLoss(ContrastiveLossBase):
 
         L_sup   = CE(scale cos + log pi, y)
         L_con   = CE(S + log pi, y)        T fixed; gradient to queries and keys
-        L_con_T = CE(S' + log pi, y)       S' without the query's own key; gradient to T only
+        L_con_T = CE(S' + log pi, y)       S' without keys of the query's own sample; gradient to T only
         L_div   = 16 KL(softmax(scale teacher_logits / 4) || softmax(scale cos / 4))
         loss    = gamma L_sup + beta (L_con + L_con_T) + alpha L_div
 
     Sets ``class_bias`` = log pi, and for each key the bias log pi_l - log n_l: then the softmax over classes is a sum
-    over keys. L_con and L_con_T come from one sweep over the keys, forward and backward: L_con adds the own key's term
-    to the sums that leave it out.
+    over keys. L_con and L_con_T come from one sweep over the keys, forward and backward. If ids tell the own keys, the
+    positives of other samples are compared once more, forward only, in chunks of rows: no N x M matrix is kept.
 
     ``log_temperature`` = log T is a parameter, 0-dim; leave it out of weight decay, as published. Keys are those
     of a [`ClassQueue`][lt_kernels.queues.ClassQueue], after the enqueue of the batch, perhaps through a network that
-    learns. Classes without keys take no part. A query without keys of its class (in L_con_T: other than its own)
-    contributes 0 to that term (the published code gives NaN) and counts in its mean. Predict with the cosines alone.
+    learns. Classes without keys take no part. A query without keys of its class (in L_con_T: of other
+    samples) contributes 0 to that term (the published code gives NaN) and counts in its mean. Predict with the cosines
+    alone.
 
     Args:
         class_counts: training samples per class, [C].
@@ -94,10 +95,11 @@ class GMLLoss(ContrastiveLossBase):
         >>> from lt_kernels import ClassQueue
         >>> loss, queue = GMLLoss([90, 9, 1]), ClassQueue([90, 9, 1], size=32, dim=16)
         >>> labels, cosines = torch.tensor([0, 1, 2, 0]), torch.rand(4, 3, requires_grad=True)
-        >>> slots = queue.enqueue(torch.randn(4, 16), labels)  # the teacher's features
+        >>> index = torch.tensor([70, 71, 72, 73])  # of the samples in the training set
+        >>> slots = queue.enqueue(torch.randn(4, 16), labels, index)  # the teacher's features
         >>> query = F.normalize(torch.randn(4, 16), dim=1).requires_grad_()
         >>> key = F.normalize(queue.features, dim=1)
-        >>> loss(query, labels, key, queue.labels, cosines, own_key=slots).backward()
+        >>> loss(query, labels, key, queue.labels, cosines, query_id=index, key_id=queue.ids).backward()
         >>> loss.log_temperature.grad.shape
         torch.Size([])
     """
@@ -198,9 +200,10 @@ class GMLLoss(ContrastiveLossBase):
             logits: cosines [N, C], or [N, C, H, W].
             target: the classes of ``logits``; None: ``query_label``. For queries that are drawn beforehand.
             query_id: [N], or [N, H, W] of the embeddings' size: which sample each query is, negative for none.
-            key_id: [M], likewise; the last key of the same id is a query's own if it has its label.
+            key_id: [M], likewise; all keys of a query's label and id are its own, as published.
             own_key: like ``query_id``: the query's own key, -1 for none, in place of ids;
-                [`ClassQueue.enqueue`][lt_kernels.queues.ClassQueue.enqueue] returns it.
+                [`ClassQueue.enqueue`][lt_kernels.queues.ClassQueue.enqueue] returns it. It leaves out that key alone:
+                older keys of the same sample, if the queue holds any, count like others. One sweep serves both terms.
             teacher_logits: cosines like ``logits``; needed with alpha > 0, and refused otherwise.
             generator: draws the pixels; on the device of ``query``.
             return_terms: return ``GMLTerms(total, sup, con, con_temperature, div)``.
@@ -229,16 +232,18 @@ class GMLLoss(ContrastiveLossBase):
         total = self.gamma * sup
         con = con_temperature = torch.zeros_like(sup)
         if self.beta > 0:
-            own = self._own_key(query, key, query_id, key_id, own_key)
+            own = self._own(query, key, query_id, key_id, own_key)
             con, con_temperature = self._contrastive(query, query_label, key, key_label, own)
             total = total + self.beta * (con + con_temperature)
+        else:  # DistributedDataParallel expects a gradient of every parameter
+            total = total + 0.0 * self.log_temperature
         div = self._distillation(logits, of_logits, teacher_logits)
         if div is not None:
             total = total + self.alpha * div
         return GMLTerms(total, sup, con, con_temperature, div) if return_terms else total
 
     def _contrastive(
-        self, query: Tensor, query_label: Tensor, key: Tensor, key_label: Tensor, own: Tensor | None
+        self, query: Tensor, query_label: Tensor, key: Tensor, key_label: Tensor, own: Tensor | _SampleIds | None
     ) -> tuple[Tensor, Tensor]:
         """Return L_con and L_con_T."""
         assert self.class_bias is not None
@@ -249,41 +254,24 @@ class GMLLoss(ContrastiveLossBase):
         key_class, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         counts = count_classes(key_class, is_key, classes).to(self.class_bias.dtype)
         bias = (self.class_bias - counts.clamp_min(1).log())[key_class].masked_fill(~is_key, -math.inf)
-        if own is not None and len(key) > 0:
-            at = own.clamp(0, len(key) - 1)
-            own = torch.where((own == at) & is_key[at] & (key_class[at] == label) & is_class, own, -1)
-        elif own is not None:
-            own = None
         # queries of no class match no key
-        label_of_rows = torch.where(is_class, label, -2)
+        labels = torch.where(is_class, label, -2), torch.where(is_key, key_class, -1)
         scale = (-self.log_temperature).exp()
-        sums, of_scale = LF.partitioned_logsumexp(
-            query, key, label_of_rows, torch.where(is_key, key_class, -1),
-            scale=scale, key_bias=bias, exclude=own, separate_scale=True,
-        )  # fmt: skip
-        others = sums.num_pos > 0
-        positive_sum, matched, offset = sums.pos, others, None
-        if own is not None:
-            # the own key's term, and a finite stand-in for the logarithm of nothing: -inf would have no slope
-            has, at = own >= 0, own.clamp_min(0)
-            floor = torch.finfo(sums.pos.dtype).min / 4
-            similarity = (query.to(sums.pos.dtype) * key[at].to(sums.pos.dtype)).sum(1)
-            term = scale.detach().to(sums.pos.dtype) * similarity + bias[at].to(sums.pos.dtype)
-            positive_sum = torch.logaddexp(sums.pos.clamp_min(floor), torch.where(has, term, floor).clamp_min(floor))
-            matched = others | has
-            count = counts[label]
-            offset = (count.clamp_min(1) / (count - has.to(count.dtype)).clamp_min(1)).log().to(sums.pos.dtype)
-        con = _softplus_where(matched, sums.neg - torch.where(matched, positive_sum, 0.0))
-        of_others = torch.where(others, of_scale.pos, 0.0)
-        con_temperature = _softplus_where(others, of_scale.neg - (of_others if offset is None else of_others + offset))
+        if isinstance(own, _SampleIds):
+            sides = _without_sample(query, key, labels, scale, bias, own)
+        else:
+            sides = _without_one_key(query, key, labels, counts[label], scale, bias, own)
+        con = _softplus_where(sides.matched, sides.neg - torch.where(sides.matched, sides.pos, 0.0))
+        of_others = torch.where(sides.has_others, sides.others, 0.0)
+        con_temperature = _softplus_where(sides.has_others, sides.neg_of_scale - of_others)
         counted = given != -1
         nothing = torch.where(is_class | ~counted, 0.0, math.nan)  # a class out of range, on a GPU
         return self._reduce(con + nothing, counted), self._reduce(con_temperature + nothing, counted)
 
-    def _own_key(
+    def _own(
         self, query: Tensor, key: Tensor, query_id: Tensor | None, key_id: Tensor | None, own_key: Tensor | None
-    ) -> Tensor | None:
-        """Return each query's own key [N], -1 for none; None without ids and ``own_key``."""
+    ) -> Tensor | _SampleIds | None:
+        """Return what tells each query's own keys: the one key [N], -1 for none; or ids; or nothing."""
         if (query_id is None) != (key_id is None):
             given, missing = ("key_id", "query_id") if query_id is None else ("query_id", "key_id")
             raise ValueError(f"{missing}: got None with {given}, expected both or neither")
@@ -295,7 +283,7 @@ class GMLLoss(ContrastiveLossBase):
         if query_id is None or key_id is None:
             return None
         ids = check_ids("query_id", query_id, (len(query),), query)
-        return last_match(ids, check_ids("key_id", key_id, (len(key),), query))
+        return _SampleIds(ids, check_ids("key_id", key_id, (len(key),), query))
 
     def _distillation(self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None) -> Tensor | None:
         if (teacher_logits is None) != (self.alpha == 0):
@@ -350,6 +338,98 @@ class GMLLoss(ContrastiveLossBase):
         if self.pixels_per_class is not None:
             own["pixels_per_class"] = self.pixels_per_class
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in own.items())])
+
+
+class _SampleIds(NamedTuple):
+    """Which sample queries and keys are; negative: none."""
+
+    of_queries: Tensor  # [N]
+    of_keys: Tensor  # [M]
+
+
+class _Sides(NamedTuple):
+    """Log-sum-exps [N] of both terms: gradients of the first three reach features, of the others the scale."""
+
+    neg: Tensor
+    pos: Tensor
+    matched: Tensor  # whether there are positives
+    neg_of_scale: Tensor
+    others: Tensor  # the positives of other samples, raised to the mean over them
+    has_others: Tensor
+
+
+def _without_one_key(
+    query: Tensor,
+    key: Tensor,
+    labels: tuple[Tensor, Tensor],
+    count: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    own: Tensor | None,
+) -> _Sides:
+    """Leave at most one key out for each query, in one sweep; ``count`` [N] is how many keys its class has."""
+    if own is not None and len(key) > 0:
+        at = own.clamp(0, len(key) - 1)
+        own = torch.where((own == at) & (labels[1][at] == labels[0]), own, -1)
+    elif own is not None:
+        own = None
+    sums, of_scale = LF.partitioned_logsumexp(
+        query, key, *labels, scale=scale, key_bias=bias, exclude=own, separate_scale=True
+    )
+    others = sums.num_pos > 0
+    if own is None:
+        return _Sides(sums.neg, sums.pos, others, of_scale.neg, of_scale.pos, others)
+    # the own key's term, and a finite stand-in for the logarithm of nothing: -inf would have no slope
+    has, at, dtype = own >= 0, own.clamp_min(0), sums.pos.dtype
+    floor = torch.finfo(dtype).min / 4
+    similarity = (query.to(dtype) * key[at].to(dtype)).sum(1)
+    term = scale.detach().to(dtype) * similarity + bias[at].to(dtype)
+    pos = torch.logaddexp(sums.pos.clamp_min(floor), torch.where(has, term, floor).clamp_min(floor))
+    offset = (count.clamp_min(1) / (count - has.to(count.dtype)).clamp_min(1)).log().to(dtype)
+    return _Sides(sums.neg, pos, others | has, of_scale.neg, of_scale.pos + offset, others)
+
+
+def _without_sample(
+    query: Tensor, key: Tensor, labels: tuple[Tensor, Tensor], scale: Tensor, bias: Tensor, ids: _SampleIds
+) -> _Sides:
+    """Leave all keys of each query's own sample out of the temperature's term.
+
+    One sweep makes the sums of all keys. The positives of other samples have a gradient for the scale alone, which is
+    known after forward; they are compared in chunks of rows.
+    """
+    sums, of_scale = LF.partitioned_logsumexp(query, key, *labels, scale=scale, key_bias=bias, separate_scale=True)
+    dtype = sums.pos.dtype
+    with torch.no_grad():
+        chunks = [
+            _other_positives(
+                query[part], key, labels[0][part], labels[1], ids.of_queries[part], ids.of_keys, scale, bias
+            )
+            for part in row_chunks(len(query), len(key))
+        ]
+        value, slope, count = (torch.cat(parts).to(dtype) for parts in zip(*chunks, strict=True))
+        mean = (sums.num_pos.clamp_min(1) / count.clamp_min(1)).log()
+    others = value + mean + slope * (scale - scale.detach()).to(dtype)
+    return _Sides(sums.neg, sums.pos, sums.num_pos > 0, of_scale.neg, others, count > 0)
+
+
+def _other_positives(
+    query: Tensor,
+    key: Tensor,
+    query_label: Tensor,
+    key_label: Tensor,
+    query_id: Tensor,
+    key_id: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-sum-exp over positives of other samples, its slope in the scale, and their number."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    keep = (query_label[:, None] == key_label) & ((query_id[:, None] != key_id) | (query_id < 0)[:, None])
+    s = (query.to(dtype) @ key.to(dtype).T).to(dtype)
+    u = torch.where(keep, scale.to(dtype) * s + bias.to(dtype), -math.inf)
+    value = u.logsumexp(1)
+    share = (u - torch.where(value == -math.inf, 0.0, value)[:, None]).exp()
+    return value, (share * torch.where(keep, s, 0.0)).sum(1), keep.sum(1)
 
 
 def _softplus_where(condition: Tensor, value: Tensor) -> Tensor:

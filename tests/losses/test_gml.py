@@ -15,7 +15,7 @@ from _loss_dense import INAT, Leaves, check, counts_like, every_dtype, exact_dty
 from _refused import refused
 from torch import Tensor, nn
 
-from lt_kernels.losses import GMLLoss, sample_pixels
+from lt_kernels.losses import GMLLoss, _contrastive_base, sample_pixels
 from lt_kernels.queues import ClassQueue
 
 
@@ -48,7 +48,10 @@ def gml_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_prior = (n / n.sum()).log()
     every = torch.ones(len(query), len(key), dtype=torch.bool)
-    others = every if own is None else torch.arange(len(key)) != own[:, None]
+    if own is None:
+        others = every
+    else:  # one key of each query, or which of all
+        others = ~own if own.dim() == 2 else torch.arange(len(key)) != own[:, None]
     s = query @ key.T
     con = of_class_means(s / log_t.exp().detach(), every, y, l, log_prior)
     con_temperature = of_class_means(s.detach() / log_t.exp(), others, y, l, log_prior)
@@ -93,6 +96,19 @@ def with_temperature(loss: GMLLoss, call: Callable[[], Tensor], log_t: Tensor) -
 
 def make_gml(dtype: torch.dtype, counts: Any = COUNTS, **options: Any) -> GMLLoss:
     return GMLLoss(counts, dtype=torch.float64 if dtype == torch.float64 else torch.float32, **options)
+
+
+def several_keys(y: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Ids of queries, two of which are one sample, one of none; and of keys, up to all of a class of one sample."""
+    query_id, key_id = 2**40 + torch.arange(len(y)), torch.full((len(l),), -1)
+    for row in (0, 3, 9):
+        same = (l == y[row]).nonzero().flatten()
+        key_id[same[: 3 if row == 0 else len(same)]] = query_id[row]
+    again = (y == y[0]).nonzero().flatten()
+    query_id[again[-1]] = query_id[0]
+    key_id[(l == (y[0] + 1) % C).nonzero().flatten()[:1]] = query_id[0]  # of another label
+    query_id[5] = -1
+    return query_id, key_id
 
 
 class TestGML:
@@ -155,22 +171,65 @@ class TestGML:
         loss = make_gml(torch.float64)
         given = (leaves["query"], y, leaves["key"], l, leaves["cosines"])
         by_id = loss(*given, query_id=query_id.int(), key_id=key_id)
-        torch.testing.assert_close(by_id, loss(*given, own_key=own), rtol=0, atol=0)
+        torch.testing.assert_close(by_id, loss(*given, own_key=own))
         assert loss(*given) != by_id
-        # an id of another label is nobody's own key, and the last of several is
+        # an id of another label is nobody's own key
         wrong = torch.full((M,), -1)
         other = int((l == (y[0] + 1) % C).nonzero()[0])
         wrong[other] = query_id[0]
         torch.testing.assert_close(loss(*given, query_id=query_id, key_id=wrong), loss(*given), rtol=0, atol=0)
-        same = (l == y[0]).nonzero().flatten()
-        assert len(same) >= 2
-        twice = torch.full((M,), -1)
-        twice[same] = query_id[0]
-        last = torch.full((N,), -1)
-        last[0] = same[-1]
-        torch.testing.assert_close(
-            loss(*given, query_id=query_id, key_id=twice), loss(*given, own_key=last), rtol=0, atol=0
-        )
+
+    @every_dtype
+    @pytest.mark.parametrize("chunk", [None, 5 * M + 1], ids=["whole", "chunks"])
+    def test_all_keys_of_the_own_sample_are_left_out(self, backend, dtype, chunk, monkeypatch):
+        if chunk is not None:
+            monkeypatch.setattr(_contrastive_base, "CHUNK", chunk)
+        leaves, y, l, _ = gml_inputs(seed=30)  # noqa: E741
+        query_id, key_id = several_keys(y, l)
+        own = (query_id[:, None] == key_id) & (query_id >= 0)[:, None] & (y[:, None] == l)
+        assert int(own.sum(1).max()) >= 3
+        assert bool((own.sum(1) == (y[:, None] == l).sum(1))[own.any(1)].any())  # a query without other keys
+
+        def ours(query: Tensor, key: Tensor, cosines: Tensor, log_t: Tensor) -> Tensor:
+            loss = make_gml(dtype, reduction="none")
+            given = (query, y, key, l, cosines)
+            return with_temperature(loss, lambda: loss(*given, query_id=query_id, key_id=key_id), log_t)
+
+        def dense(**k: Tensor) -> Tensor:
+            return gml(**k, y=y, l=l, own=own, n=counts_like(COUNTS, k["query"]))
+
+        check(ours, dense, dtype, **leaves)
+
+    def test_the_published_code_at_its_settings(self, backend):
+        """An epoch of CIFAR-100-LT and a batch: keys of both epochs are left out, and the slope shows it."""
+        torch.manual_seed(0)
+        counts = [int(500 * 0.01 ** (c / 99)) for c in range(100)]
+        classes = torch.arange(100).repeat_interleave(torch.tensor(counts))
+        queue = ClassQueue(counts, 4096, 32, dtype=torch.float64)
+        centers, samples = torch.randn(100, 32).double(), torch.randn(len(classes), 32).double()
+        for which in [*torch.randperm(len(classes)).split(128), torch.randperm(len(classes))[:128]]:
+            views = centers[classes[which]] + samples[which] + 0.3 * torch.randn(len(which), 32).double()
+            slots = queue.enqueue(F.normalize(views, dim=1), classes[which], which)
+        y = classes[which]
+        query = F.normalize(centers[y] + samples[which] + 0.3 * torch.randn(len(y), 32).double(), dim=1)
+        several = (which[:, None] == queue.ids).sum(1) > 1
+        assert several.any()
+        loss = GMLLoss(counts, temperature=0.1, gamma=0.0, dtype=torch.float64)
+        cosines = torch.zeros(len(y), 100).double()
+        given = (query, y, queue.features, queue.labels, cosines)
+        value = loss(*given, query_id=which, key_id=queue.ids)
+        (slope,) = torch.autograd.grad(value, [loss.log_temperature])
+        log_t = torch.tensor(0.1).double().log().requires_grad_()
+        own, n = which[:, None] == queue.ids, torch.tensor(counts).double()
+        filled = queue.labels >= 0
+        expected = gml(
+            gamma=0.0, query=query, key=queue.features[filled], log_t=log_t, cosines=cosines, y=y,
+            l=queue.labels[filled], n=n, own=own[:, filled],
+        ).mean()  # fmt: skip
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(slope, torch.autograd.grad(expected, log_t)[0])
+        newest = torch.autograd.grad(loss(*given, own_key=slots), [loss.log_temperature])[0]
+        assert (newest - slope).abs() > 1e-3
 
     def test_only_the_temperature_learns_from_the_term_without_the_own_key(self, backend):
         leaves, y, l, own = gml_inputs()  # noqa: E741
@@ -255,6 +314,18 @@ class TestGML:
         value = make_gml(torch.float64, beta=0.0)(leaves["query"], y, leaves["key"], l, leaves["cosines"])
         torch.testing.assert_close(value, F.cross_entropy(30 * leaves["cosines"] + (n / n.sum()).log(), y))
 
+    @pytest.mark.parametrize("weights", [{}, {"beta": 0.0}, {"gamma": 0.0}, {"beta": 0.0, "reduction": "sum"}], ids=str)
+    @pytest.mark.parametrize("batch", ["usual", "ignored", "no-keys"])
+    def test_every_parameter_has_a_gradient(self, weights, batch):
+        """DistributedDataParallel stops at a parameter that has none."""
+        leaves, y, l, _ = gml_inputs()  # noqa: E741
+        loss = make_gml(torch.float64, **weights)
+        y, l = (torch.full_like(y, -100) if batch == "ignored" else y), (l if batch != "no-keys" else l * 0 - 1)  # noqa: E741
+        loss(leaves["query"], y, leaves["key"], l, leaves["cosines"]).backward()
+        for name, parameter in loss.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad == 0 or (batch == "usual" and "beta" not in weights)
+
     def test_with_a_queue_and_a_network_of_keys(self, backend):
         torch.manual_seed(0)
         queue, network = ClassQueue(COUNTS, 64, 8), nn.Linear(8, D)
@@ -269,7 +340,7 @@ class TestGML:
             query = F.normalize(torch.randn(N, D), dim=1)
             given = (query, y, key, queue.labels, torch.rand(N, C))
             value = loss(*given, query_id=ids, key_id=queue.ids)
-            torch.testing.assert_close(value, loss(*given, own_key=slots), rtol=0, atol=0)
+            torch.testing.assert_close(value, loss(*given, own_key=slots))
             optimizer.zero_grad()
             value.backward()
             assert network.weight.grad.abs().sum() > 0

@@ -112,8 +112,9 @@ def _our_step(inputs: Inputs) -> Step:
         ((name, learned),) = gml.named_parameters()
         shared = {name: inputs["log_temperature"].view(learned.shape)}  # the leaf of every provider
         arguments = (inputs["query"], label, inputs["key"], inputs["key_label"], inputs["logits"])
-        ids = {name: inputs[name] for name in ("query_id", "key_id")}
-        return lambda: torch.func.functional_call(gml, shared, arguments, ids)
+        # each sample has one key here, which the other providers find by ids in each step
+        own_key = (inputs["query_id"][:, None] == inputs["key_id"]).to(torch.uint8).argmax(1)
+        return lambda: torch.func.functional_call(gml, shared, arguments, {"own_key": own_key})
     return partial(_our_supcon, inputs)
 
 
