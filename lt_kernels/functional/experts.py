@@ -42,7 +42,15 @@ from ..ops.expert_fusion.arguments import Arguments as FusionArguments
 from ..ops.expert_fusion.op import OP as FUSION
 from ..ops.expert_fusion.op import forward as fusion_forward
 from .linear import linear_topk
-from .rows import REDUCTIONS, MarginKeywords, knows_gradient, margin_cross_entropy, row_options, with_coefficient
+from .rows import (
+    REDUCTIONS,
+    MarginKeywords,
+    knows_gradient,
+    logits_layout,
+    margin_cross_entropy,
+    row_options,
+    with_coefficient,
+)
 
 #: Logits of E experts: one tensor [E, N, C] or [E, N, C, d1, ..., dk], or E tensors of that shape without E.
 ExpertLogits: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -183,7 +191,7 @@ def expert_cross_entropy(
         shared_bias = None
         class_bias = _check_tensor_of("class_bias", class_bias, [(classes,), (count, classes)], first)
         class_bias = class_bias.to(dtype).contiguous()
-    options = row_options((n, classes), first, dtype, target, weight, class_bias=shared_bias, **shared)
+    options = row_options(logits_layout((n, classes)), first, dtype, target, weight, class_bias=shared_bias, **shared)
     bias = options.class_bias if shared_bias is not None else class_bias
     prior, numbers, bias = _prior(log_prior, taus, bias, count, classes, first, dtype)
     backend = resolve(CROSS_ENTROPY, first)

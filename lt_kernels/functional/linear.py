@@ -37,6 +37,8 @@ from ..ops.margin_cross_entropy.op import OP as ROWS
 from .rows import (
     MarginCrossEntropyOutput,
     RowKeywords,
+    RowLayout,
+    classes_last_layout,
     knows_gradient,
     logits_layout,
     row_options,
@@ -106,14 +108,15 @@ def linear_margin_cross_entropy(
     a time where all of them would not fit ``lt_kernels.set_memory_budget``.
 
     Args:
-        input: features ``[D]`` or ``[N, D]``; float16, bfloat16, float32 or float64.
+        input: features ``[..., D]`` of any leading shape; float16, bfloat16, float32 or float64.
         linear_weight: ``[C, D]``, or ``[C, d1, ..., dk, D]`` for a loss at each of d1 x ... x dk positions (then
             ``input`` is ``[N, D]``), as in ``F.linear_cross_entropy``. Where features and weight differ in dtype (mixed
             precision with float32 master weights) the matrix products run in the narrower one; under autocast in
             autocast's, as ``F.linear`` would. The gradient has the weight's own dtype and is not rounded to the
             narrower one where the library can avoid it.
-        target: class indices ``[]``, ``[N]`` or ``[N, d1, ..., dk]`` of any integer dtype, or class probabilities
-            shaped like the logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]`` in any floating dtype.
+        target: class indices ``[...]``, the leading shape of ``input``, of any integer dtype, or class probabilities
+            ``[..., C]`` in any floating dtype. With a loss at each position: ``[N, d1, ..., dk]``, or
+            ``[N, C, d1, ..., dk]`` like the logits.
         linear_bias: ``[C]`` or ``[C, d1, ..., dk]``, added to the logits before anything else; not with ``normalize``.
         normalize: a cosine head: logits are the cosines of the features and each class's weight. The normalised
             weight is never stored; a norm below 1e-12 counts as 1e-12, as in ``F.normalize``.
@@ -150,13 +153,13 @@ def linear_margin_cross_entropy(
         >>> weight.grad.shape
         torch.Size([8142, 64])
     """
-    shape, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
+    layout, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
     check_choice("strategy", strategy, plans.STRATEGIES)
     if isinstance(target, Tensor) and target.is_floating_point() and ignore_index is not None:
         raise ValueError(f"ignore_index: got {ignore_index} with class-probability targets, expected None")
     arithmetic = compute_dtype(dtype)
     options = row_options(
-        shape,
+        layout,
         input,
         arithmetic,
         target,
@@ -172,7 +175,7 @@ def linear_margin_cross_entropy(
         mixed_target=mixed_target,
         mix_lambda=mix_lambda,
     )
-    flat, row_shape = logits_layout(shape)
+    flat = layout.flat
     features = input.reshape(flat[0], input.shape[-1])
     if normalize:
         features = F.normalize(features.to(arithmetic), dim=1)
@@ -202,7 +205,7 @@ def linear_margin_cross_entropy(
         needs if one_pass else [False] * 3,
         backend,
     )
-    return row_output(loss, lse, prediction, reduction, empty_mean, row_shape, return_lse, return_prediction)
+    return row_output(loss, lse, prediction, reduction, empty_mean, layout.rows, return_lse, return_prediction)
 
 
 def plan_linear(
@@ -272,11 +275,11 @@ def plan_linear(
 
 
 class TopK(NamedTuple):
-    """Predictions of ``linear_topk``; shapes without N for features ``[D]``."""
+    """Predictions of ``linear_topk`` for features ``[..., D]``."""
 
-    classes: Tensor  #: [N, k] int64, the most likely first
-    confidence: Tensor  #: [N, k], their softmax probabilities among all classes
-    lse: Tensor  #: [N], log-sum-exp of all shifted logits
+    classes: Tensor  #: [..., k] int64, the most likely first
+    confidence: Tensor  #: [..., k], their softmax probabilities among all classes
+    lse: Tensor  #: [...], log-sum-exp of all shifted logits
 
 
 def linear_topk(
@@ -301,7 +304,7 @@ def linear_topk(
     probabilities are exact: their log-sum-exp is over all classes.
 
     Args:
-        input: features ``[D]`` or ``[N, D]``; float16, bfloat16, float32 or float64.
+        input: features ``[..., D]`` of any leading shape; float16, bfloat16, float32 or float64.
         linear_weight: ``[C, D]``. Its dtype, and autocast, as in
             [`linear_margin_cross_entropy`][lt_kernels.functional.linear_margin_cross_entropy].
         k: how many classes, 1 to C.
@@ -333,14 +336,14 @@ def linear_topk(
     check_floating("linear_weight", linear_weight)
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [C, D]")
-    shape, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
+    layout, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
     classes = linear_weight.shape[0]
     check_int("k", k, 1, classes, expected=f"1 to {classes}, the number of classes")
     arithmetic = compute_dtype(dtype)
     shift = check_class_vector("class_shift", class_shift, classes, input, arithmetic)
     fixed_scale, learned_scale = check_factor("scale", scale, input, arithmetic)
     with torch.no_grad():
-        features = input.reshape(-1, input.shape[-1])
+        features = input.reshape(layout.flat[0], input.shape[-1])
         if normalize:
             features = F.normalize(features.to(arithmetic), dim=1)
         features = features.to(dtype)
@@ -358,23 +361,23 @@ def linear_topk(
                 resolve(ROWS, features),
             )
         )
-    return TopK(*(value[0] for value in result)) if len(shape) == 1 else result
+    return result if input.dim() == 2 else TopK(*(value.reshape(layout.rows + value.shape[1:]) for value in result))
 
 
 def _check_linear(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, normalize: bool
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """Check what makes the logits; return their shape, and the dtype of the matrix products."""
+) -> tuple[RowLayout, torch.dtype]:
+    """Check what makes the logits; return their layout, and the dtype of the matrix products."""
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
     check_flag("normalize", normalize)
-    if input.dim() not in (1, 2):
-        raise ValueError(f"input: got shape {tuple(input.shape)}, expected features [D] or [N, D]")
+    if input.dim() == 0:
+        raise ValueError("input: got a 0-dim tensor, expected features [..., D]")
     if linear_weight.dim() < 2:
         raise ValueError(
             f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [C, D] or [C, d1, ..., dk, D]"
         )
-    if linear_weight.dim() > 2 and input.dim() == 1:
+    if linear_weight.dim() > 2 and input.dim() != 2:
         raise ValueError(f"input: got shape {tuple(input.shape)} with a loss at each position, expected [N, D]")
     if linear_weight.shape[0] == 0:
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected at least one class")
@@ -391,7 +394,9 @@ def _check_linear(
         check_device("linear_bias", linear_bias, input, " as input")
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
-    return (*input.shape[:-1], *linear_weight.shape[:-1]), product_dtype(input, linear_weight, "linear_weight", "input")
+    shape = (*input.shape[:-1], *linear_weight.shape[:-1])
+    layout = classes_last_layout(shape) if linear_weight.dim() == 2 else logits_layout(shape)
+    return layout, product_dtype(input, linear_weight, "linear_weight", "input")
 
 
 def _tiled_reason(a: Arguments, backend: str) -> str | None:

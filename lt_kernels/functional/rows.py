@@ -172,8 +172,9 @@ def margin_cross_entropy(
     check_flag("return_lse", return_lse)
     check_flag("return_prediction", return_prediction)
     dtype = compute_dtype(input.dtype)
+    layout = logits_layout(tuple(input.shape))
     options = row_options(
-        tuple(input.shape),
+        layout,
         input,
         dtype,
         target,
@@ -190,35 +191,47 @@ def margin_cross_entropy(
         mix_lambda=mix_lambda,
     )
     backend = resolve(OP, input)
-    flat, row_shape = logits_layout(tuple(input.shape))
     one_pass = (
         input.requires_grad
         and not torch.compiler.is_compiling()
         and knows_gradient(options, reduction, return_lse, input.dtype)
     )
-    options = with_coefficient(options, flat[1], reduction, empty_mean, dtype, backend)
+    options = with_coefficient(options, layout.flat[1], reduction, empty_mean, dtype, backend)
     loss, lse, prediction, _, _ = forward(
-        *flatten(Arguments(input.reshape(flat), options)),
+        *flatten(Arguments(input.reshape(layout.flat), options)),
         reduction != "none",
         return_prediction,
         one_pass,
         backend,
     )
-    return row_output(loss, lse, prediction, reduction, empty_mean, row_shape, return_lse, return_prediction)
+    return row_output(loss, lse, prediction, reduction, empty_mean, layout.rows, return_lse, return_prediction)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def logits_layout(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], tuple[int, ...]]:
-    """Return [N, C, K] of logits [C], [N, C] or [N, C, d1, ..., dk], and the shape of their class indices."""
+class RowLayout(NamedTuple):
+    """Where logits have their rows and classes."""
+
+    shape: tuple[int, ...]  #: of the logits
+    flat: tuple[int, int, int]  #: [N, C, K], as operators take them
+    rows: tuple[int, ...]  #: the shape of class indices
+
+
+def logits_layout(shape: tuple[int, ...]) -> RowLayout:
+    """Return the layout of logits [C], [N, C] or [N, C, d1, ..., dk]."""
     if len(shape) == 1:
-        return (1, shape[0], 1), ()
-    return (shape[0], shape[1], math.prod(shape[2:])), (shape[0], *shape[2:])
+        return RowLayout(shape, (1, shape[0], 1), ())
+    return RowLayout(shape, (shape[0], shape[1], math.prod(shape[2:])), (shape[0], *shape[2:]))
+
+
+def classes_last_layout(shape: tuple[int, ...]) -> RowLayout:
+    """Return the layout of logits [..., C]."""
+    return RowLayout(shape, (math.prod(shape[:-1]), shape[-1], 1), shape[:-1])
 
 
 def row_options(
-    shape: tuple[int, ...],
+    layout: RowLayout,
     input: Tensor,
     dtype: torch.dtype,
     target: Tensor,
@@ -237,10 +250,10 @@ def row_options(
 ) -> RowOptions:
     """Validate the options of a loss of logits, and return them as the operators take them.
 
-    The logits have the shape ``shape`` and the device of ``input``. Class vectors are converted to ``dtype``; the
+    The logits have the device of ``input``. Class vectors are converted to ``dtype``; the
     coefficient is still None.
     """
-    flat, index_shape = logits_layout(shape)
+    shape, flat, index_shape = layout
     classes = flat[1]
     soft = _check_target("target", target, shape, index_shape, input)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -334,9 +347,15 @@ def _check_target(
             f"{name}: got dtype {target.dtype}, expected an integer dtype, or a floating one for probabilities"
         )
     if tuple(target.shape) != index_shape:
+        hint = ""
+        if len(shape) > 2 and tuple(target.shape) == shape[:-1]:
+            hint = (
+                ", whose classes are dimension 1 (classes in the last one: logits.movedim(-1, 1), or "
+                "logits.flatten(0, -2) with target.flatten())"
+            )
         raise ValueError(
             f"{name}: got class indices of shape {tuple(target.shape)}, expected {index_shape} "
-            f"for logits of shape {shape}"
+            f"for logits of shape {shape}{hint}"
         )
     return False
 

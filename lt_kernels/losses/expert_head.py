@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as LF
 from .._checks import check_flag, check_floating, check_int, check_positive, check_tensor, product_dtype
+from ._wrapped import as_forward, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -145,10 +146,11 @@ class ExpertHead(nn.Module):
         differ in dtype, as in mixed precision: the product, and the logits, are in the narrower one.
         """
         f = self._features(features)
-        dtype = product_dtype(f, self.weight, "weight", "features")
+        weight = whole("weight", self.weight, f)
+        dtype = product_dtype(f, weight, "weight", "features")
         # the scale multiplies the features: they are fewer than the logits
         f = (F.normalize(f, dim=-1) * self.scale).to(dtype)
-        w = F.normalize(self.weight, dim=-1).to(dtype)
+        w = F.normalize(weight, dim=-1).to(dtype)
         if not self.shared:
             return torch.matmul(f, w.transpose(1, 2))
         return F.linear(f, w.flatten(0, 1)).unflatten(-1, w.shape[:2]).transpose(0, 1)
@@ -174,9 +176,23 @@ class ExpertHead(nn.Module):
         Returns:
             [`ExpertFusion`][lt_kernels.functional.ExpertFusion] without ``log_probs``; without gradients.
         """
+        fusion: LF.ExpertFusion = as_forward(
+            self, "_predict", self._features(features), topk, log_prior_shift, temperature, expert_weight
+        )
+        return fusion
+
+    @torch.no_grad()
+    def _predict(
+        self,
+        features: Tensor,
+        topk: int,
+        log_prior_shift: Tensor | None,
+        temperature: float,
+        expert_weight: Sequence[float] | Tensor | None,
+    ) -> LF.ExpertFusion:
         return LF.linear_expert_fusion(
-            self._features(features),
-            self.weight,
+            features,
+            whole("weight", self.weight, features),
             normalize=True,
             scale=self.scale,
             topk=topk,

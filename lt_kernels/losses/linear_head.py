@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from .. import functional as LF
 from .._checks import ClassVector, check_choice, check_flag, product_dtype
 from ._base import MarginCrossEntropyBase
 from ._class_tensors import ClassTensorLoss
+from ._wrapped import as_forward, refuse_adapter, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +22,7 @@ Strategy = Literal["auto", "materialize", "chunked", "tiled"]
 
 
 class LinearHead(nn.Linear):
-    """An ``nn.Linear`` that ends in a loss: ``head(features, target)`` is the loss of the logits it never hands out.
+    """An ``nn.Linear`` that ends in a loss: ``head(features, target)`` is the loss of logits that need not be stored.
 
     It computes ``loss(F.linear(features, weight, bias), target)``, or ``loss`` of the cosines of features and class
     weights, by [`linear_margin_cross_entropy`][lt_kernels.functional.linear_margin_cross_entropy], which does not store
@@ -28,6 +30,7 @@ class LinearHead(nn.Linear):
 
         head = LinearHead.from_linear(model.fc, LogitAdjustmentLoss(class_counts))   # instead of the loss alone
         loss = head(features, target)                              # instead of criterion(model.fc(features), target)
+        logits = head(features)                                    # instead of model.fc(features), to classify
 
     Parameters are those of ``nn.Linear``, ``weight`` [C, D] and ``bias`` [C]. ``loss`` is a submodule: its tensors
     travel as ``loss.*`` in ``state_dict`` and stay float32 under ``.half()`` and ``.bfloat16()``. A ``state_dict``
@@ -47,6 +50,10 @@ class LinearHead(nn.Linear):
         TypeError: ``loss`` is no classifier recipe; ``bias`` or ``normalize`` is no bool.
         ValueError: another number of classes in the recipe's tensors than ``out_features``; a bias with ``normalize``;
             an unknown strategy.
+
+    Warns:
+        UserWarning: a cosine head whose loss has no scale: a softmax of cosines at scale 1 is nearly uniform over many
+            classes, and the loss hardly falls.
 
     Example:
         >>> import torch
@@ -99,6 +106,12 @@ class LinearHead(nn.Linear):
                     f"loss: got a {type(loss).__name__} with {classes} classes ({name}), expected {out_features}, "
                     "the out_features"
                 )
+        if normalize and isinstance(loss.scale, (int, float)) and loss.scale == 1.0:
+            warnings.warn(
+                f"loss: got a {type(loss).__name__} at scale 1 for cosines, whose softmax over {out_features} classes "
+                "stays nearly uniform; expected a scale such as 30",
+                stacklevel=2,
+            )
         super().__init__(in_features, out_features, not normalize if bias is None else bias, device, dtype)
         self.normalize = normalize
         self.strategy = strategy
@@ -149,33 +162,37 @@ class LinearHead(nn.Linear):
         head._move_loss()
         return head.train(linear.training)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         features: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         mixed_target: Tensor | None = None,
         mix_lambda: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of ``features``, [D] or [N, D], of float16, bfloat16, float32 or float64.
+        """Return the loss of ``features``, [..., D], or without ``target`` what ``logits`` returns, [..., C].
 
         Args:
-            features: inputs of the linear layer.
-            target: class indices [] or [N] of any integer dtype, or class probabilities [C] or [N, C] (not with a
-                margin).
+            features: inputs of the linear layer: float16, bfloat16, float32 or float64, any leading shape.
+            target: class indices [...] of any integer dtype, or class probabilities [..., C] (not with a margin).
             mixed_target: second class indices of mixup or CutMix pairs.
             mix_lambda: share of ``target``: a number in [0, 1], or a tensor, 0-dim or like ``target``.
 
         Returns:
             0-dim, or like class indices with ``reduction="none"``; float32 (float64 for float64).
         """
+        if target is None:
+            if mixed_target is not None or mix_lambda is not None:
+                raise ValueError("target: got None with mixed_target or mix_lambda, expected class indices")
+            return self.logits(features)
+        weight, bias = self._linear(features)
         keywords = self.loss.keywords()
         if isinstance(target, Tensor) and target.is_floating_point() and keywords["ignore_index"] < 0:
             keywords["ignore_index"] = None  # probabilities: nothing is ignored
         loss: Tensor = LF.linear_margin_cross_entropy(
             features,
-            self.weight,
+            weight,
             target,
-            linear_bias=self.bias,
+            linear_bias=bias,
             normalize=self.normalize,
             mixed_target=mixed_target,
             mix_lambda=mix_lambda,
@@ -191,29 +208,39 @@ class LinearHead(nn.Linear):
         learned to be right without them. Differentiable; stores all logits, which ``predict`` does not. Features and
         weight may differ in dtype, as in the call: the product is in the narrower one.
         """
-        dtype = product_dtype(features, self.weight, "weight", "features")
-        weight: Tensor = self.weight
+        logits: Tensor = as_forward(self, "_logits", features)
+        return logits
+
+    def _logits(self, features: Tensor) -> Tensor:
+        weight, bias = self._linear(features)
+        dtype = product_dtype(features, weight, "weight", "features")
         if self.normalize:
             features, weight = F.normalize(features, dim=-1), F.normalize(weight, dim=-1)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         return F.linear(features.to(dtype), weight.to(dtype), bias) * self.loss.scale
 
     def predict(self, features: Tensor, topk: int = 1, class_shift: Tensor | None = None) -> LF.TopK:
         """Return the most likely classes of ``logits(features)``, computed block by block.
 
         Args:
-            features: [D] or [N, D].
+            features: [..., D].
             topk: how many classes.
             class_shift: [C], added to the logits: log ratio of test and training prior, or ``-tau * log_prior``.
 
         Returns:
             [`TopK(classes, confidence, lse)`][lt_kernels.functional.linear_topk]; without gradients.
         """
+        prediction: LF.TopK = as_forward(self, "_predict", features, topk, class_shift)
+        return prediction
+
+    @torch.no_grad()
+    def _predict(self, features: Tensor, topk: int, class_shift: Tensor | None) -> LF.TopK:
+        weight, bias = self._linear(features)
         return LF.linear_topk(
             features,
-            self.weight,
+            weight,
             topk,
-            linear_bias=self.bias,
+            linear_bias=bias,
             class_shift=class_shift,
             scale=self.loss.scale,
             normalize=self.normalize,
@@ -231,6 +258,17 @@ class LinearHead(nn.Linear):
         if self.strategy != "auto":
             shown.append(f"strategy={self.strategy}")
         return ", ".join(shown)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """Missing, as in every layer that wraps none; the place where peft asks for it before it wraps the head."""
+        refuse_adapter(self)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
+
+    def _linear(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias for the product with ``features``."""
+        bias: Tensor | None = self.bias
+        return whole("weight", self.weight, features), None if bias is None else whole("bias", bias, features)
 
     def _move_loss(self) -> None:
         if not self.weight.is_meta:

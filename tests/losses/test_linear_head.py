@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+from lt_kernels.functional import linear_margin_cross_entropy
 from lt_kernels.losses import (
     ArcFaceLoss,
     BalancedSoftmaxLoss,
@@ -122,6 +124,59 @@ def test_equals_the_recipe_itself(name):
     torch.testing.assert_close(head(x[0], target[0]), head.loss(logits[0], target[0]), rtol=1e-12, atol=1e-12)
 
 
+class TestLeadingShapes:
+    """Features [.., D] with targets [..] are the rows of their flattened batch."""
+
+    @pytest.mark.parametrize("strategy", ["auto", "materialize", "chunked"])
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @some_recipes
+    def test_class_indices_and_mixtures(self, name, reduction, strategy):
+        x, target, other = batch(torch.float64)
+        target[2] = -100
+        head = make_head(name, torch.float64, reduction=reduction, strategy=strategy)
+        share = torch.linspace(0, 1, N, dtype=torch.float64)
+        for flat in ([x, target], [x, target, other, 0.3], [x, target, other, share]):
+            shaped = [v.reshape(3, 1, 7, *v.shape[1:]) if isinstance(v, Tensor) else v for v in flat]
+            shaped[0] = shaped[0].transpose(0, 2).contiguous().transpose(0, 2)  # rows that are not in order
+            leaves = [x.detach().clone().requires_grad_() for x in (flat[0], shaped[0])]
+            expected, got = head(leaves[0], *flat[1:]), head(leaves[1], *shaped[1:])
+            assert got.shape == ((3, 1, 7) if reduction == "none" else ())
+            torch.testing.assert_close(got.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
+            expected.sum().backward()
+            got.sum().backward()
+            torch.testing.assert_close(leaves[1].grad.reshape(N, D), leaves[0].grad, rtol=1e-12, atol=1e-14)
+
+    def test_class_probabilities(self):
+        x, target, _ = batch(torch.float64)
+        head = make_head("vs", torch.float64, reduction="none")
+        probabilities = F.one_hot(target, C).double() * 0.9 + 0.1 / C
+        expected = head(x, probabilities).reshape(7, 3)
+        got = head(x.reshape(7, 3, D), probabilities.reshape(7, 3, C))
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+    def test_further_results(self):
+        x, target, _ = batch(torch.float64)
+        weight = make_head("vs", torch.float64).weight.detach()
+        flat = linear_margin_cross_entropy(x, weight, target, return_lse=True, return_prediction=True)
+        shaped = linear_margin_cross_entropy(
+            x.reshape(3, 7, D), weight, target.reshape(3, 7), return_lse=True, return_prediction=True
+        )
+        assert torch.equal(shaped.lse, flat.lse.reshape(3, 7))
+        assert torch.equal(shaped.prediction, flat.prediction.reshape(3, 7))
+
+    def test_no_rows(self):
+        head = make_head("vs", reduction="none")
+        x, target = torch.zeros(2, 0, D), torch.zeros(2, 0, dtype=torch.int64)
+        assert head(x, target).shape == (2, 0)
+        assert head(x).shape == (2, 0, C)
+
+    def test_a_loss_at_each_position_takes_no_leading_shape(self):
+        with pytest.raises(
+            ValueError, match=r"input: got shape \(2, 3, 4\) with a loss at each position, expected \[N, D"
+        ):
+            linear_margin_cross_entropy(torch.zeros(2, 3, 4), torch.zeros(5, 6, 4), torch.zeros(2, 6).long())
+
+
 @pytest.mark.parametrize("name", ["cross-entropy", "logit-adjustment", "vs"])
 def test_class_probabilities(name):
     x, target, _ = batch(torch.float64)
@@ -131,6 +186,7 @@ def test_class_probabilities(name):
     torch.testing.assert_close(head(x, probabilities), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:loss. got a MarginCrossEntropyBase at scale 1")
 @pytest.mark.parametrize(
     ("loss", "options", "bias", "normalize"),
     [
@@ -151,6 +207,31 @@ def test_defaults_of_bias_and_normalize(loss, options, bias, normalize):
     assert isinstance(head, nn.Linear)
 
 
+class TestScaleOfCosines:
+    """Cosines lie in [-1, 1]: a loss that does not scale them cannot tell many classes apart."""
+
+    @pytest.mark.parametrize("loss", [lambda: None, lambda: VSLoss(COUNTS), lambda: LDAMLoss(COUNTS, scale=1)])
+    @pytest.mark.parametrize("make", [LinearHead, lambda d, c, *a, **k: LinearHead.from_linear(PLAIN, *a, **k)])
+    def test_one_warns_once(self, loss, make, recwarn):
+        head = make(D, C, loss(), normalize=True)
+        x, target, _ = batch()
+        for _ in range(2):
+            head(x, target)
+            head.predict(x)
+        (warned,) = recwarn.list
+        assert warned.category is UserWarning
+        assert re.match(r"loss: got a \w+ at scale 1 for cosines, .* expected a scale", str(warned.message))
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_the_defaults_of_recipes_do_not(self, name, recwarn):
+        LinearHead(D, C, RECIPES[name]())
+        LinearHead(D, C, RECIPES[name](), normalize=False)
+        assert not recwarn.list
+
+
+PLAIN = nn.Linear(D, C, bias=False)
+
+
 def test_no_loss_is_cross_entropy():
     x, target, _ = batch()
     head = LinearHead(D, C)
@@ -167,6 +248,15 @@ class TestInference:
         torch.testing.assert_close(head.logits(x), expected)
         torch.testing.assert_close(head.logits(x.reshape(3, 7, D)).reshape(N, C), expected)
         torch.testing.assert_close(head.logits(x[0]), expected[0])
+
+    @every_recipe
+    def test_a_call_without_target_returns_the_logits(self, name):
+        x = batch()[0].reshape(3, 7, D)
+        head = make_head(name)
+        for mode in (True, False):
+            assert torch.equal(head.train(mode)(x), head.logits(x))
+        head(x).sum().backward()
+        assert head.weight.grad.abs().sum() > 0
 
     @every_recipe
     def test_predict(self, name):
@@ -206,9 +296,13 @@ class TestInference:
         with pytest.raises(TypeError, match=r"weight: got dtype torch.float32, expected torch.float64 as features"):
             make_head("vs").logits(x)
 
-    def test_predict_one_sample(self):
-        head = make_head("ldam")
-        assert [tuple(v.shape) for v in head.predict(batch()[0][0], topk=3)] == [(3,), (3,), ()]
+    @pytest.mark.parametrize("lead", [(), (5,), (3, 7), (1, 7, 3), (2, 0)], ids=str)
+    def test_predict_has_the_leading_shape_of_the_features(self, lead):
+        head, x = make_head("ldam"), torch.randn(*lead, D)
+        flat, got = head.predict(x.reshape(-1, D), 3), head.predict(x, 3)
+        assert [tuple(v.shape) for v in got] == [(*lead, 3), (*lead, 3), lead]
+        for ours, theirs in zip(got, flat, strict=True):
+            assert torch.equal(ours.flatten(), theirs.flatten())
 
 
 class TestFromLinear:
@@ -501,7 +595,14 @@ X, Y, _ = batch()
 @refused(
     "arguments",
     ((X[:, :3], Y), ValueError, "linear_weight: got 16 features"),
-    ((X[None], Y), ValueError, "input: got shape (1, 21, 16), expected features [D] or [N, D]"),
+    (
+        (X[None], Y),
+        ValueError,
+        "target: got class indices of shape (21,), expected (1, 21)",
+    ),
+    ((X[0, 0], Y), ValueError, "input: got a 0-dim tensor, expected features [..., D]"),
+    ((X, None, Y, 0.5), ValueError, "target: got None with mixed_target or mix_lambda, expected class indices"),
+    ((X, None, None, 0.5), ValueError, "target: got None with mixed_target or mix_lambda, expected class indices"),
     ((X, Y[:3]), ValueError, "target: got class indices of shape (3,), expected (21,)"),
     ((X, Y + C), IndexError, "target: row 0 has class"),
     ((X, Y, Y), ValueError, "mix_lambda: got None with mixed_target, expected both or neither"),

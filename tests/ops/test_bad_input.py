@@ -54,6 +54,12 @@ TABLE = {
     "target not a tensor": ({"target": [0, 1, 2]}, TypeError, r"target: got list, expected a Tensor"),
     "target of bools": ({"target": Y > 0}, TypeError, r"target: got dtype torch.bool, expected an integer dtype"),
     "target shape": ({"target": Y[:2]}, ValueError, r"target: got class indices of shape \(2,\), expected \(3,\)"),
+    "classes last": (
+        {"input": torch.randn(2, 3, 5), "target": Y.expand(2, 3)},
+        ValueError,
+        r"expected \(2, 5\) for logits of shape \(2, 3, 5\), whose classes are dimension 1 .*\.movedim\(-1, 1\), or "
+        r"logits.flatten\(0, -2\) with target.flatten\(\)",
+    ),
     "probabilities' shape": (
         {"target": X[:, :4]},
         ValueError,

@@ -489,7 +489,8 @@ X, W, B, Y = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5), torch.tensor(
 BAD = {
     "input is a list": (([1.0], W, Y), {}, TypeError, "input: got list"),
     "integer features": ((X.long(), W, Y), {}, TypeError, "input: got dtype torch.int64"),
-    "features of three dimensions": ((X[None], W, Y), {}, ValueError, r"input: got shape \(1, 4, 6\)"),
+    "features of three dimensions": ((X[None], W, Y), {}, ValueError, r"target: .* \(4,\), expected \(1, 4\)"),
+    "no features": ((X[0, 0], W, Y), {}, ValueError, r"input: got a 0-dim tensor, expected features \[..., D\]"),
     "weight of one dimension": ((X, W[0], Y), {}, ValueError, r"linear_weight: got shape \(6,\)"),
     "weight of another width": ((X, W[:, :5], Y), {}, ValueError, "linear_weight: got 5 features .* expected 6"),
     "no class": ((X, W[:0], Y), {}, ValueError, "linear_weight: .* at least one class"),

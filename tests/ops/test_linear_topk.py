@@ -253,7 +253,7 @@ X, W = torch.randn(3, 4), torch.randn(6, 4)
 BAD = {
     "input": ({"input": [1.0]}, TypeError, r"input: got list, expected a Tensor"),
     "input dtype": ({"input": X.long()}, TypeError, r"input: got dtype torch.int64"),
-    "input shape": ({"input": X[None]}, ValueError, r"input: got shape \(1, 3, 4\), expected features"),
+    "input shape": ({"input": X[0, 0]}, ValueError, r"input: got a 0-dim tensor, expected features \[..., D\]"),
     "weight": ({"linear_weight": None}, TypeError, r"linear_weight: got NoneType, expected a Tensor"),
     "weight shape": ({"linear_weight": W[None]}, ValueError, r"linear_weight: got shape \(1, 6, 4\), expected"),
     "weight width": ({"linear_weight": W[:, :3]}, ValueError, r"linear_weight: got 3 features"),
