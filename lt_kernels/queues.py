@@ -3,11 +3,14 @@
 ``ClassQueue`` keeps a share of the keys for every class, ``FeatureQueue`` the last ones of all (MoCo). Their buffers
 are the losses' ``key``, ``key_label`` and ``key_id``. An enqueue is a few tensor operations: no loop over classes or
 samples, and nothing that waits for a GPU. In distributed training, gather features, labels and ids first.
+
+Buffers are written in place. A loss reads its keys again in backward: enqueue before the loss (as GML does) or after
+its backward, or give it the queue's ``snapshot()``.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,14 @@ from ._checks import (
 from .priors import ClassPrior
 
 FILLS = ("empty", "random")
+
+
+class QueueKeys(NamedTuple):
+    """A copy of a queue's buffers at one moment, which later enqueues leave as it is."""
+
+    features: Tensor  #: [M, D]
+    labels: Tensor  #: [M], -1 where a slot is empty
+    ids: Tensor | None  #: [M], -1 for none; None for a queue that has no ids
 
 
 class ClassQueue(nn.Module):
@@ -156,6 +167,14 @@ class ClassQueue(nn.Module):
         self.pointers.copy_((self.pointers + written) % self.sizes.clamp_min(1))
         return slot.masked_fill(~kept, -1)
 
+    def snapshot(self) -> QueueKeys:
+        """Copy features, labels and ids: ``size`` (``dim`` elements and 16 bytes).
+
+        For a loss whose backward comes after the next enqueue: autograd reads keys again, and stops with an error where
+        they were written in between.
+        """
+        return QueueKeys(self.features.clone(), self.labels.clone(), self.ids.clone())
+
     @torch.no_grad()
     def update_counts(self, class_counts: ClassVector) -> None:
         """Apportion the slots anew, in place; a class that gets fewer keeps its newest features.
@@ -279,6 +298,23 @@ class FeatureQueue(nn.Module):
         self.labels.index_copy_(0, slot[last:], label[last:])
         self.pointer.copy_((self.pointer + rows) % self.size)
         return slot.masked_fill(order < last, -1)
+
+    def snapshot(self) -> QueueKeys:
+        """Copy features and labels: ``size`` (``dim`` elements and 8 bytes).
+
+        For a loss whose backward comes after the next enqueue: autograd reads keys again, and stops with an error where
+        they were written in between.
+
+        Example:
+            >>> import lt_kernels.functional as LF
+            >>> queue, labels = FeatureQueue(size=4, dim=8), torch.tensor([0, 1, 0])
+            >>> slots = queue.enqueue(torch.randn(3, 8), labels)
+            >>> query, keys = torch.randn(3, 8, requires_grad=True), queue.snapshot()
+            >>> loss = LF.supervised_contrastive(query, keys.features, labels, keys.labels, temperature=0.1)
+            >>> slots = queue.enqueue(query.detach(), labels)
+            >>> loss.backward()
+        """
+        return QueueKeys(self.features.clone(), self.labels.clone(), None)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}"

@@ -6,16 +6,19 @@ import copy
 import doctest
 import io
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from _refused import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import lt_kernels
+import lt_kernels.functional as LF
 from lt_kernels import queues
+from lt_kernels.losses import GMLLoss, PaCoLoss
 from lt_kernels.queues import ClassQueue, FeatureQueue, momentum_update
 
 COUNTS = [500, 120, 40, 7, 1, 0]
@@ -337,6 +340,80 @@ class TestMomentumUpdate:
     def test_bad_arguments(self, arguments, refusal):
         with refusal:
             momentum_update(*arguments)
+
+
+# What a loss does between the queue's enqueues. Each gives the loss of a batch against the queue as it was.
+
+CLASSES = torch.tensor([0, 1, 2, 0, 1])
+
+
+def filled(kind: str) -> ClassQueue | FeatureQueue:
+    queue = ClassQueue(COUNTS, 40, 8) if kind == "class" else FeatureQueue(20, 8)
+    generator = torch.Generator().manual_seed(0)
+    queue.enqueue(torch.randn(12, 8, generator=generator), torch.arange(12) % 3)
+    return queue
+
+
+def of_supcon(query: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    value: Tensor = LF.supervised_contrastive(query, features, CLASSES, labels, temperature=0.5)
+    return value
+
+
+def of_paco(query: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    value: Tensor = PaCoLoss(COUNTS, 0.1, zero_counts=1)(query, CLASSES, features, labels, torch.zeros(5, C))
+    return value
+
+
+def of_gml(query: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    return GMLLoss(COUNTS, zero_counts=1)(query, CLASSES, features, labels, torch.zeros(5, C))
+
+
+@pytest.mark.parametrize("loss", [of_supcon, of_paco, of_gml])
+@pytest.mark.parametrize("kind", ["class", "last"])
+class TestBetweenEnqueues:
+    def query(self) -> Tensor:
+        return torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def expected(self, kind: str, loss: Callable[..., Tensor]) -> Tensor:
+        queue, query = filled(kind), self.query()
+        loss(query, queue.features, queue.labels).backward()
+        queue.enqueue(query.detach(), CLASSES)  # after backward
+        assert query.grad is not None
+        return query.grad
+
+    def test_a_snapshot_outlives_an_enqueue(self, backend, kind, loss):
+        queue, query = filled(kind), self.query()
+        keys = queue.snapshot()
+        value = loss(query, keys.features, keys.labels)
+        queue.enqueue(query.detach(), CLASSES)
+        value.backward()
+        assert torch.equal(query.grad, self.expected(kind, loss))
+        assert not torch.equal(keys.features, queue.features)
+        assert (keys.ids is None) == (kind == "last")
+
+    def test_an_enqueue_before_backward_is_an_error_that_says_what_to_do(self, backend, kind, loss):
+        queue, query = filled(kind), self.query()
+        value = loss(query, queue.features, queue.labels)
+        queue.enqueue(query.detach(), CLASSES)
+        with pytest.raises(
+            RuntimeError, match=r"written in place before backward.* or give the loss queue.snapshot\(\)"
+        ):
+            value.backward()
+
+
+def test_paco_of_two_views_holds_a_copy_of_the_queue(backend):
+    grads = []
+    for enqueue_first in (True, False):
+        queue, features = filled("last"), torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(1))
+        features.requires_grad_()
+        value = PaCoLoss(COUNTS, 0.1, zero_counts=1).two_views(
+            features, CLASSES, torch.zeros(5, C), queue.features, queue.labels
+        )
+        if enqueue_first:
+            queue.enqueue(features[:, 1], CLASSES)
+        value.backward()
+        grads.append(features.grad)
+    assert torch.equal(*grads)
 
 
 def test_queues_move_and_copy():

@@ -178,7 +178,7 @@ class PaCoLoss(ContrastiveLossBase):
                 momentum encoder, without gradient (``torch.stack`` of both).
             labels: [N].
             logits: [N, C], of the first views: they are the queries (PaCo); or [N, V, C]: all are (GPaCo).
-            queue_features: [M, D]; they receive no gradient. Enqueue afterwards.
+            queue_features: [M, D]; they receive no gradient, and are copied. Enqueue afterwards.
             queue_labels: [M].
 
         Returns:

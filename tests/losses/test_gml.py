@@ -326,6 +326,20 @@ class TestGML:
             assert parameter.grad is not None, name
             assert parameter.grad == 0 or (batch == "usual" and "beta" not in weights)
 
+    def test_distributed_data_parallel_without_contrastive_parts(self, tmp_path):
+        if not torch.distributed.is_available():
+            pytest.skip("torch was built without torch.distributed")
+        leaves, y, l, _ = gml_inputs()  # noqa: E741
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            model = nn.parallel.DistributedDataParallel(make_gml(torch.float64, beta=0.0))
+            for _ in range(2):  # the second call stops where the first left a parameter out
+                model(leaves["query"], y, leaves["key"], l, leaves["cosines"]).backward()
+            assert model.module.log_temperature.grad == 0
+        finally:
+            torch.distributed.destroy_process_group()
+
     def test_with_a_queue_and_a_network_of_keys(self, backend):
         torch.manual_seed(0)
         queue, network = ClassQueue(COUNTS, 64, 8), nn.Linear(8, D)
