@@ -164,12 +164,13 @@ struct RowGradient {
   A du[2];            // d/d(u_y), through v_y and through u_y
   A dc[2];            // the same times d(phi)/d(cosine) on the shifted part: d/d(class_scale x) / scale
   A dm[2];            // d/d(margin) / scale
-  A z;                // d/d(scale) beyond sum_j class_scale_j x_j dc_j
+  A dx[2];            // dc times x: d/d(class_scale) / scale
+  A z;                // d/d(scale) through the targets' columns: beside the angle's slope, dc x loses all digits
 };
 
 template <class A>
 LTK_INLINE RowGradient<A> compute_gradient(const RowSlots<A>& r, A peak, A log_total, A grad_loss, A grad_lse) {
-  RowGradient<A> g = {peak, 0, 0, 0, {-1, -1}, {0, 0}, {0, 0}, {0, 0}, 0};
+  RowGradient<A> g = {peak, 0, 0, 0, {-1, -1}, {0, 0}, {0, 0}, {0, 0}, {0, 0}, 0};
   A dv[2] = {0, 0}, dtotal[2] = {0, 0}, smooth[2] = {0, 0}, total[2] = {0, 0};
   LTK_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -195,10 +196,11 @@ LTK_INLINE RowGradient<A> compute_gradient(const RowSlots<A>& r, A peak, A log_t
     const Slot<A>& slot = r.slot[i];
     if (slot.column < 0) continue;
     g.dm[i] = dv[i] * slot.shift.dphi_dm;
-    g.z += dv[i] * (slot.shift.phi - slot.shift.dphi_dc * slot.cosine);
+    g.z += dv[i] * slot.shift.phi;
     if (i == 1 && slot.column == r.slot[0].column) {  // one column, both terms
       g.du[0] += dv[1];
       g.dc[0] += dv[1] * slot.shift.dphi_dc;
+      g.dx[0] = g.dc[0] * slot.x;
       continue;
     }
     A plain = 0;
@@ -208,6 +210,8 @@ LTK_INLINE RowGradient<A> compute_gradient(const RowSlots<A>& r, A peak, A log_t
     g.column[i] = slot.column;
     g.du[i] = dv[i] + plain;
     g.dc[i] = dv[i] * slot.shift.dphi_dc + plain;
+    g.dx[i] = g.dc[i] * slot.x;
+    g.z += plain * slot.cosine;
   }
   return g;
 }

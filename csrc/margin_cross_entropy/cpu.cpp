@@ -26,7 +26,7 @@ ForwardResult forward(const Tensor& input, const RowOptions& o, bool with_predic
   return prepared.forward(input, with_prediction, with_grad, out, &MemoryPool::empty_like, run);
 }
 
-struct ColumnSums {  // over rows: du, dc * x
+struct ColumnSums {  // over rows: du; du * x where the column is no target
   std::vector<double> du, dx;
 };
 
@@ -96,13 +96,14 @@ void sweep_panels(Prepared<A>& prepared, const std::vector<RowGradient<A>>& grad
   }
 }
 
+// Adds up what each row's targets give their classes: values[i] of target i. Writes scale times the sums.
 template <class A>
-void sum_margins(const Call<A>& call, const std::vector<RowGradient<A>>& gradients, A* out) {
-  std::vector<double> total(call.classes);
+void sum_targets(const Call<A>& call, const std::vector<RowGradient<A>>& gradients, A (RowGradient<A>::*values)[2],
+                 std::vector<double> total, A* out) {
   for (size_t row = 0; row < gradients.size(); ++row)
-    for (int i = 0; i < (call.mixed ? 2 : 1); ++i) {
+    for (int i = 0; i < (call.mixed ? 2 : call.target ? 1 : 0); ++i) {
       const int64_t column = (i ? call.mixed : call.target)[row];
-      if (column != call.ignore_index) total[column] += gradients[row].dm[i];
+      if (column != call.ignore_index) total[column] += (gradients[row].*values)[i];
     }
   for (int64_t c = 0; c < call.classes; ++c) out[c] = static_cast<A>(static_cast<double>(call.scale) * total[c]);
 }
@@ -135,11 +136,11 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
   prepared.copy_back();
 
   if (needs.get(kClassBias)) std::copy(sums.du.begin(), sums.du.end(), grads[kClassBias].mutable_data_ptr<A>());
-  if (needs.get(kClassScale)) {
-    A* to = grads[kClassScale].mutable_data_ptr<A>();
-    for (int64_t c = 0; c < call.classes; ++c) to[c] = static_cast<A>(static_cast<double>(call.scale) * sums.dx[c]);
-  }
-  if (needs.get(kClassMargin)) sum_margins(call, gradients, grads[kClassMargin].mutable_data_ptr<A>());
+  if (needs.get(kClassScale))
+    sum_targets(call, gradients, &RowGradient<A>::dx, sums.dx, grads[kClassScale].mutable_data_ptr<A>());
+  if (needs.get(kClassMargin))
+    sum_targets(call, gradients, &RowGradient<A>::dm, std::vector<double>(call.classes),
+                grads[kClassMargin].mutable_data_ptr<A>());
   if (needs.get(kLearnedScale)) {
     double total = 0;
     for (int64_t c = 0; c < call.classes; ++c) total += sums.dx[c] * (call.cosine_scale ? call.cosine_scale[c] : A(1));

@@ -41,15 +41,15 @@ struct Kernels {
   RowGradient<A> (*finish_row)(const Call<A>&, int64_t row, const PartSums<A>&);
   // Computes the gradients of rows [begin, end) from the saved peak and total and the upstream gradients.
   void (*compute_gradients)(const Call<A>&, int64_t begin, int64_t end, RowGradient<A>* out);
-  // Writes the gradient of columns [begin, end) of one row, and adds du and dc * x to column_du and column_dx (of
-  // length end - begin, both or neither).
+  // Writes the gradient of columns [begin, end) of one row, and adds du, and du * x of ordinary columns, to column_du
+  // and column_dx (of length end - begin, both or neither).
   void (*write_part_gradient)(const Call<A>&, const RowGradient<A>&, int64_t row, int64_t begin, int64_t end,
                               A* column_du, A* column_dx);
   // Runs forward for positions [begin, begin + count) of sample n, count <= kPanel. scratch: classes * (count rounded
   // up to kPadding).
   void (*forward_panel)(const Call<A>&, int64_t n, int64_t begin, int64_t count, A* scratch);
-  // Writes the gradient of one class of one sample at positions [begin, end), and adds the sums of du and dc * x to *du
-  // and *dx where these are not null.
+  // Writes the gradient of one class of one sample at positions [begin, end), and adds the sums of du, and of du * x
+  // where the class is no target, to *du and *dx where these are not null.
   void (*write_class_gradient)(const Call<A>&, const RowGradients<A>&, int64_t n, int64_t column, int64_t begin,
                                int64_t end, double* du, double* dx);
 };

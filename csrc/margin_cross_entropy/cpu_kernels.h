@@ -216,9 +216,11 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowSlots<A>& slo
     call.loss[row] = k * (static_cast<A>(s.weight) * log_total - static_cast<A>(s.weighted));
     call.lse[row] = s.peak + log_total;
     const A share = call.smoothing / static_cast<A>(call.classes);
-    return {
-        s.peak, k * static_cast<A>(s.weight) / s.total, k * share, k * (A(1) - call.smoothing), {-1, -1}, {}, {}, {},
-        0};
+    return {s.peak,    k * static_cast<A>(s.weight) / s.total,
+            k * share, k * (A(1) - call.smoothing),
+            {-1, -1},  {},
+            {},        {},
+            {},        0};
   }
   call.loss[row] = compute_loss(slots, s.peak, log_total, static_cast<A>(s.weighted));
   call.lse[row] = s.peak + sum_term(slots, 0, s.peak, log_total).total;
@@ -448,7 +450,8 @@ void compute_gradients(const Call<A>& call, int64_t begin, int64_t end, RowGradi
       double weights = 0;
       for (int64_t c = 0; c < call.classes; ++c) weights += weight_of(call, c) * (kept * q[c * call.q_c] + share);
       const A k = grad_loss * coefficient_of(call, 0);
-      out[row] = {peak, (k * static_cast<A>(weights) + grad_lse) / total, k * share, k * kept, {-1, -1}, {}, {}, {}, 0};
+      out[row] = {peak, (k * static_cast<A>(weights) + grad_lse) / total, k * share, k * kept, {-1, -1}, {}, {}, {}, {},
+                  0};
     } else {
       const T* x = row_pointer<T>(call, row);
       out[row] = compute_gradient(load_slots(call, row, x, call.x_c), peak, A(std::log(total)), grad_loss, grad_lse);
@@ -508,7 +511,6 @@ void write_part_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t r
     if (column < from || column >= end) continue;
     ordinary(from, column);
     if (column_du) column_du[column - begin] += g.du[i];
-    if (column_du) column_dx[column - begin] += g.dc[i] * IO<T>::get(x + column);  // before grad, which may be x
     if (grad) IO<T>::put(grad + column, scale_of(call, column) * g.dc[i]);
     from = column + 1;
   }

@@ -160,7 +160,7 @@ void write_class_gradient(const Call<A>& call, const RowGradients<A>& rows, int6
       const Vec<A> soft = get_some<A>(rows.soft + p, count, A(0));
       if (q) less = less + soft * get_some<A>(q + p, count, A(0));
       Vec<A> du = get_some<A>(rows.slope + p, count, A(0)) * exp_vector(u) - less * w;
-      Vec<A> dc = du;
+      Vec<A> dc = du, dx = du * logit;
       for (int i = 0; i < 2; ++i) {
         IVec columns = IVec{} - Int<A>(1);
         if (count >= W) {
@@ -170,6 +170,7 @@ void write_class_gradient(const Call<A>& call, const RowGradients<A>& rows, int6
         }
         du = columns == here ? get_some<A>(rows.du[i] + p, count, A(0)) : du;
         dc = columns == here ? get_some<A>(rows.dc[i] + p, count, A(0)) : dc;
+        dx = columns == here ? Vec<A>{} : dx;
       }
       if (grad) put_some<A>(grad + p, dc * a, count);
       if (grad_q) {
@@ -177,9 +178,9 @@ void write_class_gradient(const Call<A>& call, const RowGradients<A>& rows, int6
         for (int64_t l = 0; l < W && l < count; ++l) log_total[l] = std::log(call.total[n * call.k + p + l]);
         put_some<A>(grad_q + p, soft * w * (log_total - u), count);
       }
-      for (int64_t l = count; l < W; ++l) du[l] = dc[l] = 0;
+      for (int64_t l = count; l < W; ++l) du[l] = dx[l] = 0;
       du_total = du_total + du;
-      dx_total = dx_total + dc * logit;
+      dx_total = dx_total + dx;
     }
     if (du_sum) *du_sum += sum_lanes<A>(du_total);
     if (dx_sum) *dx_sum += sum_lanes<A>(dx_total);

@@ -149,12 +149,13 @@ ForwardResult forward(const Tensor& input, const RowOptions& o, bool with_predic
   return p.forward(input, with_prediction, with_grad, out, &empty_like, run);
 }
 
-// Launches backward. Returns the sums over rows of du, dc * x and dm of every class, in chunks: [chunks, 3, classes].
+// Launches backward. Returns the sums over rows of every class, in chunks: [chunks, kColumnSums, classes].
 template <class A>
 Tensor run_backward(Prepared<A>& p, bool summed) {
   Call<A>& call = p.call;
   auto allocate_sums = [&](int64_t chunks) {
-    const Tensor sums = at::empty({chunks, 3, p.layout.classes}, p.layout.input.options().dtype(dtype_of<A>()));
+    const Tensor sums =
+        at::empty({chunks, cuda::kColumnSums, p.layout.classes}, p.layout.input.options().dtype(dtype_of<A>()));
     call.column_sums = sums.mutable_data_ptr<A>();
     call.chunks = static_cast<int>(chunks);
     return sums;
@@ -211,11 +212,11 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
     const Tensor product = t.mul(o.scale);
     return (o.learned_scale.has_value() ? product.mul(*o.learned_scale) : product).to(dtype);
   };
-  if (needs.get(kClassBias)) grads[kClassBias] = sums[0].to(dtype);
-  if (needs.get(kClassScale)) grads[kClassScale] = scaled(sums[1]);
-  if (needs.get(kClassMargin)) grads[kClassMargin] = scaled(sums[2]);
+  if (needs.get(kClassBias)) grads[kClassBias] = sums[cuda::kSumDu].to(dtype);
+  if (needs.get(kClassScale)) grads[kClassScale] = scaled(sums[cuda::kSumDx].add(sums[cuda::kSumTargetDx]));
+  if (needs.get(kClassMargin)) grads[kClassMargin] = scaled(sums[cuda::kSumDm]);
   if (needs.get(kLearnedScale)) {
-    const Tensor columns = o.class_scale.has_value() ? sums[1].mul(*o.class_scale) : sums[1];
+    const Tensor columns = o.class_scale.has_value() ? sums[cuda::kSumDx].mul(*o.class_scale) : sums[cuda::kSumDx];
     grads[kLearnedScale] = columns.sum().add(z.sum(at::kDouble)).mul(o.scale).to(dtype);
   }
   return grads;

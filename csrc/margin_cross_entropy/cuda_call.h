@@ -28,13 +28,17 @@ struct alignas(16) Record {
   A log_total;
 };
 
+// Sums over rows, of every class: du; du * x where the class is no target of the row; dm; dc * x where it is one.
+// The second and fourth apart: with an angle's slope in it, the fourth would take the digits of the scale's gradient.
+enum ColumnSum { kSumDu, kSumDx, kSumDm, kSumTargetDx, kColumnSums };
+
 // class_margin is [3, classes] where angular: the fields of Margin. total_weight is 0-dim, or null: classes.
 template <class A>
 struct Call : RowsCall<A, int, void, Margin<A>, const A*> {
   Sums<A>* part_sums;  // [rows, parts]
   Record<A>* records;  // [rows]
   A* z;                // [rows]: RowGradient's, or null
-  A* column_sums;      // [chunks, 3, classes]: sums over a chunk's rows of du, dc * x and dm, or null
+  A* column_sums;      // [chunks, kColumnSums, classes]: over a chunk's rows, or null
   int parts, chunks;
   int64_t panel_room;  // bytes of shared memory that a block of panels may take
   bool keep_panel;     // set at launch: a panel's logits stay there until its gradient is written

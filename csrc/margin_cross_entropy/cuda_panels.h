@@ -73,21 +73,23 @@ LTK_DEVICE Record<A> finish_position(const Call<A>& call, int64_t row, const typ
   return record;
 }
 
-// Adds a position of class c to the sums of du, dc * x and dm.
+// Adds a position of class c to its sums.
 template <class A>
-LTK_DEVICE void add_position(const Record<A>& r, int c, A du, A dx, A (&sum)[3]) {
-  sum[0] += du, sum[1] += dx;
+LTK_DEVICE void add_position(const Record<A>& r, int c, A du, A dx, A (&sum)[kColumnSums]) {
+  const bool at_target = c == r.column[0] || c == r.column[1];
+  sum[kSumDu] += du;
+  sum[kSumDx] += at_target ? A(0) : dx, sum[kSumTargetDx] += at_target ? dx : A(0);
   for (int i = 0; i < 2; ++i)
-    if (c == r.target[i]) sum[2] += r.dm[i];
+    if (c == r.target[i]) sum[kSumDm] += r.dm[i];
 }
 
 // Adds the sums of class c over a panel to those over the block's earlier panels.
 template <class A>
-LTK_DEVICE void add_column_sums(const Call<A>& call, int c, const A (&sum)[3], int lane, bool first_panel) {
+LTK_DEVICE void add_column_sums(const Call<A>& call, int c, const A (&sum)[kColumnSums], int lane, bool first_panel) {
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kColumnSums; ++i) {
     const A total = sum_lanes(sum[i]);
-    A* place = call.column_sums + (block_index() * 3 + i) * call.classes + c;
+    A* place = call.column_sums + (block_index() * kColumnSums + i) * call.classes + c;
     if (lane == 0) *place = first_panel ? total : *place + total;
   }
 }
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
       for (int j = 0; j < kAhead; ++j) {
         const int c = begin_class + j * kPanelWarps;
         if (c >= call.classes) continue;
-        A sum[3] = {};
+        A sum[kColumnSums] = {};
         if (exist) {
           const Logits raw = ahead[j];
           const A a = kGeneral ? scale * load_class_scale(call, c) : scale, b = load_bias(call, c);

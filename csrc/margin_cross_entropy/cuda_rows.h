@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
 template <class A>
 struct ColumnGradient {
   A du, dc, dm, dq;
+  bool at_target;
 };
 
 template <class A>
@@ -202,10 +203,10 @@ LTK_DEVICE ColumnGradient<A> differentiate_column(const Call<A>& call, const Rec
   ColumnGradient<A> g;
   g.du = r.slope * fast_exp(u) - subtracted(call, r.smooth, r.soft, w, q);
   g.dq = differentiate_probability(call, r.soft, w, r.log_total - u);
-  g.dc = g.du, g.dm = 0;
+  g.dc = g.du, g.dm = 0, g.at_target = false;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (column == r.column[i]) g.du = r.du[i], g.dc = r.dc[i];
+    if (column == r.column[i]) g.du = r.du[i], g.dc = r.dc[i], g.at_target = true;
     if (column == r.target[i]) g.dm += r.dm[i];
   }
   return g;
@@ -232,10 +233,10 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
     const int column = i < count ? first + i : first;
     a[i] = scale * load_class_scale(call, column), b[i] = load_bias(call, column), w[i] = load_weight(call, column);
   }
-  double total[3][kCount] = {};
+  double total[kColumnSums][kCount] = {};
   int64_t n = divide(chunk * per_chunk, call.k), k = chunk * per_chunk - n * call.k;
   for (int64_t begin = chunk * per_chunk; begin < last; begin += kShort) {
-    A part[3][kCount] = {};
+    A part[kColumnSums][kCount] = {};
     const int64_t stop = begin + kShort < last ? begin + kShort : last;
     for (int64_t first_row = begin; first_row < stop; first_row += kAhead) {
       Pack<Stored, kCount> logits[kAhead];
@@ -263,7 +264,9 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
           const A logit = T::get(logits[j].value[i]);
           const A q = call.q ? load_probability(call, n * call.q_n + k * call.q_k + first + i) : A(0);
           const ColumnGradient<A> g = differentiate_column(call, r, first + i, a[i], b[i], w[i], logit, q);
-          part[0][i] += g.du, part[1][i] += g.dc * logit, part[2][i] += g.dm;
+          const A dx = g.dc * logit;
+          part[kSumDu][i] += g.du, part[kSumDm][i] += g.dm;
+          part[kSumDx][i] += g.at_target ? A(0) : dx, part[kSumTargetDx][i] += g.at_target ? dx : A(0);
           out.value[i] = T::put(g.dc * a[i]);
           if (call.grad_q) store_probability_gradient(call, n * call.grad_q_n + k * call.grad_q_k + first + i, g.dq);
         }
@@ -281,13 +284,14 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
 #pragma unroll
-      for (int s = 0; s < 3; ++s) total[s][i] += static_cast<double>(part[s][i]);
+      for (int s = 0; s < kColumnSums; ++s) total[s][i] += static_cast<double>(part[s][i]);
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
 #pragma unroll
-    for (int s = 0; s < 3; ++s)
-      if (i < count) call.column_sums[(chunk * 3 + s) * call.classes + first + i] = static_cast<A>(total[s][i]);
+    for (int s = 0; s < kColumnSums; ++s)
+      if (i < count)
+        call.column_sums[(chunk * kColumnSums + s) * call.classes + first + i] = static_cast<A>(total[s][i]);
 }
 
 }  // namespace

@@ -187,7 +187,8 @@ def linear_margin_cross_entropy(
     backend = resolve(OP, features)
     needs = [t is not None and t.requires_grad for t in (features, matrix, bias)]
     training = torch.is_grad_enabled() and (any(needs) or options.learns)
-    one_pass = any(needs) and knows_gradient(options, reduction, return_lse, dtype)
+    # the mean of no rows is NaN, and so is a gradient of it that is a ready one times a factor
+    one_pass = any(needs) and flat[0] * flat[2] > 0 and knows_gradient(options, reduction, return_lse, dtype)
     options = with_coefficient(options, flat[1], reduction, empty_mean, arithmetic, backend)
     a = Arguments(features, matrix, copy, bias, options, normalize)
     sizes = sizes_of(a, training, one_pass, options.learns)

@@ -25,6 +25,7 @@ from .._checks import (
     check_floating,
     check_int,
     check_number,
+    check_scalar,
     check_tensor,
     checks_on,
     compute_dtype,
@@ -267,9 +268,9 @@ def row_options(
     class_scale = check_class_vector("class_scale", class_scale, classes, input, dtype)
     fixed_margin, class_margin = 0.0, None
     if isinstance(margin, Tensor):
-        class_margin = check_class_vector(
-            "margin", margin.expand(classes) if margin.dim() == 0 else margin, classes, input, dtype
-        )
+        if margin.dim() == 0:  # in the dtype of the sum over classes that is its gradient
+            margin = check_scalar("margin", margin, input).to(dtype).expand(classes)
+        class_margin = check_class_vector("margin", margin, classes, input, dtype)
     elif margin is not None:
         fixed_margin = check_number("margin", margin)
         if margin_type == "angular":

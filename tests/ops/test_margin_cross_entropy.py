@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from _cases.rows import BY_ID, CASES, LAYOUTS, Case
+from _cases.rows import ALL_VECTORS, BY_ID, CASES, LAYOUTS, Case
+from _engines import ENGINE
 from _gradients import check_rows_apart, gradcheck
 from torch import Tensor
 
@@ -249,6 +250,57 @@ def test_prediction_is_the_argmax_of_the_raw_logits(classes, layout, dtype, back
     assert output.prediction.dtype == torch.int64
     assert torch.equal(output.prediction, expected)
     assert output.lse is None
+
+
+# ---------------------------------------------------------------------------------------------------- sums over rows
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "pixels"])
+@pytest.mark.parametrize("learns", ["scale", "scale and class_scale"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed"])
+def test_the_scale_beside_an_angle_that_is_zero(mixed, learns, layout, dtype, backend, device):
+    """The angle's slope is cut off at 3000 there: a part of the cosine's gradient alone."""
+    x = torch.tensor([[1.0, 0.9, 0.2]], dtype=dtype, device=device).expand(5, 3).contiguous()
+    y = torch.zeros(5, dtype=torch.int64, device=device)
+    moved = x[0].to(torch.float64, copy=True)
+    moved[0] = math.cos(0.5)
+    truth = ((7.5 * moved).softmax(0) * moved).sum() - moved[0]
+    if layout != "rows":
+        x = x.t().contiguous().t() if layout == "columns" else x.t()[None].contiguous()
+        y = y if layout == "columns" else y[None]
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.tensor(7.5, dtype=kind, device=device, requires_grad=True)
+    class_scale = torch.ones(3, dtype=kind, device=device, requires_grad=True)
+    options = {"class_scale": class_scale} if "class" in learns else {}
+    options |= {"mixed_target": y, "mix_lambda": 0.25} if mixed else {}
+    loss = margin_cross_entropy(x, y, scale=scale, margin=0.5, margin_type="angular", **options)
+    leaves = [scale, *([class_scale] if "class" in learns else [])]
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves)[0].double(), truth, rtol=1e-12 if dtype == torch.float64 else 3e-5, atol=0
+    )
+
+
+@pytest.mark.backends("reference", "native")
+@pytest.mark.parametrize("positions", [(), (2,)], ids=["rows", "pixels"])
+def test_class_gradients_of_very_many_rows(positions, backend, device):
+    rows = 2**14 if ENGINE.name == "emulator" else 2**19
+    sample = Case("", rows, 3, positions, options=ALL_VECTORS, requires_grad=ALL_VECTORS).sample(torch.float32, device)
+    truth = sample.converted(torch.float64)
+    grads = []
+    for each in (sample, truth):
+        loss = margin_cross_entropy(each.input, each.target, reduction="sum", **each.options)
+        grads.append(torch.autograd.grad(loss, list(each.differentiable.values())))
+    for name, ours, exact in zip(ALL_VECTORS, *grads, strict=True):
+        # of the sum of magnitudes, which is at most that of the rows: what cancels is the formula's own
+        assert float((ours.double() - exact).abs().max()) < 1e-6 * rows, name
+
+
+def test_a_scalar_in_half_precision_has_a_gradient_that_is_rounded_once(backend, device):
+    x = torch.zeros(5, 5, device=device).fill_diagonal_(-200.0)  # d/d(v) is -1 in every row
+    margin = torch.tensor(0.5, dtype=torch.bfloat16, device=device, requires_grad=True)
+    loss = 1.0038 * margin_cross_entropy(x, torch.arange(5, device=device), reduction="sum", margin=margin)
+    (gradient,) = torch.autograd.grad(loss, margin)
+    assert float(gradient) == 5.03125  # 5.019; each class by itself would be 1
 
 
 # ------------------------------------------------------------------------------------------------------ extreme inputs

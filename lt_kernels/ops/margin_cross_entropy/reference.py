@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._reduce import ordered_sum
 from .._rows.row_terms import RowTerms, Slot
 from .arguments import Arguments
 
@@ -58,6 +59,17 @@ class _Rows(RowTerms):
         """w_j times the smoothed probabilities, [N, C, K]."""
         assert self.q is not None
         return self.weight[:, None] * ((1 - self.smoothing) * self.q + self.smoothing / self.classes)
+
+
+def _over_rows(values: Tensor, targets: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sums [C] of values [N, C, K] and of more in the targets' columns: (column, value) [N, K] of each.
+
+    The rows are added pairwise, in an order that depends on the sizes alone. Added to its class one after the other,
+    the last of a million rows would count with half of its digits.
+    """
+    for column, value in targets:
+        values = values.scatter_add(1, column[:, None], value[:, None])
+    return values.sum(2).sum(0)  # over both at once a short last axis would not be added pairwise
 
 
 def forward(
@@ -123,19 +135,17 @@ def backward(
     for slot, dv in shifted:
         dc = dc.scatter_add(1, slot.column[:, None], (rows.scale * dv * slot.dphi_dc)[:, None])
     if needs[2]:
-        grads[2] = du.sum((0, 2))
-        for slot, dv in shifted:
-            grads[2] = grads[2].index_add(0, slot.column.flatten(), dv.flatten())
+        grads[2] = _over_rows(du, [(slot.column, dv) for slot, dv in shifted])
     if needs[3]:
-        grads[3] = (dc * rows.x).sum((0, 2))
+        grads[3] = _over_rows(dc * rows.x, [])
     if needs[4]:
-        grads[4] = torch.zeros_like(rows.margin)
-        for slot, dv in shifted:
-            grads[4] = grads[4].index_add(0, slot.column.flatten(), (rows.scale * dv * slot.dphi_dm).flatten())
+        grads[4] = _over_rows(
+            torch.zeros_like(du), [(slot.column, rows.scale * dv * slot.dphi_dm) for slot, dv in shifted]
+        )
     if needs[5]:
-        per_scale = (du * (class_scale * rows.x)).sum()
+        per_scale = ordered_sum(du * (class_scale * rows.x))
         for slot, dv in shifted:
-            per_scale = per_scale + (dv * slot.phi).sum()
+            per_scale = per_scale + ordered_sum(dv * slot.phi)
         grads[5] = a.options.scale * per_scale
     if needs[0]:  # last: `out` may be what was read above
         grads[0] = (torch.empty_like(a.input) if out is None else out).copy_(class_scale * dc)
