@@ -28,6 +28,7 @@ from ._contrastive_base import (
     as_temperature,
     check_ids,
     check_labels,
+    row_chunks,
     shown_temperature,
 )
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 REGULARIZERS = ("pairwise", "contrastive", "spread")
 LOGIT_MARGINS = ("logit_adjustment", "ldam")
-#: Most similarities of a chunk of rows of the pairwise regulariser: 16 MB in float32, a few times over.
-_CHUNK = 2**22
 
 
 class ELMTerms(NamedTuple):
@@ -300,10 +299,8 @@ class ELMLoss(ContrastiveLossBase):
                 is_positive = is_positive & (left_out[:, None] != columns)
             return torch.where(is_positive, F.softplus(against[:, None] - s), 0.0).sum(1)
 
-        rows = max(_CHUNK // max(len(key), 1), 1)
         values = []
-        for start in range(0, len(query), rows):
-            part = slice(start, start + rows)
+        for part in row_chunks(len(query), len(key)):
             left_out = None if exclude is None else exclude[part]
             values.append(
                 checkpoint(
@@ -317,7 +314,7 @@ class ELMLoss(ContrastiveLossBase):
                     preserve_rng_state=False,
                 )
             )
-        return torch.cat(values) if values else against
+        return torch.cat(values)
 
     def extra_repr(self) -> str:
         own: dict[str, Any] = {"regularizer": self.regularizer, "embedding_weight": self.embedding_weight}

@@ -12,7 +12,7 @@ from _loss_dense import Leaves, check, counts_like, every_dtype, exact_dtypes, r
 from _refused import refused
 from torch import Tensor
 
-from lt_kernels.losses import ELMLoss, elm
+from lt_kernels.losses import ELMLoss, _contrastive_base, elm
 
 
 def regularizer(
@@ -87,7 +87,7 @@ class TestELM:
     @exact_dtypes
     @pytest.mark.parametrize("name", elm.REGULARIZERS)
     def test_rows_with_ldam_keys_and_other_numbers(self, backend, dtype, name, monkeypatch):
-        monkeypatch.setattr(elm, "_CHUNK", 5 * M + 1)  # several chunks of rows, the last a smaller one
+        monkeypatch.setattr(_contrastive_base, "CHUNK", 5 * M + 1)  # several chunks of rows, the last a smaller one
         leaves, y, l = elm_inputs(seed=5)  # noqa: E741
         own = torch.arange(N)
         own[::4] = -1
