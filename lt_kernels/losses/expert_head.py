@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from .._checks import check_flag, check_floating, check_int, check_positive, check_tensor, product_dtype
+from .._checks import (
+    as_device,
+    as_dtype,
+    check_flag,
+    check_floating,
+    check_int,
+    check_positive,
+    check_tensor,
+    product_dtype,
+)
 from ._wrapped import as_forward, whole
 
 if TYPE_CHECKING:
@@ -75,6 +84,7 @@ class ExpertHead(nn.Module):
         self.shared = check_flag("shared", shared)
         check_flag("learn_scale", learn_scale)
         start = check_positive("scale", scale)
+        device, dtype = as_device("device", device), as_dtype("dtype", dtype)
         self.weight = nn.Parameter(torch.empty(num_experts, num_classes, in_features, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.full((), start, device=device, dtype=dtype)) if learn_scale else start
         self.reset_parameters()

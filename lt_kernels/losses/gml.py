@@ -222,9 +222,11 @@ class GMLLoss(ContrastiveLossBase):
         check_embeddings("key", key, "[M, D]")
         if self.reduction == "none" and target is not None:
             raise ValueError("target: got one with reduction 'none', expected None (rows and targets differ)")
-        of_logits = query_label if target is None else target
-        if isinstance(logits, Tensor) and logits.dim() > 1:
-            self._check_counted(logits.shape[1], "logits")
+        name, of_logits = ("query_label", query_label) if target is None else ("target", target)
+        check_embeddings("logits", logits, "[N, C, H, W]" if getattr(logits, "ndim", 2) == 4 else "[N, C]")
+        classes = logits.shape[1]
+        self._check_counted(classes, "logits")
+        check_labels(name, of_logits, (len(logits), *logits.shape[2:]), classes, logits, self.ignore_index)
         sup = LF.margin_cross_entropy(
             logits, of_logits, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
             reduction=self.reduction, empty_mean=self.empty_mean,

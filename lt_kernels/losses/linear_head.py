@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as LF
-from .._checks import ClassVector, check_choice, check_flag, product_dtype
+from .._checks import (
+    ClassVector,
+    as_device,
+    as_dtype,
+    check_choice,
+    check_device,
+    check_flag,
+    check_floating,
+    check_int,
+    product_dtype,
+)
 from ._base import MarginCrossEntropyBase
 from ._class_tensors import ClassTensorLoss
 from ._wrapped import as_forward, refuse_adapter, whole
@@ -99,7 +109,10 @@ class LinearHead(nn.Linear):
         normalize = loss.cosine if normalize is None else normalize
         if bias and normalize:
             raise ValueError("bias: got True with normalize=True, expected False (cosines have no bias)")
+        check_int("in_features", in_features, 1)
+        check_int("out_features", out_features, 1)
         check_choice("strategy", strategy, get_args(Strategy))
+        device, dtype = as_device("device", device), as_dtype("dtype", dtype)
         for name, classes in sizes.items():
             if classes != out_features:
                 raise ValueError(
@@ -266,7 +279,11 @@ class LinearHead(nn.Linear):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
 
     def _linear(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias for the product with ``features``."""
+        """Check ``features``; return weight and bias for the product with them."""
+        check_floating("features", features, "a Tensor [..., D]")
+        if features.dim() == 0 or features.shape[-1] != self.in_features:
+            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [..., {self.in_features}]")
+        check_device("features", features, self.weight, " as the head")
         bias: Tensor | None = self.bias
         return whole("weight", self.weight, features), None if bias is None else whole("bias", bias, features)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from .._checks import ClassVector, check_embeddings, check_number, check_positive
+from .._checks import ClassVector, check_device, check_embeddings, check_number, check_positive
 from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
@@ -128,6 +128,8 @@ class PaCoLoss(ContrastiveLossBase):
         check_embeddings("query", query, "[N, D]")
         check_embeddings("key", key, "[M, D]")
         check_embeddings("logits", logits, "[N, C]")
+        check_device("key", key, query, " as query")
+        check_device("logits", logits, query, " as query")
         rows, classes = len(query), logits.shape[1]
         if len(logits) != rows:
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [{rows}, C], a row for each query")

@@ -594,11 +594,16 @@ LEAVING_OUT = {
 
 
 @pytest.mark.parametrize("ignored", [-1, 3, -100])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "mean_positives"])
-@pytest.mark.parametrize("name", LEAVING_OUT)
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        (name, reduction)
+        for name in LEAVING_OUT
+        for reduction in ("mean", "sum", "mean_positives")
+        if (name, reduction) != ("bcl", "mean_positives")  # every view has its centre
+    ],
+)
 def test_ignoring_samples_is_dropping_them(backend, name, reduction, ignored):
-    if name == "bcl" and reduction == "mean_positives":
-        pytest.skip("every view has its centre")
     y = random_labels(N, C, 1)
     y[::3] = ignored
     kept = y != ignored

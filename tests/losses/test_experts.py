@@ -628,11 +628,12 @@ class TestNCL:
 X, Y = experts_and_target()
 
 
-@pytest.mark.parametrize("cls", [RIDELoss, NCLLoss])
-@pytest.mark.parametrize("options", [{}, {"diversity": 0.0}], ids=["default", "ensemble"])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(RIDELoss, {}), (RIDELoss, {"diversity": 0.0}), (NCLLoss, {})],
+    ids=["ride", "ride's ensemble", "ncl"],
+)
 def test_probabilities_where_classes_are_needed(cls, options):
-    if options and cls is NCLLoss:
-        pytest.skip("RIDE's option")
     message = "target: got dtype torch.float64, expected class indices of an integer dtype, as (RIDE|NCL)'s"
     with pytest.raises(TypeError, match=message):
         cls(COUNTS, **options)(X, X[0].softmax(1))

@@ -595,13 +595,13 @@ X, Y, _ = batch()
 
 @refused(
     "arguments",
-    ((X[:, :3], Y), ValueError, "linear_weight: got 16 features"),
+    ((X[:, :3], Y), ValueError, "features: got shape (21, 3), expected [..., 16]"),
     (
         (X[None], Y),
         ValueError,
         "target: got class indices of shape (21,), expected (1, 21)",
     ),
-    ((X[0, 0], Y), ValueError, "input: got a 0-dim tensor, expected features [..., D]"),
+    ((X[0, 0], Y), ValueError, "features: got shape (), expected [..., 16]"),
     ((X, None, Y, 0.5), ValueError, "target: got None with mixed_target or mix_lambda, expected class indices"),
     ((X, None, None, 0.5), ValueError, "target: got None with mixed_target or mix_lambda, expected class indices"),
     ((X, Y[:3]), ValueError, "target: got class indices of shape (3,), expected (21,)"),
