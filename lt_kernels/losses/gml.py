@@ -349,6 +349,14 @@ class _SampleIds(NamedTuple):
     of_keys: Tensor  # [M]
 
 
+class _Vectors(NamedTuple):
+    """Queries or keys, with what is compared of them."""
+
+    features: Tensor  # [N, D]
+    label: Tensor  # [N]
+    id: Tensor  # [N]
+
+
 class _Sides(NamedTuple):
     """Log-sum-exps [N] of both terms: gradients of the first three reach features, of the others the scale."""
 
@@ -402,33 +410,24 @@ def _without_sample(
     sums, of_scale = LF.partitioned_logsumexp(query, key, *labels, scale=scale, key_bias=bias, separate_scale=True)
     dtype = sums.pos.dtype
     with torch.no_grad():
+        queries = _Vectors(query.to(dtype), labels[0], ids.of_queries)
+        keys = _Vectors(key.to(dtype), labels[1], ids.of_keys)
         chunks = [
-            _other_positives(
-                query[part], key, labels[0][part], labels[1], ids.of_queries[part], ids.of_keys, scale, bias
-            )
+            _other_positives(_Vectors(*(each[part] for each in queries)), keys, scale.to(dtype), bias.to(dtype))
             for part in row_chunks(len(query), len(key))
         ]
-        value, slope, count = (torch.cat(parts).to(dtype) for parts in zip(*chunks, strict=True))
+        value, slope, count = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         mean = (sums.num_pos.clamp_min(1) / count.clamp_min(1)).log()
     others = value + mean + slope * (scale - scale.detach()).to(dtype)
     return _Sides(sums.neg, sums.pos, sums.num_pos > 0, of_scale.neg, others, count > 0)
 
 
-def _other_positives(
-    query: Tensor,
-    key: Tensor,
-    query_label: Tensor,
-    key_label: Tensor,
-    query_id: Tensor,
-    key_id: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _other_positives(queries: _Vectors, keys: _Vectors, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-sum-exp over positives of other samples, its slope in the scale, and their number."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    keep = (query_label[:, None] == key_label) & ((query_id[:, None] != key_id) | (query_id < 0)[:, None])
-    s = (query.to(dtype) @ key.to(dtype).T).to(dtype)
-    u = torch.where(keep, scale.to(dtype) * s + bias.to(dtype), -math.inf)
+    of_others = (queries.id[:, None] != keys.id) | (queries.id < 0)[:, None]
+    keep = (queries.label[:, None] == keys.label) & of_others
+    s = (queries.features @ keys.features.T).to(bias.dtype)  # autocast may have narrowed it
+    u = torch.where(keep, scale * s + bias, -math.inf)
     value = u.logsumexp(1)
     share = (u - torch.where(value == -math.inf, 0.0, value)[:, None]).exp()
     return value, (share * torch.where(keep, s, 0.0)).sum(1), keep.sum(1)
