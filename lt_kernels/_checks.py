@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _settings
 
@@ -297,12 +298,27 @@ def checks_on() -> bool:
 def reads_values(tensor: Tensor) -> bool:
     """Return whether values are checked: on the CPU, where nothing has to be waited for, and everywhere with checks
     on."""
-    return (tensor.device.type == "cpu" or _settings.checks) and not torch.compiler.is_compiling()
+    here = tensor.device.type == "cpu" or _settings.checks
+    return here and not torch.compiler.is_compiling() and not is_batched(tensor)
+
+
+def is_transformed() -> bool:
+    """Return whether forward-mode differentiation or a ``torch.func`` transform is going on."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether ``torch.func.vmap`` stands for the values of many tensors by this one: they cannot be read."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_all(name: str, holds: Tensor, problem: str) -> None:
     """Refuse values with a ``problem`` unless ``holds`` is True for each. Reads values: a GPU is waited for."""
-    if not bool(holds.all()):
+    if not is_batched(holds) and not bool(holds.all()):
         raise ValueError(f"{name}: got {problem}")
 
 
@@ -315,7 +331,7 @@ def check_classes(
     if none is not None:
         bad &= label != none
         hint = f" or ignore_index={none}" if hint is None else hint
-    if bool(bad.any()):
+    if not is_batched(bad) and bool(bad.any()):
         row = int(bad.flatten().nonzero()[0])
         got = int(label.flatten()[row])
         raise IndexError(f"{name}: row {row} has {what} {got}, expected 0 <= {what} < {classes}{hint or ''}")

@@ -28,6 +28,7 @@ from .._checks import (
     product_dtype,
     reads_values,
 )
+from .._smooth import quick_logaddexp
 from ..ops._backend import BackendUnavailableError, resolve
 from ..ops.partitioned_logsumexp import plan
 from ..ops.partitioned_logsumexp.arguments import Arguments
@@ -141,7 +142,8 @@ def partitioned_logsumexp(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
         IndexError: ``exclude`` out of range, on the CPU or with checks on; on a GPU without checks it excludes nothing.
-        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
+        NotImplementedError: forward-mode differentiation, ``torch.func`` transforms and second derivatives, except on
+            the reference backend.
         BackendUnavailableError: a backend or strategy asked for by name cannot run the call.
 
     Example:
@@ -264,10 +266,10 @@ def supervised_contrastive(
     some = sums.num_pos > 0
     count = sums.num_pos.clamp_min(1)
     if form == "out":
-        loss = torch.logaddexp(sums.neg, sums.pos) - sums.pos_sum / count
+        loss = quick_logaddexp(sums.neg, sums.pos) - sums.pos_sum / count
     else:
         # a softplus, but F.softplus is the identity from 20 on
-        loss = torch.logaddexp(sums.neg - sums.pos, torch.zeros_like(sums.pos)) + count.log()
+        loss = quick_logaddexp(sums.neg - sums.pos, torch.zeros_like(sums.pos)) + count.log()
     if counted is not None:
         some = some & counted
     loss = torch.where(some, loss, 0.0)

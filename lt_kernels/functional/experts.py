@@ -451,7 +451,8 @@ def expert_divergence(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
-        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
+        NotImplementedError: forward-mode differentiation, ``torch.func`` transforms and second derivatives, except on
+            the reference backend.
         BackendUnavailableError: a backend asked for by name cannot run the call.
 
     Example:

@@ -160,7 +160,8 @@ def margin_cross_entropy(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.
         IndexError: a class index out of range, on the CPU or with ``set_checks(True)``, naming the row in the flattened
             target; on a GPU without checks that row's loss and gradient are NaN.
-        NotImplementedError: forward-mode differentiation and ``torch.func`` transforms, and second derivatives.
+        NotImplementedError: forward-mode differentiation, ``torch.func`` transforms and second derivatives, except on
+            the reference backend.
         BackendUnavailableError: a backend asked for by name cannot run the call.
 
     Example:

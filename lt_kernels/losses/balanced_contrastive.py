@@ -18,6 +18,7 @@ from .._checks import (
     check_int,
     check_shape,
 )
+from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
 from ._contrastive_base import as_temperature, check_ids, check_labels, count_classes, shown_temperature
 
@@ -116,7 +117,7 @@ class BalancedContrastiveLoss(nn.Module):
         )  # fmt: skip
         count = counts[label]
         others = (count - 1).clamp_min(1)
-        rows = torch.logaddexp(sums.neg, sums.pos + (count / others).log()) - sums.pos_sum / others
+        rows = quick_logaddexp(sums.neg, sums.pos + (count / others).log()) - sums.pos_sum / others
         # a class out of range, on a GPU
         nothing = torch.where(counted, math.nan, 0.0)[:, None].to(dtype)
         rows = torch.where(is_class[:, None], rows.view(samples, views), nothing)

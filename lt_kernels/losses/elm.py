@@ -20,7 +20,9 @@ from .._checks import (
     check_flag,
     check_number,
     check_shape,
+    is_transformed,
 )
+from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
@@ -274,7 +276,7 @@ class ELMLoss(ContrastiveLossBase):
         elif self.regularizer == "contrastive":
             own_bias = 0.0 if of_class is None else of_class[label].to(dtype)
             pos = torch.where(some, sums.pos - own_bias, 0.0)
-            rows = torch.logaddexp(sums.neg - own_bias + delta, pos) - sums.pos_sum / count
+            rows = quick_logaddexp(sums.neg - own_bias + delta, pos) - sums.pos_sum / count
         else:
             left_out = torch.arange(len(query), device=query.device) if isinstance(exclude, str) else exclude
             rows = self._pairwise(query, query_label, key, key_label, left_out, sums.neg + delta) / count
@@ -302,18 +304,11 @@ class ELMLoss(ContrastiveLossBase):
         values = []
         for part in row_chunks(len(query), len(key)):
             left_out = None if exclude is None else exclude[part]
-            values.append(
-                checkpoint(
-                    chunk,
-                    query[part],
-                    query_label[part],
-                    against[part],
-                    key,
-                    left_out,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            )
+            of_part = (query[part], query_label[part], against[part], key, left_out)
+            if not torch.compiler.is_compiling() and is_transformed():  # torch.func goes through no checkpoint
+                values.append(chunk(*of_part))
+            else:
+                values.append(checkpoint(chunk, *of_part, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(values)
 
     def extra_repr(self) -> str:

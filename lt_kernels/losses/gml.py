@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as LF
 from .._checks import ClassVector, as_int64, check_embeddings, check_int, check_number, check_positive
+from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
@@ -394,7 +395,7 @@ def _without_one_key(
     floor = torch.finfo(dtype).min / 4
     similarity = (query.to(dtype) * key[at].to(dtype)).sum(1)
     term = scale.detach().to(dtype) * similarity + bias[at].to(dtype)
-    pos = torch.logaddexp(sums.pos.clamp_min(floor), torch.where(has, term, floor).clamp_min(floor))
+    pos = quick_logaddexp(sums.pos.clamp_min(floor), torch.where(has, term, floor).clamp_min(floor))
     offset = (count.clamp_min(1) / (count - has.to(count.dtype)).clamp_min(1)).log().to(dtype)
     return _Sides(sums.neg, pos, others | has, of_scale.neg, of_scale.pos + offset, others)
 

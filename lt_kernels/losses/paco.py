@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import functional as LF
 from .._checks import ClassVector, check_device, check_embeddings, check_number, check_positive
+from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
@@ -157,10 +158,10 @@ class PaCoLoss(ContrastiveLossBase):
         )  # fmt: skip
         # log-sum-exps of -inf (no keys, or gamma 0) have no slope, so that they join by a finite stand-in
         floor = torch.finfo(sums.neg.dtype).min / 4
-        of_keys = torch.logaddexp(sums.neg.clamp_min(floor), sums.pos.clamp_min(floor))
+        of_keys = quick_logaddexp(sums.neg.clamp_min(floor), sums.pos.clamp_min(floor))
         weights = self.beta + self.alpha * sums.num_pos
         pulled = self.beta * (of_classes.lse - of_classes.loss) + self.alpha * sums.pos_sum
-        loss = torch.logaddexp(of_classes.lse, of_keys) - pulled / torch.where(weights > 0, weights, 1.0)
+        loss = quick_logaddexp(of_classes.lse, of_keys) - pulled / torch.where(weights > 0, weights, 1.0)
         # a class out of range, on a GPU, makes the cross-entropy NaN
         loss = torch.where(counted & is_class, torch.where(weights > 0, loss, 0.0), 0.0 * of_classes.loss)
         return self._reduce(loss, counted)

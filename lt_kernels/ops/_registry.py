@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._checks import is_transformed
+
 NAMESPACE = "lt_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _Arguments = TypeVar("_Arguments")
+_REFERENCE = "the reference backend, asked for by name: with lt_kernels.use_backend('reference')"
 _TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str"}
 
 
@@ -97,6 +100,74 @@ def _schema_type(annotation: Any) -> str:
     return _TYPES[annotation]
 
 
+def with_transforms(operator: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the operator, in whose place ``eager`` is called where the reference backend is transformed.
+
+    Args:
+        operator: its last argument is the backend.
+        eager: the same results in eager PyTorch, which autograd, forward mode and ``torch.func`` go through. What is
+            not differentiable may be anything.
+    """
+
+    def call(*arguments: Any) -> Any:
+        if arguments[-1] == "reference" and not torch.compiler.is_compiling() and is_transformed():
+            return eager(*arguments)
+        return operator(*arguments)
+
+    return call
+
+
+def differentiable_again(backend: str) -> bool:
+    """Return whether this backward pass (``create_graph``) is to give gradients that can be differentiated."""
+    return backend == "reference" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def eager_gradients(
+    eager: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Any],
+    needs: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return gradients of ``eager(*arguments)`` that can be differentiated in turn, None for arguments without need.
+
+    Args:
+        needs: of each argument.
+        upstream: gradients of the first results, None for none.
+    """
+    # aliases: one argument may have been computed from another, whose gradient goes its own way
+    inputs = [argument.view_as(argument) if need else argument for argument, need in zip(arguments, needs, strict=True)]
+    learning = [value for value, need in zip(inputs, needs, strict=True) if need]
+    pairs = [(value, grad) for value, grad in zip(eager(*inputs), upstream, strict=False) if grad is not None]
+    pairs = [(value, grad) for value, grad in pairs if value.requires_grad]
+    if not pairs or not learning:
+        return [None] * len(inputs)
+    values, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(values, learning, grads, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def listed_gradients(
+    eager: Callable[..., Sequence[Tensor]],
+    listed: Sequence[Tensor],
+    others: Sequence[Any],
+    needs_input_grad: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> tuple[Any, ...]:
+    """Return ``eager_gradients`` of an operator whose first argument is a Tensor[], as its backward pass returns them.
+
+    Args:
+        listed: that argument.
+        needs_input_grad: of the context, see ``register_autograd``.
+    """
+    count = len(listed)
+
+    def flat(*arguments: Any) -> Sequence[Tensor]:
+        return eager(list(arguments[:count]), *arguments[count:])
+
+    found = eager_gradients(flat, [*listed, *others], needs_input_grad[2:], upstream)
+    return (found[:count], *found[count:])
+
+
 class ReadyGradient:
     """The gradient that forward computed beside the loss, for an upstream gradient of 1.
 
@@ -177,7 +248,7 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
     function = type(f"{name}_autograd", (torch.autograd.Function,), functions)
 
     def dispatch(keyset: Any, *arguments: Any) -> Any:
-        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_transformed():
             _refuse_transforms(qualified, arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             if listed:
@@ -200,7 +271,7 @@ def _refuse_transforms(qualified: str, arguments: tuple[Any, ...]) -> None:
     if dual or torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
             f"{qualified} has no forward-mode derivative and takes no part in torch.func transforms: "
-            "use backward() or torch.autograd.grad"
+            f"use backward() or torch.autograd.grad, or {_REFERENCE}"
         )
 
 
@@ -210,7 +281,7 @@ def register_no_double_backward(qualified: str) -> None:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise NotImplementedError(
             f"{qualified} has no derivative: lt_kernels losses are differentiable once. For second derivatives "
-            "(create_graph=True, torch.autograd.functional.hessian) write the loss with torch's own operators."
+            f"(create_graph=True, torch.autograd.functional.hessian) use {_REFERENCE}"
         )
 
     torch.library.register_autograd(qualified, backward, lib=_library)

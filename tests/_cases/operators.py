@@ -225,7 +225,7 @@ def _linear_calls(mode: str, device: str) -> Iterator[Call]:
             # with kept logits backward turns them into their gradient
             given_ = frozen if mode == "materialize" and not with_grad else arguments
             rest = (mode, 2**20, reduce, with_prediction, with_grad, needs, "reference")
-            yield f"forward, {name}", linear_op.forward, (*given_, *rest)
+            yield f"forward, {name}", OPS.linear_margin_cross_entropy_fwd.default, (*given_, *rest)
         found = linear_op.forward(*frozen, mode, 2**20, False, False, False, [False] * 3, "reference")
         rest, logits = found[3], found[4] if mode == "materialize" else None
         needs = [True, True, learns, name == "probabilities", True, False, False, False]

@@ -14,14 +14,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_classes
+from ..._checks import check_classes, reads_values
+from ..._smooth import logaddexp, softplus
 from .options import RowOptions, Slot
 
 _SIN2_MIN = 1e-7  # keeps the angular derivative cot(theta) finite at theta = 0
 
 
-def _softplus(z: Tensor) -> Tensor:
-    return torch.logaddexp(z, torch.zeros_like(z))
+def _sine(sin2: Tensor) -> Tensor:
+    """sqrt(sin2), 0 if that is negative; for autograd with the slope of sqrt(max(sin2, _SIN2_MIN))."""
+    above = sin2.clamp_min(_SIN2_MIN).sqrt()
+    line = sin2.detach().clamp_min(0).sqrt() + (sin2 - sin2.detach()) * (0.5 / math.sqrt(_SIN2_MIN))
+    return torch.where(sin2 >= _SIN2_MIN, above, line)
+
+
+def log_mass(mass: Tensor) -> Tensor:
+    """log(mass), -inf where it is 0, there without a slope."""
+    return mass.masked_fill(mass == 0, 1.0).log().masked_fill(mass == 0, -math.inf)
 
 
 class Slopes(NamedTuple):
@@ -71,7 +80,7 @@ class RowTerms:
     ) -> Slot:
         valid = target != ignore_index
         bad = valid & ((target < 0) | (target >= self.classes))
-        if target.device.type == "cpu":
+        if reads_values(target):
             check_classes(name, target, self.classes, ignore_index)
         factor = torch.where(valid, factor, 0 * factor).masked_fill(bad, math.nan)
         index = target.masked_fill(~valid | bad, 0)
@@ -80,7 +89,7 @@ class RowTerms:
         m = self.margin[index]
         if self.angular:
             sin2 = 1 - cosine.square()
-            rotated = cosine * m.cos() - sin2.clamp_min(0).sqrt() * m.sin()
+            rotated = cosine * m.cos() - _sine(sin2) * m.sin()
             beyond = cosine < -m.cos()  # theta > pi - m
             phi = torch.where(beyond, cosine - m * m.sin(), rotated)
             sin = sin2.clamp_min(_SIN2_MIN).sqrt()
@@ -106,31 +115,32 @@ class RowTerms:
 
     def others(self, slot: Slot, rest: Tensor) -> Tensor:
         """L_t - maximum: log-sum-exp over the columns other than the slot's own, from the maximum of the rest."""
-        peak, others = rest[0], rest[1].log()
+        peak, others = rest[0], log_mass(rest[1])
         for other in self.slots:
             if other is not slot:
                 separate = other.valid & ((other.column != slot.column) | ~slot.valid)
-                others = torch.where(separate, torch.logaddexp(others, other.plain - peak), others)
+                others = torch.where(separate, logaddexp(others, other.plain - peak), others)
         return others
 
     def total(self, slot: Slot, rest: Tensor) -> Tensor:
         """D_t - maximum; where the row ignores the slot, the log-sum-exp of the plain u - maximum."""
         others = self.others(slot, rest)
-        return torch.where(slot.valid, torch.logaddexp(others, slot.shifted - rest[0]), others)
+        return torch.where(slot.valid, logaddexp(others, slot.shifted - rest[0]), others)
 
     def lse(self, rest: Tensor) -> Tensor:
         """log-sum-exp of the shifted logits that the (first) target's loss uses, [N, K]."""
-        return rest[0] + (self.total(self.slots[0], rest) if self.slots else rest[1].log())
+        return rest[0] + (self.total(self.slots[0], rest) if self.slots else log_mass(rest[1]))
 
     def loss(self, rest: Tensor, smooth_sum: Callable[[Slot], Tensor]) -> Tensor:
         """Of class-index targets, [N, K]. smooth_sum: sum_j w_j (D_t - u_j) with v_t in place of u_y; asked for only
         where there is smoothing."""
         loss = torch.zeros_like(rest[0])
         for slot in self.slots:
-            term = (1 - self.smoothing) * slot.weight * _softplus(self.others(slot, rest) - (slot.shifted - rest[0]))
+            term = (1 - self.smoothing) * slot.weight * softplus(self.others(slot, rest) - (slot.shifted - rest[0]))
             if self.smoothing > 0:
                 term = term + self.smoothing / self.classes * smooth_sum(slot)
-            loss = loss + torch.where(slot.valid, slot.factor * term, slot.factor)
+            # an ignored row's factor may be NaN, and is to have no slope
+            loss = loss + torch.where(slot.valid, slot.factor.masked_fill(~slot.valid, 0.0) * term, slot.factor)
         return loss
 
     def slopes(self, rest: Tensor, grad_loss: Tensor, grad_lse: Tensor) -> Slopes:

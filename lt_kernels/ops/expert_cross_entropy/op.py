@@ -24,10 +24,21 @@ from torch import Tensor
 from .._backend import load
 from .._experts import empty_gradient, per_argument, shape_of
 from .._reduce import ordered_sum
-from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward
+from .._registry import (
+    ReadyGradient,
+    define,
+    differentiable_again,
+    flatten,
+    listed_gradients,
+    register_autograd,
+    register_no_double_backward,
+    with_transforms,
+)
 from ..margin_cross_entropy.op import OP as ROWS
+from ..margin_cross_entropy.op import eager as eager_rows
 from ..margin_cross_entropy.op import scale_
 from .arguments import DIFFERENTIABLE, SIGNATURE
+from .looped import ensemble_of
 
 OP = "expert_cross_entropy"
 
@@ -93,6 +104,22 @@ def _backward_fake(grad_loss: Tensor, rest: Tensor, *args: Any) -> list[Tensor]:
     return results
 
 
+def eager(*args: Any) -> Result:
+    """Forward on the reference backend, for autograd, forward mode and ``torch.func`` to go through."""
+    *inputs, reduce, with_ensemble, _, _ = args
+    a = SIGNATURE.rebuild(inputs)
+    results = [eager_rows(*flatten(row), False, False, False, "reference") for row in a.rows()]
+    loss = torch.stack([of_expert[0][:, 0] for of_expert in results])
+    rest = torch.stack([of_expert[3][:, :, 0] for of_expert in results])
+    ensemble_loss = prediction = loss.new_empty((0,))
+    if with_ensemble:
+        ensemble_loss, prediction = (value.detach() for value in ensemble_of(a, "reference"))
+    if reduce != "none":
+        loss = ordered_sum(loss) if reduce == "all" else torch.stack([ordered_sum(each) for each in loss])
+        ensemble_loss = ordered_sum(ensemble_loss) if with_ensemble else ensemble_loss
+    return loss, rest, ensemble_loss, prediction, loss.new_empty((0,))
+
+
 FORWARD = define(
     f"{OP}_fwd({SIGNATURE.schema}, str reduce, bool with_ensemble, bool with_grad, str backend)"
     " -> (Tensor loss, Tensor rest, Tensor ensemble_loss, Tensor ensemble_prediction, Tensor grad_logits)",
@@ -138,6 +165,10 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any
         assert grad_loss is not None
         _scale(ready, grad_loss, ctx.backend)
         gradients["logits"] = ready
+    if grad_loss is not None and differentiable_again(ctx.backend):
+        reduce = ("all", "rows", "none")[grad_loss.dim()]
+        arguments = [*SIGNATURE.join(tensors, ctx.others)[1:], reduce, False, False, ctx.backend]
+        return listed_gradients(eager, logits, arguments, ctx.needs_input_grad, [grad_loss])
     if not gradients and grad_loss is not None:
         values = torch.ops.lt_kernels.expert_cross_entropy_bwd(
             grad_loss, rest, logits, *SIGNATURE.join(tensors, ctx.others)[1:], ctx.needs, ctx.backend
@@ -151,4 +182,4 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)
 register_no_double_backward(BACKWARD)
-forward = torch.ops.lt_kernels.expert_cross_entropy_fwd.default
+forward = with_transforms(torch.ops.lt_kernels.expert_cross_entropy_fwd.default, eager)

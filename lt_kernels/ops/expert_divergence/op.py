@@ -29,7 +29,14 @@ from torch import Tensor
 from ..._checks import compute_dtype
 from .._backend import load
 from .._experts import empty_gradient, per_argument, shape_of
-from .._registry import define, register_autograd, register_no_double_backward
+from .._registry import (
+    define,
+    differentiable_again,
+    listed_gradients,
+    register_autograd,
+    register_no_double_backward,
+    with_transforms,
+)
 
 OP = "expert_divergence"
 KINDS = ("to_mean", "pairwise")
@@ -56,6 +63,11 @@ def _backward_fake(grad: Tensor, saved: Tensor, logits: list[Tensor], *_: Any) -
     return empty_gradient(logits)
 
 
+def eager(logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool, backend: str) -> Any:
+    """Forward on the reference backend, for autograd, forward mode and ``torch.func`` to go through."""
+    return load(OP, "reference").forward(logits, temperature, kind, detach)
+
+
 _SCHEMA = "Tensor[] logits, Tensor? temperature, str kind, bool detach, str backend"
 FORWARD = define(f"{OP}_fwd({_SCHEMA}) -> (Tensor value, Tensor saved)", _forward, _forward_fake)
 BACKWARD = define(f"{OP}_bwd(Tensor grad, Tensor saved, {_SCHEMA}) -> Tensor", _backward, _backward_fake)
@@ -75,6 +87,8 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...
     *logits, temperature, saved = ctx.saved_tensors
     if grad is None:
         return (None,) * 5
+    if differentiable_again(ctx.scalars[-1]):
+        return listed_gradients(eager, logits, [temperature, *ctx.scalars], ctx.needs_input_grad, [grad])
     gradient = torch.ops.lt_kernels.expert_divergence_bwd(grad, saved, logits, temperature, *ctx.scalars)
     of_logits = per_argument(gradient, ctx.logits_are_one)
     return ([g if need else None for g, need in zip(of_logits, ctx.logits_need, strict=True)], None, None, None, None)
@@ -82,4 +96,4 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)
 register_no_double_backward(BACKWARD)
-forward = torch.ops.lt_kernels.expert_divergence_fwd.default
+forward = with_transforms(torch.ops.lt_kernels.expert_divergence_fwd.default, eager)

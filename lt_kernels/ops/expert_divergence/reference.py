@@ -17,7 +17,7 @@ def _divided(logits: list[Tensor], temperature: Tensor | None) -> Tensor:
 
 def _softmax_parts(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Maximum, v = u - maximum, sum of exp(v) and probabilities along the last axis."""
-    peak = u.amax(-1)
+    peak = u.detach().amax(-1)  # the value depends on no peak
     v = u - peak[..., None]
     e = v.exp()
     mass = e.sum(-1)
@@ -26,15 +26,16 @@ def _softmax_parts(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _times(p: Tensor, difference: Tensor) -> Tensor:
     """p * difference; 0 where p is 0."""
-    return torch.where(p == 0, torch.zeros_like(p), p * difference)
+    return p * difference.masked_fill(p == 0, 0.0)
 
 
-def forward(logits: list[Tensor], temperature: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """See ``op.py``."""
+def forward(logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool = False) -> tuple[Tensor, Tensor]:
+    """See ``op.py``. ``detach``: for autograd, whether the mean is a constant."""
     u = _divided(logits, temperature)
     experts = u.shape[0]
     peak, v, mass, p = _softmax_parts(u)
-    mean_peak, mean_v, mean_mass, mean_p = _softmax_parts(u.mean(0))
+    mean = u.mean(0)
+    mean_peak, mean_v, mean_mass, mean_p = _softmax_parts(mean.detach() if detach else mean)
     if kind == "to_mean":
         a = _times(mean_p, mean_v - v).sum(-1)
         value = a + (mass / mean_mass).log()

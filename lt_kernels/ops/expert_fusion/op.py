@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._backend import load
 from .._experts import shape_of
-from .._registry import define
+from .._registry import define, with_transforms
 from .arguments import SIGNATURE
 
 OP = "expert_fusion"
@@ -52,4 +52,4 @@ define(
     _forward,
     _fake,
 )
-forward = torch.ops.lt_kernels.expert_fusion.default
+forward = with_transforms(torch.ops.lt_kernels.expert_fusion.default, _forward)

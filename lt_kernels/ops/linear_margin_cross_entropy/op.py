@@ -18,14 +18,27 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._checks import check_classes
 from .._backend import load
 from .._gemm import products
 from .._reduce import ordered_sum
-from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward, spends_in_place
+from .._registry import (
+    ReadyGradient,
+    define,
+    differentiable_again,
+    eager_gradients,
+    flatten,
+    register_autograd,
+    register_no_double_backward,
+    spends_in_place,
+    with_transforms,
+)
+from ..margin_cross_entropy.arguments import Arguments as RowArguments
 from ..margin_cross_entropy.op import OP as ROWS
+from ..margin_cross_entropy.op import eager as eager_rows
 from ..margin_cross_entropy.op import scale_
 from . import chunked
 from .arguments import DIFFERENTIABLE, SIGNATURE, Arguments
@@ -149,6 +162,20 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
     return [_like(a, name, need) for name, need in zip(DIFFERENTIABLE, needs, strict=True)]
 
 
+def eager(*args: Any) -> tuple[Tensor, ...]:
+    """Forward on the reference backend with all logits, for autograd, forward mode and ``torch.func`` to go through."""
+    *inputs, _, _, reduce, with_prediction, _, _, _ = args
+    a = SIGNATURE.rebuild(inputs)
+    with torch.autocast(a.input.device.type, enabled=False):
+        weight = a.linear_weight.to(a.input.dtype)
+        if a.normalize:
+            weight = F.normalize(weight.to(a.compute_dtype), dim=1).to(a.input.dtype)
+        logits = F.linear(a.input, weight, None if a.linear_bias is None else a.linear_bias.to(a.input.dtype))
+        rows = RowArguments(logits.unflatten(1, (a.classes, a.positions)), a.options)
+        results = eager_rows(*flatten(rows), reduce, with_prediction, False, "reference")
+    return (*results[:4], *(a.input.new_empty((0,)) for _ in range(1 + len(_OWN))))
+
+
 FORWARD = define(
     f"{OP}_fwd({SIGNATURE.schema}, str strategy, int memory_budget, bool reduce, bool with_prediction, bool with_grad,"
     " bool[] needs, str backend) -> (Tensor loss, Tensor lse, Tensor prediction, Tensor rest, Tensor logits,"
@@ -209,6 +236,10 @@ def _autograd_backward(
     if grad_loss is None and grad_lse is None:
         return (*SIGNATURE.gradients(gradients), *[None] * 7)
     factor = grad_loss if grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 else None
+    if differentiable_again(ctx.backend):
+        reduce = grad_loss is not None and grad_loss.dim() == 0
+        arguments = [*SIGNATURE.join(tensors, ctx.others), *ctx.settings[:2], reduce, False, False, [], ctx.backend]
+        return tuple(eager_gradients(eager, arguments, ctx.needs_input_grad[1:], [grad_loss, grad_lse]))
     if ctx.gradients.ready and factor is not None and not torch.is_grad_enabled():
         ready = ctx.gradients.take(kept, factor)
         for value in ready:
@@ -233,4 +264,4 @@ def _autograd_backward(
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)
 register_no_double_backward(BACKWARD)
-forward = torch.ops.lt_kernels.linear_margin_cross_entropy_fwd.default
+forward = with_transforms(torch.ops.lt_kernels.linear_margin_cross_entropy_fwd.default, eager)

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from .._backend import load
 from .._reduce import ordered_sum
-from .._registry import ReadyGradient, define, register_autograd, register_no_double_backward
+from .._registry import (
+    ReadyGradient,
+    define,
+    differentiable_again,
+    eager_gradients,
+    register_autograd,
+    register_no_double_backward,
+    with_transforms,
+)
 from .arguments import DIFFERENTIABLE, SIGNATURE
 
 OP = "margin_cross_entropy"
@@ -62,6 +70,13 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
         torch.empty_like(named[name]) if need else rest.new_empty((0,))
         for name, need in zip(DIFFERENTIABLE, needs, strict=True)
     ]
+
+
+def eager(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Forward on the reference backend, for autograd, forward mode and ``torch.func`` to go through."""
+    *inputs, reduce, with_prediction, _, _ = args
+    loss, *others = load(OP, "reference").forward(SIGNATURE.rebuild(inputs), with_prediction, False)
+    return (ordered_sum(loss) if reduce else loss, *others)
 
 
 def scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
@@ -150,10 +165,15 @@ def _autograd_backward(
         scale_(ready, factor, ctx.backend)
         gradients["input"] = ready
     if not gradients and not (grad_loss is None and grad_lse is None):
+        arguments = SIGNATURE.join(tensors, ctx.others)
+        if differentiable_again(ctx.backend):
+            settings = (grad_loss is not None and grad_loss.dim() == 0, False, False, ctx.backend)
+            upstream = [grad_loss, grad_lse]
+            return tuple(eager_gradients(eager, [*arguments, *settings], ctx.needs_input_grad[1:], upstream))
         if grad_loss is None:
             grad_loss = rest.new_zeros(())
         values = torch.ops.lt_kernels.margin_cross_entropy_bwd(
-            grad_loss, grad_lse, rest, *SIGNATURE.join(tensors, ctx.others), ctx.needs, ctx.backend
+            grad_loss, grad_lse, rest, *arguments, ctx.needs, ctx.backend
         )
         gradients = {name: value for name, value, need in zip(DIFFERENTIABLE, values, ctx.needs, strict=True) if need}
     return (*SIGNATURE.gradients(gradients), None, None, None, None)
@@ -161,4 +181,4 @@ def _autograd_backward(
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)
 register_no_double_backward(BACKWARD)
-forward = torch.ops.lt_kernels.margin_cross_entropy_fwd.default
+forward = with_transforms(torch.ops.lt_kernels.margin_cross_entropy_fwd.default, eager)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._reduce import ordered_sum
@@ -40,19 +39,20 @@ class _Rows(RowTerms):
         self.u = (self.scale * self.class_scale)[:, None] * self.x + self.class_bias[:, None]
         self.q = a.options.target.to(a.compute_dtype) if a.options.target.is_floating_point() else None
 
+    def _is_target(self, slot: Slot) -> Tensor:
+        return slot.column[:, None] == torch.arange(self.classes, device=slot.column.device)[:, None]
+
     def rest(self) -> Tensor:
         """Maximum (0 if there is none) and sum of exp(u - maximum) over the columns that are no target, [2, N, K]."""
         u = self.u
         for slot in self.slots:
-            is_target = F.one_hot(slot.column, self.classes).movedim(-1, 1).bool() & slot.valid[:, None]
-            u = u.masked_fill(is_target, -math.inf)
-        peak = u.amax(1)
+            u = u.masked_fill(self._is_target(slot) & slot.valid[:, None], -math.inf)
+        peak = u.detach().amax(1)  # any other number would do as well
         peak = peak.masked_fill(peak == -math.inf, 0.0)
         return torch.stack([peak, (u - peak[:, None]).exp().sum(1)])
 
     def smooth_sum(self, slot: Slot, rest: Tensor) -> Tensor:
-        is_target = F.one_hot(slot.column, self.classes).movedim(-1, 1).bool()
-        u = torch.where(is_target, slot.shifted[:, None], self.u) - rest[0][:, None]
+        u = torch.where(self._is_target(slot), slot.shifted[:, None], self.u) - rest[0][:, None]
         return (self.weight[:, None] * (self.total(slot, rest)[:, None] - u)).sum(1)
 
     def soft_weights(self) -> Tensor:

@@ -35,7 +35,14 @@ from torch import Tensor
 from .._backend import load
 from .._gemm import products
 from .._reduce import ordered_sum
-from .._registry import define, register_autograd, register_no_double_backward
+from .._registry import (
+    define,
+    differentiable_again,
+    eager_gradients,
+    register_autograd,
+    register_no_double_backward,
+    with_transforms,
+)
 from . import chunked
 from .arguments import (
     DIFFERENTIABLE,
@@ -48,6 +55,7 @@ from .arguments import (
     POS_SUM,
     SIGNATURE,
     Arguments,
+    Block,
 )
 from .plan import blocks
 
@@ -89,7 +97,8 @@ def _results(s: Tensor, a: Arguments) -> tuple[Tensor, ...]:
     rest = s[:4]  # NEG_PEAK, NEG_MASS, POS_PEAK, POS_MASS
     peaks, masses = rest[::2], rest[1::2]
     none = masses == 0
-    neg, pos = torch.where(none, -math.inf, peaks + masses.log()).unbind(0)
+    # the logarithm of nothing is to have no slope in the reference's second derivatives
+    neg, pos = torch.where(none, -math.inf, peaks + masses.masked_fill(none, 1.0).log()).unbind(0)
     slopes = s.new_empty((0,))
     if len(s) > NEG_SLOPE:
         means = torch.where(none, 0.0, s[NEG_SLOPE:] / masses)
@@ -177,6 +186,34 @@ def _backward_fake(*args: Any) -> list[Tensor]:
     ]
 
 
+def eager(*args: Any) -> tuple[Tensor, ...]:
+    """Forward on the reference backend in one block, for autograd, forward mode and ``torch.func`` to go through."""
+    *inputs, _, separate, _, _, _ = args
+    a = SIGNATURE.rebuild(inputs)
+    if a.key is not None:
+        learning = slice(a.key_grad_begin, a.key_grad_end)
+        queue = a.key.detach()
+        a = a._replace(key=torch.cat([queue[: learning.start], a.key[learning], queue[learning.stop :]]))
+    none = a.query.new_empty((0,))
+    if not separate:
+        return (*_eager_results(a), none, none)
+    assert a.learned_scale is not None
+    fixed = {name: getattr(a, name) for name in DIFFERENTIABLE if name != "learned_scale"}
+    fixed = {name: None if value is None else value.detach() for name, value in fixed.items()}
+    of_scale = _eager_results(a._replace(**fixed))
+    results = _eager_results(a._replace(learned_scale=a.learned_scale.detach()))
+    return (*results, none, torch.stack(of_scale[:3]))
+
+
+def _eager_results(a: Arguments) -> tuple[Tensor, ...]:
+    with torch.autocast(a.query.device.type, enabled=False):
+        block = Block(
+            a.query @ a.keys.t(), a.query_label, a.key_label, a.exclude, 0, a.key_bias, a.key_scale, a.learned_scale,
+            a.scale,
+        )  # fmt: skip
+    return _results(load(OP, "reference").forward(block, False), a)
+
+
 FORWARD = define(
     f"{OP}_fwd({SIGNATURE.schema}, bool with_slopes, bool separate, str strategy, int memory_budget, str backend)"
     " -> (Tensor neg, Tensor pos, Tensor pos_sum, Tensor num_pos, Tensor rest, Tensor slopes, Tensor products,"
@@ -231,6 +268,10 @@ def _autograd_backward(
     needs = [need and of_features for need in ctx.needs]
     if separate:
         needs[-1] = ctx.needs[-1] and of_scale is not None
+    if differentiable_again(ctx.backend):
+        arguments = [*SIGNATURE.join(tensors, ctx.others), False, *ctx.settings, ctx.backend]
+        upstream = [grad_neg, grad_pos, grad_sum, *others]
+        return tuple(eager_gradients(eager, arguments, ctx.needs_input_grad[1:], upstream))
     gradients: dict[str, Tensor] = {}
     if any(needs):
         values = torch.ops.lt_kernels.partitioned_logsumexp_bwd(
@@ -243,4 +284,4 @@ def _autograd_backward(
 
 register_autograd(FORWARD, _autograd_backward, _setup_context)
 register_no_double_backward(BACKWARD)
-forward = torch.ops.lt_kernels.partitioned_logsumexp_fwd.default
+forward = with_transforms(torch.ops.lt_kernels.partitioned_logsumexp_fwd.default, eager)

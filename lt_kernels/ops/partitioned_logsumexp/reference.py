@@ -34,7 +34,7 @@ def forward(block: Block, with_slopes: bool) -> Tensor:
     statistics, slopes = [], []
     for side in (x.negative, x.positive):
         u = x.u.masked_fill(~side, -math.inf)
-        peak = u.amax(1) if u.shape[1] > 0 else u.new_full(u.shape[:1], -math.inf)
+        peak = u.detach().amax(1) if u.shape[1] > 0 else u.new_full(u.shape[:1], -math.inf)
         peak = peak.masked_fill(peak == -math.inf, 0.0)
         exp = (u - peak[:, None]).exp()
         statistics += [peak, exp.sum(1)]
