@@ -9,6 +9,7 @@ from typing import Any, Generic, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 
 from .._checks import is_transformed
@@ -192,14 +193,25 @@ def spends_in_place(upstream: Tensor) -> bool:
     return eager and not torch.is_grad_enabled()  # create_graph: the registered operator says what is not possible
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:
-    """Define one operator for every device (its backends choose the kernels) and return its qualified name."""
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    decomposition: Callable[..., Any] | None = None,
+) -> str:
+    """Define one operator for every device (its backends choose the kernels) and return its qualified name.
+
+    ``decomposition``: the same in torch's own operators, which ``torch.onnx.export`` writes in its place.
+    """
     name = schema[: schema.index("(")]
     functional = "!" not in schema  # compiled code takes no operator that writes to its arguments
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,) if functional else ())
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
+    if decomposition is not None:
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        register_decomposition(overload, unsafe=True)(decomposition)  # unsafe: it has no ``out`` to convert
     return qualified
 
 

@@ -11,7 +11,8 @@ from .._native import empty_pooled
 from .._native import load as load_native
 from .layout import padded
 
-_EPS = 1e-12  # as in F.normalize
+#: The least norm, as in F.normalize.
+EPS = 1e-12
 #: Elements of a temporary where a product or a projection is done block by block.
 _BLOCK = 2**22
 
@@ -61,7 +62,7 @@ def merge(rest: Tensor, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 1 / |w_j| of the rows of a matrix, in ``dtype``."""
     norms = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
-    return norms.clamp_min_(_EPS).reciprocal_()
+    return norms.clamp_min_(EPS).reciprocal_()
 
 
 def logits_into(out: Tensor, input: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,7 +113,7 @@ def project_(gradient: Tensor, weight: Tensor, inverse_norm: Tensor, of_directio
     of_directions: the factor 1 / |w_j| is still missing from G.
     """
     # where |w| < eps the norm is a constant, as in F.normalize
-    inverse_square = torch.where(inverse_norm < 1 / _EPS, inverse_norm.square(), torch.zeros_like(inverse_norm))
+    inverse_square = torch.where(inverse_norm < 1 / EPS, inverse_norm.square(), torch.zeros_like(inverse_norm))
     for part in blocks(gradient):
         g, w = gradient[part], weight[part].to(inverse_norm.dtype)
         wide = g.to(inverse_norm.dtype)

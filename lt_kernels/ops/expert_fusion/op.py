@@ -20,6 +20,7 @@ from .._backend import load
 from .._experts import shape_of
 from .._registry import define, with_transforms
 from .arguments import SIGNATURE
+from .fused import fused
 
 OP = "expert_fusion"
 
@@ -46,10 +47,20 @@ def _fake(*args: Any) -> Result:
     )
 
 
+def _with_torch(*args: Any) -> Result:
+    """The same for exporters. Equal values come in the order of their top-k operator."""
+    *inputs, k, with_log_probs, _ = args
+    u = fused(SIGNATURE.rebuild(inputs))
+    values, classes = u.topk(k, 1)
+    mass = (u - values[:, :1]).exp().sum(1)
+    return values, classes, mass, u.log_softmax(1) if with_log_probs else u.new_empty((0,))
+
+
 define(
     f"{OP}({SIGNATURE.schema}, int k, bool with_log_probs, str backend)"
     " -> (Tensor values, Tensor classes, Tensor mass, Tensor log_probs)",
     _forward,
     _fake,
+    _with_torch,
 )
 forward = with_transforms(torch.ops.lt_kernels.expert_fusion.default, _forward)

@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._checks import compute_dtype
@@ -129,11 +130,31 @@ def _fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _results(input, args[6])
 
 
+def _with_all_logits(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, class_shift: Tensor | None,
+    learned_scale: Tensor | None, scale: float, normalize: bool, k: int, buffer: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same of logits that are stored, for exporters. Equal logits come in the order of their top-k operator."""
+    dtype, wide = input.dtype, compute_dtype(input.dtype)
+    w = linear_weight.to(dtype)
+    u = F.linear(input, w, None if linear_bias is None else linear_bias.to(dtype)).to(wide)
+    if normalize:
+        u = u / torch.linalg.vector_norm(w, dim=1, dtype=wide).clamp_min(products.EPS)
+    u = u * scale if learned_scale is None else u * (scale * learned_scale)
+    if class_shift is not None:
+        u = u + class_shift
+    values, classes = u.topk(k, 1)
+    peak = values[:, :1]
+    mass = (u - peak).exp().sum(1, keepdim=True)
+    return classes, (values - peak).exp() / mass, (peak + mass.log())[:, 0]
+
+
 define(
     f"{OP}(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? class_shift, Tensor? learned_scale,"
     " float scale, bool normalize, int k, int buffer, str backend)"
     " -> (Tensor classes, Tensor confidence, Tensor lse)",
     _linear_topk,
     _fake,
+    _with_all_logits,
 )
 linear_topk = torch.ops.lt_kernels.linear_topk.default
