@@ -1,7 +1,8 @@
-"""Stand in for torchvision where it is not installed: the names that timm imports, and nothing behind them.
+"""Stand in for torchvision where it is not installed: what timm needs while it is imported, and nothing behind it.
 
 timm needs torchvision for image transforms and data sets, and imports it whole. Models, Mixup and losses run without.
-Tests put the folder above on PYTHONPATH of the one process that runs timm; see ``test_examples.py``.
+Tests put the folder above on PYTHONPATH of the one process that runs timm, see ``test_guides.py``. torchmetrics, which
+looks for torchvision, is content too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ class _Missing:
     """Refuse to be made: the real class is needed here."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        raise ImportError("this torchvision is a stand-in without transforms, data sets and operators")
+        raise ImportError(f"torchvision is a stand-in here, without {type(self).__name__}")
+
+
+def _missing(name: str) -> type:
+    """Make the class of a name that nobody has defined."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (_Missing,), {})
 
 
 class InterpolationMode(enum.Enum):
@@ -33,15 +41,14 @@ class FrozenBatchNorm2d(nn.Module):
     """Only compared with: timm asks of each layer whether it is one."""
 
 
-def _module(name: str, *missing: str, **names: object) -> ModuleType:
+def _module(name: str, **names: object) -> ModuleType:
     module = ModuleType(f"{__name__}.{name}")
-    module.__dict__.update({one: type(one, (_Missing,), {}) for one in missing}, **names)
+    module.__dict__.update(names, __getattr__=_missing)
     sys.modules[module.__name__] = module
     return module
 
 
 _functional = _module("transforms.functional", InterpolationMode=InterpolationMode)
 _misc = _module("ops.misc", FrozenBatchNorm2d=FrozenBatchNorm2d)
-transforms = _module("transforms", "ToTensor", functional=_functional, InterpolationMode=InterpolationMode)
-datasets = _module("datasets", "CIFAR10", "CIFAR100", "MNIST", "KMNIST", "FashionMNIST", "ImageFolder")
-ops = _module("ops", misc=_misc)
+transforms = _module("transforms", functional=_functional, InterpolationMode=InterpolationMode)
+datasets, models, ops = _module("datasets"), _module("models"), _module("ops", misc=_misc)
