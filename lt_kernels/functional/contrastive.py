@@ -258,7 +258,7 @@ def supervised_contrastive(
     counted = None
     if ignore_index is not None:
         check_int("ignore_index", ignore_index, kind="an int or None")
-        counted, key_bias = _without(ignore_index, query, key, query_label, key_label, key_bias)
+        query, key, counted, key_bias = _without(ignore_index, query, key, query_label, key_label, key_bias)
     sums = partitioned_logsumexp(
         query, key, query_label, key_label, scale=1 / temperature, key_bias=key_bias, exclude=exclude,
         key_grad_rows=key_grad_rows, normalized=normalized,
@@ -289,15 +289,21 @@ def supervised_contrastive(
 
 def _without(
     ignore_index: int, query: Tensor, key: Tensor, query_label: Any, key_label: Any, key_bias: Any
-) -> tuple[Tensor, Tensor]:
-    """Return which queries count, [N], and the bias of keys with -inf for those that do not, [M]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return queries and keys, which queries count [N], and the bias of keys with -inf for those that do not [M].
+
+    Vectors that do not count are zeros: what is not finite in them would reach other rows.
+    """
     dtype = compute_dtype(_check_vectors(query, key))
     of_keys, name = (query_label, "query_label") if key_label is None else (key_label, "key_label")
     counted = as_int64("query_label", _index_vector("query_label", query_label, len(query), query)) != ignore_index
     left_out = as_int64(name, _index_vector(name, of_keys, len(key), query)) == ignore_index
     bias = check_class_vector("key_bias", key_bias, len(key), query, dtype, of="key")
     bias = query.new_zeros((len(key),), dtype=dtype) if bias is None else bias
-    return counted, bias.masked_fill(left_out, -math.inf)
+    same = key is query and of_keys is query_label
+    query = query.masked_fill(~counted[:, None], 0.0)
+    key = query if same else key.masked_fill(left_out[:, None], 0.0)
+    return query, key, counted, bias.masked_fill(left_out, -math.inf)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

@@ -121,6 +121,11 @@ def count_classes(label: Tensor, counted: Tensor, classes: int) -> Tensor:
     return counts.scatter_add_(0, label, counted.to(torch.int64))
 
 
+def zero_rows(features: Tensor, rows: Tensor) -> Tensor:
+    """Return features [N, ..., D] with zeros in some ``rows`` [N]: what is not finite there would reach other rows."""
+    return features.masked_fill(rows.view(-1, *[1] * (features.dim() - 1)), 0.0)
+
+
 def row_chunks(rows: int, keys: int) -> list[slice]:
     """Return slices of rows whose similarities to the keys are ``CHUNK`` at most."""
     if rows * keys <= CHUNK:  # where sizes are symbols, this is one graph for all that fit

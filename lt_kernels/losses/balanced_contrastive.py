@@ -20,7 +20,7 @@ from .._checks import (
 )
 from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
-from ._contrastive_base import as_temperature, check_ids, check_labels, count_classes, shown_temperature
+from ._contrastive_base import as_temperature, check_ids, check_labels, count_classes, shown_temperature, zero_rows
 
 
 class BalancedContrastiveLoss(nn.Module):
@@ -103,7 +103,7 @@ class BalancedContrastiveLoss(nn.Module):
         counted = given != self.ignore_index
         is_class = is_class & counted
         index = index.masked_fill(~is_class, 0)
-        query = features.flatten(0, 1)
+        query = zero_rows(features, ~counted).flatten(0, 1)
         label = index[:, None].expand(samples, views).flatten()
         dtype = torch.promote_types(features.dtype, torch.float32)
         # an ignored view is no key, nor, on a GPU, is one of a class out of range

@@ -32,6 +32,7 @@ from ._contrastive_base import (
     check_labels,
     row_chunks,
     shown_temperature,
+    zero_rows,
 )
 
 if TYPE_CHECKING:
@@ -232,6 +233,7 @@ class ELMLoss(ContrastiveLossBase):
             ignore_index=self.ignore_index, reduction=self.reduction, empty_mean=self.empty_mean,
         )  # fmt: skip
         is_class = is_class & (target != self.ignore_index)
+        embeddings = zero_rows(embeddings, target == self.ignore_index)
         query = F.normalize(embeddings, dim=1) if self.normalize else embeddings
         if key is None or key_label is None:
             key, of_keys, is_key, exclude = query, label, is_class, "self"

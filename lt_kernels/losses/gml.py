@@ -20,6 +20,7 @@ from ._contrastive_base import (
     check_labels,
     count_classes,
     row_chunks,
+    zero_rows,
 )
 from .pixels import sample_pixels
 
@@ -253,6 +254,7 @@ class GMLLoss(ContrastiveLossBase):
         classes = len(self.class_bias)
         given = check_ids("query_label", query_label, (len(query),), query)
         given = given.masked_fill(given == self.ignore_index, -1)
+        query = zero_rows(query, given == -1)
         label, is_class = check_labels("query_label", given, (len(query),), classes, query, -1)
         key_class, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         counts = count_classes(key_class, is_key, classes).to(self.class_bias.dtype)

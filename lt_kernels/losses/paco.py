@@ -19,6 +19,7 @@ from ._contrastive_base import (
     check_ids,
     check_labels,
     shown_temperature,
+    zero_rows,
 )
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class PaCoLoss(ContrastiveLossBase):
         label = check_ids("query_label", query_label, (rows,), query)
         _, is_class = check_labels("query_label", label, (rows,), classes, query, self.ignore_index)
         counted = label != self.ignore_index
+        query = zero_rows(query, ~counted)
         _, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         # C times the same share for all, and less for the target, as this keyword of cross-entropy has it
         smoothing = self.label_smoothing * classes / max(classes - 1, 1)
@@ -197,7 +199,7 @@ class PaCoLoss(ContrastiveLossBase):
             raise ValueError("queue_labels: got one of queue_features and queue_labels, expected both or neither")
         of_samples = check_ids("labels", labels, (samples,), features)
         label = of_samples[:, None].expand(samples, views).flatten()
-        own = features.flatten(0, 1)
+        own = zero_rows(features, of_samples == self.ignore_index).flatten(0, 1)
         # keys of ignored samples count nowhere
         key, key_label = own, label.masked_fill(label == self.ignore_index, -1)
         if queue_features is not None and queue_labels is not None:
@@ -209,7 +211,7 @@ class PaCoLoss(ContrastiveLossBase):
             key_label = torch.cat([key_label, of_queue])
         query, exclude = own, torch.arange(len(own), device=own.device)
         if not all_views:
-            query, label, exclude = features[:, 0], of_samples, exclude.view(samples, views)[:, 0]
+            query, label, exclude = own.view(samples, views, dim)[:, 0], of_samples, exclude.view(samples, views)[:, 0]
         return self(
             query, label, key, key_label, logits.flatten(0, -2), exclude=exclude, key_grad_rows=(0, len(own))
         )  # fmt: skip

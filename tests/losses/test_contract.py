@@ -372,6 +372,21 @@ def test_mixed_targets_ignore_rows_each_on_its_own(case, reduction):
     torch.testing.assert_close(pairs(given, first, second, share), expected)
 
 
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_what_is_not_finite_in_ignored_rows_reaches_no_other(name, backend):
+    case, target = CASES[name], BATCH.target.clone()
+    target[::3] = 255
+    loss, results = case.make(COUNTS, ignore_index=255), []
+    for filling in (0.0, math.nan, math.inf):
+        embeddings, views = BATCH.embeddings.clone(), BATCH.views.clone()
+        embeddings[::3], views[::3] = filling, filling
+        given = BATCH._replace(target=target, embeddings=embeddings, views=views)
+        results.append(with_gradients(lambda b: case.call(loss, b), given))
+    assert results[0][0].isfinite()
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
 @cases()
 def test_compiles_to_one_graph(case):
     torch._dynamo.reset()
