@@ -119,6 +119,13 @@ def check_tensor(name: str, value: Any, expected: str = "a Tensor") -> Tensor:
     return value
 
 
+def with_values(name: str, value: Tensor) -> Tensor:
+    """Return ``value``: a tensor whose values can be read."""
+    if value.is_meta:
+        raise ValueError(f"{name}: got a tensor on the meta device, which has no values, expected device='cpu'")
+    return value
+
+
 def check_floating(name: str, value: Any, expected: str = "a Tensor", kind: str = f"one of {FLOATING}") -> Tensor:
     """Return ``value``: a tensor of a dtype in ``FLOATING``; ``kind`` says so in the message."""
     check_tensor(name, value, expected)
@@ -142,6 +149,11 @@ def as_device(name: str, value: Any, default: torch.device | str | None = None) 
         return torch.device(value if value is not None else default or torch.get_default_device())
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: got {value!r}, expected a torch.device or the name of one") from error
+
+
+def device_of(device: Any, value: Any) -> torch.device:
+    """Return the device asked for; by default that of ``value``, or torch's default device if it has none."""
+    return as_device("device", device, value.device if isinstance(value, Tensor) else None)
 
 
 def check_embeddings(name: str, value: Any, shape: str) -> Tensor:
@@ -230,8 +242,8 @@ def as_class_vector(name: str, value: ClassVector, gap: float | None = None) -> 
     """
     if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") or isinstance(value, Tensor)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a 1-D sequence, array or tensor of numbers")
-    if isinstance(value, Tensor) and check_tensor(name, value).is_meta:
-        raise ValueError(f"{name}: got a tensor on the meta device, which has no values, expected one of the CPU")
+    if isinstance(value, Tensor):
+        with_values(name, check_tensor(name, value))
     given: Any = _by_class(name, value, gap)
     try:
         raw = given.detach() if isinstance(given, Tensor) else torch.tensor(given, device="cpu")

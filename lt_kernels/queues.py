@@ -10,6 +10,7 @@ its backward, or give it the queue's ``snapshot()``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from ._checks import (
     ClassVector,
-    as_device,
     as_dtype,
     as_int64,
     check_choice,
@@ -30,8 +30,10 @@ from ._checks import (
     check_integers,
     check_number,
     check_shape,
+    device_of,
     reads_values,
 )
+from ._modules import InitializedModule, is_readable
 from .priors import ClassPrior
 
 FILLS = ("empty", "random")
@@ -45,7 +47,7 @@ class QueueKeys(NamedTuple):
     ids: Tensor | None  #: [M], -1 for none; None for a queue that has no ids
 
 
-class ClassQueue(nn.Module):
+class ClassQueue(InitializedModule):
     """The latest features of every class, in slots that are contiguous by class.
 
     Suh, Seo, *Long-Tailed Recognition by Mutual Information Maximization between Latent Features and Ground-Truth
@@ -104,18 +106,12 @@ class ClassQueue(nn.Module):
         self.size, self.dim = check_int("size", size, 1), check_int("dim", dim, 1)
         self.base = check_int("base", base, 0)
         check_choice("fill", fill, FILLS)
-        prior = ClassPrior(class_counts, zero_counts="mask", device=device)
+        self.fill = fill
+        prior = ClassPrior(class_counts, zero_counts="mask")
         self.num_classes = len(prior)
-        sizes = self._apportioned(prior)
-        self.register_buffer("features", _empty_features(size, dim, prior.device, dtype))
-        self.register_buffer("labels", torch.full((size,), -1, device=prior.device))
-        self.register_buffer("ids", torch.full((size,), -1, device=prior.device))
-        self.register_buffer("sizes", sizes.to(prior.device))
-        self.register_buffer("starts", (sizes.cumsum(0) - sizes).to(prior.device))
-        self.register_buffer("pointers", torch.zeros_like(self.sizes))
-        if fill == "random":
-            self.features.copy_(F.normalize(torch.randn(size, dim, device=prior.device), dim=1))
-            self.labels.copy_(self._owners())
+        self._dtype = as_dtype("dtype", dtype)
+        self._sizes = self._apportioned(prior).tolist()
+        _register(self, device_of(device, class_counts))
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -186,7 +182,8 @@ class ClassQueue(nn.Module):
         if len(prior) != self.num_classes:
             raise ValueError(f"class_counts: got {len(prior)} classes, expected {self.num_classes}")
         device = self.sizes.device
-        sizes = self._apportioned(prior).to(device)
+        apportioned = self._apportioned(prior)
+        sizes = apportioned.to(device)
         starts = sizes.cumsum(0) - sizes
         owner = self._owners()
         filled = self.labels >= 0
@@ -203,12 +200,36 @@ class ClassQueue(nn.Module):
         self.features.copy_(torch.where(stays[:, None], self.features[source], 0))
         self.labels.copy_(self.labels[source].masked_fill(~stays, -1))
         self.ids.copy_(self.ids[source].masked_fill(~stays, -1))
+        self._sizes = apportioned.tolist()
         self.sizes.copy_(sizes)
         self.starts.copy_(starts)
         self.pointers.copy_(kept % sizes.clamp_min(1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, size={self.size}, dim={self.dim}, base={self.base}"
+
+    def _initial(self) -> dict[str, Tensor]:
+        sizes = torch.tensor(self._sizes, device="cpu")
+        initial = {
+            "features": torch.zeros(self.size, self.dim, dtype=self._dtype, device="cpu"),
+            "labels": torch.full((self.size,), -1, device="cpu"),
+            "ids": torch.full((self.size,), -1, device="cpu"),
+            "sizes": sizes,
+            "starts": sizes.cumsum(0) - sizes,
+            "pointers": torch.zeros_like(sizes),
+        }
+        if self.fill == "random":
+            initial["features"].copy_(F.normalize(torch.randn(self.size, self.dim, device="cpu"), dim=1))
+            initial["labels"] = torch.arange(self.num_classes, device="cpu").repeat_interleave(sizes)
+        return initial
+
+    def _follow(self, loaded: Iterable[str]) -> None:
+        if "sizes" in loaded and is_readable(self.sizes):
+            self._sizes = self.sizes.tolist()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._follow([name for name in self._buffers if prefix + name in state_dict])
 
     def _owners(self) -> Tensor:
         """Return the class that each slot belongs to, [M]."""
@@ -230,7 +251,7 @@ class ClassQueue(nn.Module):
         return self.base + whole
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue(InitializedModule):
     """The last features of all classes: the queue of momentum contrast.
 
     He, Fan, Wu, Xie, Girshick, *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020; with
@@ -267,10 +288,8 @@ class FeatureQueue(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.dim = check_int("size", size, 1), check_int("dim", dim, 1)
-        device = as_device("device", device)
-        self.register_buffer("features", _empty_features(size, dim, device, dtype))
-        self.register_buffer("labels", torch.full((size,), -1, device=device))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
+        self._dtype = as_dtype("dtype", dtype)
+        _register(self, device_of(device, None))
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -315,6 +334,13 @@ class FeatureQueue(nn.Module):
             >>> loss.backward()
         """
         return QueueKeys(self.features.clone(), self.labels.clone(), None)
+
+    def _initial(self) -> dict[str, Tensor]:
+        return {
+            "features": torch.zeros(self.size, self.dim, dtype=self._dtype, device="cpu"),
+            "labels": torch.full((self.size,), -1, device="cpu"),
+            "pointer": torch.zeros((), dtype=torch.int64, device="cpu"),
+        }
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}"
@@ -375,8 +401,9 @@ def _rank_within(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(group).scatter_(0, order, places - first[group[order]]), counts
 
 
-def _empty_features(size: int, dim: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    return torch.zeros(size, dim, device=device, dtype=as_dtype("dtype", dtype))
+def _register(queue: InitializedModule, device: torch.device) -> None:
+    for name, value in queue._initial().items():
+        queue.register_buffer(name, value.to(device))
 
 
 def _check_features(features: Any, held: Tensor) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import ClassVector, check_int
+from ._modules import InitializedModule
 from .priors import ClassPrior, ZeroCounts
 
 
@@ -103,6 +104,8 @@ class DeferredReweighting:
     @torch.no_grad()
     def _apply(self) -> None:
         weight, held = self.weight(self.epoch), self.loss.weight
+        if isinstance(self.loss, InitializedModule):
+            self.loss._keep_start("weight", weight)
         if isinstance(held, Tensor):
             if held.shape != weight.shape:
                 raise ValueError(f"class_counts: got {len(weight)} classes, expected {len(held)} as loss.weight")

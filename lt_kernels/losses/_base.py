@@ -25,6 +25,7 @@ class LossOptions(TypedDict, total=False):
     zero_counts: ZeroCounts
     device: torch.device | str | None
     dtype: torch.dtype | None
+    persistent: bool
 
 
 class MarginCrossEntropyBase(ClassTensorLoss):
@@ -41,11 +42,19 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         label_smoothing: in [0, 1].
         zero_counts: what a class without samples means: ``"error"``, ``"mask"`` or a positive number such as 1; see
             [`priors`][lt_kernels.priors].
-        device: device of the buffers; by default that of ``class_counts`` (CPU for lists and arrays).
+        device: device of the buffers; by default that of ``class_counts``, and torch's default device for lists, arrays
+            and mappings.
         dtype: dtype of the buffers; by default ``torch.get_default_dtype()``, at least float32.
+        persistent: whether the class tensors are in ``state_dict``. A ``state_dict`` without them loads either way, and
+            leaves them as they are; see [class counts](../class_counts.md#checkpoints).
+
+    A ``scale``, or a ``margin``, that is an ``nn.Parameter`` (0-dim; a margin [C] too) is learned: it stays the
+    caller's. Another tensor becomes a buffer.
 
     The class tensors are buffers: they move with ``.to()`` and travel in ``state_dict``. ``.half()`` and
     ``.bfloat16()`` keep them in float32: a log prior rounded to half precision would shift the decision boundaries.
+    They are derived on the CPU and never uninitialised: a loss built on the meta device has its values once it is
+    moved, by ``to_empty`` too, and ``reset_parameters`` derives them anew, in place.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range; the message names it.
@@ -63,7 +72,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
     def __init__(
         self,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         margin: float | ClassVector | None = None,
         margin_type: Literal["additive", "angular"] = "additive",
         weight: ClassVector | None = None,
@@ -74,6 +83,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         zero_counts: ZeroCounts = "error",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        persistent: bool = True,
     ) -> None:
         super().__init__(
             scale=scale,
@@ -83,16 +93,15 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             zero_counts=zero_counts,
             device=device,
             dtype=dtype,
+            persistent=persistent,
         )
         self.margin_type = margin_type
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
         if weight is not None:
             self._set("weight", self._class_tensor("weight", weight))
         if margin is not None:
-            if isinstance(margin, (float, Real)):
-                self._set("margin", check_number("margin", margin))
-            else:
-                self._set("margin", self._class_tensor("margin", margin))
+            scalar = isinstance(margin, (float, Real)) or (isinstance(margin, Tensor) and margin.dim() == 0)
+            self._set("margin", self._scalar("margin", margin) if scalar else self._class_tensor("margin", margin))
 
     def forward(
         self,
@@ -139,4 +148,5 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         if self.weight is not None and self.class_counts is not None:
             if len(self.weight) != len(self.class_counts):
                 raise ValueError(f"weight: got {len(self.weight)} classes, expected {len(self.class_counts)}")
-            self.weight = self.weight.to(self.class_counts.device)
+            if self.weight.device != self.class_counts.device:
+                self.weight = self._initial()["weight"].to(self.class_counts.device)

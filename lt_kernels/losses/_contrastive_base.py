@@ -16,7 +16,9 @@ from .._checks import (
     check_positive,
     check_shape,
     reads_values,
+    with_values,
 )
+from .._modules import InitializedModule
 from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
@@ -33,6 +35,7 @@ class ContrastiveOptions(TypedDict, total=False):
     zero_counts: ZeroCounts
     device: torch.device | str | None
     dtype: torch.dtype | None
+    persistent: bool
 
 
 class ContrastiveLossBase(ClassTensorLoss):
@@ -48,13 +51,14 @@ class ContrastiveLossBase(ClassTensorLoss):
     def __init__(
         self,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         ignore_index: int = -100,
         reduction: Literal["none", "mean", "sum"] = "mean",
         empty_mean: Literal["nan", "zero"] = "nan",
         zero_counts: ZeroCounts = "error",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        persistent: bool = True,
     ) -> None:
         super().__init__(
             scale=scale,
@@ -64,6 +68,7 @@ class ContrastiveLossBase(ClassTensorLoss):
             zero_counts=zero_counts,
             device=device,
             dtype=dtype,
+            persistent=persistent,
         )
 
     @property
@@ -75,14 +80,14 @@ class ContrastiveLossBase(ClassTensorLoss):
         )
 
 
-def as_temperature(temperature: float | Tensor) -> float | Tensor:
+def as_temperature(loss: InitializedModule, temperature: float | Tensor) -> float | Tensor:
     """Return what a module holds: a number, an ``nn.Parameter`` that it trains, or a buffer of another 0-dim tensor."""
     if not isinstance(temperature, Tensor):
         return check_positive("temperature", temperature)
     check_floating("temperature", temperature)
     check_shape("temperature", temperature, (), expected="a 0-dim tensor")
-    if reads_values(temperature) and not bool(temperature > 0):
-        raise ValueError(f"temperature: got {temperature.item():g}, expected a number > 0")
+    check_positive("temperature", with_values("temperature", temperature).item())
+    loss._keep_start("temperature", temperature)
     return temperature if isinstance(temperature, nn.Parameter) else nn.Buffer(temperature)
 
 

@@ -27,13 +27,10 @@ class ExpertLossBase(MarginCrossEntropyBase):
     #: How the experts' cross-entropies are combined.
     expert_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
 
+    _CLASS_TENSORS = (*MarginCrossEntropyBase._CLASS_TENSORS, "log_prior", "taus")
+
     log_prior: Tensor | None
     taus: tuple[float, ...] | Tensor | None
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.register_buffer("log_prior", None)
-        self.register_buffer("taus", None)
 
     def forward(
         self,

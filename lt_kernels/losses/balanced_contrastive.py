@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional as LF
 from .._checks import (
@@ -18,12 +18,13 @@ from .._checks import (
     check_int,
     check_shape,
 )
+from .._modules import InitializedModule
 from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
 from ._contrastive_base import as_temperature, check_ids, check_labels, count_classes, shown_temperature, zero_rows
 
 
-class BalancedContrastiveLoss(nn.Module):
+class BalancedContrastiveLoss(InitializedModule):
     """The contrastive part of balanced contrastive learning (BCL): class averaging and class complement.
 
     Zhu, Wang, Chen, Chen, Jiang, *Balanced Contrastive Learning for Long-Tailed Visual Recognition*, CVPR 2022. Keys
@@ -76,7 +77,7 @@ class BalancedContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = len(ClassPrior(class_counts, zero_counts="mask"))
-        self.temperature = as_temperature(temperature)
+        self.temperature = as_temperature(self, temperature)
         self.ignore_index = check_int("ignore_index", ignore_index)
         check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
         check_choice("empty_mean", empty_mean, ("nan", "zero"))

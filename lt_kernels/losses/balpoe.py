@@ -123,10 +123,12 @@ class BalPoELoss(ExpertLossBase):
         assert self.log_prior is not None
         classes = len(self.log_prior)
         if isinstance(taus, (list, tuple)) and not any(isinstance(tau, (list, tuple)) for tau in taus):
-            held = torch.tensor([check_number(f"taus[{e}]", tau) for e, tau in enumerate(taus)], dtype=torch.float64)
+            held = torch.tensor(
+                [check_number(f"taus[{e}]", tau) for e, tau in enumerate(taus)], dtype=torch.float64, device="cpu"
+            )
         else:
             try:
-                held = taus.detach() if isinstance(taus, Tensor) else torch.as_tensor(taus)
+                held = taus.detach() if isinstance(taus, Tensor) else torch.as_tensor(taus, device="cpu")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(f"taus: got {type(taus).__name__} ({error}), expected numbers [E] or [E, C]") from error
             if held.is_complex() or held.dtype == torch.bool:
@@ -145,6 +147,7 @@ class BalPoELoss(ExpertLossBase):
                 UserWarning,
                 stacklevel=3,
             )
+        self._keep_start("taus", held)
         if isinstance(taus, nn.Parameter):
             self._set("taus", taus)
         elif held.dim() == 2:

@@ -19,6 +19,7 @@ from .._checks import (
     check_embeddings,
     check_flag,
     check_number,
+    check_positive,
     check_shape,
     is_transformed,
 )
@@ -27,7 +28,6 @@ from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
     ContrastiveOptions,
-    as_temperature,
     check_ids,
     check_labels,
     row_chunks,
@@ -141,7 +141,7 @@ class ELMLoss(ContrastiveLossBase):
         self.regularizer, self.logit_margin = regularizer, logit_margin
         self.tau, self.max_margin = check_number("tau", tau), check_number("max_margin", max_margin, 0.0)
         self.embedding_weight = check_number("embedding_weight", embedding_weight, 0.0)
-        self.temperature = as_temperature(temperature)
+        self._set("temperature", self._scalar("temperature", temperature, check_positive))
         self.normalize = check_flag("normalize", normalize)
         self._rule: float | None = None
         if isinstance(embedding_margin, Real):
@@ -152,6 +152,7 @@ class ELMLoss(ContrastiveLossBase):
             assert self.class_counts is not None
             if len(fixed) != len(self.class_counts):
                 raise ValueError(f"embedding_margin: got {len(fixed)} values, expected {len(self.class_counts)}")
+            self._keep_start("embedding_margin", fixed)
             self._set("embedding_margin", fixed.to(self.class_counts))
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:

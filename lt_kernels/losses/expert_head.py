@@ -20,6 +20,7 @@ from .._checks import (
     check_tensor,
     product_dtype,
 )
+from .._modules import InitializedModule
 from ._wrapped import as_forward, whole
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..functional.experts import ExpertLogits
 
 
-class ExpertHead(nn.Module):
+class ExpertHead(InitializedModule):
     """E cosine classifiers, one for each expert:
 
         logits[e, n, c] = scale * <f_en, w_ec> / (|f_en| |w_ec|)
@@ -86,8 +87,12 @@ class ExpertHead(nn.Module):
         start = check_positive("scale", scale)
         device, dtype = as_device("device", device), as_dtype("dtype", dtype)
         self.weight = nn.Parameter(torch.empty(num_experts, num_classes, in_features, device=device, dtype=dtype))
+        self._keep_start("scale", torch.tensor(start, dtype=torch.float64, device="cpu"))
         self.scale = nn.Parameter(torch.full((), start, device=device, dtype=dtype)) if learn_scale else start
         self.reset_parameters()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"scale": self.scale} if isinstance(self.scale, Tensor) else {}  # weights are the caller's to initialise
 
     @property
     def num_experts(self) -> int:
@@ -106,7 +111,8 @@ class ExpertHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw random directions anew; a learned scale stays."""
+        """Draw random directions anew; a learned scale starts where it started."""
+        super().reset_parameters()
         self.weight.uniform_(-1.0, 1.0)
         self.weight.copy_(F.normalize(self.weight, dim=-1))
 

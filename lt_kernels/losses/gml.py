@@ -129,7 +129,8 @@ class GMLLoss(ContrastiveLossBase):
         self._set_counts(class_counts)
         assert self.class_bias is not None
         start = math.log(check_positive("temperature", temperature))
-        self.log_temperature = nn.Parameter(self.class_bias.new_tensor(start))
+        self._keep_start("log_temperature", torch.tensor(start, device="cpu"))
+        self._set("log_temperature", nn.Parameter(self.class_bias.new_tensor(start)))
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
         return {"class_bias": prior.log_prior()}

@@ -291,9 +291,6 @@ class LinearHead(nn.Linear):
         if not self.weight.is_meta:
             self.loss.to(self.weight.device)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        of_loss = f"{prefix}loss."
-        if not any(key.startswith(of_loss) for key in state_dict):
-            # of a plain nn.Linear: the loss keeps its tensors. They join a dictionary that load_state_dict made.
-            self.loss.state_dict(destination=state_dict, prefix=of_loss)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._move_loss()  # the weight may have been assigned, on another device

@@ -15,7 +15,6 @@ from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
     ContrastiveOptions,
-    as_temperature,
     check_ids,
     check_labels,
     shown_temperature,
@@ -94,7 +93,7 @@ class PaCoLoss(ContrastiveLossBase):
         self.supt = float(supt)
         self.alpha, self.beta = check_number("alpha", alpha, 0.0), check_number("beta", beta, 0.0)
         self.gamma, self.eps = check_number("gamma", gamma, 0.0), check_number("eps", eps, 0.0)
-        self.temperature = as_temperature(temperature)
+        self._set("temperature", self._scalar("temperature", temperature, check_positive))
         if class_counts is not None:
             self._set_counts(class_counts)
 

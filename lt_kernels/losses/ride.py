@@ -66,6 +66,8 @@ class RIDELoss(ExpertLossBase):
 
     expert_reduction = "sum"
 
+    _CLASS_TENSORS = (*ExpertLossBase._CLASS_TENSORS, "class_temperature")
+
     class_temperature: Tensor
 
     def __init__(
@@ -83,7 +85,6 @@ class RIDELoss(ExpertLossBase):
         self.diversity = check_number("diversity", diversity)
         self.temperature = check_positive("temperature", temperature)
         self.reweight_factor = check_number("reweight_factor", reweight_factor, 0.0, 1.0)
-        self.register_buffer("class_temperature", None)
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional as LF
 from .._checks import (
@@ -21,12 +21,13 @@ from .._checks import (
     check_tensor,
     reads_values,
 )
+from .._modules import InitializedModule
 from ._contrastive_base import as_temperature, check_ids, shown_temperature
 
 REDUCTIONS = ("none", "mean", "sum", "mean_positives")
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(InitializedModule):
     """Supervised contrastive loss of a batch against itself, and without labels SimCLR's.
 
     Khosla, Teterwak, Wang, Sarna, Tian, Isola, Maschinot, Liu, Krishnan, *Supervised Contrastive Learning*, NeurIPS
@@ -79,7 +80,7 @@ class SupConLoss(nn.Module):
         empty_mean: Literal["nan", "zero"] = "nan",
     ) -> None:
         super().__init__()
-        self.temperature = as_temperature(temperature)
+        self.temperature = as_temperature(self, temperature)
         if base_temperature is not None:
             base_temperature = check_positive("base_temperature", base_temperature)
         self.base_temperature = base_temperature
