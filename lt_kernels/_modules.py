@@ -107,7 +107,8 @@ def _copy(target: Tensor, value: Tensor) -> None:
     """Copy ``value`` to ``target``, which is a shard under FSDP2."""
     with torch.no_grad():
         if hasattr(target, "device_mesh") and not hasattr(value, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
+            from torch.distributed.tensor import DTensor, distribute_tensor
 
+            assert isinstance(target, DTensor)
             value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
         target.copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -34,6 +35,9 @@ class MarginCrossEntropyBase(ClassTensorLoss):
     Every recipe takes these keywords:
 
     Args:
+        scale: multiplies the logits (before the class biases are added): a number > 0, the inverse temperature of
+            cosines; or a 0-dim tensor.
+        margin: where the recipe has one: a number, or a 0-dim tensor, or one for each class, [C].
         weight: [C], class weights as in ``nn.CrossEntropyLoss``: ``"mean"`` divides by the sum of the targets' weights.
         ignore_index: targets with this class contribute nothing.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -63,7 +67,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
     #: Whether the logits are cosines of features and class weights.
     cosine: ClassVar[bool] = False
 
-    _CLASS_TENSORS = ("class_counts", "class_bias", "class_scale", "margin", "weight")
+    _CLASS_TENSORS: tuple[str, ...] = ("class_counts", "class_bias", "class_scale", "margin", "weight")
 
     class_scale: Tensor | None
     margin: float | Tensor | None
@@ -100,8 +104,9 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         if weight is not None:
             self._set("weight", self._class_tensor("weight", weight))
         if margin is not None:
-            scalar = isinstance(margin, (float, Real)) or (isinstance(margin, Tensor) and margin.dim() == 0)
-            self._set("margin", self._scalar("margin", margin) if scalar else self._class_tensor("margin", margin))
+            is_scalar = isinstance(margin, Real) or (isinstance(margin, Tensor) and margin.dim() == 0)
+            hold: Callable[[str, Any], float | Tensor] = self._scalar if is_scalar else self._class_tensor
+            self._set("margin", hold("margin", margin))
 
     def forward(
         self,

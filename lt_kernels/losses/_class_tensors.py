@@ -150,9 +150,7 @@ class ClassTensorLoss(InitializedModule):
         self._keep_start(name, vector)
         return value if isinstance(value, nn.Parameter) else vector.to(device_of(self._device, value), self._dtype)
 
-    def _scalar(
-        self, name: str, value: float | Tensor, check: Callable[[str, Any], float] = check_number
-    ) -> float | Tensor:
+    def _scalar(self, name: str, value: Any, check: Callable[[str, Any], float] = check_number) -> float | Tensor:
         """Return a number as a float and a 0-dim tensor as one of the loss; a parameter stays the caller's."""
         if not isinstance(value, Tensor):
             return check(name, value)

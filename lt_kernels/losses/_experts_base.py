@@ -27,7 +27,7 @@ class ExpertLossBase(MarginCrossEntropyBase):
     #: How the experts' cross-entropies are combined.
     expert_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
 
-    _CLASS_TENSORS = (*MarginCrossEntropyBase._CLASS_TENSORS, "log_prior", "taus")
+    _CLASS_TENSORS: tuple[str, ...] = (*MarginCrossEntropyBase._CLASS_TENSORS, "log_prior", "taus")
 
     log_prior: Tensor | None
     taus: tuple[float, ...] | Tensor | None

@@ -28,9 +28,9 @@ class ArcFaceLoss(MarginCrossEntropyBase):
     too, where its value differs.
 
     Args:
-        margin: m in radians, a number or one per class [C] (then a buffer; an ``nn.Parameter`` stays one and is
-            learned).
-        scale: s.
+        margin: m in radians, a number, a 0-dim tensor or one per class [C] (then a buffer; an ``nn.Parameter``
+            stays one and is learned).
+        scale: s, a number or a 0-dim tensor (then a buffer; an ``nn.Parameter`` stays one and is learned).
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``device``,
             ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
 
@@ -47,7 +47,9 @@ class ArcFaceLoss(MarginCrossEntropyBase):
     margin_bounds: tuple[float, float]
     power: float
 
-    def __init__(self, margin: float | ClassVector = 0.5, scale: float = 64.0, **options: Unpack[LossOptions]) -> None:
+    def __init__(
+        self, margin: float | ClassVector = 0.5, scale: float | Tensor = 64.0, **options: Unpack[LossOptions]
+    ) -> None:
         super().__init__(margin=margin, scale=scale, margin_type="angular", **options)
 
     @classmethod
@@ -56,7 +58,7 @@ class ArcFaceLoss(MarginCrossEntropyBase):
         class_counts: ClassVector,
         margin_bounds: tuple[float, float] = (0.05, 0.5),
         power: float = 0.25,
-        scale: float = 64.0,
+        scale: float | Tensor = 64.0,
         **options: Unpack[LossOptions],
     ) -> Self:
         """Make a loss with a margin per class, m_c = a n_c^-power + b.
@@ -67,7 +69,7 @@ class ArcFaceLoss(MarginCrossEntropyBase):
             class_counts: training samples per class, [C].
             margin_bounds: (lower, upper), in radians.
             power: how fast the margin falls with the count, > 0.
-            scale: s.
+            scale: s, as the constructor's.
             options: as the constructor's, and ``zero_counts``.
         """
         loss = cls(scale=scale, **options)

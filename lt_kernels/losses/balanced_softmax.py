@@ -19,14 +19,17 @@ class BalancedSoftmaxLoss(MarginCrossEntropyBase):
 
     Ren, Yu, Sheng, Ma, Zhao, Yi, Li, *Balanced Meta-Softmax for Long-Tailed Visual Recognition*, NeurIPS 2020:
 
-        loss = -log[ n_y exp(z_y) / sum_j n_j exp(z_j) ]
+        loss = -log[ n_y exp(s z_y) / sum_j n_j exp(s z_j) ]
 
-    Sets ``class_bias`` = log n, float32 [C]. It equals
+    with s = 1 there. Sets ``class_bias`` = log n, float32 [C]. It equals
     [`LogitAdjustmentLoss`][lt_kernels.losses.LogitAdjustmentLoss] with tau = 1, because a constant added to every logit
     changes nothing.
 
     Args:
         class_counts: training samples per class, [C].
+        scale: s: multiplies the logits before the prior is added; 1 for the logits of a linear layer. Cosines need one,
+            as those of ``LinearHead(..., normalize=True)`` do: 16 to 64 in practice. A 0-dim tensor becomes a buffer;
+            an ``nn.Parameter`` stays one and is learned.
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
             ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
             and errors.
@@ -38,8 +41,10 @@ class BalancedSoftmaxLoss(MarginCrossEntropyBase):
         tensor(2.3553)
     """
 
-    def __init__(self, class_counts: ClassVector, **options: Unpack[LossOptions]) -> None:
-        super().__init__(**options)
+    def __init__(
+        self, class_counts: ClassVector, *, scale: float | Tensor = 1.0, **options: Unpack[LossOptions]
+    ) -> None:
+        super().__init__(scale=scale, **options)
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:

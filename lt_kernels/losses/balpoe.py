@@ -50,7 +50,7 @@ class BalPoELoss(ExpertLossBase):
         taus: one number for each expert; or an array or tensor [E], or [E, C] for an exponent per expert and class
             (then a buffer; an ``nn.Parameter`` stays one and is learned).
         eps: the published code adds 1e-9 to the prior.
-        scale: multiplies the logits; for heads that hand over cosines.
+        scale: multiplies the logits; for heads that hand over cosines. An ``nn.Parameter``, 0-dim, is learned.
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
             ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
             and errors.
@@ -84,7 +84,7 @@ class BalPoELoss(ExpertLossBase):
         taus: Sequence[float] | Tensor | np.ndarray[Any, Any] = (0.0, 1.0, 2.0),
         eps: float = 1e-9,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from .._checks import ClassVector
 from ._base import LossOptions, MarginCrossEntropyBase
 
@@ -22,8 +24,9 @@ class CosFaceLoss(MarginCrossEntropyBase):
     ``input`` are the cosines [N, C]. Sets ``margin`` and ``scale``.
 
     Args:
-        margin: m, a number or one per class [C] (then a buffer; an ``nn.Parameter`` stays one and is learned).
-        scale: s.
+        margin: m, a number, a 0-dim tensor or one per class [C] (then a buffer; an ``nn.Parameter`` stays one and
+            is learned).
+        scale: s, a number or a 0-dim tensor (then a buffer; an ``nn.Parameter`` stays one and is learned).
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``device``,
             ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
 
@@ -36,5 +39,7 @@ class CosFaceLoss(MarginCrossEntropyBase):
 
     cosine = True
 
-    def __init__(self, margin: float | ClassVector = 0.4, scale: float = 64.0, **options: Unpack[LossOptions]) -> None:
+    def __init__(
+        self, margin: float | ClassVector = 0.4, scale: float | Tensor = 64.0, **options: Unpack[LossOptions]
+    ) -> None:
         super().__init__(margin=margin, scale=scale, **options)

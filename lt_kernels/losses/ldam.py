@@ -29,7 +29,8 @@ class LDAMLoss(MarginCrossEntropyBase):
     Args:
         class_counts: training samples per class, [C].
         max_margin: margin of the rarest class.
-        scale: s, the inverse temperature of the cosines.
+        scale: s, the inverse temperature of the cosines: a number or a 0-dim tensor (then a buffer; an
+            ``nn.Parameter`` stays one and is learned).
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
             ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
             and errors.
@@ -46,7 +47,11 @@ class LDAMLoss(MarginCrossEntropyBase):
     cosine = True
 
     def __init__(
-        self, class_counts: ClassVector, max_margin: float = 0.5, scale: float = 30.0, **options: Unpack[LossOptions]
+        self,
+        class_counts: ClassVector,
+        max_margin: float = 0.5,
+        scale: float | Tensor = 30.0,
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)
         self.max_margin = check_number("max_margin", max_margin, 0.0)

@@ -21,14 +21,17 @@ class LogitAdjustmentLoss(MarginCrossEntropyBase):
 
     Menon, Jayasumana, Rawat, Jain, Veit, Kumar, *Long-tail learning via logit adjustment*, ICLR 2021:
 
-        loss = -log[ exp(z_y + tau log pi_y) / sum_j exp(z_j + tau log pi_j) ],    pi = n / sum(n)
+        loss = -log[ exp(s z_y + tau log pi_y) / sum_j exp(s z_j + tau log pi_j) ],    pi = n / sum(n)
 
-    Sets ``class_bias`` = tau log pi, float32 [C]. At test time use the plain logits.
+    with s = 1 there. Sets ``class_bias`` = tau log pi, float32 [C]. At test time use the plain logits.
 
     Args:
         class_counts: training samples per class, [C].
         tau: strength; 1 is consistent for the balanced error, 0 is cross-entropy.
         eps: the paper's published code uses log(pi^tau + 1e-12): ``eps=1e-12``. 0 (default) is the formula above.
+        scale: s: multiplies the logits before the prior is added; 1 for the logits of a linear layer. Cosines need one,
+            as those of ``LinearHead(..., normalize=True)`` do: 16 to 64 in practice. A 0-dim tensor becomes a buffer;
+            an ``nn.Parameter`` stays one and is learned.
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
             ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
             and errors.
@@ -41,9 +44,15 @@ class LogitAdjustmentLoss(MarginCrossEntropyBase):
     """
 
     def __init__(
-        self, class_counts: ClassVector, tau: float = 1.0, *, eps: float = 0.0, **options: Unpack[LossOptions]
+        self,
+        class_counts: ClassVector,
+        tau: float = 1.0,
+        *,
+        eps: float = 0.0,
+        scale: float | Tensor = 1.0,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(scale=scale, **options)
         self.tau, self.eps = check_number("tau", tau), check_number("eps", eps, 0.0)
         self._set_counts(class_counts)
 

@@ -44,7 +44,7 @@ class NCLLoss(ExpertLossBase):
         class_counts: training samples per class, [C].
         hard_classes: K; default 30% of C, rounded down, at least 1: the published 30 of 100, 300 of 1000 and 2442 of
             8142.
-        scale: multiplies the logits; for heads that hand over cosines.
+        scale: multiplies the logits; for heads that hand over cosines. An ``nn.Parameter``, 0-dim, is learned.
         ce_factor: of the cross-entropies over all classes.
         hard_factor: of the cross-entropies over the hard classes.
         divergence_factor: of the divergence over all classes.
@@ -71,7 +71,7 @@ class NCLLoss(ExpertLossBase):
         self,
         class_counts: ClassVector,
         hard_classes: int | None = None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         ce_factor: float = 1.0,
         hard_factor: float = 1.0,
         divergence_factor: float = 0.6,
@@ -105,7 +105,7 @@ class NCLLoss(ExpertLossBase):
         bias = self.class_bias.to(loss.dtype).view(-1, *[1] * (logits[0].dim() - 2))  # beside [N, C, d1, ..., dk]
         experts = len(logits)
         pairs = max(experts - 1, 1)
-        shifted = _each(lambda z: torch.add(bias, z, alpha=self.scale), logits)  # in the bias's precision
+        shifted = _each(lambda z: _shifted(bias, z, self.scale), logits)
         if experts > 1 and self.divergence_factor != 0:
             loss = loss + self.divergence_factor / pairs * self.over_rows(self._divergence(shifted), target, **mixed)
         if self.hard_factor == 0 and (experts == 1 or self.hard_divergence_factor == 0):
@@ -147,6 +147,13 @@ class NCLLoss(ExpertLossBase):
                 labels = labels.clamp(0, classes - 1)
                 ranked = ranked.scatter(1, labels, torch.where(known, math.inf, ranked.gather(1, labels)))
         return torch.zeros_like(first, dtype=torch.bool).scatter(1, ranked.topk(self.hard_classes, 1).indices, True)
+
+
+def _shifted(bias: Tensor, z: Tensor, scale: float | Tensor) -> Tensor:
+    """Return bias + scale z, in the bias's precision."""
+    if isinstance(scale, Tensor):
+        return bias + scale.to(bias.dtype) * z.to(bias.dtype)
+    return torch.add(bias, z, alpha=scale)
 
 
 def _each(function: Callable[[Tensor], Tensor], logits: ExpertLogits) -> ExpertLogits:

@@ -45,7 +45,8 @@ class RIDELoss(ExpertLossBase):
     Args:
         class_counts: training samples per class, [C].
         max_margin: margin of the rarest class, in cosines.
-        scale: s, which the logits already contain.
+        scale: s, which the logits already contain. A 0-dim tensor, such as the learned scale of an
+            [`ExpertHead`][lt_kernels.losses.ExpertHead], multiplies the margins in each call; then ``margin`` is m.
         diversity: factor of the divergence; negative rewards it.
         temperature: of the divergence.
         reweight_factor: in [0, 1]: how much T depends on the prior.
@@ -74,7 +75,7 @@ class RIDELoss(ExpertLossBase):
         self,
         class_counts: ClassVector,
         max_margin: float = 0.5,
-        scale: float = 30.0,
+        scale: float | Tensor = 30.0,
         diversity: float = -0.2,
         temperature: float = 1.0,
         reweight_factor: float = 0.05,
@@ -88,14 +89,16 @@ class RIDELoss(ExpertLossBase):
         self._set_counts(class_counts)
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
+        scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
         return {
-            "margin": prior.ldam_margins(self.scale * self.max_margin),
+            "margin": prior.ldam_margins(scale * self.max_margin),
             "class_temperature": prior.ride_temperatures(self.temperature, self.reweight_factor),
         }
 
     def keywords(self) -> dict[str, Any]:
         """Return class tensors and options as keywords of ``expert_cross_entropy``; the logits contain the scale."""
-        return {**super().keywords(), "scale": 1.0}
+        margin = self.scale * self.margin if isinstance(self.scale, Tensor) else self.margin  # type: ignore[operator]
+        return {**super().keywords(), "scale": 1.0, "margin": margin}
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
         check_indices(target, "RIDE's margin acts on one class")

@@ -41,7 +41,7 @@ class SADELoss(ExpertLossBase):
         class_counts: training samples per class, [C].
         tau: of the third expert; published: 2, and 1 for Places-LT and iNaturalist 2018.
         eps: the published code adds 1e-9 to the priors.
-        scale: multiplies the logits; for heads that hand over cosines.
+        scale: multiplies the logits; for heads that hand over cosines. An ``nn.Parameter``, 0-dim, is learned.
         options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``empty_mean``, ``label_smoothing``,
             ``zero_counts``, ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
             has them, shapes and errors. ``zero_counts="mask"`` masks classes without samples in every expert; the
@@ -64,7 +64,7 @@ class SADELoss(ExpertLossBase):
         tau: float = 2.0,
         eps: float = 1e-9,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(scale=scale, **options)

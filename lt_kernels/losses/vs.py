@@ -20,16 +20,20 @@ class VSLoss(MarginCrossEntropyBase):
     Kini, Paraskevas, Oymak, Thrampoulidis, *Label-Imbalanced and Group-Sensitive Classification under
     Overparameterization*, NeurIPS 2021:
 
-        loss = -log[ exp(D_y z_y + b_y) / sum_j exp(D_j z_j + b_j) ]
+        loss = -log[ exp(s D_y z_y + b_y) / sum_j exp(s D_j z_j + b_j) ]
         D_c  = (n_c / max(n))^gamma,    b_c = tau log pi_c
 
-    Sets ``class_scale`` = D and ``class_bias`` = b, float32 [C]. ``tau=0`` is CDT (Ye et al., 2020), ``gamma=0`` is
-    logit adjustment. For VS-DRW let [`DeferredReweighting`][lt_kernels.schedules.DeferredReweighting] set ``weight``.
+    with s = 1 there. Sets ``class_scale`` = D and ``class_bias`` = b, float32 [C]. ``tau=0`` is CDT (Ye et al., 2020),
+    ``gamma=0`` is logit adjustment. For VS-DRW let
+    [`DeferredReweighting`][lt_kernels.schedules.DeferredReweighting] set ``weight``.
 
     Args:
         class_counts: training samples per class, [C].
         gamma: strength of the multiplicative part.
         tau: strength of the additive part.
+        scale: s: multiplies the logits before the prior is added; 1 for the logits of a linear layer. Cosines need one,
+            as those of ``LinearHead(..., normalize=True)`` do: 16 to 64 in practice. A 0-dim tensor becomes a buffer;
+            an ``nn.Parameter`` stays one and is learned.
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
             ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
             and errors.
@@ -44,9 +48,15 @@ class VSLoss(MarginCrossEntropyBase):
     """
 
     def __init__(
-        self, class_counts: ClassVector, gamma: float = 0.3, tau: float = 1.0, **options: Unpack[LossOptions]
+        self,
+        class_counts: ClassVector,
+        gamma: float = 0.3,
+        tau: float = 1.0,
+        *,
+        scale: float | Tensor = 1.0,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(scale=scale, **options)
         self.gamma, self.tau = check_number("gamma", gamma), check_number("tau", tau)
         self._set_counts(class_counts)
 
