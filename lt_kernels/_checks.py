@@ -50,6 +50,8 @@ def check_number(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, expected: str | None = None
 ) -> float:
     """Return ``value`` as a float: a finite real number, least <= value <= most."""
+    if type(value).__name__ == "ndarray" and torch.compiler.is_compiling() and value.ndim == 0:
+        value = value.item()  # traced code has NumPy's numbers as arrays
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if isinstance(value, int) and abs(value) >= _TOO_LARGE:  # it may fit no float, and no operator's int
@@ -207,6 +209,27 @@ def check_scalar(name: str, value: Tensor, input: Tensor) -> Tensor:
     check_floating(name, value, kind="a floating dtype")
     check_device(name, value, input, " as input")
     return value
+
+
+def operand(number: float) -> Any:
+    """Return a number; in compiled code that has been called with several values, a 0-dim float64 tensor of the CPU.
+
+    ``Signature.flatten`` does so for all numbers of an operator, which would make each value a constant of a graph of
+    its own. Numbers that something is computed from come here before.
+    """
+    if not torch.compiler.is_compiling():
+        return number
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # of torch's compiler, loaded by now
+
+    # a product, because torch's compiler turns no other use of such a number into one of tensors
+    return number if has_static_value(number) else torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def filled(shape: tuple[int, ...], value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor full of an operand."""
+    if isinstance(value, Tensor):
+        return (torch.ones(shape, dtype=torch.float64, device=device) * value).to(dtype)
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 def check_factor(name: str, value: Any, input: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:

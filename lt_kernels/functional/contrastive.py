@@ -23,15 +23,17 @@ from .._checks import (
     check_number,
     check_positive,
     check_shape,
+    check_tensor,
     checks_on,
     compute_dtype,
+    operand,
     product_dtype,
     reads_values,
 )
 from .._smooth import quick_logaddexp
 from ..ops._backend import BackendUnavailableError, resolve
 from ..ops.partitioned_logsumexp import plan
-from ..ops.partitioned_logsumexp.arguments import Arguments
+from ..ops.partitioned_logsumexp.arguments import SIGNATURE, Arguments
 from ..ops.partitioned_logsumexp.op import OP, forward
 from .rows import REDUCTIONS
 
@@ -190,9 +192,9 @@ def partitioned_logsumexp(
     chosen = plan.choose(n, m, dtype, training, reason is None, strategy, _settings.memory_budget)
     with_slopes = learned_scale is not None and learned_scale.requires_grad and torch.is_grad_enabled()
     neg, pos, pos_sum, num_pos, _, _, _, of_scale = forward(
-        *Arguments(
+        *SIGNATURE.flatten(Arguments(
             q, k, labels, of_keys, left_out, key_bias, key_scale, learned_scale, fixed_scale, begin, end, normalized
-        ),
+        )),
         with_slopes, separate_scale, chosen, _settings.memory_budget, backend,
     )  # fmt: skip
     result = PartitionedLogSumExp(neg, pos, pos_sum, num_pos)
@@ -254,7 +256,9 @@ def supervised_contrastive(
     check_choice("reduction", reduction, CONTRASTIVE_REDUCTIONS)
     check_choice("empty_mean", empty_mean, ("nan", "zero"))
     if not isinstance(temperature, Tensor):
-        temperature = check_positive("temperature", check_number("temperature", temperature))
+        temperature = operand(check_positive("temperature", check_number("temperature", temperature)))
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(check_tensor("query", query).device)
     counted = None
     if ignore_index is not None:
         check_int("ignore_index", ignore_index, kind="an int or None")

@@ -27,17 +27,19 @@ from .._checks import (
     check_tensor,
     checks_on,
     compute_dtype,
+    filled,
+    operand,
     product_dtype,
 )
 from ..ops._backend import resolve
 from ..ops._experts import shape_of
-from ..ops._registry import flatten
-from ..ops.expert_cross_entropy.arguments import Arguments, bias_of
+from ..ops.expert_cross_entropy.arguments import SIGNATURE, Arguments, bias_of
 from ..ops.expert_cross_entropy.op import OP as CROSS_ENTROPY
 from ..ops.expert_cross_entropy.op import forward as cross_entropy_forward
 from ..ops.expert_divergence.op import KINDS
 from ..ops.expert_divergence.op import OP as DIVERGENCE
 from ..ops.expert_divergence.op import forward as divergence_forward
+from ..ops.expert_fusion.arguments import SIGNATURE as FUSION_SIGNATURE
 from ..ops.expert_fusion.arguments import Arguments as FusionArguments
 from ..ops.expert_fusion.op import OP as FUSION
 from ..ops.expert_fusion.op import forward as fusion_forward
@@ -221,7 +223,7 @@ def expert_cross_entropy(
         and knows_gradient(options, reduction, False, first.dtype)
     )
     loss, _, ensemble_loss, prediction, _ = cross_entropy_forward(
-        *flatten(arguments), reduce, return_ensemble, one_pass, backend
+        *SIGNATURE.flatten(arguments), reduce, return_ensemble, one_pass, backend
     )
     if reduction == "none" and expert_reduction != "none":
         loss = loss.sum(0)
@@ -325,7 +327,7 @@ def expert_fusion(
     fixed, learned = _scale(scale, temperature, first, dtype)
     with torch.no_grad():
         u, found, mass, log_probs = fusion_forward(
-            *flatten(FusionArguments(given, tensor, shift, learned, weights, fixed)),
+            *FUSION_SIGNATURE.flatten(FusionArguments(given, tensor, shift, learned, weights, fixed)),
             topk,
             return_log_probs,
             resolve(FUSION, first),
@@ -386,16 +388,17 @@ def linear_expert_fusion(
     weights, tensor = _expert_weights(expert_weight, count, linear_weight, dtype)
     shift = check_class_vector("log_prior_shift", log_prior_shift, classes, linear_weight, dtype)
     fixed, learned = _scale(scale, temperature, linear_weight, dtype)
+    factor = fixed if learned is None else learned * fixed
     with torch.no_grad():
         heads = list(linear_weight.unbind(0))
         if normalize:
             features = [F.normalize(f.to(dtype), dim=1).to(f.dtype) for f in features]
             heads = [F.normalize(w.to(dtype), dim=1) for w in heads]
-        factors = weights if tensor is None else [w * t for w, t in zip(weights, tensor, strict=True)]
-        heads = [(w.to(dtype) * factor).to(linear_weight.dtype) for w, factor in zip(heads, factors, strict=True)]
+        shares = weights if tensor is None else [w * t for w, t in zip(weights, tensor, strict=True)]
+        heads = [(w.to(dtype) * share).to(linear_weight.dtype) for w, share in zip(heads, shares, strict=True)]
         bias = None
         if linear_bias is not None:
-            each = [b.to(dtype) * factor for b, factor in zip(linear_bias, factors, strict=True)]
+            each = [b.to(dtype) * share for b, share in zip(linear_bias, shares, strict=True)]
             bias = torch.stack(each).sum(0).to(linear_bias.dtype)
         if len(features) == 1:
             joined, matrix = features[0], torch.stack(heads).sum(0)
@@ -407,7 +410,7 @@ def linear_expert_fusion(
             topk,
             linear_bias=bias,
             class_shift=shift,
-            scale=fixed if learned is None else learned * fixed,
+            scale=factor.to(linear_weight.device, dtype) if isinstance(factor, Tensor) else factor,
         )
     return ExpertFusion(result.classes[:, 0], result.confidence[:, 0], result.confidence, result.classes, None)
 
@@ -477,7 +480,7 @@ def expert_divergence(
         if checks_on():
             check_all("temperature", vector > 0, "values that are not positive, expected numbers > 0")
     elif (number := check_positive("temperature", check_number("temperature", temperature))) != 1.0:
-        vector = torch.full((first.shape[1],), number, dtype=dtype, device=first.device)
+        vector = filled((first.shape[1],), operand(number), dtype, first.device)
     given, shape = _rows_of(given, first)
     value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
     if expert_reduction == "sum":
@@ -580,7 +583,9 @@ def _prior(
         if not prior.requires_grad:
             # the kernels' gradients of a class_bias that learns go to what they are given: [C] or [E, C]
             return prior, numbers, bias
-        own = torch.stack([tau * prior for tau in numbers])  # a tensor of the numbers would wait for a GPU
+        own = torch.stack(
+            [tau * prior for tau in map(operand, numbers)]
+        )  # a tensor of the numbers would wait for a GPU
     return None, [0.0] * experts, (own if bias is None else own + bias).contiguous()
 
 
@@ -596,11 +601,11 @@ def _expert_weights(
     return _check_numbers("expert_weight", expert_weight, experts, f"{experts} numbers or a Tensor"), None
 
 
-def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+def _scale(scale: float | Tensor, temperature: float, input: Tensor, dtype: torch.dtype) -> tuple[Any, Tensor | None]:
     """Return scale / temperature as a number and a tensor that multiplies it."""
-    inverse = 1.0 / check_positive("temperature", check_number("temperature", temperature))
+    inverse = 1.0 / operand(check_positive("temperature", check_number("temperature", temperature)))
     fixed, learned = check_factor("scale", scale, input, dtype)
-    return fixed * inverse, None if learned is None else learned.detach()
+    return operand(fixed) * inverse, None if learned is None else learned.detach()
 
 
 def _check_features(input: ExpertLogits, experts: int, width: int, linear_weight: Tensor) -> list[Tensor]:

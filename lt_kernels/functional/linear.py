@@ -25,13 +25,14 @@ from .._checks import (
     product_dtype,
 )
 from ..ops._backend import BackendUnavailableError, resolve
-from ..ops._registry import flatten
 from ..ops.linear_margin_cross_entropy import plan as plans
-from ..ops.linear_margin_cross_entropy.arguments import Arguments
+from ..ops.linear_margin_cross_entropy.arguments import SIGNATURE, Arguments
 from ..ops.linear_margin_cross_entropy.op import OP, forward
 from ..ops.linear_margin_cross_entropy.op import sizes as sizes_of
 from ..ops.linear_margin_cross_entropy.plan import LinearPlan
 from ..ops.linear_margin_cross_entropy.topk import BUFFER as TOPK_BUFFER
+from ..ops.linear_margin_cross_entropy.topk import SIGNATURE as TOPK_SIGNATURE
+from ..ops.linear_margin_cross_entropy.topk import Arguments as TopKArguments
 from ..ops.linear_margin_cross_entropy.topk import linear_topk as topk_forward
 from ..ops.margin_cross_entropy.op import OP as ROWS
 from .rows import (
@@ -197,7 +198,7 @@ def linear_margin_cross_entropy(
         raise BackendUnavailableError(f"strategy 'tiled' cannot run {OP}: {tiled_reason}")
     chosen = plans.choose(sizes, strategy, tiled_reason is None, _settings.memory_budget)
     loss, lse, prediction, *_ = forward(
-        *flatten(a),
+        *SIGNATURE.flatten(a),
         chosen,
         _settings.memory_budget,
         reduction != "none",
@@ -350,13 +351,9 @@ def linear_topk(
         features = features.to(dtype)
         result = TopK(
             *topk_forward(
-                features,
-                linear_weight,
-                linear_bias,
-                shift,
-                learned_scale,
-                fixed_scale,
-                normalize,
+                *TOPK_SIGNATURE.flatten(
+                    TopKArguments(features, linear_weight, linear_bias, shift, learned_scale, fixed_scale, normalize)
+                ),
                 k,
                 min(_settings.memory_budget, TOPK_BUFFER),
                 resolve(ROWS, features),

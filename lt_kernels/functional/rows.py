@@ -29,11 +29,12 @@ from .._checks import (
     check_tensor,
     checks_on,
     compute_dtype,
+    filled,
+    operand,
 )
 from ..ops._backend import resolve
-from ..ops._registry import flatten
 from ..ops._rows.options import RowOptions
-from ..ops.margin_cross_entropy.arguments import Arguments
+from ..ops.margin_cross_entropy.arguments import SIGNATURE, Arguments
 from ..ops.margin_cross_entropy.op import OP, forward, mean_coefficient
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -200,7 +201,7 @@ def margin_cross_entropy(
     )
     options = with_coefficient(options, layout.flat[1], reduction, empty_mean, dtype, backend)
     loss, lse, prediction, _, _ = forward(
-        *flatten(Arguments(input.reshape(layout.flat), options)),
+        *SIGNATURE.flatten(Arguments(input.reshape(layout.flat), options)),
         reduction != "none",
         return_prediction,
         one_pass,
@@ -378,8 +379,7 @@ def _check_mixture(
     if _check_target("mixed_target", mixed_target, shape, index_shape, input):
         raise TypeError(f"mixed_target: got dtype {mixed_target.dtype}, expected class indices of an integer dtype")
     if not isinstance(mix_lambda, Tensor):
-        share = _check_share("mix_lambda", mix_lambda)
-        return torch.full((), share, dtype=dtype, device=input.device)
+        return filled((), operand(_check_share("mix_lambda", mix_lambda)), dtype, input.device)
     check_device("mix_lambda", mix_lambda, input, " as input")
     if not mix_lambda.is_floating_point():
         raise TypeError(f"mix_lambda: got dtype {mix_lambda.dtype}, expected a floating dtype")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, Generic, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, NoReturn, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 
-from .._checks import is_transformed
+from .._checks import is_transformed, operand
 
 NAMESPACE = "lt_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -20,6 +20,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _Arguments = TypeVar("_Arguments")
 _REFERENCE = "the reference backend, asked for by name: with lt_kernels.use_backend('reference')"
 _TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str"}
+#: An int that may be symbolic in compiled code, such as a tensor's size.
+Size: TypeAlias = Annotated[int, "SymInt"]
 
 
 def flatten(arguments: Iterable[Any]) -> tuple[Any, ...]:
@@ -36,6 +38,9 @@ def flatten(arguments: Iterable[Any]) -> tuple[Any, ...]:
 class Signature(Generic[_Arguments]):
     """The flat list of arguments that the dispatcher takes for a NamedTuple, derived from its annotations.
 
+    The last is ``numbers``, None unless compiled code has a number among them that may change: then it is all of them,
+    float64 on the CPU, and the operator reads them when it runs.
+
     Args:
         kind: the NamedTuple; a field may be a NamedTuple itself.
         differentiable: names of the flat arguments that can receive a gradient, in the order of backward's results.
@@ -46,11 +51,12 @@ class Signature(Generic[_Arguments]):
         self.differentiable = tuple(differentiable)
         self._spans: list[tuple[Any, slice]] = []  # each nested NamedTuple, None for another field, and its arguments
         flat: list[tuple[str, Any]] = []
-        for name, annotation in get_type_hints(kind).items():
+        for name, annotation in get_type_hints(kind, include_extras=True).items():
             nested = annotation if hasattr(annotation, "_fields") else None
-            fields = [(name, annotation)] if nested is None else [*get_type_hints(nested).items()]
+            fields = [(name, annotation)] if nested is None else [*get_type_hints(nested, include_extras=True).items()]
             self._spans.append((nested, slice(len(flat), len(flat) + len(fields))))
             flat += fields
+        flat.append(("numbers", Tensor | None))
         self.names = tuple(name for name, _ in flat)
         kinds = [_schema_type(annotation) for _, annotation in flat]
         #: The arguments in the schema language of torch.library.
@@ -63,9 +69,35 @@ class Signature(Generic[_Arguments]):
         self._join = itemgetter(*(split.index(place) for place in range(len(split))))
         self._position = {name: place for place, name in enumerate(self.names)}
         self._needs = [self._position[name] for name in self.differentiable]
+        self._numbers = [(place, each == "float[]") for place, each in enumerate(kinds) if each.startswith("float")]
+
+    def flatten(self, arguments: Any) -> tuple[Any, ...]:
+        """Return the flat arguments of a NamedTuple, which may have operands (``operand``) for numbers."""
+        flat = flatten(arguments)
+        if not torch.compiler.is_compiling():
+            return (*flat, None)
+        given = [each for place, many in self._numbers for each in (flat[place] if many else [flat[place]])]
+        numbers = [each if isinstance(each, Tensor) else operand(each) for each in given]
+        if not any(isinstance(each, Tensor) for each in numbers):
+            return (*flat, None)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        unread = list(flat)
+        for place, many in self._numbers:
+            unread[place] = [0.0] * len(flat[place]) if many else 0.0
+        return (*unread, torch.stack([one * each for each in numbers]))
+
+    def read(self, flat: Sequence[Any]) -> _Arguments:
+        """Return the NamedTuple of flat arguments with all its numbers, where the operator runs."""
+        if flat[-1] is None:
+            return self.rebuild(flat)
+        numbers = iter(flat[-1].tolist())
+        flat = list(flat)
+        for place, many in self._numbers:
+            flat[place] = [next(numbers) for _ in flat[place]] if many else next(numbers)
+        return self.rebuild(flat)
 
     def rebuild(self, flat: Sequence[Any]) -> _Arguments:
-        """Return the NamedTuple of flat arguments."""
+        """Return the NamedTuple of flat arguments for their shapes: ``numbers`` are not read."""
         values = [flat[span.start] if nested is None else nested._make(flat[span]) for nested, span in self._spans]
         arguments: _Arguments = self.kind._make(values)
         return arguments
@@ -93,6 +125,8 @@ class Signature(Generic[_Arguments]):
 
 
 def _schema_type(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return str(annotation.__metadata__[0])
     if get_origin(annotation) in (Union, types.UnionType):
         (inner,) = (each for each in get_args(annotation) if each is not type(None))
         return f"{_TYPES[inner]}?"

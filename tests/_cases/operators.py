@@ -13,12 +13,15 @@ from torch import Tensor
 
 from _cases import contrastive, experts, linear, rows
 from lt_kernels import functional as F
-from lt_kernels.ops._registry import flatten
 from lt_kernels.ops._rows.options import RowOptions
+from lt_kernels.ops.expert_cross_entropy.arguments import SIGNATURE as EXPERTS
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments as ExpertArguments
 from lt_kernels.ops.linear_margin_cross_entropy import op as linear_op
+from lt_kernels.ops.linear_margin_cross_entropy.arguments import SIGNATURE as LINEAR
 from lt_kernels.ops.linear_margin_cross_entropy.arguments import Arguments as LinearArguments
+from lt_kernels.ops.margin_cross_entropy.arguments import SIGNATURE as ROWS
 from lt_kernels.ops.margin_cross_entropy.arguments import Arguments as RowArguments
+from lt_kernels.ops.partitioned_logsumexp.arguments import SIGNATURE as CONTRASTIVE
 from lt_kernels.ops.partitioned_logsumexp.arguments import Arguments as ContrastiveArguments
 from lt_kernels.testing import ContrastiveSample, Sample
 
@@ -198,7 +201,7 @@ def _row_calls(backend: str, device: str) -> Iterator[Call]:
     for name in ("logit adjustment", "probabilities", "learnable vectors"):
         sample = rows.BY_ID[name].sample(torch.float32, device)
         options = _row_options(sample, sample.target[..., None], "weight", "class_bias", "class_scale")
-        arguments = [*flatten(RowArguments(sample.input[:, :, None], options))]
+        arguments = [*ROWS.flatten(RowArguments(sample.input[:, :, None], options))]
         for reduce, with_prediction in ((True, True), (False, False)):
             yield f"forward, {name}", forward, (*arguments, reduce, with_prediction, False, backend)
         if name == "logit adjustment":
@@ -218,7 +221,7 @@ def _linear_calls(mode: str, device: str) -> Iterator[Call]:
         a = LinearArguments(
             sample.input, given["linear_weight"], None, given.get("linear_bias"), options, given["normalize"]
         )
-        arguments, frozen = [*flatten(a)], _detached(flatten(a))
+        arguments, frozen = [*LINEAR.flatten(a)], _detached(LINEAR.flatten(a))
         learns = name != "cosine"
         for reduce, with_prediction, with_grad in ((True, True, False), (False, False, False), (True, False, True)):
             needs = [with_grad] * 2 + [with_grad and learns]
@@ -259,21 +262,21 @@ def _expert_calls(backend: str, device: str) -> Iterator[Call]:
             a = ExpertArguments(logits, options, sample.options.get("log_prior"), coefficient * e, taus)
             what = f"{name}, list" if listed else name
             for rest in (("all", True, False), ("rows", False, True), ("none", True, False)):
-                yield f"forward, {what}", forward, (*flatten(a), *rest, backend)
+                yield f"forward, {what}", forward, (*EXPERTS.flatten(a), *rest, backend)
             if name != "mixup":
                 with torch.no_grad():
-                    rest_ = forward(*flatten(a), "all", False, False, backend)[1]
+                    rest_ = forward(*EXPERTS.flatten(a), "all", False, False, backend)[1]
                 frozen = a._replace(logits=[x.detach() for x in logits])
                 needs = [True, options.class_bias is not None, False, False, False]
                 one = torch.ones((), device=device)
-                yield f"backward, {what}", backward, (one, rest_, *flatten(frozen), needs, backend)
+                yield f"backward, {what}", backward, (one, rest_, *EXPERTS.flatten(frozen), needs, backend)
 
 
 def _fusion_calls(backend: str, device: str) -> Iterator[Call]:
     x, shift = torch.randn(3, 4, 33, device=device), torch.zeros(33, device=device)
     for what, logits in (("stacked", [x]), ("list", list(x.clone()))):
         for k, with_log_probs in ((1, False), (3, True)):
-            arguments = (logits, None, shift, None, [0.5, 0.25, 0.25], 2.0, k, with_log_probs, backend)
+            arguments = (logits, None, shift, None, [0.5, 0.25, 0.25], 2.0, None, k, with_log_probs, backend)
             yield what, OPS.expert_fusion.default, arguments
 
 
@@ -303,9 +306,9 @@ def _contrastive_calls(strategy: str, backend: str, device: str) -> Iterator[Cal
     rest = (strategy, 2**30, backend)
     for what, a in (("keys", whole), ("itself", itself._replace(exclude=torch.arange(6, device=device).int()))):
         for separate in (False, True):
-            forward = (*flatten(a), True, separate, *rest)
+            forward = (*CONTRASTIVE.flatten(a), True, separate, *rest)
             yield f"forward, {what}, {separate}", OPS.partitioned_logsumexp_fwd.default, forward
-            frozen = _detached(flatten(a))
+            frozen = _detached(CONTRASTIVE.flatten(a))
             *_, kept, slopes, products, _ = OPS.partitioned_logsumexp_fwd(*frozen, True, False, *rest)
             upstream = [torch.randn(6, device=device) for _ in range(3)]
             of_scale = torch.randn(3, 6, device=device) if separate else None
@@ -318,8 +321,8 @@ def _contrastive_calls(strategy: str, backend: str, device: str) -> Iterator[Cal
 def _topk_calls() -> Iterator[Call]:
     x, w, b = torch.randn(5, 8), torch.randn(90, 8), torch.randn(90)
     for arguments in (
-        (x, w, b, b, torch.tensor(2.0), 1.5, False, 3, 2**20, "reference"),
-        (x.bfloat16(), w, None, None, None, 1.0, True, 1, 1000, "reference"),
+        (x, w, b, b, torch.tensor(2.0), 1.5, False, None, 3, 2**20, "reference"),
+        (x.bfloat16(), w, None, None, None, 1.0, True, None, 1, 1000, "reference"),
     ):
         yield "topk", OPS.linear_topk.default, arguments
 

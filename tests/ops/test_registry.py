@@ -34,37 +34,47 @@ OUTER = Outer(torch.zeros(2), Inner(torch.ones(2), None, 0.5), torch.ones(1), [1
 
 def test_schema_spells_nested_arguments_out():
     assert SIGNATURE.schema == (
-        "Tensor input, Tensor label, Tensor? bias, float scale, Tensor? extra, float[] taus, bool flag"
+        "Tensor input, Tensor label, Tensor? bias, float scale, Tensor? extra, float[] taus, bool flag, Tensor? numbers"
     )
-    assert SIGNATURE.names == ("input", "label", "bias", "scale", "extra", "taus", "flag")
+    assert SIGNATURE.names == ("input", "label", "bias", "scale", "extra", "taus", "flag", "numbers")
 
 
 def test_flat_arguments_are_rebuilt_by_place():
-    flat = flatten(OUTER)
+    flat = SIGNATURE.flatten(OUTER)
     assert len(flat) == len(SIGNATURE.names)
+    assert flat == (*flatten(OUTER), None)
     rebuilt = SIGNATURE.rebuild(flat)
     assert isinstance(rebuilt, Outer)
     assert isinstance(rebuilt.inner, Inner)
-    assert all(a is b for a, b in zip(flatten(rebuilt), flat, strict=True))
+    assert all(a is b for a, b in zip(SIGNATURE.flatten(rebuilt), flat, strict=True))
 
 
 def test_tensors_are_split_from_the_others_and_joined_again():
-    flat = flatten(OUTER)
+    flat = SIGNATURE.flatten(OUTER)
     tensors, others = SIGNATURE.split(flat)
-    assert [type(value) for value in tensors] == [Tensor, Tensor, type(None), Tensor]
+    assert [type(value) for value in tensors] == [Tensor, Tensor, type(None), Tensor, type(None)]
     assert others == (0.5, [1.0, 2.0], True)
-    assert SIGNATURE.n_tensors == 4
+    assert SIGNATURE.n_tensors == 5
     assert all(a is b for a, b in zip(SIGNATURE.join(tensors, others), flat, strict=True))
 
 
 def test_needs_and_gradients_go_by_name():
-    assert SIGNATURE.needs([True, False, False, False, True, False, False]) == [True, False, True]
-    assert SIGNATURE.gradients({"extra": 1, "input": 2}) == [2, None, None, None, 1, None, None]
+    assert SIGNATURE.needs([True, False, False, False, True, False, False, False]) == [True, False, True]
+    assert SIGNATURE.gradients({"extra": 1, "input": 2}) == [2, None, None, None, 1, None, None, None]
+
+
+def test_numbers_are_read_where_the_operator_runs():
+    flat = (*SIGNATURE.flatten(OUTER)[:-1], torch.tensor([0.25, 3.0, 4.0], dtype=torch.float64))
+    read = SIGNATURE.read(flat)
+    assert read.inner.scale == 0.25
+    assert read.taus == [3.0, 4.0]
+    assert SIGNATURE.rebuild(flat).taus == OUTER.taus
+    assert SIGNATURE.read(SIGNATURE.flatten(OUTER)).taus == OUTER.taus
 
 
 def test_row_options_have_one_order_everywhere():
     """Python's list, each operator's schema, and the list that the C++ kernels were built with."""
-    options = Signature(RowOptions, DIFFERENTIABLE).schema
+    options = Signature(RowOptions, DIFFERENTIABLE).schema.removesuffix(", Tensor? numbers")
     for op in ("margin_cross_entropy", "linear_margin_cross_entropy", "expert_cross_entropy"):
         for direction in ("fwd", "bwd"):
             assert options in str(getattr(torch.ops.lt_kernels, f"{op}_{direction}").default._schema)

@@ -48,7 +48,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _forward(*args: Any) -> Result:
     *inputs, reduce, with_ensemble, with_grad, backend = args
     loss, rest, ensemble_loss, prediction, grad = load(OP, backend).forward(
-        SIGNATURE.rebuild(inputs), with_ensemble, with_grad
+        SIGNATURE.read(inputs), with_ensemble, with_grad
     )
     if reduce != "none":
         loss = ordered_sum(loss) if reduce == "all" else torch.stack([ordered_sum(each) for each in loss])
@@ -73,7 +73,7 @@ def _forward_fake(*args: Any) -> Result:
 
 def _backward(grad_loss: Tensor, rest: Tensor, *args: Any) -> list[Tensor]:
     *inputs, needs, backend = args
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     rows_needs = [needs[0], False, *needs[1:]]  # the rows kernel's second is the gradient of probabilities
     buffer = empty_gradient(a.logits) if needs[0] else rest.new_empty((0,))
     vectors: list[list[Tensor]] = [[] for _ in needs]

@@ -30,7 +30,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor]
 def _forward(*args: Any) -> Result:
     *inputs, k, with_log_probs, backend = args
     with torch.no_grad():
-        result: Result = load(OP, backend).forward(SIGNATURE.rebuild(inputs), k, with_log_probs)
+        result: Result = load(OP, backend).forward(SIGNATURE.read(inputs), k, with_log_probs)
     return result
 
 

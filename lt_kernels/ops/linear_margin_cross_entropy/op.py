@@ -73,7 +73,7 @@ def _check_targets(a: Arguments) -> None:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, strategy, memory_budget, reduce, with_prediction, with_grad, needs, backend = args
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     logits, *grads = (a.input.new_empty((0,)) for _ in range(1 + len(_OWN)))  # an operator's outputs are distinct
     with torch.autocast(a.input.device.type, enabled=False):  # dtypes have been chosen
         _check_targets(a)
@@ -133,7 +133,7 @@ def _gradients(
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients. overwrite: whether kept logits may be turned into their gradient in place."""
     *inputs, strategy, memory_budget, with_prediction, needs, backend = args
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
         if strategy == "tiled":
             inverse_norm = a.inverse_norms()

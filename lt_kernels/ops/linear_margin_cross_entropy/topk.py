@@ -12,7 +12,7 @@ and nothing else is kept.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._checks import compute_dtype
 from .._backend import load
 from .._gemm import products
-from .._registry import define
+from .._registry import Signature, define
 from .._rows.options import RowOptions
 from .._select import GROUPS, group_size, largest
 from .._select import largest_of_all as _largest
@@ -33,6 +33,21 @@ OP = "linear_topk"
 BUFFER = 64 * 2**20
 #: Rows are cut where a block of all of them would have fewer classes than this.
 _FEWEST_CLASSES = 4096
+
+
+class Arguments(NamedTuple):
+    """What makes the logits. ``functional`` validates."""
+
+    input: Tensor  # [N, D]
+    linear_weight: Tensor  # [C, D], any dtype
+    linear_bias: Tensor | None  # [C], any dtype
+    class_shift: Tensor | None  # [C], in the compute dtype
+    learned_scale: Tensor | None  # 0-dim, multiplies `scale`
+    scale: float
+    normalize: bool
+
+
+SIGNATURE = Signature(Arguments)
 
 
 def blocks(rows: int, classes: int, k: int, element: int, buffer: int) -> tuple[int, int, int]:
@@ -59,14 +74,13 @@ def _statistics(rows: Any, u: Tensor) -> Tensor:
 
 
 def _linear_topk(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, k, buffer, backend = args
     with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):  # dtypes have been chosen
-        return _in_blocks(*args)
+        return _in_blocks(SIGNATURE.read(inputs), k, buffer, backend)
 
 
-def _in_blocks(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, class_shift: Tensor | None,
-    learned_scale: Tensor | None, scale: float, normalize: bool, k: int, buffer: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _in_blocks(a: Arguments, k: int, buffer: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    input, linear_weight, linear_bias, class_shift, learned_scale, scale, normalize = a
     rows_kernel = load(ROWS, backend)
     dtype, device = input.dtype, input.device
     wide = compute_dtype(dtype)
@@ -127,7 +141,7 @@ def _results(input: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(input, args[6])
+    return _results(input, args[-3])
 
 
 def _with_all_logits(
@@ -150,9 +164,7 @@ def _with_all_logits(
 
 
 define(
-    f"{OP}(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? class_shift, Tensor? learned_scale,"
-    " float scale, bool normalize, int k, int buffer, str backend)"
-    " -> (Tensor classes, Tensor confidence, Tensor lse)",
+    f"{OP}({SIGNATURE.schema}, int k, int buffer, str backend) -> (Tensor classes, Tensor confidence, Tensor lse)",
     _linear_topk,
     _fake,
     _with_all_logits,

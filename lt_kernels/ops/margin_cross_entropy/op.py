@@ -39,7 +39,7 @@ OP = "margin_cross_entropy"
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *inputs, reduce, with_prediction, with_grad, backend = args
     loss, lse, prediction, rest, grad_input = load(OP, backend).forward(
-        SIGNATURE.rebuild(inputs), with_prediction, with_grad
+        SIGNATURE.read(inputs), with_prediction, with_grad
     )
     return (ordered_sum(loss) if reduce else loss), lse, prediction, rest, grad_input
 
@@ -60,7 +60,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _backward(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:
     *inputs, needs, backend = args
-    return load(OP, backend).backward(grad_loss, grad_lse, rest, SIGNATURE.rebuild(inputs), needs)
+    return load(OP, backend).backward(grad_loss, grad_lse, rest, SIGNATURE.read(inputs), needs)
 
 
 def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *args: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._registry import Signature
+from .._registry import Signature, Size
 
 
 class Arguments(NamedTuple):
@@ -23,8 +23,8 @@ class Arguments(NamedTuple):
     key_scale: Tensor | None  # [M]
     learned_scale: Tensor | None  # 0-dim, multiplies `scale`
     scale: float
-    key_grad_begin: int  # rows of key from here ...
-    key_grad_end: int  # ... to here receive a gradient
+    key_grad_begin: Size  # rows of key from here ...
+    key_grad_end: Size  # ... to here receive a gradient
     normalized: bool  # |<q_i, k_j>| <= 1 but for rounding
 
     @property

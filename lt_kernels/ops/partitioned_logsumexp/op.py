@@ -76,7 +76,7 @@ def _room_for_products(a: Arguments, strategy: str, like: Any) -> Tensor:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *inputs, with_slopes, separate, strategy, memory_budget, backend = args
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     with torch.autocast(a.query.device.type, enabled=False):  # dtypes have been chosen
         kept = _room_for_products(a, strategy, products.buffer)
         if strategy == "tiled":
@@ -127,7 +127,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     *inputs, separate, strategy, memory_budget, all_needs, backend = args
     *needs, need_scale = all_needs
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     upstream = (grad_neg, grad_pos, grad_sum)
     of_scale = rest.new_empty((0,))
     if need_scale:

@@ -1,0 +1,161 @@
+"""Traced code: torch.compile, whose graphs are counted, torch.export, and tensors without memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from _loss_cases import CASES, COUNTS, make_batch
+from torch import Tensor, nn
+
+from lt_kernels import ExpertHead, LinearHead, losses
+from lt_kernels import functional as LF
+from lt_kernels.mixing import mixup
+
+SINGLE = make_batch().to(torch.float32)
+X, Y, EXPERTS, Z, KEY = SINGLE.logits, SINGLE.target, SINGLE.experts, SINGLE.embeddings, SINGLE.key
+MIXED = Y.flip(0)
+PRIOR = torch.tensor(COUNTS).float().softmax(0).log()
+W = F.normalize(torch.linspace(-1, 1, len(COUNTS) * Z.shape[1]).sin().reshape(len(COUNTS), -1), dim=1)
+HEADS = torch.stack([W, W.flip(0), -W])
+
+
+def each_loss() -> Any:
+    return pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+class Graphs:
+    """A compiled function, and how many graphs were made for it."""
+
+    def __init__(self, function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> None:
+        torch._dynamo.reset()
+        self._counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+        self.call = torch.compile(function, fullgraph=True, backend=self._counter, **options)
+
+    @property
+    def number(self) -> int:
+        return self._counter.frame_count
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+#: A function of the tensor that is differentiated and of a number in (0, 1), by name.
+NUMBERS: dict[str, Callable[[Tensor, float], Any]] = {
+    "scale": lambda x, v: LF.margin_cross_entropy(x, Y, scale=v),
+    "margin": lambda x, v: LF.margin_cross_entropy(x, Y, margin=v),
+    "angular margin": lambda x, v: LF.margin_cross_entropy(x, Y, margin=v, margin_type="angular", scale=30.0),
+    "label_smoothing": lambda x, v: LF.margin_cross_entropy(x, Y, label_smoothing=v),
+    "mix_lambda": lambda x, v: LF.margin_cross_entropy(x, Y, mixed_target=MIXED, mix_lambda=v),
+    "all of them": lambda x, v: LF.margin_cross_entropy(
+        x, Y, scale=2 + v, margin=v, label_smoothing=v, mixed_target=MIXED, mix_lambda=1 - v
+    ),
+    "linear, scale": lambda x, v: LF.linear_margin_cross_entropy(x, W, Y % 10, scale=v),
+    "linear, margin": lambda x, v: LF.linear_margin_cross_entropy(x, W, Y, margin=v, reduction="none"),
+    "linear, label_smoothing": lambda x, v: LF.linear_margin_cross_entropy(x, W, Y, label_smoothing=v),
+    "linear, mix_lambda": lambda x, v: LF.linear_margin_cross_entropy(x, W, Y, mixed_target=MIXED, mix_lambda=v),
+    "topk, scale": lambda x, v: LF.linear_topk(x, W, 3, scale=v),
+    "experts, scale": lambda x, v: LF.expert_cross_entropy(x, Y, scale=v),
+    "experts, margin": lambda x, v: LF.expert_cross_entropy(x, Y, margin=v),
+    "experts, taus": lambda x, v: LF.expert_cross_entropy(x, Y, log_prior=PRIOR, taus=(0.0, 1.0, v)),
+    "experts, label_smoothing": lambda x, v: LF.expert_cross_entropy(x, Y, label_smoothing=v),
+    "experts, mix_lambda": lambda x, v: LF.expert_cross_entropy(x, Y, mixed_target=MIXED, mix_lambda=v),
+    "fusion, expert_weight": lambda x, v: LF.expert_fusion(x, expert_weight=(v, 0.2, 0.5), topk=2),
+    "fusion, scale": lambda x, v: LF.expert_fusion(x, scale=v),
+    "fusion, temperature": lambda x, v: LF.expert_fusion(x, temperature=v),
+    "linear fusion, expert_weight": lambda x, v: LF.linear_expert_fusion(x, HEADS, expert_weight=(v, 0.2, 0.5)),
+    "linear fusion, scale": lambda x, v: LF.linear_expert_fusion(x, HEADS, scale=v, temperature=2.0),
+    "divergence, temperature": lambda x, v: LF.expert_divergence(x, temperature=v),
+    "partitioned, scale": lambda x, v: LF.partitioned_logsumexp(x, KEY, Y, SINGLE.key_label, scale=v)[:3],
+    "contrastive, temperature": lambda x, v: LF.supervised_contrastive(x, x, Y, temperature=v, exclude="self"),
+    "LinearHead, mix_lambda": lambda x, v: LINEAR_HEAD(x, Y, MIXED, v),
+    "LinearHead, loss's scale": lambda x, v: changed(LINEAR_HEAD, LINEAR_HEAD.loss, "scale", v)(x, Y),
+    "ExpertHead, scale": lambda x, v: changed(EXPERT_HEAD, EXPERT_HEAD, "scale", v)(x),
+}
+LINEAR_HEAD = LinearHead(Z.shape[1], len(COUNTS), losses.LDAMLoss(COUNTS))
+EXPERT_HEAD = ExpertHead(Z.shape[1], len(COUNTS), 3, shared=True)
+VALUES = [0.05 + 0.9 * (i * 7 % 20) / 20 for i in range(20)]
+
+
+def changed(module: nn.Module, part: nn.Module, name: str, value: float) -> nn.Module:
+    setattr(part, name, value)
+    return module
+
+
+def leaf_of(name: str) -> Tensor:
+    of_features = name.startswith(("linear", "topk", "partitioned", "contrastive", "LinearHead", "ExpertHead"))
+    of_experts = name.startswith(("experts", "fusion", "divergence"))
+    return (Z if of_features else EXPERTS if of_experts else X).clone().requires_grad_()
+
+
+def with_gradient(function: Callable[..., Any], x: Tensor, *args: Any) -> list[Tensor]:
+    """Return the floating results and the gradient of x, if there is one."""
+    results = function(x, *args)
+    found = [r for r in (results if isinstance(results, tuple) else [results]) if isinstance(r, Tensor)]
+    totals = [r.clamp(-1e4, 1e4).sum() for r in found if r.requires_grad]
+    return found + ([*torch.autograd.grad(sum(totals[1:], totals[0]), x)] if totals else [])
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_changes_makes_no_more_than_two_graphs(name):
+    function = NUMBERS[name]
+    graphs = Graphs(lambda x, v: function(x, v))
+    for value in VALUES:
+        x = leaf_of(name)
+        actual, expected = with_gradient(graphs.call, x, value), with_gradient(function, x, value)
+        torch.testing.assert_close(actual, expected)
+    assert graphs.number <= 2
+
+
+@pytest.mark.parametrize("kind", [np.float64, lambda value: 1 + round(100 * value)], ids=["numpy", "int"])
+def test_other_kinds_of_numbers_make_no_more_graphs(kind):
+    graphs = Graphs(lambda x, v: LF.margin_cross_entropy(x, Y, scale=v, margin=0.2))
+    for value in map(kind, VALUES):
+        torch.testing.assert_close(graphs.call(X, value), LF.margin_cross_entropy(X, Y, scale=value, margin=0.2))
+    assert graphs.number <= 2
+
+
+def test_mixtures_compile_with_inductor():
+    """Steps as a user has them: the share of the classes is another number in each."""
+    loss = losses.LogitAdjustmentLoss(COUNTS)
+    graphs = Graphs(lambda x, *mixed: loss(x, *mixed), "inductor")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x, *mixed = mixup(X, Y, 0.4, generator=generator)
+        x.requires_grad_()
+        torch.testing.assert_close(with_gradient(graphs.call, x, *mixed), with_gradient(loss, x, *mixed))
+    assert graphs.number <= 2
+
+
+def test_numbers_are_checked_in_compiled_code():
+    compiled = torch.compile(lambda v: LF.margin_cross_entropy(X, Y, label_smoothing=v), backend="eager")
+    for value in (0.1, 0.2, 0.3):
+        compiled(value)
+    for value in (1.5, -0.5, math.nan):
+        with pytest.raises(ValueError, match=r"label_smoothing: got .*, expected a (finite )?number"):
+            compiled(value)
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+def arguments(case: Any, batch: Any = SINGLE) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a case calls its loss with."""
+    calls: list[Any] = []
+    case.call(lambda *args, **keywords: calls.append((args, keywords)), batch)
+    return calls[0]
+
+
+def exported(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    program = torch.export.export(module, args, keywords).module()
+    torch.testing.assert_close(program(*args, **keywords), module(*args, **keywords))
+
+
+@each_loss()
+def test_losses_export(case):
+    exported(case.make(COUNTS, **case.options), *arguments(case))
