@@ -319,6 +319,17 @@ def check_each_class(name: str, vector: Tensor, holds: Tensor, expected: str) ->
         raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
 
 
+def check_classes_last(name: str, target: Any, shape: tuple[int, ...], batch: int = 0) -> None:
+    """Refuse the target of logits [..., C] where N is dimension ``batch`` and classes are the next; say what to do."""
+    expected = (*shape[batch : batch + 1], *shape[batch + 2 :])
+    if len(shape) > batch + 2 and isinstance(target, Tensor) and tuple(target.shape) == shape[batch:-1] != expected:
+        raise ValueError(
+            f"{name}: got class indices of shape {tuple(target.shape)}, expected {expected} for logits of shape "
+            f"{tuple(shape)}, whose classes are dimension {batch + 1} (classes in the last one: "
+            f"logits.movedim(-1, {batch + 1}), or logits.flatten({batch}, -2) with target.flatten())"
+        )
+
+
 def check_counted(counted: int, classes: int, of: str) -> None:
     """Refuse ``of`` with another number of classes than the class counts, the argument that the caller knows."""
     if counted != classes:

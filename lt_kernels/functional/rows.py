@@ -19,6 +19,7 @@ from .._checks import (
     check_choice,
     check_class_vector,
     check_classes,
+    check_classes_last,
     check_device,
     check_factor,
     check_flag,
@@ -350,15 +351,10 @@ def _check_target(
             f"{name}: got dtype {target.dtype}, expected an integer dtype, or a floating one for probabilities"
         )
     if tuple(target.shape) != index_shape:
-        hint = ""
-        if len(shape) > 2 and tuple(target.shape) == shape[:-1]:
-            hint = (
-                ", whose classes are dimension 1 (classes in the last one: logits.movedim(-1, 1), or "
-                "logits.flatten(0, -2) with target.flatten())"
-            )
+        check_classes_last(name, target, shape)
         raise ValueError(
             f"{name}: got class indices of shape {tuple(target.shape)}, expected {index_shape} "
-            f"for logits of shape {shape}{hint}"
+            f"for logits of shape {shape}"
         )
     return False
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from .._checks import ClassVector, check_number
+from .._checks import ClassVector, check_classes_last, check_number
 from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
@@ -127,6 +127,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
         """
         if isinstance(input, Tensor) and input.dim() > 0:
+            check_classes_last("target", target, input.shape)
             self._check_counted(input.shape[min(1, input.dim() - 1)], "input")
         loss: Tensor = LF.margin_cross_entropy(
             input, target, mixed_target=mixed_target, mix_lambda=mix_lambda, **self.keywords()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from .._checks import check_floating
+from .._checks import check_classes_last, check_floating
 from ._base import MarginCrossEntropyBase
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class ExpertLossBase(MarginCrossEntropyBase):
         if isinstance(logits, (Tensor, list, tuple)) and len(logits) > 0:
             first = logits[0]
             if isinstance(first, Tensor) and first.dim() > 1:
+                shape, batch = (logits.shape, 1) if isinstance(logits, Tensor) else (first.shape, 0)
+                check_classes_last("target", target, shape, batch)
                 self._check_counted(first.shape[1], "logits")
         return self.loss(logits, target, mixed_target=mixed_target, mix_lambda=mix_lambda)
 

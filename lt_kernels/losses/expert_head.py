@@ -158,8 +158,10 @@ class ExpertHead(InitializedModule):
     def forward(self, features: ExpertLogits) -> Tensor:
         """Return logits [E, N, C] of ``features``: [E, N, D] or a list of E [N, D]; [N, D] if ``shared``.
 
-        With shared features it is a view of [N, E, C]. Under autocast, logits have its dtype. Features and weight may
-        differ in dtype, as in mixed precision: the product, and the logits, are in the narrower one.
+        More dimensions than N are kept: logits of [E, ..., D] are [E, ..., C]. Losses of maps want the classes behind
+        N, ``logits.movedim(-1, 2)``. With shared features the logits are a view of [N, E, C]. Under autocast, they
+        have its dtype. Features and weight may differ in dtype, as in mixed precision: the product, and the logits, are
+        in the narrower one.
         """
         f = self._features(features)
         weight = whole("weight", self.weight, f)
@@ -167,9 +169,11 @@ class ExpertHead(InitializedModule):
         # the scale multiplies the features: they are fewer than the logits
         f = (F.normalize(f, dim=-1) * self.scale).to(dtype)
         w = F.normalize(weight, dim=-1).to(dtype)
-        if not self.shared:
+        if self.shared:
+            return F.linear(f, w.flatten(0, 1)).unflatten(-1, w.shape[:2]).movedim(-2, 0)
+        if f.dim() == 3:
             return torch.matmul(f, w.transpose(1, 2))
-        return F.linear(f, w.flatten(0, 1)).unflatten(-1, w.shape[:2]).transpose(0, 1)
+        return torch.matmul(f.flatten(1, -2), w.transpose(1, 2)).reshape(*f.shape[:-1], w.shape[1])
 
     def predict(
         self,
@@ -190,7 +194,8 @@ class ExpertHead(InitializedModule):
                 default 1 / E each.
 
         Returns:
-            [`ExpertFusion`][lt_kernels.functional.ExpertFusion] without ``log_probs``; without gradients.
+            [`ExpertFusion`][lt_kernels.functional.ExpertFusion] without ``log_probs``; without gradients. Of features
+            [E, ..., D] (or [..., D]) its ``prediction`` is [...] and its ``topk_indices`` [..., k].
         """
         fusion: LF.ExpertFusion = as_forward(
             self, "_predict", self._features(features), topk, log_prior_shift, temperature, expert_weight
@@ -206,8 +211,10 @@ class ExpertHead(InitializedModule):
         temperature: float,
         expert_weight: Sequence[float] | Tensor | None,
     ) -> LF.ExpertFusion:
-        return LF.linear_expert_fusion(
-            features,
+        lead = features.shape[:-1] if self.shared else features.shape[1:-1]
+        rows = features if len(lead) == 1 else features.flatten(0 if self.shared else 1, -2)
+        fusion = LF.linear_expert_fusion(
+            rows,
             whole("weight", self.weight, features),
             normalize=True,
             scale=self.scale,
@@ -216,6 +223,10 @@ class ExpertHead(InitializedModule):
             temperature=temperature,
             expert_weight=expert_weight,
         )
+        if len(lead) == 1:
+            return fusion
+        values, classes = (each.reshape(*lead, topk) for each in (fusion.topk_values, fusion.topk_indices))
+        return LF.ExpertFusion(classes[..., 0], values[..., 0], values, classes, None)
 
     def to_linears(self) -> list[nn.Linear]:
         """Copy the experts' weights into layers without bias, one for each expert; they leave out the scale."""
@@ -233,7 +244,7 @@ class ExpertHead(InitializedModule):
         return f"{sizes}{shared}, scale={scale}"
 
     def _features(self, features: ExpertLogits) -> Tensor:
-        """Return the features as [E, N, D], or [N, D] if shared."""
+        """Return the features as [E, ..., D], or [..., D] if shared."""
         if isinstance(features, (list, tuple)) and not self.shared:
             for e, each in enumerate(features):
                 check_tensor(f"features[{e}]", each, "a Tensor [N, D]")
@@ -241,9 +252,10 @@ class ExpertHead(InitializedModule):
                     shapes = tuple(each.shape), tuple(features[0].shape)
                     raise ValueError(f"features[{e}]: got shape {shapes[0]}, expected {shapes[1]} as features[0]")
             features = torch.stack(list(features)) if features else torch.empty(0)
-        expected = f"[N, {self.in_features}]" if self.shared else f"[{self.num_experts}, N, {self.in_features}]"
+        lead, least = ("", 2) if self.shared else (f"{self.num_experts}, ", 3)
+        expected = f"[{lead}N, {self.in_features}] or [{lead}..., {self.in_features}]"
         features = check_floating("features", features, f"a Tensor {expected}", "a floating-point dtype")
-        fits = features.dim() == 2 if self.shared else features.dim() == 3 and len(features) == self.num_experts
+        fits = features.dim() >= least and (self.shared or len(features) == self.num_experts)
         if not fits or features.shape[-1] != self.in_features:
             hint = "" if self.shared or features.dim() != 2 else " (features that all experts read: shared=True)"
             raise ValueError(f"features: got shape {tuple(features.shape)}, expected {expected}{hint}")

@@ -198,7 +198,10 @@ class LinearHead(nn.Linear):
                 raise ValueError("target: got None with mixed_target or mix_lambda, expected class indices")
             return self.logits(features)
         weight, bias = self._linear(features)
-        keywords = self.loss.keywords()
+        keywords = {
+            name: whole(name, value, features) if isinstance(value, Tensor) else value
+            for name, value in self.loss.keywords().items()
+        }
         if isinstance(target, Tensor) and target.is_floating_point() and keywords["ignore_index"] < 0:
             keywords["ignore_index"] = None  # probabilities: nothing is ignored
         loss: Tensor = LF.linear_margin_cross_entropy(

@@ -306,3 +306,13 @@ def test_bad_hyperparameters(make, refusal):
 def test_bad_calls(name, x, y, refusal):
     with refusal:
         CLASSIFIERS[name].make(COUNTS)(x, y)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classes_in_the_last_dimension_are_an_error_that_says_what_to_do(name):
+    loss = CLASSIFIERS[name].make(COUNTS)
+    x, y = X.reshape(2, 4, C), Y.reshape(2, 4)
+    with pytest.raises(ValueError, match=r"expected \(2, 10\) for logits .*logits.movedim\(-1, 1\), or logits.flatten"):
+        loss(x, y)
+    torch.testing.assert_close(loss(x.movedim(-1, 1), y), loss(X, Y))
+    torch.testing.assert_close(loss(x.flatten(0, -2), y.flatten()), loss(X, Y))

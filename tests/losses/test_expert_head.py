@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from _loss_cases import EXPERTS
 from _refused import refused
 from torch import Tensor, nn
 
@@ -67,6 +68,38 @@ def test_a_fixed_scale(shared):
     features, _ = batch(shared, torch.float64)
     torch.testing.assert_close(head(features), cosines(features, head.weight, 16.0))
     assert head(features).shape == (E, N, C)
+
+
+@shared_or_not
+@pytest.mark.parametrize("lead", [(9,), (3, 3), (3, 1, 3), (2, 0)], ids=str)
+def test_features_of_any_leading_shape(shared, lead):
+    head, experts = make(torch.float64, shared=shared), () if shared else (E,)
+    features = torch.randn(*experts, *lead, D, dtype=torch.float64)
+    rows = features.reshape(*experts, -1, D)
+    assert head(features).shape == (E, *lead, C)
+    torch.testing.assert_close(head(features).reshape(E, -1, C), head(rows))
+    got, expected = head.predict(features, 4), head.predict(rows, 4)
+    assert got.prediction.shape == got.confidence.shape == lead
+    assert torch.equal(got.topk_indices.reshape(-1, 4), expected.topk_indices)
+    assert torch.equal(got.prediction.flatten(), expected.prediction)
+    torch.testing.assert_close(got.topk_values.reshape(-1, 4), expected.topk_values)
+    torch.testing.assert_close(got.confidence.flatten(), expected.confidence)
+
+
+@shared_or_not
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_loss_of_tokens_and_the_error_that_says_how(name, shared):
+    head = make(torch.float64, shared=shared)
+    features = torch.randn(*(() if shared else (E,)), 4, 2, D, dtype=torch.float64)
+    target = torch.randint(0, C, (4, 2))
+    logits, loss = head(features), EXPERTS[name].make(COUNTS)
+    expected = loss(logits.flatten(1, -2), target.flatten())
+    torch.testing.assert_close(loss(logits.movedim(-1, 2), target), expected)
+    message = r"expected \(4, 13\) for logits .*, whose classes are dimension 2 .*logits.movedim\(-1, 2\), or"
+    with pytest.raises(ValueError, match=message):
+        loss(logits, target)
+    with pytest.raises(ValueError, match=r"whose classes are dimension 1 .*logits.movedim\(-1, 1\), or"):
+        loss(list(logits), target)
 
 
 def test_a_list_of_features():
@@ -250,7 +283,12 @@ def test_bad_construction(change, refusal):
 @pytest.mark.parametrize("call", ["__call__", "predict"])
 @refused(
     "shared, features",
-    (False, torch.zeros(N, D), ValueError, "features: got shape (9, 16), expected [3, N, 16] (features that all"),
+    (
+        False,
+        torch.zeros(N, D),
+        ValueError,
+        "features: got shape (9, 16), expected [3, N, 16] or",
+    ),
     (False, torch.zeros(2, N, D), ValueError, "features: got shape (2, 9, 16), expected [3, N, 16]"),
     (False, torch.zeros(E, N, 4), ValueError, "features: got shape (3, 9, 4), expected [3, N, 16]"),
     (False, torch.zeros(E, N, D).long(), TypeError, "features: got dtype torch.int64, expected a floating"),
@@ -263,7 +301,8 @@ def test_bad_construction(change, refusal):
         ValueError,
         "features[1]: got shape (4, 16), expected (9, 16) as features[0]",
     ),
-    (True, torch.zeros(E, N, D), ValueError, "features: got shape (3, 9, 16), expected [N, 16]"),
+    (True, torch.zeros(D), ValueError, "features: got shape (16,), expected [N, 16] or [..., 16]"),
+    (False, torch.zeros(E, D), ValueError, "features: got shape (3, 16), expected [3, N, 16]"),
     (True, [torch.zeros(N, D)] * 3, TypeError, "features: got list, expected a Tensor [N, 16]"),
 )
 def test_bad_features(call, shared, features, refusal):

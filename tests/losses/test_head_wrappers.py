@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lt_kernels.losses import BalPoELoss, ExpertHead, LDAMLoss, LinearHead, LogitAdjustmentLoss
+from lt_kernels.losses import BalPoELoss, CosFaceLoss, ExpertHead, LDAMLoss, LinearHead, LogitAdjustmentLoss
 
 N, D, C, E = 6, 16, 12, 3
 COUNTS = list(range(C, 0, -1))
@@ -96,6 +96,18 @@ class TestFullySharded:
                 RuntimeError, match=r"weight: got a sharded parameter outside the forward of the module"
             ):
                 call(x)
+
+    def test_a_margin_that_learns(self, mesh):
+        torch.manual_seed(1)
+        head, (x, target) = LinearHead(D, C, CosFaceLoss(nn.Parameter(torch.full((C,), 0.25)))), batch()
+        twin, other = copy.deepcopy(head), copy.deepcopy(head)
+        fully_shard(head, mesh=mesh)
+        for each in (head, twin):
+            each(x, target).backward()
+        torch.testing.assert_close(head.loss.margin.grad.full_tensor(), twin.loss.margin.grad)
+        fully_shard(nn.Sequential(other), mesh=mesh)
+        with torch.no_grad():
+            assert torch.equal(other(x, target), twin(x, target))
 
     def test_experts(self, mesh):
         torch.manual_seed(0)
