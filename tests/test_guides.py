@@ -70,6 +70,22 @@ def test_long_tailed_losses_raise_the_balanced_accuracy(script, arguments, plain
         assert found["compute_loss_func"] == found["LinearHead"], printed  # the same steps, to the last digit shown
 
 
+def test_processes_learn_what_one_learns():
+    printed = run("with_ddp_and_fsdp.py", "--steps=30")
+    alone = re.search(r"^one process +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    assert alone is not None, printed
+    loss, balanced = map(float, alone.groups())
+    assert loss < 2.9, printed  # log 18 is 2.89
+    assert balanced > 100 / 18 + 3, printed
+    rows = re.findall(r"^(\w+) +([\d.]+) +([\d.]+) +(\d\.\de[-+]\d+)$", printed, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["DDP", "FSDP2"], printed
+    for _, *numbers in rows:
+        there, accuracy, apart = map(float, numbers)
+        assert there == pytest.approx(loss, abs=2e-5), printed
+        assert accuracy == pytest.approx(balanced, abs=0.2), printed
+        assert apart < 1e-5, printed
+
+
 @pytest.mark.parametrize(("script", "rows"), [("from_metric_learning.py", 6), ("from_liger_and_cce.py", 7)])
 def test_migrations_keep_values_and_gradients(script, rows):
     printed = run(script)
@@ -78,6 +94,22 @@ def test_migrations_keep_values_and_gradients(script, rows):
     for there, here, apart in found.values():
         assert here == pytest.approx(there, rel=1e-6, abs=2e-6), printed
         assert apart < 1e-5, printed
+
+
+def test_pages_include_every_marked_part_of_the_scripts():
+    marked = {
+        f"examples/guides/{script.name}:{name}"
+        for script in GUIDES.glob("*.py")
+        for name in re.findall(r"--8<-- \[start:(\w+)\]", script.read_text())
+    }
+    pages = [page.read_text() for page in (ROOT / "docs" / "guides").glob("*.md")]
+    included = {name for page in pages for name in re.findall(r'^--8<-- "(.*:.*)"$', page, re.MULTILINE)}
+    assert included == marked
+    assert {f"guides/{path.name}" for path in (ROOT / "docs" / "guides").glob("*.md")} == set(
+        re.findall(r"guides/\w+\.md", (ROOT / "mkdocs.yml").read_text())
+    )
+    named = set(re.findall(r"examples/guides/(\w+\.py)", "".join(pages)))
+    assert {script.name for script in GUIDES.glob("*.py")} == named
 
 
 def arguments_of(package: str, file: str, function: str) -> set[str]:
