@@ -98,6 +98,16 @@ class InitializedModule(nn.Module):
         """Take over the values that were loaded, by name, as what the module starts from."""
 
 
+def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return ``fn``, which moves or casts a tensor, but for casts to half precision."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return tensor.to(result.device) if result.dtype in (torch.float16, torch.bfloat16) else result
+
+    return moved
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Return whether a tensor has values of its own to read: it is neither on the meta device nor fake or a shard."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta

@@ -22,7 +22,7 @@ from .._checks import (
     device_of,
     with_values,
 )
-from .._modules import InitializedModule, is_readable
+from .._modules import InitializedModule, at_least_float32, is_readable
 from ..priors import ClassPrior, ZeroCounts
 
 if TYPE_CHECKING:
@@ -218,8 +218,4 @@ class ClassTensorLoss(InitializedModule):
         self._follow(loaded)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def at_least_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
-
-        return super()._apply(at_least_float32, recurse)
+        return super()._apply(at_least_float32(fn), recurse)

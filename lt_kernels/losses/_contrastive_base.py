@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from .._checks import (
     reads_values,
     with_values,
 )
-from .._modules import InitializedModule
+from .._modules import InitializedModule, at_least_float32
 from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Most similarities of a chunk of rows where they are compared without a kernel: 16 MB in float32, a few times over.
 CHUNK = 2**22
@@ -80,15 +84,27 @@ class ContrastiveLossBase(ClassTensorLoss):
         )
 
 
-def as_temperature(loss: InitializedModule, temperature: float | Tensor) -> float | Tensor:
-    """Return what a module holds: a number, an ``nn.Parameter`` that it trains, or a buffer of another 0-dim tensor."""
-    if not isinstance(temperature, Tensor):
-        return check_positive("temperature", temperature)
-    check_floating("temperature", temperature)
-    check_shape("temperature", temperature, (), expected="a 0-dim tensor")
-    check_positive("temperature", with_values("temperature", temperature).item())
-    loss._keep_start("temperature", temperature)
-    return temperature if isinstance(temperature, nn.Parameter) else nn.Buffer(temperature)
+class TemperatureLoss(InitializedModule):
+    """A loss of embeddings alone. Its temperature is a number, an ``nn.Parameter`` that is trained, or a buffer."""
+
+    temperature: float | Tensor
+
+    def __init__(self, temperature: float | Tensor) -> None:
+        super().__init__()
+        if not isinstance(temperature, Tensor):
+            self.temperature = check_positive("temperature", temperature)
+            return
+        check_floating("temperature", temperature)
+        check_shape("temperature", temperature, (), expected="a 0-dim tensor")
+        check_positive("temperature", with_values("temperature", temperature).item())
+        learned = isinstance(temperature, nn.Parameter)
+        if temperature.requires_grad and not learned:
+            raise ValueError("temperature: got a tensor that requires grad, expected an nn.Parameter, to be learned")
+        self._keep_start("temperature", temperature)
+        self.temperature = temperature if learned else nn.Buffer(temperature.clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(at_least_float32(fn), recurse)
 
 
 def shown_temperature(temperature: float | Tensor) -> str:

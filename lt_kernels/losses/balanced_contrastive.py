@@ -18,13 +18,12 @@ from .._checks import (
     check_int,
     check_shape,
 )
-from .._modules import InitializedModule
 from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
-from ._contrastive_base import as_temperature, check_ids, check_labels, count_classes, shown_temperature, zero_rows
+from ._contrastive_base import TemperatureLoss, check_ids, check_labels, count_classes, shown_temperature, zero_rows
 
 
-class BalancedContrastiveLoss(InitializedModule):
+class BalancedContrastiveLoss(TemperatureLoss):
     """The contrastive part of balanced contrastive learning (BCL): class averaging and class complement.
 
     Zhu, Wang, Chen, Chen, Jiang, *Balanced Contrastive Learning for Long-Tailed Visual Recognition*, CVPR 2022. Keys
@@ -64,8 +63,6 @@ class BalancedContrastiveLoss(InitializedModule):
         BalancedContrastiveLoss(num_classes=3, temperature=0.07)
     """
 
-    temperature: float | Tensor
-
     def __init__(
         self,
         class_counts: ClassVector,
@@ -75,9 +72,8 @@ class BalancedContrastiveLoss(InitializedModule):
         reduction: Literal["none", "mean", "sum"] = "mean",
         empty_mean: Literal["nan", "zero"] = "nan",
     ) -> None:
-        super().__init__()
+        super().__init__(temperature)
         self.num_classes = len(ClassPrior(class_counts, zero_counts="mask"))
-        self.temperature = as_temperature(self, temperature)
         self.ignore_index = check_int("ignore_index", ignore_index)
         check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
         check_choice("empty_mean", empty_mean, ("nan", "zero"))

@@ -21,13 +21,12 @@ from .._checks import (
     check_tensor,
     reads_values,
 )
-from .._modules import InitializedModule
-from ._contrastive_base import as_temperature, check_ids, shown_temperature
+from ._contrastive_base import TemperatureLoss, check_ids, shown_temperature
 
 REDUCTIONS = ("none", "mean", "sum", "mean_positives")
 
 
-class SupConLoss(InitializedModule):
+class SupConLoss(TemperatureLoss):
     """Supervised contrastive loss of a batch against itself, and without labels SimCLR's.
 
     Khosla, Teterwak, Wang, Sarna, Tian, Isola, Maschinot, Liu, Krishnan, *Supervised Contrastive Learning*, NeurIPS
@@ -65,8 +64,6 @@ class SupConLoss(InitializedModule):
         SupConLoss(temperature=0.1)
     """
 
-    temperature: float | Tensor
-
     def __init__(
         self,
         temperature: float | Tensor = 0.07,
@@ -79,8 +76,7 @@ class SupConLoss(InitializedModule):
         reduction: Literal["none", "mean", "sum", "mean_positives"] = "mean",
         empty_mean: Literal["nan", "zero"] = "nan",
     ) -> None:
-        super().__init__()
-        self.temperature = as_temperature(self, temperature)
+        super().__init__(temperature)
         if base_temperature is not None:
             base_temperature = check_positive("base_temperature", base_temperature)
         self.base_temperature = base_temperature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -166,6 +167,7 @@ class TestSupCon:
         ({"ignore_index": 1.0}, TypeError, "ignore_index: got float, expected an int or None"),
         ({"temperature": torch.ones(2)}, ValueError, "temperature: got shape (2,), expected a 0-dim tensor"),
         ({"temperature": torch.tensor(1)}, TypeError, "temperature: got dtype torch.int64"),
+        ({"temperature": torch.tensor(0.5, requires_grad=True)}, ValueError, "temperature: got a tensor that requires"),
         ({"temperature": torch.tensor(-0.5)}, ValueError, "temperature: got -0.5, expected a number > 0"),
     )
     def test_bad_construction(self, arguments, refusal):
@@ -662,6 +664,7 @@ def test_a_temperature_may_be_learned(backend, name, kind):
     assert "temperature" in loss.state_dict()
     assert [*dict(loss.named_parameters())] == (["temperature"] if kind is nn.Parameter else [])
     assert f"temperature={'learned' if kind is nn.Parameter else 'tensor'}" in repr(loss)
+    assert copy.deepcopy(loss).bfloat16().temperature.dtype == torch.float64  # as class tensors
     if kind is nn.Parameter:
         (slope,) = torch.autograd.grad(value(loss), [loss.temperature])
         step = 1e-6
