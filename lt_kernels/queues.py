@@ -63,12 +63,14 @@ class ClassQueue(InitializedModule):
     after it that is written next.
 
     Args:
-        class_counts: training samples per class, [C]. A class with none has ``base`` slots.
+        class_counts: training samples per class: [C], or a mapping or Series by class. A class with none has
+            ``base`` slots.
         size: M, at least C base.
         dim: D.
         base: published: 2 (CIFAR-100-LT), 3 (ImageNet-LT).
         fill: ``"empty"``, or ``"random"``: start with random unit vectors of every class, as the published code does.
-        device: device of the buffers; by default that of ``class_counts``.
+        device: device of the buffers; by default that of ``class_counts``, and torch's default device for lists, arrays
+            and mappings.
         dtype: of ``features``; default ``torch.get_default_dtype()``.
 
     Raises:

@@ -27,7 +27,7 @@ class DeferredReweighting:
     Args:
         loss: any module with a ``weight`` buffer for its class weights: every classifier loss of this library,
             ``nn.CrossEntropyLoss``. Build the schedule before ``loss.load_state_dict`` when resuming.
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         switch_epoch: first epoch with the class-balanced weights (published: 160 of 200 on CIFAR).
         beta: of the effective number.
         zero_counts: what a class without samples means, see [`priors`][lt_kernels.priors]; ``"mask"``: weight 0.

@@ -46,8 +46,8 @@ class ContrastiveLossBase(ClassTensorLoss):
     """A classifier's loss together with [`partitioned_logsumexp`][lt_kernels.functional.partitioned_logsumexp].
 
     Its recipes take these keywords of [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase], with the
-    same meanings: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device`` and ``dtype``. Class
-    tensors are buffers, at least float32, and ``update_counts`` derives them anew.
+    same meanings: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype`` and
+    ``persistent``. Class tensors are buffers, at least float32, and ``update_counts`` derives them anew.
     """
 
     # no weight, margin or label_smoothing: a recipe would have to say what they mean for its contrastive part

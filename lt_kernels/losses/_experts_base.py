@@ -20,8 +20,8 @@ class ExpertLossBase(MarginCrossEntropyBase):
 
     Every recipe for experts takes the keywords of
     [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]: ``weight``, ``ignore_index``, ``reduction``,
-    ``empty_mean``, ``label_smoothing``, ``zero_counts``, ``device`` and ``dtype``. Its class tensors are buffers in the
-    same way, and ``update_counts`` derives them anew.
+    ``empty_mean``, ``label_smoothing``, ``zero_counts``, ``device``, ``dtype`` and ``persistent``. Its class
+    tensors are buffers in the same way, and ``update_counts`` derives them anew.
     """
 
     #: How the experts' cross-entropies are combined.

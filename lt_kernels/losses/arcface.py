@@ -32,7 +32,8 @@ class ArcFaceLoss(MarginCrossEntropyBase):
             stays one and is learned).
         scale: s, a number or a 0-dim tensor (then a buffer; an ``nn.Parameter`` stays one and is learned).
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``device``,
-            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+            ``dtype``, ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them,
+            shapes and errors.
 
     Example:
         >>> import torch
@@ -66,7 +67,7 @@ class ArcFaceLoss(MarginCrossEntropyBase):
         The largest class has the lower bound, the smallest class the upper bound.
 
         Args:
-            class_counts: training samples per class, [C].
+            class_counts: training samples per class: [C], or a mapping or Series by class.
             margin_bounds: (lower, upper), in radians.
             power: how fast the margin falls with the count, > 0.
             scale: s, as the constructor's.

@@ -40,8 +40,8 @@ class BalancedContrastiveLoss(TemperatureLoss):
     classifier's weights.
 
     Args:
-        class_counts: training samples per class, [C]. Only the number of classes matters: the balance is that of the
-            batch.
+        class_counts: training samples per class: [C], or a mapping or Series by class. Only the number of classes
+            matters: the balance is that of the batch.
         temperature: T; the published code's default is 0.1. A number, or a 0-dim tensor: an ``nn.Parameter`` is a
             parameter of the loss and is trained, another tensor is a buffer.
         ignore_index: samples of this label are neither anchors nor keys, as if they were not in the batch. -1 is a

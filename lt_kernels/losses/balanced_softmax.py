@@ -26,13 +26,13 @@ class BalancedSoftmaxLoss(MarginCrossEntropyBase):
     changes nothing.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         scale: s: multiplies the logits before the prior is added; 1 for the logits of a linear layer. Cosines need one,
             as those of ``LinearHead(..., normalize=True)`` do: 16 to 64 in practice. A 0-dim tensor becomes a buffer;
             an ``nn.Parameter`` stays one and is learned.
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
-            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
-            and errors.
+            ``device``, ``dtype``, ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
+            has them, shapes and errors.
 
     Example:
         >>> import torch

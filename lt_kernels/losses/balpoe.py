@@ -46,14 +46,14 @@ class BalPoELoss(ExpertLossBase):
     tau, of mean 0). Other taus are legal and warned of: the published ones for ImageNet-LT have mean 1.25.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         taus: one number for each expert; or an array or tensor [E], or [E, C] for an exponent per expert and class
             (then a buffer; an ``nn.Parameter`` stays one and is learned).
         eps: the published code adds 1e-9 to the prior.
         scale: multiplies the logits; for heads that hand over cosines. An ``nn.Parameter``, 0-dim, is learned.
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
-            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
-            and errors.
+            ``device``, ``dtype``, ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
+            has them, shapes and errors.
 
     Warns:
         UserWarning: once, at construction: the taus' mean (of some class) is not 1.
@@ -99,7 +99,7 @@ class BalPoELoss(ExpertLossBase):
         Args:
             name: a key of ``BalPoELoss.PRESETS``: ``"cifar100-lt"``, ``"imagenet-lt"`` (which warns: its taus have mean
                 1.25) or ``"inat2018"``. Mixup's alpha and the batch size there are for the caller to use.
-            class_counts: training samples per class, [C]; of any data set.
+            class_counts: training samples per class: [C], or a mapping or Series by class; of any data set.
             options: as the constructor's, except ``taus``.
 
         Raises:

@@ -28,7 +28,8 @@ class CosFaceLoss(MarginCrossEntropyBase):
             is learned).
         scale: s, a number or a 0-dim tensor (then a buffer; an ``nn.Parameter`` stays one and is learned).
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``device``,
-            ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+            ``dtype``, ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them,
+            shapes and errors.
 
     Example:
         >>> import torch

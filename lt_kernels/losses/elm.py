@@ -86,7 +86,7 @@ class ELMLoss(ContrastiveLossBase):
     either, but does about twice the work.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         tau: of the logit adjustment.
         embedding_weight: weight of R.
         regularizer: R.
@@ -99,8 +99,8 @@ class ELMLoss(ContrastiveLossBase):
         max_margin: of LDAM.
         scale: multiplies the logits; LDAM's are cosines, with a scale of 30.
         normalize: divide embeddings by their norm first. Otherwise they must be unit vectors.
-        options: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``;
-            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
+        options: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``,
+            ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.

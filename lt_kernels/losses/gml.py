@@ -77,7 +77,7 @@ class GMLLoss(ContrastiveLossBase):
     alone.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         beta: weight of the contrastive parts; 0 leaves them out.
         gamma: weight of the classifier's part.
         alpha: weight of the distillation; published: 1 on CIFAR, 0 otherwise.
@@ -85,8 +85,8 @@ class GMLLoss(ContrastiveLossBase):
         scale: of the cosines.
         pixels_per_class: for segmentation: of each class up to this many pixels of the batch are queries (see
             [`sample_pixels`][lt_kernels.losses.sample_pixels]), where the call has ``query`` [N, D, H, W].
-        options: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``;
-            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
+        options: ``ignore_index``, ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``,
+            ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.

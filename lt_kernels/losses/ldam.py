@@ -27,13 +27,13 @@ class LDAMLoss(MarginCrossEntropyBase):
     ``scale`` = s. For LDAM-DRW let [`DeferredReweighting`][lt_kernels.schedules.DeferredReweighting] set ``weight``.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         max_margin: margin of the rarest class.
         scale: s, the inverse temperature of the cosines: a number or a 0-dim tensor (then a buffer; an
             ``nn.Parameter`` stays one and is learned).
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
-            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
-            and errors.
+            ``device``, ``dtype``, ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
+            has them, shapes and errors.
 
     Example:
         >>> import torch

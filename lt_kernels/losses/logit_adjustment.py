@@ -26,15 +26,15 @@ class LogitAdjustmentLoss(MarginCrossEntropyBase):
     with s = 1 there. Sets ``class_bias`` = tau log pi, float32 [C]. At test time use the plain logits.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         tau: strength; 1 is consistent for the balanced error, 0 is cross-entropy.
         eps: the paper's published code uses log(pi^tau + 1e-12): ``eps=1e-12``. 0 (default) is the formula above.
         scale: s: multiplies the logits before the prior is added; 1 for the logits of a linear layer. Cosines need one,
             as those of ``LinearHead(..., normalize=True)`` do: 16 to 64 in practice. A 0-dim tensor becomes a buffer;
             an ``nn.Parameter`` stays one and is learned.
         options: ``weight``, ``ignore_index``, ``reduction``, ``empty_mean``, ``label_smoothing``, ``zero_counts``,
-            ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes
-            and errors.
+            ``device``, ``dtype``, ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
+            has them, shapes and errors.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ def post_hoc_logit_adjustment(
 
     Args:
         logits: [C], [N, C] or [N, C, d1, ..., dk], floating.
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         tau: strength; 1 is the balanced-error rule for calibrated logits.
         zero_counts: what a class without samples means; under ``"mask"`` its logit becomes -inf.
 

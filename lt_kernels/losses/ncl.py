@@ -41,7 +41,7 @@ class NCLLoss(ExpertLossBase):
     [`expert_fusion`][lt_kernels.functional.expert_fusion] of the plain logits.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         hard_classes: K; default 30% of C, rounded down, at least 1: the published 30 of 100, 300 of 1000 and 2442 of
             8142.
         scale: multiplies the logits; for heads that hand over cosines. An ``nn.Parameter``, 0-dim, is learned.
@@ -51,10 +51,10 @@ class NCLLoss(ExpertLossBase):
         hard_divergence_factor: of the divergence over the hard classes.
         eps: added to softmax(x_e) inside the logarithm of D; published: 1e-9.
         options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``empty_mean``, ``label_smoothing``,
-            ``zero_counts``, ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
-            has them, shapes and errors. Weights and smoothing act on the cross-entropies alone; ignored rows take no
-            part in the divergences either, whose means are over the other rows. A masked class
-            (``zero_counts="mask"``) takes no part, hard or not.
+            ``zero_counts``, ``device``, ``dtype``, ``persistent``;
+            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors. Weights
+            and smoothing act on the cross-entropies alone; ignored rows take no part in the divergences either, whose
+            means are over the other rows. A masked class (``zero_counts="mask"``) takes no part, hard or not.
 
     A single expert has no divergence. With mixup both classes of a pair are hard; the paper has none.
 

@@ -43,7 +43,7 @@ class PaCoLoss(ContrastiveLossBase):
     forms.
 
     Args:
-        class_counts: training samples per class, [C]; None: no prior.
+        class_counts: training samples per class: [C], or a mapping or Series by class; None: no prior.
         alpha: weight of each positive key. Published: 0.05 (ImageNet-LT); CIFAR-100-LT has 0.02 in the paper and 0.01
             in the scripts.
         beta: weight of the class logit.
@@ -54,8 +54,8 @@ class PaCoLoss(ContrastiveLossBase):
         eps: the published code adds 1e-9 to the prior.
         label_smoothing: GPaCo's: the target's share of beta is 1 - label_smoothing, each other class's
             label_smoothing / (C - 1); in [0, 1).
-        options: ``ignore_index`` (of queries), ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``;
-            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
+        options: ``ignore_index`` (of queries), ``reduction``, ``empty_mean``, ``zero_counts``, ``device``, ``dtype``,
+            ``persistent``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message names it.

@@ -43,7 +43,7 @@ class RIDELoss(ExpertLossBase):
     distillation and the routing of RIDE are not part of the loss.
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         max_margin: margin of the rarest class, in cosines.
         scale: s, which the logits already contain. A 0-dim tensor, such as the learned scale of an
             [`ExpertHead`][lt_kernels.losses.ExpertHead], multiplies the margins in each call; then ``margin`` is m.
@@ -51,10 +51,10 @@ class RIDELoss(ExpertLossBase):
         temperature: of the divergence.
         reweight_factor: in [0, 1]: how much T depends on the prior.
         options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``empty_mean``, ``label_smoothing``,
-            ``zero_counts``, ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
-            has them, shapes and errors. Weights and smoothing act on the cross-entropies alone; ignored rows take no
-            part in the divergence either, whose mean is over the other rows. A class without samples
-            (``zero_counts="mask"``) counts as the rarest one.
+            ``zero_counts``, ``device``, ``dtype``, ``persistent``;
+            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors. Weights
+            and smoothing act on the cross-entropies alone; ignored rows take no part in the divergence either, whose
+            mean is over the other rows. A class without samples (``zero_counts="mask"``) counts as the rarest one.
 
     Example:
         >>> import torch

@@ -38,14 +38,15 @@ class SADELoss(ExpertLossBase):
     equally, in [`expert_fusion`][lt_kernels.functional.expert_fusion].
 
     Args:
-        class_counts: training samples per class, [C].
+        class_counts: training samples per class: [C], or a mapping or Series by class.
         tau: of the third expert; published: 2, and 1 for Places-LT and iNaturalist 2018.
         eps: the published code adds 1e-9 to the priors.
         scale: multiplies the logits; for heads that hand over cosines. An ``nn.Parameter``, 0-dim, is learned.
         options: ``weight``, ``ignore_index``, ``reduction`` (over rows), ``empty_mean``, ``label_smoothing``,
-            ``zero_counts``, ``device``, ``dtype``; [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase]
-            has them, shapes and errors. ``zero_counts="mask"`` masks classes without samples in every expert; the
-            others' ranks are reversed among themselves.
+            ``zero_counts``, ``device``, ``dtype``, ``persistent``;
+            [`MarginCrossEntropyBase`][lt_kernels.losses.MarginCrossEntropyBase] has them, shapes and errors.
+            ``zero_counts="mask"`` masks classes without samples in every expert; the others' ranks are reversed among
+            themselves.
 
     Example:
         >>> import torch
