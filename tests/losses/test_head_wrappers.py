@@ -183,6 +183,19 @@ class TestAdapters:
         assert type(merged.head) is LinearHead
         torch.testing.assert_close(merged(x, target), model(x, target))
 
+    def test_a_saved_adapter_has_the_head_and_its_loss(self, tmp_path):
+        (x, target), plain = batch(), make()
+        config = LoraConfig(target_modules="all-linear", modules_to_save=["head"])
+        model = get_peft_model(copy.deepcopy(plain), config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * p.requires_grad)
+        model.base_model.model.head.update_counts(COUNTS[::-1])
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+        assert torch.equal(loaded(x, target), model(x, target))
+        assert not torch.equal(loaded(x, target), plain(x, target))
+
     @pytest.mark.parametrize("loss", [LogitAdjustmentLoss, LDAMLoss])
     def test_an_adapted_weight(self, loss):
         (x, target), plain = batch(), make(loss)

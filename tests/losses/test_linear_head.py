@@ -549,6 +549,16 @@ class TestTraining:
         twin(x, target).backward()
         torch.testing.assert_close(head.weight.grad, twin.weight.grad)
 
+    @some_recipes
+    def test_compiled_inference(self, name):
+        torch._dynamo.reset()
+        x, head = batch()[0], make_head(name)
+        logits = torch.compile(head, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(logits, head.logits(x))
+        predict = torch.compile(lambda x: head.predict(x, 3), fullgraph=True, backend="aot_eager")
+        for ours, theirs in zip(predict(x), head.predict(x, 3), strict=True):
+            assert torch.equal(ours, theirs)
+
     def test_distributed_data_parallel(self, tmp_path):
         if not torch.distributed.is_available():
             pytest.skip("torch was built without torch.distributed")
