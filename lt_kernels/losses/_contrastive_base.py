@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .._checks import (
     as_int64,
@@ -16,6 +17,7 @@ from .._checks import (
     check_integers,
     check_positive,
     check_shape,
+    is_transformed,
     reads_values,
     with_values,
 )
@@ -145,6 +147,13 @@ def count_classes(label: Tensor, counted: Tensor, classes: int) -> Tensor:
 def zero_rows(features: Tensor, rows: Tensor) -> Tensor:
     """Return features [N, ..., D] with zeros in some ``rows`` [N]: what is not finite there would reach other rows."""
     return features.masked_fill(rows.view(-1, *[1] * (features.dim() - 1)), 0.0)
+
+
+def checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function; backward calls it again, rather than keep what it computes on the way."""
+    if not torch.compiler.is_compiling() and is_transformed():  # torch.func goes through no checkpoint
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def row_chunks(rows: int, keys: int) -> list[slice]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import functional as LF
 from .._checks import (
@@ -21,7 +20,6 @@ from .._checks import (
     check_number,
     check_positive,
     check_shape,
-    is_transformed,
 )
 from .._smooth import quick_logaddexp
 from ..priors import ClassPrior
@@ -30,6 +28,7 @@ from ._contrastive_base import (
     ContrastiveOptions,
     check_ids,
     check_labels,
+    checkpointed,
     row_chunks,
     shown_temperature,
     zero_rows,
@@ -308,10 +307,7 @@ class ELMLoss(ContrastiveLossBase):
         for part in row_chunks(len(query), len(key)):
             left_out = None if exclude is None else exclude[part]
             of_part = (query[part], query_label[part], against[part], key, left_out)
-            if not torch.compiler.is_compiling() and is_transformed():  # torch.func goes through no checkpoint
-                values.append(chunk(*of_part))
-            else:
-                values.append(checkpoint(chunk, *of_part, use_reentrant=False, preserve_rng_state=False))
+            values.append(checkpointed(chunk, *of_part))
         return torch.cat(values)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -18,6 +19,7 @@ from ._contrastive_base import (
     ContrastiveOptions,
     check_ids,
     check_labels,
+    checkpointed,
     count_classes,
     row_chunks,
     zero_rows,
@@ -68,7 +70,7 @@ class GMLLoss(ContrastiveLossBase):
 
     Sets ``class_bias`` = log pi, and for each key the bias log pi_l - log n_l: then the softmax over classes is a sum
     over keys. L_con and L_con_T come from one sweep over the keys, forward and backward. If ids tell the own keys, the
-    positives of other samples are compared once more, forward only, in chunks of rows: no N x M matrix is kept.
+    positives of other samples are compared once more, in chunks of rows: at most 2^22 similarities are kept.
 
     ``log_temperature`` = log T is a parameter, 0-dim; leave it out of weight decay, as published. Keys are those
     of a [`ClassQueue`][lt_kernels.queues.ClassQueue], after the enqueue of the batch, perhaps through a network that
@@ -408,33 +410,31 @@ def _without_sample(
 ) -> _Sides:
     """Leave all keys of each query's own sample out of the temperature's term.
 
-    One sweep makes the sums of all keys. The positives of other samples have a gradient for the scale alone, which is
-    known after forward; they are compared in chunks of rows.
+    One sweep makes the sums of all keys. The positives of other samples, whose gradient reaches the scale alone, are
+    compared in chunks of rows; several are computed again in backward.
     """
     sums, of_scale = LF.partitioned_logsumexp(query, key, *labels, scale=scale, key_bias=bias, separate_scale=True)
     dtype = sums.pos.dtype
-    with torch.no_grad():
-        queries = _Vectors(query.to(dtype), labels[0], ids.of_queries)
-        keys = _Vectors(key.to(dtype), labels[1], ids.of_keys)
-        chunks = [
-            _other_positives(_Vectors(*(each[part] for each in queries)), keys, scale.to(dtype), bias.to(dtype))
-            for part in row_chunks(len(query), len(key))
-        ]
-        value, slope, count = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        mean = (sums.num_pos.clamp_min(1) / count.clamp_min(1)).log()
-    others = value + mean + slope * (scale - scale.detach()).to(dtype)
-    return _Sides(sums.neg, sums.pos, sums.num_pos > 0, of_scale.neg, others, count > 0)
+    queries = _Vectors(query.detach().to(dtype), labels[0], ids.of_queries)
+    keys = _Vectors(key.detach().to(dtype), labels[1], ids.of_keys)
+    parts = row_chunks(len(query), len(key))
+    compare = _other_positives if len(parts) == 1 else partial(checkpointed, _other_positives)
+    found = [
+        compare(_Vectors(*(each[part] for each in queries)), keys, scale.to(dtype), bias.to(dtype)) for part in parts
+    ]
+    others, count = (torch.cat(each) for each in zip(*found, strict=True))
+    mean = (sums.num_pos.clamp_min(1) / count.clamp_min(1)).log()
+    return _Sides(sums.neg, sums.pos, sums.num_pos > 0, of_scale.neg, others + mean, count > 0)
 
 
-def _other_positives(queries: _Vectors, keys: _Vectors, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-sum-exp over positives of other samples, its slope in the scale, and their number."""
+def _other_positives(queries: _Vectors, keys: _Vectors, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp over positives of other samples, and their number."""
     of_others = (queries.id[:, None] != keys.id) | (queries.id < 0)[:, None]
     keep = (queries.label[:, None] == keys.label) & of_others
     s = (queries.features @ keys.features.T).to(bias.dtype)  # autocast may have narrowed it
     u = torch.where(keep, scale * s + bias, -math.inf)
-    value = u.logsumexp(1)
-    share = (u - torch.where(value == -math.inf, 0.0, value)[:, None]).exp()
-    return value, (share * torch.where(keep, s, 0.0)).sum(1), keep.sum(1)
+    some = (u > -math.inf).any(1)  # the logarithm of nothing is to have no slope
+    return torch.where(some, torch.where(some[:, None], u, 0.0).logsumexp(1), -math.inf), keep.sum(1)
 
 
 def _softplus_where(condition: Tensor, value: Tensor) -> Tensor:

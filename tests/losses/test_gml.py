@@ -15,6 +15,7 @@ from _loss_dense import INAT, Leaves, check, counts_like, every_dtype, exact_dty
 from _refused import refused
 from torch import Tensor, nn
 
+import lt_kernels
 from lt_kernels.losses import GMLLoss, _contrastive_base, sample_pixels
 from lt_kernels.queues import ClassQueue
 
@@ -111,6 +112,10 @@ def several_keys(y: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
     return query_id, key_id
 
 
+def own_keys(query_id: Tensor, key_id: Tensor, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    return (query_id[:, None] == key_id) & (query_id >= 0)[:, None] & (y[:, None] == l)
+
+
 class TestGML:
     @every_dtype
     @pytest.mark.parametrize("weights", [{}, {"beta": 0.5, "gamma": 2.0}, {"gamma": 0.0}], ids=["1", "other", "con"])
@@ -186,7 +191,7 @@ class TestGML:
             monkeypatch.setattr(_contrastive_base, "CHUNK", chunk)
         leaves, y, l, _ = gml_inputs(seed=30)  # noqa: E741
         query_id, key_id = several_keys(y, l)
-        own = (query_id[:, None] == key_id) & (query_id >= 0)[:, None] & (y[:, None] == l)
+        own = own_keys(query_id, key_id, y, l)
         assert int(own.sum(1).max()) >= 3
         assert bool((own.sum(1) == (y[:, None] == l).sum(1))[own.any(1)].any())  # a query without other keys
 
@@ -199,6 +204,26 @@ class TestGML:
             return gml(**k, y=y, l=l, own=own, n=counts_like(COUNTS, k["query"]))
 
         check(ours, dense, dtype, **leaves)
+
+    @pytest.mark.parametrize("chunk", [2**22, 5 * M + 1], ids=["whole", "chunks"])
+    @pytest.mark.parametrize("by", ["ids", "own_key"])
+    def test_second_derivatives_of_the_temperature(self, by, chunk, monkeypatch):
+        monkeypatch.setattr(_contrastive_base, "CHUNK", chunk)
+        leaves, y, l, own = gml_inputs(seed=30)  # noqa: E741
+        query_id, key_id = several_keys(y, l)
+        dense_own = own if by == "own_key" else own_keys(query_id, key_id, y, l)
+        log_t, given = leaves.pop("log_t"), {"query_id": query_id, "key_id": key_id}
+        loss = make_gml(torch.float64, temperature=0.1)
+        given = {"own_key": own} if by == "own_key" else given
+        arguments = (leaves["query"], y, leaves["key"], l, leaves["cosines"])
+        log_t.requires_grad_()
+        dense = gml(**leaves, log_t=log_t, y=y, l=l, own=dense_own, n=counts_like(COUNTS, log_t)).mean()
+        with lt_kernels.use_backend("reference"):
+            ours = loss(*arguments, **given)
+            (slope,) = torch.autograd.grad(ours, loss.log_temperature, create_graph=True)
+            (actual,) = torch.autograd.grad(slope, loss.log_temperature)
+        (slope,) = torch.autograd.grad(dense, log_t, create_graph=True)
+        torch.testing.assert_close(actual, torch.autograd.grad(slope, log_t)[0])
 
     def test_the_published_code_at_its_settings(self, backend):
         """An epoch of CIFAR-100-LT and a batch: keys of both epochs are left out, and the slope shows it."""
@@ -572,11 +597,18 @@ def test_pixels_of_a_class_that_wraps_to_ignore_index_are_drawn():
     assert int((sample.labels == 156).sum()) == 3
 
 
-def test_gml_of_a_masked_class_has_no_nan_gradient(backend):
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"own_key": torch.tensor([0, -1])},
+        {"query_id": torch.tensor([7, -1]), "key_id": torch.tensor([7, 5, 3, 2])},
+    ],
+    ids=["none", "own-key", "ids"],
+)
+def test_gml_of_a_masked_class_has_no_nan_gradient(backend, own):
     loss = GMLLoss([10, 0, 5], zero_counts="mask", gamma=0.0)
     query, key = (F.normalize(torch.randn(n, 4), dim=1).requires_grad_() for n in (2, 4))
-    value = loss(
-        query, torch.tensor([1, 0]), key, torch.tensor([1, 1, 0, 2]), torch.rand(2, 3), own_key=torch.tensor([0, -1])
-    )
-    for grad in torch.autograd.grad(value, (query, key)):
+    value = loss(query, torch.tensor([1, 0]), key, torch.tensor([1, 1, 0, 2]), torch.rand(2, 3), **own)
+    for grad in torch.autograd.grad(value, (query, key, loss.log_temperature)):
         assert bool(grad.isfinite().all())
