@@ -49,6 +49,14 @@ def sup_con(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return before(embeddings, labels), after(embeddings, labels)
 
 
+def self_supervised(embeddings: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    # --8<-- [start:self_supervised]
+    before = losses.SelfSupervisedLoss(losses.SupConLoss(temperature=0.1))(embeddings, views)
+    after = lt_kernels.SupConLoss(temperature=0.1, normalize=True)(torch.stack([embeddings, views], 1))
+    # --8<-- [end:self_supervised]
+    return before, after
+
+
 def against_references(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     references, reference_labels = torch.randn(100, WIDTH), torch.randint(CLASSES, (100,))
     # --8<-- [start:references]
@@ -99,6 +107,7 @@ def main() -> None:
     values = {
         **cosine_heads(embeddings, labels),
         "SupConLoss": sup_con(embeddings, labels),
+        "SelfSupervisedLoss": self_supervised(embeddings, torch.randn(ROWS, WIDTH)),
         "SupConLoss(ref_emb=)": against_references(embeddings, labels),
         "CrossBatchMemory": memory(batches),
     }

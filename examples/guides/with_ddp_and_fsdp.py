@@ -83,7 +83,7 @@ def with_fsdp(first_state: dict[str, Tensor], counts: Tensor) -> nn.Module:
     fully_shard(model.head)
     fully_shard(model)
     model.to_empty(device="cpu")
-    for module in model.modules():  # layers draw their weights, losses derive their class tensors anew
+    for module in model.modules():  # the layers' weights; the loss has its class tensors already
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     # rank 0's state, so that the runs can be compared; leave it out to start from random weights
