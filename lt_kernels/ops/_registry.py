@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 
-from .._checks import is_transformed, operand
+from .._checks import is_batched, is_transformed, operand
 
 NAMESPACE = "lt_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -135,7 +135,7 @@ def _schema_type(annotation: Any) -> str:
     return _TYPES[annotation]
 
 
-def with_transforms(operator: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+def with_transforms(operator: Any, eager: Callable[..., Any]) -> Callable[..., Any]:
     """Return the operator, in whose place ``eager`` is called where the reference backend is transformed.
 
     Args:
@@ -145,16 +145,26 @@ def with_transforms(operator: Callable[..., Any], eager: Callable[..., Any]) -> 
     """
 
     def call(*arguments: Any) -> Any:
-        if arguments[-1] == "reference" and not torch.compiler.is_compiling() and is_transformed():
-            return eager(*arguments)
+        if not torch.compiler.is_compiling() and is_transformed():
+            if arguments[-1] == "reference":
+                return eager(*arguments)
+            if isinstance(arguments[0], list) and any(map(is_batched, arguments[0])):
+                raise NotImplementedError(f"{operator.name()} takes no part in torch.func.vmap: use {_REFERENCE}")
         return operator(*arguments)
 
     return call
 
 
-def differentiable_again(backend: str) -> bool:
-    """Return whether this backward pass (``create_graph``) is to give gradients that can be differentiated."""
-    return backend == "reference" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def through_eager(backend: str, upstream: Iterable[Tensor | None]) -> bool:
+    """Return whether this backward pass goes through eager PyTorch, for gradients that can be differentiated
+    (``create_graph``) or for many upstream gradients at once (``is_grads_batched``)."""
+    if backend != "reference" or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or _are_many(upstream)
+
+
+def _are_many(upstream: Iterable[Tensor | None]) -> bool:
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in upstream)
 
 
 def eager_gradients(
@@ -163,21 +173,24 @@ def eager_gradients(
     needs: Sequence[bool],
     upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Return gradients of ``eager(*arguments)`` that can be differentiated in turn, None for arguments without need.
+    """Return gradients of ``eager(*arguments)``, which can be differentiated in turn; None for arguments without need.
 
     Args:
         needs: of each argument.
         upstream: gradients of the first results, None for none.
     """
     # aliases: one argument may have been computed from another, whose gradient goes its own way
-    inputs = [argument.view_as(argument) if need else argument for argument, need in zip(arguments, needs, strict=True)]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [value.view_as(value) if need else value for value, need in zip(arguments, needs, strict=True)]
+        results = eager(*inputs)
     learning = [value for value, need in zip(inputs, needs, strict=True) if need]
-    pairs = [(value, grad) for value, grad in zip(eager(*inputs), upstream, strict=False) if grad is not None]
+    pairs = [(value, grad) for value, grad in zip(results, upstream, strict=False) if grad is not None]
     pairs = [(value, grad) for value, grad in pairs if value.requires_grad]
     if not pairs or not learning:
         return [None] * len(inputs)
     values, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(values, learning, grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(values, learning, grads, create_graph=again, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 
@@ -223,7 +236,7 @@ class ReadyGradient:
 
 def spends_in_place(upstream: Tensor) -> bool:
     """Return whether a backward pass with this upstream gradient may overwrite what its node keeps."""
-    eager = not torch.compiler.is_compiling() and type(upstream) is Tensor
+    eager = not torch.compiler.is_compiling() and type(upstream) is Tensor and not _are_many([upstream])
     return eager and not torch.is_grad_enabled()  # create_graph: the registered operator says what is not possible
 
 
@@ -255,9 +268,9 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
     ``torch.library.register_autograd`` does the same, but spends most of a small call on matching the schema's
     default values, of which our schemas have none.
 
-    Where the first argument is a Tensor[], ``setup_context`` sees it as a list, ``ctx.needs_input_grad`` is that of
-    (keyset, its length, *its tensors, *the others), and ``backward`` returns its gradients as a sequence, or None for
-    none of them, and then those of the others.
+    ``setup_context`` keeps the backend as ``ctx.backend``. Where the first argument is a Tensor[], it sees it as a
+    list, ``ctx.needs_input_grad`` is that of (keyset, its length, *its tensors, *the others), and ``backward`` returns
+    its gradients as a sequence, or None for none of them, and then those of the others.
     """
     name = qualified.removeprefix(f"{NAMESPACE}::")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -278,12 +291,11 @@ def register_autograd(qualified: str, backward: Callable[..., Any], setup_contex
         return output
 
     def backward_of_all(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        for grad in grads:
-            if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
-                raise NotImplementedError(
-                    f"{qualified} takes one upstream gradient at a time: got is_grads_batched=True, "
-                    "expected one call of torch.autograd.grad for each gradient"
-                )
+        if _are_many(grads) and ctx.backend != "reference":
+            raise NotImplementedError(
+                f"{qualified} takes one upstream gradient at a time: got is_grads_batched=True, expected one call of "
+                f"torch.autograd.grad for each gradient, or {_REFERENCE}"
+            )
         if listed:
             of_list, *others = backward(ctx, *grads)
             return (None, None, *([None] * ctx.list_length if of_list is None else of_list), *others)

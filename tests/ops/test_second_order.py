@@ -176,6 +176,42 @@ def test_per_sample_gradients_of_experts():
         torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, y), leaf)[0])
 
 
+@pytest.mark.parametrize(("operator", "case"), CASES)
+def test_many_upstream_gradients_at_once(operator, case):
+    sample = case.sample(torch.float64)
+    leaves = list(sample.differentiable.values())
+    loss = loss_of(operator, sample)
+    upstream = torch.tensor([1.0, -0.5, 3.0], dtype=torch.float64)
+    many = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for each, once in zip(many, torch.autograd.grad(loss, leaves), strict=True):
+        torch.testing.assert_close(each, torch.stack([factor * once for factor in upstream]), rtol=1e-9, atol=1e-11)
+
+
+def test_jacobian():
+    z = draw(2, N, C)
+
+    def rows(z: Tensor) -> Tensor:
+        return LF.expert_cross_entropy(z, TARGET.clamp_min(0), reduction="none") + LF.expert_divergence(
+            z, detach_mean=False, reduction="none"
+        )
+
+    slow, fast = (torch.autograd.functional.jacobian(rows, z, vectorize=each) for each in (False, True))
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(torch.func.jacrev(rows)(z), slow)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [LF.expert_fusion, LF.expert_divergence, lambda z: LF.expert_cross_entropy(z, TARGET)],
+    ids=["expert_fusion", "expert_divergence", "expert_cross_entropy"],
+)
+def test_vmap_of_experts_on_other_backends_is_a_clear_error(function):
+    with lt_kernels.use_backend("native"), pytest.raises(NotImplementedError, match=r"takes no part in torch.func.vma"):
+        torch.func.vmap(lambda z: tuple(function(z))[:1] if function is LF.expert_fusion else function(z))(
+            draw(2, 3, N, C)
+        )
+
+
 def test_vmap_of_predictions():
     z = draw(4, 3, N, C)
     actual = torch.func.vmap(lambda logits: tuple(LF.expert_fusion(logits, topk=2, return_log_probs=True)))(z)

@@ -27,11 +27,11 @@ from .._reduce import ordered_sum
 from .._registry import (
     ReadyGradient,
     define,
-    differentiable_again,
     flatten,
     listed_gradients,
     register_autograd,
     register_no_double_backward,
+    through_eager,
     with_transforms,
 )
 from ..margin_cross_entropy.op import OP as ROWS
@@ -165,7 +165,7 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any
         assert grad_loss is not None
         _scale(ready, grad_loss, ctx.backend)
         gradients["logits"] = ready
-    if grad_loss is not None and differentiable_again(ctx.backend):
+    if grad_loss is not None and through_eager(ctx.backend, (grad_loss,)):
         reduce = ("all", "rows", "none")[grad_loss.dim()]
         arguments = [*SIGNATURE.join(tensors, ctx.others)[1:], reduce, False, False, ctx.backend]
         return listed_gradients(eager, logits, arguments, ctx.needs_input_grad, [grad_loss])

@@ -31,10 +31,10 @@ from .._backend import load
 from .._experts import empty_gradient, per_argument, shape_of
 from .._registry import (
     define,
-    differentiable_again,
     listed_gradients,
     register_autograd,
     register_no_double_backward,
+    through_eager,
     with_transforms,
 )
 
@@ -74,7 +74,7 @@ BACKWARD = define(f"{OP}_bwd(Tensor grad, Tensor saved, {_SCHEMA}) -> Tensor", _
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, temperature, *ctx.scalars = inputs
+    logits, temperature, *ctx.scalars, ctx.backend = inputs
     _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
@@ -87,9 +87,10 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...
     *logits, temperature, saved = ctx.saved_tensors
     if grad is None:
         return (None,) * 5
-    if differentiable_again(ctx.scalars[-1]):
-        return listed_gradients(eager, logits, [temperature, *ctx.scalars], ctx.needs_input_grad, [grad])
-    gradient = torch.ops.lt_kernels.expert_divergence_bwd(grad, saved, logits, temperature, *ctx.scalars)
+    if through_eager(ctx.backend, [grad]):
+        arguments = [temperature, *ctx.scalars, ctx.backend]
+        return listed_gradients(eager, logits, arguments, ctx.needs_input_grad, [grad])
+    gradient = torch.ops.lt_kernels.expert_divergence_bwd(grad, saved, logits, temperature, *ctx.scalars, ctx.backend)
     of_logits = per_argument(gradient, ctx.logits_are_one)
     return ([g if need else None for g, need in zip(of_logits, ctx.logits_need, strict=True)], None, None, None, None)
 

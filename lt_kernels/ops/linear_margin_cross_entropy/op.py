@@ -28,12 +28,12 @@ from .._reduce import ordered_sum
 from .._registry import (
     ReadyGradient,
     define,
-    differentiable_again,
     eager_gradients,
     flatten,
     register_autograd,
     register_no_double_backward,
     spends_in_place,
+    through_eager,
     with_transforms,
 )
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
@@ -236,7 +236,7 @@ def _autograd_backward(
     if grad_loss is None and grad_lse is None:
         return (*SIGNATURE.gradients(gradients), *[None] * 7)
     factor = grad_loss if grad_lse is None and grad_loss is not None and grad_loss.dim() == 0 else None
-    if differentiable_again(ctx.backend):
+    if through_eager(ctx.backend, (grad_loss, grad_lse)):
         reduce = grad_loss is not None and grad_loss.dim() == 0
         arguments = [*SIGNATURE.join(tensors, ctx.others), *ctx.settings[:2], reduce, False, False, [], ctx.backend]
         return tuple(eager_gradients(eager, arguments, ctx.needs_input_grad[1:], [grad_loss, grad_lse]))

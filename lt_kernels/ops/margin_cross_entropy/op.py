@@ -25,10 +25,10 @@ from .._reduce import ordered_sum
 from .._registry import (
     ReadyGradient,
     define,
-    differentiable_again,
     eager_gradients,
     register_autograd,
     register_no_double_backward,
+    through_eager,
     with_transforms,
 )
 from .arguments import DIFFERENTIABLE, SIGNATURE
@@ -166,7 +166,7 @@ def _autograd_backward(
         gradients["input"] = ready
     if not gradients and not (grad_loss is None and grad_lse is None):
         arguments = SIGNATURE.join(tensors, ctx.others)
-        if differentiable_again(ctx.backend):
+        if through_eager(ctx.backend, (grad_loss, grad_lse)):
             settings = (grad_loss is not None and grad_loss.dim() == 0, False, False, ctx.backend)
             upstream = [grad_loss, grad_lse]
             return tuple(eager_gradients(eager, [*arguments, *settings], ctx.needs_input_grad[1:], upstream))

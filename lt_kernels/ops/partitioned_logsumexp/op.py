@@ -37,10 +37,10 @@ from .._gemm import products
 from .._reduce import ordered_sum
 from .._registry import (
     define,
-    differentiable_again,
     eager_gradients,
     register_autograd,
     register_no_double_backward,
+    through_eager,
     with_transforms,
 )
 from . import chunked
@@ -268,7 +268,7 @@ def _autograd_backward(
     needs = [need and of_features for need in ctx.needs]
     if separate:
         needs[-1] = ctx.needs[-1] and of_scale is not None
-    if differentiable_again(ctx.backend):
+    if through_eager(ctx.backend, (grad_neg, grad_pos, grad_sum, of_scale)):
         arguments = [*SIGNATURE.join(tensors, ctx.others), False, *ctx.settings, ctx.backend]
         upstream = [grad_neg, grad_pos, grad_sum, *others]
         return tuple(eager_gradients(eager, arguments, ctx.needs_input_grad[1:], upstream))
