@@ -290,8 +290,8 @@ def as_class_vector(name: str, value: ClassVector, gap: float | None = None) -> 
 def _by_class(name: str, value: Any, gap: float | None) -> Any:
     """Return a mapping or Series as a list in the order of the classes, anything else as it is."""
     if not isinstance(value, Mapping):
-        if callable(getattr(value, "index", len)):  # the method of sequences, or none: the order is that of the classes
-            return value
+        if callable(getattr(value, "index", len)) or not hasattr(value, "items"):
+            return value  # a sequence, whose index is a method, or an array: the order is that of the classes
         if getattr(value, "ndim", 1) != 1:
             raise ValueError(f"{name}: got a {type(value).__name__} of shape {value.shape}, expected a 1-D vector [C]")
     values: dict[int, Any] = {}

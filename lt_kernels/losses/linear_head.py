@@ -197,6 +197,7 @@ class LinearHead(nn.Linear):
             if mixed_target is not None or mix_lambda is not None:
                 raise ValueError("target: got None with mixed_target or mix_lambda, expected class indices")
             return self.logits(features)
+        self.loss._check_counted(self.weight.shape[0], "weight")
         weight, bias = self._linear(features)
         keywords = {
             name: whole(name, value, features) if isinstance(value, Tensor) else value
@@ -296,4 +297,5 @@ class LinearHead(nn.Linear):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._move_loss()  # the weight may have been assigned, on another device
+        if any(tensor.is_meta for tensor in self.loss.buffers()):
+            self._move_loss()  # the weight may have been assigned

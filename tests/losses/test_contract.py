@@ -478,6 +478,24 @@ def test_a_head_learns_the_scale_of_its_loss(name):
         torch.testing.assert_close(ours, theirs)
 
 
+@LEARNS_SCALE
+def test_a_learned_scale_compiles_to_one_graph(case):
+    torch._dynamo.reset()
+    scale = nn.Parameter(torch.tensor(12.5))
+    loss, graphs = case.make(COUNTS, scale=scale), []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda: case.call(loss, SINGLE), fullgraph=True, backend=backend)
+    for value in (12.5, 3.0, 40.0):
+        scale.data.fill_(value)
+        actual, expected = (torch.autograd.grad(f(), scale)[0] for f in (compiled, lambda: case.call(loss, SINGLE)))
+        torch.testing.assert_close(actual, expected)
+    assert len(graphs) == 1
+
+
 # -------------------------------------------------------------------------------------------------------- online counts
 
 
@@ -623,6 +641,7 @@ def test_bad_weights_and_smoothing(case, options, refusal):
 @cases(from_counts=True)
 @refused(
     "options",
+    ({"persistent": 1}, TypeError, "persistent: got int, expected a bool"),
     ({"zero_counts": "skip"}, ValueError, "zero_counts: got 'skip', expected 'error', 'mask' or a positive"),
     ({"zero_counts": 0}, ValueError, "zero_counts: got 0, expected 'error', 'mask' or a positive number"),
 )

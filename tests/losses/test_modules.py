@@ -37,7 +37,7 @@ BATCH = make_batch()
 
 
 def parameter(*values: float) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values[0] if len(values) == 1 else values, device="cpu"))
+    return nn.Parameter(torch.tensor(values[0] if len(values) == 1 else values, device="cpu", dtype=torch.float32))
 
 
 #: Modules with tensors of every kind: derived, given, learned, of queues. They are made inside a device's context.
@@ -193,6 +193,13 @@ def test_skip_init():
         head = LinearHead(D, C, LDAMLoss(COUNTS))
     assert_same(head.to_empty(device="cpu").loss, LDAMLoss(COUNTS))
     assert_same(nn.utils.skip_init(ClassQueue, COUNTS, 64, 5), ClassQueue(COUNTS, 64, 5))
+
+
+def test_a_head_whose_weight_was_replaced():
+    head = LinearHead(D, C, LDAMLoss(COUNTS))
+    head.weight = nn.Parameter(torch.ones(C + 1, D))
+    with pytest.raises(ValueError, match="class_counts: got 10 classes, expected 11 as weight"):
+        head(BATCH.embeddings, BATCH.target)
 
 
 def test_expert_heads_reset_their_scale():
@@ -387,7 +394,8 @@ def test_fsdp2_with_deferred_initialisation(one_process, calls_reset):
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "not-persistent"])
 @pytest.mark.parametrize("initialises", [False, True], ids=["default", "init_weights"])
 @pytest.mark.parametrize("saved", ["whole", "plain"])
-def test_from_pretrained(tmp_path, monkeypatch, persistent, initialises, saved):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_from_pretrained(tmp_path, monkeypatch, persistent, initialises, saved, dtype):
     from transformers import PretrainedConfig, PreTrainedModel
 
     class TinyConfig(PretrainedConfig):
@@ -417,8 +425,9 @@ def test_from_pretrained(tmp_path, monkeypatch, persistent, initialises, saved):
         source.save_pretrained(tmp_path, state_dict=kept)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(77))  # what memory may hold
-    model = Tiny.from_pretrained(tmp_path)
+    model = Tiny.from_pretrained(tmp_path, dtype=dtype)
     monkeypatch.undo()
+    source.to(dtype)
     if saved == "whole" and not persistent:
         source.net.head.loss.update_counts(COUNTS)
     assert_same(model, source)
