@@ -199,7 +199,7 @@ class LinearHead(nn.Linear):
             return self.logits(features)
         self.loss._check_counted(self.weight.shape[0], "weight")
         weight, bias = self._linear(features)
-        keywords = {
+        keywords: dict[str, Any] = {
             name: whole(name, value, features) if isinstance(value, Tensor) else value
             for name, value in self.loss.keywords().items()
         }
