@@ -54,7 +54,7 @@ def differences(printed: str) -> dict[str, tuple[float, float, float]]:
     [
         ("with_accelerate.py", ("--epochs=2",), "cross-entropy", ["logit adjustment"], 5),
         ("with_lightning.py", ("--epochs=2",), "cross-entropy", ["LDAM + DRW"], 4),
-        ("with_transformers.py", ("--epochs=1",), "cross-entropy", ["compute_loss_func", "LinearHead"], 2),
+        ("with_transformers.py", ("--epochs=1",), "cross-entropy", ["compute_loss_func", "LinearHead"], 5),
         ("with_timm.py", ("--steps=100",), "SoftTargetCrossEntropy", ["LogitAdjustmentLoss", "LinearHead"], 5),
     ],
 )
@@ -62,7 +62,7 @@ def test_long_tailed_losses_raise_the_balanced_accuracy(script, arguments, plain
     printed = run(script, *arguments)
     found = accuracies(printed)
     assert list(found) == [plain, *adjusted], printed
-    assert found[plain]["overall"] > 20, printed  # more than the largest class alone
+    assert found[plain]["overall"] > 17, printed  # the largest class alone gives at most 16.2
     for name in adjusted:
         assert found[name]["balanced"] > found[plain]["balanced"] + gain, printed
         assert found[name]["few"] > found[plain]["few"] + gain, printed

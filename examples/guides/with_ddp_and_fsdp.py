@@ -8,6 +8,7 @@ Every run sees the same batches. One process takes them whole, two take half eac
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -97,36 +98,45 @@ def with_fsdp(first_state: dict[str, Tensor], counts: Tensor) -> nn.Module:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole tensors, on every process."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    if dist.get_rank() != 0:
-        state = {}
-    shared = [state]
-    dist.broadcast_object_list(shared)
-    return shared[0]
+    found = [get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))]  # complete on rank 0
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
-def worker(rank: int, folder: str, first_state: dict[str, Tensor], alone: dict[str, Tensor], steps: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="DTensor random operators")  # they are not asked for equal numbers
+def balanced_accuracy(model: nn.Module, test: chess_endings.Split, counts: Tensor) -> float:
+    with torch.no_grad():
+        return chess_endings.score(model.eval()(test.features), test, counts)["balanced"]
+
+
+def compare(rank: int, steps: int) -> None:
+    """Train alone, which every process does by itself, and with the others; print what differs."""
     split, test = chess_endings.load()
     counts = chess_endings.class_counts(split)
+    torch.manual_seed(0)
+    alone = Classifier(counts)
+    first_state = copy.deepcopy(alone.state_dict())
+    loss = train(alone, split, steps)
+    show = print if rank == 0 else lambda line: None
+    show(f"{'':12}{'last loss':>12}{'balanced':>10}{'from one, at most':>20}")
+    show(f"{'one process':12}{loss:12.5f}{balanced_accuracy(alone, test, counts):10.1f}")
     wrappers: dict[str, Callable[[dict[str, Tensor], Tensor], nn.Module]] = {"DDP": with_ddp, "FSDP2": with_fsdp}
     for name, wrap in wrappers.items():
         model = wrap(first_state, counts)
         loss = train(model, split, steps, rank, PROCESSES)
+        balanced = balanced_accuracy(model, test, counts)
         state = full_state(model)
-        furthest = max((state[key] - alone[key]).abs().max().item() for key in alone)
-        with torch.no_grad():
-            logits = model.eval()(test.features)
-        balanced = chess_endings.score(logits, test, counts)["balanced"]
-        if rank == 0:
-            print(f"{name:12}{loss:12.5f}{balanced:10.1f}{furthest:16.1e}", flush=True)
+        furthest = max((state[key] - tensor).abs().max().item() for key, tensor in alone.state_dict().items())
+        show(f"{name:12}{loss:12.5f}{balanced:10.1f}{furthest:20.1e}")
         if isinstance(model, DistributedDataParallel):
-            mine = split.moves[rank::PROCESSES].bincount(minlength=len(counts))
-            counted_online(model, mine)
-            bias = model.module.head.loss.class_bias
-            torch.testing.assert_close(bias, lt_kernels.LogitAdjustmentLoss(counts).class_bias)
+            counted_online(model, split.moves[rank::PROCESSES].bincount(minlength=len(counts)))
+            torch.testing.assert_close(model.module.head.loss.class_bias, alone.head.loss.class_bias)
+
+
+def worker(rank: int, folder: str, steps: int) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="DTensor random operators")  # equal numbers are not asked of them
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    compare(rank, steps)
     dist.destroy_process_group()
 
 
@@ -134,18 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
-    split, test = chess_endings.load()
-    counts = chess_endings.class_counts(split)
-    torch.manual_seed(0)
-    model = Classifier(counts)
-    first_state = {key: value.clone() for key, value in model.state_dict().items()}
-    loss = train(model, split, args.steps)
-    with torch.no_grad():
-        balanced = chess_endings.score(model.eval()(test.features), test, counts)["balanced"]
-    print(f"{'':12}{'last loss':>12}{'balanced':>10}{'from one, at most':>20}")
-    print(f"{'one process':12}{loss:12.5f}{balanced:10.1f}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (folder, first_state, model.state_dict(), args.steps), PROCESSES)
+        # fork, before any thread is started: modules are imported once
+        mp.start_processes(worker, (folder, args.steps), PROCESSES, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     split, test = chess_endings.load()
     data, held_out, counts = Positions(split), Positions(test), chess_endings.class_counts(split)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     config = BertConfig(
         vocab_size=chess_endings.FEATURES, max_position_embeddings=8, num_labels=len(counts),
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes,
