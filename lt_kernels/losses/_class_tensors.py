@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .._checks import (
     ClassVector,
     as_class_vector,
+    as_device,
+    as_dtype,
     check_choice,
     check_counted,
     check_flag,
@@ -72,11 +74,8 @@ class ClassTensorLoss(InitializedModule):
         self.reduction: Literal["none", "mean", "sum"] = reduction
         self.empty_mean: Literal["nan", "zero"] = empty_mean
         self.zero_counts: ZeroCounts = zero_counts
-        self._device = device
-        dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
-        self._dtype = torch.promote_types(dtype, torch.float32)
+        self._device = None if device is None else as_device("device", device)
+        self._dtype = torch.promote_types(as_dtype("dtype", dtype), torch.float32)
         self.persistent = check_flag("persistent", persistent)
         self._set("scale", self._scalar("scale", scale, check_positive))
         for name in self._CLASS_TENSORS:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import ClassVector, check_choice, check_number
+from .._checks import ClassVector, check_choice, check_number, with_values
 from ..priors import ClassPrior
 from ._base import LossOptions
 from ._experts_base import ExpertLossBase
@@ -127,6 +127,8 @@ class BalPoELoss(ExpertLossBase):
                 [check_number(f"taus[{e}]", tau) for e, tau in enumerate(taus)], dtype=torch.float64, device="cpu"
             )
         else:
+            if isinstance(taus, Tensor):
+                with_values("taus", taus)
             try:
                 held = taus.detach() if isinstance(taus, Tensor) else torch.as_tensor(taus, device="cpu")
             except (TypeError, ValueError, RuntimeError) as error:

@@ -151,6 +151,10 @@ def test_counts_on_the_device_of_a_tensor_and_of_the_context():
             LogitAdjustmentLoss(torch.tensor(COUNTS))
         with pytest.raises(ValueError, match="weight: got a tensor on the meta device, which has no values"):
             LogitAdjustmentLoss(COUNTS, weight=torch.ones(C))
+        with pytest.raises(ValueError, match="taus: got a tensor on the meta device, which has no values"):
+            BalPoELoss(COUNTS, nn.Parameter(torch.tensor([0.5, 1.5])))
+        with pytest.raises(ValueError, match="temperature: got a tensor on the meta device, which has no values"):
+            SupConLoss(nn.Parameter(torch.tensor(0.2)))
         with pytest.raises(ValueError, match="scale: got a tensor on the meta device, which has no values"):
             CosFaceLoss(scale=nn.Parameter(torch.tensor(3.0)))
     loss = LogitAdjustmentLoss(counts, device="meta").double().to_empty(device="cpu")
