@@ -51,12 +51,12 @@ class ExpertLossBase(MarginCrossEntropyBase):
         Returns:
             0-dim, or like class indices with ``reduction="none"``; float32 (float64 for float64 logits).
         """
-        if isinstance(logits, (Tensor, list, tuple)) and len(logits) > 0:
-            first = logits[0]
-            if isinstance(first, Tensor) and first.dim() > 1:
-                shape, batch = (logits.shape, 1) if isinstance(logits, Tensor) else (first.shape, 0)
-                check_classes_last("target", target, shape, batch)
-                self._check_counted(first.shape[1], "logits")
+        batch, shape = 1, getattr(logits, "shape", ())
+        if isinstance(logits, (list, tuple)):
+            batch, shape = 0, getattr(next(iter(logits), None), "shape", ())
+        if len(shape) > batch + 1:  # anything else is refused below
+            check_classes_last("target", target, shape, batch)
+            self._check_counted(shape[batch + 1], "logits")
         return self.loss(logits, target, mixed_target=mixed_target, mix_lambda=mix_lambda)
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
