@@ -88,9 +88,14 @@ class Signature(Generic[_Arguments]):
 
     def read(self, flat: Sequence[Any]) -> _Arguments:
         """Return the NamedTuple of flat arguments with all its numbers, where the operator runs."""
-        if flat[-1] is None:
-            return self.rebuild(flat)
-        numbers = iter(flat[-1].tolist())
+        return self.rebuild(flat) if flat[-1] is None else self._filled(flat, flat[-1].tolist())
+
+    def trace(self, flat: Sequence[Any]) -> _Arguments:
+        """Return the NamedTuple of flat arguments where nothing is read: ``numbers`` are 0-dim tensors in it."""
+        return self.rebuild(flat) if flat[-1] is None else self._filled(flat, flat[-1].unbind())
+
+    def _filled(self, flat: Sequence[Any], values: Iterable[Any]) -> _Arguments:
+        numbers = iter(values)
         flat = list(flat)
         for place, many in self._numbers:
             flat[place] = [next(numbers) for _ in flat[place]] if many else next(numbers)
@@ -258,7 +263,9 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_library)
     if decomposition is not None:
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        register_decomposition(overload, unsafe=True)(decomposition)  # unsafe: it has no ``out`` to convert
+        # unsafe: it has no ``out`` to convert. Symbolic shapes would come from it, were the fake not there too.
+        register_decomposition(overload, unsafe=True)(decomposition)
+        register_decomposition(overload, type="meta", unsafe=True)(fake)
     return qualified
 
 

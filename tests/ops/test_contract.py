@@ -116,6 +116,21 @@ def test_compile_with_dynamic_shapes(operator, device):
     compare_with_eager(operator, operator.compiled[0], device, "aot_eager", dynamic=True)
 
 
+@pytest.mark.parametrize("op", ["linear_topk", "expert_fusion"])
+def test_decompositions_for_exporters(op, device):
+    for what, overload, arguments in registered_calls(op, "reference", device):
+        names = [argument.name for argument in overload._schema.arguments]
+        given = dict(zip(names, arguments, strict=True))
+        floats = {name: given[name] for name in ("weights", "scale") if name in given}  # in the schema's order
+        flat = [each for value in floats.values() for each in (value if isinstance(value, list) else [value])]
+        in_tensor = {name: [0.0] * len(value) if isinstance(value, list) else 0.0 for name, value in floats.items()}
+        in_tensor["numbers"] = torch.tensor(flat, dtype=torch.float64)
+        for changed in ({}, in_tensor):
+            found = torch._decomp.decomposition_table[overload](*{**given, **changed}.values())
+            for ours, theirs in zip(found, overload(*{**given, **changed}.values()), strict=True):
+                torch.testing.assert_close(ours, theirs, msg=lambda text, what=what: f"{what}: {text}")
+
+
 @pytest.mark.parametrize(
     "name",
     [

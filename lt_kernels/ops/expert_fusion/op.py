@@ -50,7 +50,7 @@ def _fake(*args: Any) -> Result:
 def _with_torch(*args: Any) -> Result:
     """The same for exporters. Equal values come in the order of their top-k operator."""
     *inputs, k, with_log_probs, _ = args
-    u = fused(SIGNATURE.rebuild(inputs))
+    u = fused(SIGNATURE.trace(inputs))
     values, classes = u.topk(k, 1)
     mass = (u - values[:, :1]).exp().sum(1)
     return values, classes, mass, u.log_softmax(1) if with_log_probs else u.new_empty((0,))

@@ -144,11 +144,10 @@ def _fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _results(input, args[-3])
 
 
-def _with_all_logits(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, class_shift: Tensor | None,
-    learned_scale: Tensor | None, scale: float, normalize: bool, k: int, buffer: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _with_all_logits(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same of logits that are stored, for exporters. Equal logits come in the order of their top-k operator."""
+    *inputs, k, _, _ = args
+    input, linear_weight, linear_bias, class_shift, learned_scale, scale, normalize = SIGNATURE.trace(inputs)
     dtype, wide = input.dtype, compute_dtype(input.dtype)
     w = linear_weight.to(dtype)
     u = F.linear(input, w, None if linear_bias is None else linear_bias.to(dtype)).to(wide)
