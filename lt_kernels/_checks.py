@@ -330,6 +330,15 @@ def check_classes_last(name: str, target: Any, shape: tuple[int, ...], batch: in
         )
 
 
+def check_angles(name: str, value: Any) -> None:
+    """Refuse a number, or numbers by class, that are no angles in radians."""
+    angles = torch.tensor(value, dtype=torch.float64, device="cpu")
+    if angles.dim() == 0:
+        check_number(name, angles.item(), 0.0, math.pi, expected="an angle in [0, pi]")
+    else:
+        check_each_class(name, angles, (angles >= 0) & (angles <= math.pi), "angles in [0, pi]")
+
+
 def check_counted(counted: int, classes: int, of: str) -> None:
     """Refuse ``of`` with another number of classes than the class counts, the argument that the caller knows."""
     if counted != classes:

@@ -238,6 +238,39 @@ def test_a_linear_bias_has_a_dtype_that_fits_its_weight(name):
     refused(name, "linear_bias", given["linear_bias"].double(), r"dtype torch.float64, expected torch.float32 as")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lt.ArcFaceLoss, lambda margin: lt.losses.MarginCrossEntropyBase(margin=margin, margin_type="angular")],
+    ids=["ArcFace", "base"],
+)
+@pytest.mark.parametrize(
+    "form",
+    [float, torch.tensor, lambda angle: torch.nn.Parameter(torch.tensor(angle)), lambda angle: [0.1, angle]],
+    ids=["number", "tensor", "parameter", "by class"],
+)
+@pytest.mark.parametrize("angle", [28.6, -0.1], ids=["degrees", "negative"])
+def test_angles_are_radians(make, form, angle):
+    make(form(0.5))
+    with pytest.raises(ValueError, match=rf"^margin: got {angle}.*, expected an(gles| angle) in \[0, pi\]"):
+        make(form(angle))
+
+
+@pytest.mark.parametrize("bounds", [(3.0, 30.0), (-0.1, 0.5)])
+def test_bounds_of_angles_are_radians(bounds):
+    with pytest.raises(ValueError, match=r"^margin_bounds: got .*, expected angles in \[0, pi\]"):
+        lt.ArcFaceLoss.from_counts(COUNTS, margin_bounds=bounds)
+
+
+@pytest.mark.parametrize("option", [{"zero_counts": "drop"}, {"zero_counts": -1}, {"device": "gpu"}, {"dtype": "half"},
+                                    {"dtype": torch.int64}, {"persistent": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "loss", [lt.CosFaceLoss, lambda **options: lt.LDAMLoss(COUNTS, **options)], ids=["without counts", "with counts"]
+)
+def test_options_of_losses(loss, option):
+    with pytest.raises((TypeError, ValueError), match=rf"^{next(iter(option))}: got .*, expected"):
+        loss(**option)
+
+
 @pytest.mark.parametrize("labels", [-1, 0])
 def test_rows_of_no_class_leave_an_empty_slot(labels):
     queue = queues.FeatureQueue(2, 3)

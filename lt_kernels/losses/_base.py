@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from .._checks import ClassVector, check_classes_last, check_number
+from .._checks import ClassVector, check_angles, check_choice, check_classes_last, check_number, check_tensor
+from ..functional.rows import MARGIN_TYPES
 from ..priors import ZeroCounts
 from ._class_tensors import ClassTensorLoss
 
@@ -99,6 +100,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             dtype=dtype,
             persistent=persistent,
         )
+        check_choice("margin_type", margin_type, MARGIN_TYPES)
         self.margin_type = margin_type
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
         if weight is not None:
@@ -107,6 +109,8 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             is_scalar = isinstance(margin, Real) or (isinstance(margin, Tensor) and margin.dim() == 0)
             hold: Callable[[str, Any], float | Tensor] = self._scalar if is_scalar else self._class_tensor
             self._set("margin", hold("margin", margin))
+            if margin_type == "angular":
+                check_angles("margin", self._start.get("margin", self.margin))
 
     def forward(
         self,
@@ -126,7 +130,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         Returns:
             0-dim, or [N] with ``reduction="none"``; float32 (float64 for float64 logits).
         """
-        if isinstance(input, Tensor) and input.dim() > 0:
+        if check_tensor("input", input).dim() > 0:
             check_classes_last("target", target, input.shape)
             self._check_counted(input.shape[min(1, input.dim() - 1)], "input")
         loss: Tensor = LF.margin_cross_entropy(

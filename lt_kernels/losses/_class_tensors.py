@@ -25,7 +25,7 @@ from .._checks import (
     with_values,
 )
 from .._modules import InitializedModule, at_least_float32, is_readable
-from ..priors import ClassPrior, ZeroCounts
+from ..priors import ClassPrior, ZeroCounts, check_zero_counts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,7 +73,7 @@ class ClassTensorLoss(InitializedModule):
         self.ignore_index = check_int("ignore_index", ignore_index)
         self.reduction: Literal["none", "mean", "sum"] = reduction
         self.empty_mean: Literal["nan", "zero"] = empty_mean
-        self.zero_counts: ZeroCounts = zero_counts
+        self.zero_counts: ZeroCounts = check_zero_counts(zero_counts)
         self._device = None if device is None else as_device("device", device)
         self._dtype = torch.promote_types(as_dtype("dtype", dtype), torch.float32)
         self.persistent = check_flag("persistent", persistent)

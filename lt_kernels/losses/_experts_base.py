@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from .._checks import check_classes_last, check_floating
+from .._checks import check_classes_last, check_floating, check_tensor
 from ._base import MarginCrossEntropyBase
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class ExpertLossBase(MarginCrossEntropyBase):
         Returns:
             0-dim, or like class indices with ``reduction="none"``; float32 (float64 for float64 logits).
         """
+        if isinstance(logits, Tensor):
+            check_tensor("logits", logits)
         batch, shape = 1, getattr(logits, "shape", ())
         if isinstance(logits, (list, tuple)):
             batch, shape = 0, getattr(next(iter(logits), None), "shape", ())

@@ -193,7 +193,8 @@ def fit_expert_weights(
         "prediction_entropy_weight": prediction_entropy_weight,
         "min_weight": min_weight,
     }
-    for name, value in {**given, "momentum": momentum}.items():
+    check_number("momentum", momentum, 0.0)
+    for name, value in given.items():
         if value is not None:
             check_number(name, value, 0.0)
     if stop_after is not None:
