@@ -359,3 +359,24 @@ def test_the_backward_pass_need_not_be_inside():
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         (second,) = torch.autograd.grad(gradient.square().sum(), x)
     assert second.any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_masked_classes_are_as_if_they_were_not_there(soft, smoothing):
+    mask = torch.zeros(C, dtype=torch.float64)
+    mask[5] = -torch.inf
+    kept = [c for c in range(C) if c != 5]
+    target = (draw(N, C, seed=3) + mask).softmax(1) if soft else torch.tensor([0, 6, 2, 3, 3])
+    left = target[:, kept] if soft else target - (target > 5).long()
+
+    def slope(loss: Tensor, leaf: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    x = draw(N, C).requires_grad_()
+    y = x.detach()[:, kept].clone().requires_grad_()
+    actual = slope(LF.margin_cross_entropy(x, target, class_bias=mask, label_smoothing=smoothing), x)
+    expected = slope(torch.nn.functional.cross_entropy(y, left, label_smoothing=smoothing), y)
+    torch.testing.assert_close(actual[:, kept], expected)
+    assert not actual[:, 5].any()
