@@ -78,7 +78,7 @@ def cce(e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def long_tailed(e: Tensor, linear: nn.Linear, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """A log prior, for which neither library has an argument."""
+    """Add a log prior, for which neither library has an argument."""
     log_prior = (counts / counts.sum()).log()
     formula = F.cross_entropy((linear(e) + log_prior).flatten(0, 1), targets.flatten())
     # --8<-- [start:long_tailed]

@@ -38,7 +38,7 @@ class Classifier(nn.Module):
         self.head = lt_kernels.LinearHead(256, len(class_counts), lt_kernels.LogitAdjustmentLoss(class_counts))
 
     def forward(self, features: Tensor, target: Tensor | None = None) -> Tensor:
-        """The call that DDP and FSDP see: the loss, or the logits."""
+        """Return the loss, or without a target the logits; DDP and FSDP see this call."""
         return self.head(self.body(features), target)
 
 

@@ -29,7 +29,7 @@ def optimize(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, torch
 
 # --8<-- [start:criterion]
 def train_with(criterion: nn.Module, split: Split, steps: int) -> nn.Module:
-    """timm's loop with another criterion, which takes Mixup's soft targets [N, C]."""
+    """Run timm's loop with another criterion, which takes Mixup's soft targets [N, C]."""
     model = make_model(len(class_counts())).train()
     mixup = Mixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=len(class_counts()))
     optimizer, schedule = optimize(model, steps)
@@ -49,7 +49,7 @@ def train_with(criterion: nn.Module, split: Split, steps: int) -> nn.Module:
 
 # --8<-- [start:head]
 def train_head(split: Split, steps: int) -> nn.Module:
-    """The classifier becomes a LinearHead: ``model(images)`` gives logits as before, the head the loss of training."""
+    """Train a LinearHead as classifier: ``model(images)`` gives logits as before, the head the loss of training."""
     model = make_model(len(class_counts())).train()
     model.fc = lt_kernels.LinearHead.from_linear(model.get_classifier(), lt_kernels.LogitAdjustmentLoss(class_counts()))
     optimizer, schedule = optimize(model, steps)
