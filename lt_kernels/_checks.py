@@ -1,13 +1,14 @@
 """Every check of an argument. An error names the argument, what was given and what was expected.
 
 The checks return the value, converted where their docstring says so. ``expected`` and ``note`` replace or extend the
-text of a message.
+text of a message. A text that shows a size is given as a function: compiled code that formats a size is compiled for it
+alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -38,6 +39,9 @@ ClassVector: TypeAlias = "Sequence[float] | Tensor | np.ndarray[Any, Any] | Mapp
 
 #: Most classes of a vector by class: a wrong key is not to take all memory.
 _MOST_CLASSES = 2**31
+
+#: Part of a message, or a function that makes it.
+Text: TypeAlias = "str | Callable[[], str]"
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (
@@ -81,15 +85,17 @@ def check_int(
     most: int | None = None,
     *,
     kind: str = "an int",
-    expected: str | None = None,
+    expected: Text | None = None,
 ) -> int:
     """Return ``value``: an int of 64 bits, least <= value <= most; ``kind`` says what the type should be."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
     if not -_TOO_LARGE <= value < _TOO_LARGE:
-        raise ValueError(f"{name}: got an int of {value.bit_length()} bits, expected {expected or 'one of 64 bits'}")
+        raise ValueError(
+            f"{name}: got an int of {value.bit_length()} bits, expected {told(expected) or 'one of 64 bits'}"
+        )
     if (least is not None and value < least) or (most is not None and value > most):
-        raise ValueError(f"{name}: got {value}, expected {expected or f'an int >= {least}'}")
+        raise ValueError(f"{name}: got {value}, expected {told(expected) or f'an int >= {least}'}")
     return value
 
 
@@ -106,14 +112,18 @@ def check_choice(name: str, value: Any, choices: Sequence[str], expected: str | 
         raise ValueError(f"{name}: got {value!r}, expected {expected or f'one of {quoted(choices)}'}")
 
 
+def told(text: Text | None) -> str | None:
+    return text() if callable(text) else text
+
+
 def quoted(choices: Sequence[str]) -> str:
     return ", ".join(map(repr, choices))
 
 
-def check_tensor(name: str, value: Any, expected: str = "a Tensor") -> Tensor:
+def check_tensor(name: str, value: Any, expected: Text = "a Tensor") -> Tensor:
     """Return ``value``: a dense tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {told(expected)}")
     if value.is_nested:
         raise TypeError(f"{name}: got a nested tensor, expected a dense one (its values(), or torch.cat of its parts)")
     if value.layout is not torch.strided:
@@ -128,7 +138,7 @@ def with_values(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def check_floating(name: str, value: Any, expected: str = "a Tensor", kind: str = f"one of {FLOATING}") -> Tensor:
+def check_floating(name: str, value: Any, expected: Text = "a Tensor", kind: str = f"one of {FLOATING}") -> Tensor:
     """Return ``value``: a tensor of a dtype in ``FLOATING``; ``kind`` says so in the message."""
     check_tensor(name, value, expected)
     if value.dtype not in FLOATING:
@@ -167,7 +177,7 @@ def check_embeddings(name: str, value: Any, shape: str) -> Tensor:
 
 
 def check_integers(
-    name: str, value: Any, expected: str = "a Tensor of integers", kind: str = "an integer dtype"
+    name: str, value: Any, expected: Text = "a Tensor of integers", kind: str = "an integer dtype"
 ) -> Tensor:
     """Return ``value``: a tensor of any integer dtype."""
     check_tensor(name, value, expected)
@@ -190,10 +200,12 @@ def as_int64(name: str, value: Tensor) -> Tensor:
     return integers.masked_fill(wrapped, torch.iinfo(torch.int64).max)
 
 
-def check_shape(name: str, value: Tensor, shape: Sequence[int], note: str = "", *, expected: str | None = None) -> None:
+def check_shape(
+    name: str, value: Tensor, shape: Sequence[int], note: str = "", *, expected: Text | None = None
+) -> None:
     """Refuse a tensor of another shape."""
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected or tuple(shape)}{note}")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {told(expected) or tuple(shape)}{note}")
 
 
 def check_device(name: str, value: Tensor, like: Tensor, note: str = "") -> None:
@@ -252,8 +264,8 @@ def check_class_vector(
     """Return ``value`` [classes] in ``dtype``, or None; ``of`` names what has one value each."""
     if value is None:
         return None
-    check_floating(name, value, f"a Tensor of shape [{classes}]", "a floating dtype")
-    check_shape(name, value, (classes,), f", one value per {of}", expected=f"[{classes}]")
+    check_floating(name, value, lambda: f"a Tensor of shape [{classes}]", "a floating dtype")
+    check_shape(name, value, (classes,), f", one value per {of}", expected=lambda: f"[{classes}]")
     check_device(name, value, input, " as input")
     return value.to(dtype).contiguous()
 

@@ -101,11 +101,12 @@ def with_gradient(function: Callable[..., Any], x: Tensor, *args: Any) -> list[T
     return found + ([*torch.autograd.grad(sum(totals[1:], totals[0]), x)] if totals else [])
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_that_changes_makes_no_more_than_two_graphs(name):
+def test_a_number_that_changes_makes_no_more_than_two_graphs(name, dynamic):
     function = NUMBERS[name]
-    graphs = Graphs(lambda x, v: function(x, v))
-    for value in VALUES:
+    graphs = Graphs(lambda x, v: function(x, v), dynamic=dynamic)
+    for value in VALUES if dynamic is None else VALUES[:3]:
         x = leaf_of(name)
         actual, expected = with_gradient(graphs.call, x, value), with_gradient(function, x, value)
         torch.testing.assert_close(actual, expected)
@@ -139,6 +140,72 @@ def test_numbers_are_checked_in_compiled_code():
     for value in (1.5, -0.5, math.nan):
         with pytest.raises(ValueError, match=r"label_smoothing: got .*, expected a (finite )?number"):
             compiled(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+#: Rows of the batches, one row among them.
+SIZES = (37, 36, 20, 5, 17, 28)
+
+
+def leaves_of(batch: Any) -> list[Tensor]:
+    return [x for x in batch if x.is_floating_point()]
+
+
+def batch_of(rows: int) -> Any:
+    """Return a batch with its own memory, whose floating tensors are differentiated."""
+    cut = SINGLE.rows(slice(0, rows))
+    return type(cut)(*(x.clone().requires_grad_(x.is_floating_point()) for x in cut))
+
+
+def compare(actual: Callable[..., Tensor], expected: Callable[..., Tensor], batch: Any) -> None:
+    """Compare two losses and all their gradients."""
+    found = []
+    for function in (actual, expected):
+        loss = function(batch)
+        grads = torch.autograd.grad(loss.sum(), leaves_of(batch), allow_unused=True)
+        found.append([loss, *(grad for grad in grads if grad is not None)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@each_loss()
+def test_batches_of_all_sizes_make_no_more_than_two_graphs(case, dynamic):
+    loss = case.make(COUNTS, **case.options)
+    graphs = Graphs(lambda batch: case.call(loss, batch), dynamic=dynamic)
+    for rows in SIZES:
+        compare(graphs.call, lambda batch: case.call(loss, batch), batch_of(rows))
+    assert graphs.number <= 2
+
+
+#: Functions of a batch of features with themselves.
+ITSELF: dict[str, Callable[[Any], Any]] = {
+    "partitioned_logsumexp": lambda b: sum(LF.partitioned_logsumexp(b.embeddings, b.embeddings, b.target)[:3]),
+    "partitioned_logsumexp, exclude": lambda b: (
+        LF.partitioned_logsumexp(
+            b.embeddings, b.embeddings, b.target, exclude="self", key_grad_rows=(1, len(b.target))
+        ).pos_sum
+    ),
+    "supervised_contrastive": lambda b: LF.supervised_contrastive(
+        b.embeddings, b.embeddings, b.target, temperature=0.1, exclude="self"
+    ),
+    "LinearHead": lambda b: LINEAR_HEAD(b.embeddings, b.target),
+    "linear_topk": lambda b: LF.linear_topk(b.embeddings, W, 2).confidence,
+    "expert_fusion": lambda b: LF.expert_fusion(b.experts, topk=2).confidence,
+    "expert_divergence": lambda b: LF.expert_divergence(b.experts, "pairwise", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", ITSELF)
+def test_functions_of_marked_sizes_make_one_graph(name):
+    graphs = Graphs(ITSELF[name])
+    for rows in SIZES:
+        batch = batch_of(rows)
+        for x in (*batch[:1], *batch[2:4], batch.target):
+            torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(batch.experts, 1)
+        torch.testing.assert_close(graphs.call(batch), ITSELF[name](batch))
+    assert graphs.number == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- export

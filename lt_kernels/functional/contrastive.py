@@ -332,8 +332,8 @@ def _check_vectors(query: Tensor, key: Tensor) -> torch.dtype:
 
 
 def _index_vector(name: str, value: Any, size: int, query: Tensor) -> Tensor:
-    check_integers(name, value, f"a Tensor [{size}] of integers")
-    check_shape(name, value, (size,), expected=f"[{size}]")
+    check_integers(name, value, lambda: f"a Tensor [{size}] of integers")
+    check_shape(name, value, (size,), expected=lambda: f"[{size}]")
     check_device(name, value, query, " as query")
     return value
 

@@ -321,7 +321,7 @@ def expert_fusion(
     classes = first.shape[1]
     dtype = compute_dtype(first.dtype)
     weights, tensor = _expert_weights(expert_weight, len(experts), first, dtype)
-    check_int("topk", topk, 1, classes, expected=f"1 to {classes}, the number of classes")
+    check_int("topk", topk, 1, classes, expected=lambda: f"1 to {classes}, the number of classes")
     check_flag("return_log_probs", return_log_probs)
     shift = check_class_vector("log_prior_shift", log_prior_shift, classes, first, dtype)
     fixed, learned = _scale(scale, temperature, first, dtype)
@@ -380,11 +380,11 @@ def linear_expert_fusion(
     if linear_bias is not None:
         check_floating("linear_bias", linear_bias, "a Tensor [E, C]")
         product_dtype(linear_weight, linear_bias, "linear_bias", "linear_weight")
-        check_shape("linear_bias", linear_bias, (count, classes), expected=f"[{count}, {classes}]")
+        check_shape("linear_bias", linear_bias, (count, classes), expected=lambda: f"[{count}, {classes}]")
         if normalize:
             raise ValueError("linear_bias: got a tensor with normalize=True, expected None (cosines have no bias)")
     dtype = compute_dtype(linear_weight.dtype)
-    check_int("topk", topk, 1, classes, expected=f"1 to {classes}, the number of classes")
+    check_int("topk", topk, 1, classes, expected=lambda: f"1 to {classes}, the number of classes")
     weights, tensor = _expert_weights(expert_weight, count, linear_weight, dtype)
     shift = check_class_vector("log_prior_shift", log_prior_shift, classes, linear_weight, dtype)
     fixed, learned = _scale(scale, temperature, linear_weight, dtype)
@@ -549,7 +549,7 @@ def _check_numbers(name: str, values: Any, experts: int, expected: str) -> list[
 def _check_tensor_of(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], logits: Tensor) -> Tensor:
     """Return ``value``: floating, of one of the shapes, on the device of ``logits``."""
     check_floating(name, value, kind="a floating dtype")
-    if tuple(value.shape) not in shapes:
+    if not any(tuple(value.shape) == shape for shape in shapes):
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
     check_device(name, value, logits, " as logits")

@@ -340,7 +340,7 @@ def linear_topk(
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [C, D]")
     layout, dtype = _check_linear(input, linear_weight, linear_bias, normalize)
     classes = linear_weight.shape[0]
-    check_int("k", k, 1, classes, expected=f"1 to {classes}, the number of classes")
+    check_int("k", k, 1, classes, expected=lambda: f"1 to {classes}, the number of classes")
     arithmetic = compute_dtype(dtype)
     shift = check_class_vector("class_shift", class_shift, classes, input, arithmetic)
     fixed_scale, learned_scale = check_factor("scale", scale, input, arithmetic)

@@ -294,13 +294,13 @@ class GMLLoss(ContrastiveLossBase):
         return _SampleIds(ids, check_ids("key_id", key_id, (len(key),), query))
 
     def _distillation(self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None) -> Tensor | None:
-        if (teacher_logits is None) != (self.alpha == 0):
+        if teacher_logits is None and self.alpha == 0:
+            return None
+        if teacher_logits is None or self.alpha == 0:
             got = "None" if teacher_logits is None else "logits"
             raise ValueError(
                 f"teacher_logits: got {got} with alpha {self.alpha}, expected them if and only if alpha > 0"
             )
-        if teacher_logits is None:
-            return None
         check_embeddings("teacher_logits", teacher_logits, "[N, C]" if logits.dim() == 2 else "[N, C, H, W]")
         if teacher_logits.shape != logits.shape:
             raise ValueError(

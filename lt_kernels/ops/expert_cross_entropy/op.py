@@ -107,7 +107,7 @@ def _backward_fake(grad_loss: Tensor, rest: Tensor, *args: Any) -> list[Tensor]:
 def eager(*args: Any) -> Result:
     """Forward on the reference backend, for autograd, forward mode and ``torch.func`` to go through."""
     *inputs, reduce, with_ensemble, _, _ = args
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     results = [eager_rows(*flatten(row), False, False, False, "reference") for row in a.rows()]
     loss = torch.stack([of_expert[0][:, 0] for of_expert in results])
     rest = torch.stack([of_expert[3][:, :, 0] for of_expert in results])

@@ -165,7 +165,7 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
 def eager(*args: Any) -> tuple[Tensor, ...]:
     """Forward on the reference backend with all logits, for autograd, forward mode and ``torch.func`` to go through."""
     *inputs, _, _, reduce, with_prediction, _, _, _ = args
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
         weight = a.linear_weight.to(a.input.dtype)
         if a.normalize:

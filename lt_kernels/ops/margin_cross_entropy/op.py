@@ -75,7 +75,7 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
 def eager(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward on the reference backend, for autograd, forward mode and ``torch.func`` to go through."""
     *inputs, reduce, with_prediction, _, _ = args
-    loss, *others = load(OP, "reference").forward(SIGNATURE.rebuild(inputs), with_prediction, False)
+    loss, *others = load(OP, "reference").forward(SIGNATURE.read(inputs), with_prediction, False)
     return (ordered_sum(loss) if reduce else loss, *others)
 
 

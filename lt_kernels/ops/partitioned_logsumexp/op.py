@@ -189,7 +189,7 @@ def _backward_fake(*args: Any) -> list[Tensor]:
 def eager(*args: Any) -> tuple[Tensor, ...]:
     """Forward on the reference backend in one block, for autograd, forward mode and ``torch.func`` to go through."""
     *inputs, _, separate, _, _, _ = args
-    a = SIGNATURE.rebuild(inputs)
+    a = SIGNATURE.read(inputs)
     if a.key is not None:
         learning = slice(a.key_grad_begin, a.key_grad_end)
         queue = a.key.detach()
