@@ -7,8 +7,9 @@ Zero counts are an explicit choice, ``zero_counts``:
 
 * ``"error"`` (default): ``ValueError`` naming the classes.
 * a positive number: a class without samples is treated as if it had that many, e.g. ``zero_counts=1``.
-* ``"mask"``: its prior is 0 and its log prior -inf, so it takes no part in the softmax. Its scale and its weight are 0,
-  its margin is that of the rarest class. A sample of a masked class has an infinite loss.
+* ``"mask"``: its prior is 0 and its log prior -inf, so it takes no part in the softmax, in label smoothing or in class
+  probabilities (Mixup). Its scale and its weight are 0, its margin is that of the rarest class. A sample of a masked
+  class has an infinite loss; with ``set_checks(True)`` it is an error, and so is probability on a masked class.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ GENERIC: dict[str, dict[str, str]] = {
     "interpreter": {
         "test_contract": _NOT_KERNELS + r".*((?<!linear_)margin_cross_entropy|double_backward.*expert_divergence)",
         "test_margin_cross_entropy": _NOT_KERNELS,
+        "test_masked_classes": r"test_(?!linear\[(?!.*(tiled|classes)))",
         "test_linear_margin_cross_entropy": r"test_tiled_runs|test_value_and_every_gradient\[(?!.*inat18)(?=.*fp32)"
         r"(?=.*(rows|classes|recompute))(?=.*(learnable|everything|probabilities|cosine|smoothed|none))",
         "test_expert_cross_entropy": r"(test_value_and_every_gradient|test_ensemble)\[(?!.*sum-none)(?=.*fp32)"
@@ -83,6 +84,7 @@ GENERIC: dict[str, dict[str, str]] = {
     "emulator": {
         "test_contract": _NOT_KERNELS + r".*(?<!linear_)(margin_cross_entropy|fusion|divergence|partitioned)",
         "test_margin_cross_entropy": _NOT_KERNELS,
+        "test_masked_classes": r"test_(?!linear\[(?!.*classes))",
         "test_expert_fusion": r"(?!.*linear)" + _NOT_KERNELS,
         "test_expert_divergence": _NOT_KERNELS,
         "test_partitioned_logsumexp": r"(?!.*(chunks_are_bounded|many_blocks.*many rows))" + _NOT_KERNELS,

@@ -11,6 +11,7 @@
   X(const OptionalTensor&, "Tensor?", mixed_target)  \
   X(const OptionalTensor&, "Tensor?", mix_lambda)    \
   X(const OptionalTensor&, "Tensor?", weight)        \
+  X(const OptionalTensor&, "Tensor?", smooth_weight) \
   X(const OptionalTensor&, "Tensor?", class_bias)    \
   X(const OptionalTensor&, "Tensor?", class_scale)   \
   X(const OptionalTensor&, "Tensor?", class_margin)  \
@@ -30,6 +31,9 @@ struct RowOptions {
   LTK_ROW_OPTIONS(LTK_FIELD)
 
   bool soft() const { return target.is_floating_point(); }
+
+  // Whether classes of no weight may have logits of -inf: they then add 0.
+  bool masks() const { return smooth_weight.has_value() || (soft() && class_bias.has_value() && weight.has_value()); }
 };
 
 }  // namespace ltk

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "inline.h"
 
@@ -76,23 +77,31 @@ struct Slot {           // one target of one row
   int64_t column;       // -1: ignored
   A factor;             // k_t; the row's loss where the column is -1
   A weight;             // w_y
+  A smooth_weight;      // its factor in label smoothing
   A x, plain, shifted;  // raw logit; u_y and v_y
   A cosine;
   Shift<A> shift;
 };
 
+// An infinite logit makes its row NaN, as in torch. That of an ordinary column does so by its difference from the peak;
+// a target's is in no peak, and its loss would be 0.
+template <class A>
+LTK_INLINE A show_overflow(A logit) {
+  return logit == std::numeric_limits<A>::infinity() ? std::numeric_limits<A>::quiet_NaN() : logit;
+}
+
 // Fills in the fields that depend on the target's logit. cosine = class_scale x; plain = scale cosine + bias, as the
 // row has it.
 template <class A>
 LTK_INLINE void set_slot(Slot<A>& slot, A plain, A cosine, A scale, A bias, const Margin<A>& margin, bool angular) {
-  slot.plain = plain;
+  slot.plain = show_overflow(plain);
   slot.cosine = cosine;
   if (margin.value == A(0) && !angular) {
     slot.shift = {cosine, A(1), A(-1)};
-    slot.shifted = plain;
+    slot.shifted = slot.plain;
   } else {
     slot.shift = shift_target(cosine, margin, angular);
-    slot.shifted = scale * slot.shift.phi + bias;
+    slot.shifted = show_overflow(scale * slot.shift.phi + bias);
   }
 }
 
@@ -101,9 +110,10 @@ template <class A>
 struct RowSlots {
   int count;
   Slot<A> slot[2];
-  A smoothing;        // in [0, 1]
-  A smoothing_share;  // smoothing / C
-  A total_weight;     // sum of w_j
+  A smoothing;     // in [0, 1]
+  A smooth_share;  // what smooth weights are multiplied by
+  A smooth_total;  // their sum
+  bool masks;      // whether a class of no weight may have a logit of -inf
 };
 
 template <class A>
@@ -130,8 +140,14 @@ LTK_INLINE A softplus(A z) {
   return z > A(0) ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
 }
 
-// Returns the loss of a row. weighted_rest = sum over the ordinary columns of w_j (u_j - peak); read only where
-// smoothing > 0.
+// Returns weight times value, 0 where a class has no weight: a masked one's value is -inf.
+template <class A>
+LTK_INLINE A times_weight(A weight, A value, bool masks) {
+  return masks && weight == A(0) ? A(0) : weight * value;
+}
+
+// Returns the loss of a row. weighted_rest = sum over the ordinary columns of smooth_weight_j (u_j - peak); read only
+// where smoothing > 0.
 template <class A>
 LTK_INLINE A compute_loss(const RowSlots<A>& r, A peak, A log_total, A weighted_rest) {
   A loss = 0;
@@ -146,17 +162,18 @@ LTK_INLINE A compute_loss(const RowSlots<A>& r, A peak, A log_total, A weighted_
     const Term<A> term = sum_term(r, i, peak, log_total);
     A value = (A(1) - r.smoothing) * slot.weight * softplus(term.others - (slot.shifted - peak));
     if (r.smoothing > A(0)) {
-      A weighted = weighted_rest + slot.weight * (slot.shifted - peak);
-      if (is_separate(r, i)) weighted += r.slot[1 - i].weight * (r.slot[1 - i].plain - peak);
-      value += r.smoothing_share * (r.total_weight * term.total - weighted);
+      const Slot<A>& other = r.slot[1 - i];
+      A weighted = weighted_rest + times_weight(slot.smooth_weight, slot.shifted - peak, r.masks);
+      if (is_separate(r, i)) weighted += times_weight(other.smooth_weight, other.plain - peak, r.masks);
+      value += r.smooth_share * (r.smooth_total * term.total - weighted);
     }
     loss += slot.factor * value;
   }
   return loss;
 }
 
-// Gradient of a row: du_j = slope * exp(u_j - peak) - w_j * (smooth + soft * q_j) on ordinary columns (q: class
-// probabilities), and per target the gradient of its column.
+// Gradient of a row: du_j = slope * exp(u_j - peak) - smooth * smooth_weight_j - soft * w_j * q_j on ordinary columns
+// (q: class probabilities), and per target the gradient of its column.
 template <class A>
 struct RowGradient {
   A peak, slope, smooth, soft;
@@ -180,15 +197,15 @@ LTK_INLINE RowGradient<A> compute_gradient(const RowSlots<A>& r, A peak, A log_t
     const A k = slot.column < 0 ? A(0) : grad_loss * slot.factor;
     const A hard = k * (A(1) - r.smoothing) * (slot.column < 0 ? A(0) : slot.weight);
     const A from_lse = i == 0 ? grad_lse : A(0);
-    smooth[i] = k * r.smoothing_share;
+    smooth[i] = k * r.smooth_share;
     total[i] = term.total;
-    dtotal[i] = hard + smooth[i] * r.total_weight + from_lse;
+    dtotal[i] = hard + smooth[i] * r.smooth_total + from_lse;
     // without an ordinary column above -inf there is no peak, and exp(-total) may overflow; NaN where nothing is finite
     g.slope += dtotal[i] * (std::isinf(log_total) ? term.total - term.total : std::exp(-term.total));
     g.smooth += smooth[i];
     if (slot.column < 0) continue;
     const A wrong = std::exp(term.others - term.total), right = std::exp(slot.shifted - peak - term.total);
-    dv[i] = -hard * wrong + smooth[i] * (r.total_weight * right - slot.weight) + from_lse * right;
+    dv[i] = -hard * wrong + smooth[i] * (r.smooth_total * right - slot.smooth_weight) + from_lse * right;
   }
   LTK_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -206,7 +223,7 @@ LTK_INLINE RowGradient<A> compute_gradient(const RowSlots<A>& r, A peak, A log_t
     A plain = 0;
     const int j = 1 - i;
     if (r.count == 2 && r.slot[j].column != slot.column)
-      plain = dtotal[j] * std::exp(slot.plain - peak - total[j]) - smooth[j] * slot.weight;
+      plain = dtotal[j] * std::exp(slot.plain - peak - total[j]) - smooth[j] * slot.smooth_weight;
     g.column[i] = slot.column;
     g.du[i] = dv[i] + plain;
     g.dc[i] = dv[i] * slot.shift.dphi_dc + plain;

@@ -28,7 +28,10 @@ struct RowsCall {
   const A* class_bias;     // or null: 0
   const A* class_margin;   // includes the fixed margin, or null: margin
   const A* weight;         // or null: 1
-  W total_weight;          // sum of the weights
+  const A* smooth_weight;  // [classes], of label smoothing: weight unless classes may be masked
+  A smooth_share;          // what it is multiplied by
+  W smooth_total;          // its sum
+  bool masks;              // whether a class of no weight may have a logit of -inf
   const A* learned_scale;  // 0-dim factor of scale, or null: scale includes it
   M margin;
   A scale, smoothing;
@@ -57,7 +60,10 @@ struct RowsCall {
   void take(const Options& o, Tensors& tensors) {
     class_bias = tensors.template pointer<A>(o.class_bias);
     weight = tensors.template pointer<A>(o.weight);
+    smooth_weight = o.smooth_weight.has_value() ? tensors.template pointer<A>(o.smooth_weight) : weight;
+    masks = o.masks();
     smoothing = static_cast<A>(o.label_smoothing);
+    smooth_share = o.smooth_weight.has_value() ? A(1) : smoothing / static_cast<A>(classes);
     angular = o.angular;
     ignore_index = o.ignore_index;
     const bool both = o.coefficient.has_value() && o.mixed_target.has_value();

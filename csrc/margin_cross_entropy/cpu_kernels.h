@@ -33,6 +33,11 @@ LTK_INLINE A weight_of(const Call<A>& call, int64_t column) {
 }
 
 template <class A>
+LTK_INLINE A smooth_weight_of(const Call<A>& call, int64_t column) {
+  return call.smooth_weight ? call.smooth_weight[column] : A(1);
+}
+
+template <class A>
 LTK_INLINE A coefficient_of(const Call<A>& call, int i) {
   return call.coefficient ? call.coefficient[i] : A(1);
 }
@@ -42,8 +47,9 @@ template <class T, class A>
 LTK_INLINE RowSlots<A> load_slots(const Call<A>& call, int64_t row, const T* x, int64_t stride) {
   RowSlots<A> r = {};
   r.smoothing = call.smoothing;
-  r.smoothing_share = call.smoothing / static_cast<A>(call.classes);
-  r.total_weight = call.total_weight;
+  r.smooth_share = call.smooth_share;
+  r.smooth_total = call.smooth_total;
+  r.masks = call.masks;
   if (!call.target) return r;
   r.count = call.mixed ? 2 : 1;
   const A share = call.mixed ? call.share[row * call.share_stride] : A(1);
@@ -55,6 +61,7 @@ LTK_INLINE RowSlots<A> load_slots(const Call<A>& call, int64_t row, const T* x, 
     if (slot.column < 0) continue;
     slot.factor = coefficient_of(call, i) * (i ? A(1) - share : share);
     slot.weight = weight_of(call, column);
+    slot.smooth_weight = smooth_weight_of(call, column);
     slot.x = IO<T>::get(x + column * stride);
     const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0);
     const A m = call.class_margin ? call.class_margin[column] : call.margin;
@@ -102,7 +109,7 @@ template <class A>
     const int64_t j = slots.slot[i].column - begin;
     if (slots.slot[i].column >= 0 && j >= 0 && j < count) scratch[j] = peak;
   }
-  const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
+  const A share = call.smooth_share, kept = A(1) - call.smoothing;
   const A* q = call.q ? call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k + begin : nullptr;
   Vec<A> weights = {}, weighted = {};
   for (int64_t j = 0; j < padded; j += W) {
@@ -111,9 +118,14 @@ template <class A>
       result->weighted += sum_lanes<A>(weighted);
       weights = weighted = Vec<A>{};
     }
-    Vec<A> w = call.weight ? get_some<A>(call.weight + begin + j, count - j, A(0)) : splat(A(1));
-    if (q) w = w * (kept * get_some<A>(q + j, count - j, A(0)) + share);
+    Vec<A> w = call.smooth_weight ? get_some<A>(call.smooth_weight + begin + j, count - j, A(0)) : splat(A(1));
+    if (q) {
+      Vec<A> own = kept * get_some<A>(q + j, count - j, A(0));
+      if (call.weight) own = own * get_some<A>(call.weight + begin + j, count - j, A(0));
+      w = call.smoothing > A(0) ? own + share * w : own;
+    }
     Vec<A> product = w * (load(scratch + j) - peak);
+    if (call.masks) product = w == Vec<A>{} ? Vec<A>{} : product;
     for (int64_t i = count - j; i < W; ++i) w[i] = 0, product[i] = 0;
     weights = weights + w;
     weighted = weighted + product;
@@ -124,7 +136,7 @@ template <class A>
     const int64_t j = slots.slot[i].column - begin;
     if (slots.slot[i].column < 0 || j < 0 || j >= count) continue;
     if (scratch[j] == peak && !(i == 1 && slots.slot[0].column == slots.slot[1].column))
-      result->weight -= slots.slot[i].weight;
+      result->weight -= slots.slot[i].smooth_weight;
     scratch[j] = lowest;
   }
 }
@@ -215,7 +227,7 @@ LTK_INLINE RowGradient<A> finish_row(const Call<A>& call, const RowSlots<A>& slo
     const A k = coefficient_of(call, 0);
     call.loss[row] = k * (static_cast<A>(s.weight) * log_total - static_cast<A>(s.weighted));
     call.lse[row] = s.peak + log_total;
-    const A share = call.smoothing / static_cast<A>(call.classes);
+    const A share = call.smooth_share * (call.smoothing > A(0));
     return {s.peak,    k * static_cast<A>(s.weight) / s.total,
             k * share, k * (A(1) - call.smoothing),
             {-1, -1},  {},
@@ -348,8 +360,11 @@ LTK_INLINE void write_gradient(const Call<A>& call, const RowGradient<A>& g, A s
   constexpr int64_t W = Simd<A>::W;
   for (int64_t j = begin; j < end; j += W) {
     Vec<A> less = splat(g.smooth);
-    if (q) less = less + g.soft * get_some<A>(q + j, end - j, A(0));
-    if (call.weight) less = less * get_some<A>(call.weight + j, end - j, A(0));
+    if (call.smooth_weight) less = less * get_some<A>(call.smooth_weight + j, end - j, A(0));
+    if (q) {
+      const Vec<A> soft = g.soft * get_some<A>(q + j, end - j, A(0));
+      less = less + (call.weight ? soft * get_some<A>(call.weight + j, end - j, A(0)) : soft);
+    }
     Vec<A> du = slope * load(exponentials + j) - less;
     du = du * (call.class_scale ? get_some<A>(call.class_scale + j, end - j, A(0)) : splat(call.scale));
     put_some<A>(grad + j, du, end - j);
@@ -445,10 +460,11 @@ void compute_gradients(const Call<A>& call, int64_t begin, int64_t end, RowGradi
     const A grad_loss = call.grad_loss[row * call.grad_loss_stride];
     const A grad_lse = call.grad_lse ? call.grad_lse[row * call.grad_lse_stride] : A(0);
     if (call.q) {
-      const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
+      const A share = call.smooth_share * (call.smoothing > A(0)), kept = A(1) - call.smoothing;
       const A* q = call.q + (row / call.k) * call.q_n + (row % call.k) * call.q_k;
       double weights = 0;
-      for (int64_t c = 0; c < call.classes; ++c) weights += weight_of(call, c) * (kept * q[c * call.q_c] + share);
+      for (int64_t c = 0; c < call.classes; ++c)
+        weights += weight_of(call, c) * kept * q[c * call.q_c] + share * smooth_weight_of(call, c);
       const A k = grad_loss * coefficient_of(call, 0);
       out[row] = {peak, (k * static_cast<A>(weights) + grad_lse) / total, k * share, k * kept, {-1, -1}, {}, {}, {}, {},
                   0};
@@ -479,9 +495,10 @@ void write_part_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t r
     Vec<A> du = g.slope * exp_vector(u);
     if constexpr (!decltype(plain)::on) {
       const Vec<A> w = call.weight ? get_some<A>(call.weight + j, count, A(0)) : splat(A(1));
-      Vec<A> less = splat(g.smooth);
-      if (q) less = less + g.soft * get_some<A>(q + j, count, A(0));
-      du = du - less * w;
+      const Vec<A> s = call.smooth_weight ? get_some<A>(call.smooth_weight + j, count, A(0)) : splat(A(1));
+      Vec<A> less = g.smooth * s;
+      if (q) less = less + g.soft * get_some<A>(q + j, count, A(0)) * w;
+      du = du - less;
       if (grad_q) put_some<A>(grad_q + j, g.soft * w * (log_total - u), count);
       if (column_du) {
         A *sum_du = column_du + (j - begin), *sum_dx = column_dx + (j - begin);

@@ -18,18 +18,20 @@ template <class A>
       for (int i = 0; i < slots[p].count; ++i)
         if (slots[p].slot[i].column >= 0) scratch[slots[p].slot[i].column * padded + p] = to_peak ? peak[p] : lowest;
   };
-  const A share = call.smoothing / static_cast<A>(call.classes), kept = A(1) - call.smoothing;
+  const A share = call.smooth_share * (call.smoothing > A(0)), kept = A(1) - call.smoothing;
   set_targets(true);
   for (int64_t first = 0; first < call.classes; first += kTerms) {
     A weight_part[kPanel] = {}, weighted_part[kPanel] = {};
     for (int64_t c = first; c < call.classes && c < first + kTerms; ++c) {
-      const A w = weight_of(call, c);
+      const A w = weight_of(call, c), s = smooth_weight_of(call, c);
       for (int64_t p = 0; p < padded; p += W) {
-        Vec<A> each = splat(w);
+        Vec<A> each = splat(s);
         if (call.q)
-          each = w * (kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share);
+          each = w * kept * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0)) + share * s;
+        Vec<A> product = each * (load(scratch + c * padded + p) - load(peak + p));
+        if (call.masks) product = each == Vec<A>{} ? Vec<A>{} : product;
         store(weight_part + p, load(weight_part + p) + each);
-        store(weighted_part + p, load(weighted_part + p) + each * (load(scratch + c * padded + p) - load(peak + p)));
+        store(weighted_part + p, load(weighted_part + p) + product);
       }
     }
     for (int64_t p = 0; p < padded; ++p) weight[p] += weight_part[p], weighted[p] += weighted_part[p];
@@ -49,12 +51,13 @@ template <class T, class A>
   for (int64_t p = count; p < padded; ++p) slope[p] = smooth[p] = soft[p] = 0;
   T* grad = static_cast<T*>(call.grad) + n * call.grad_n + begin;
   for (int64_t c = 0; c < call.classes; ++c) {
-    const A a = scale_of(call, c), w = weight_of(call, c);
+    const A a = scale_of(call, c), w = weight_of(call, c), s = smooth_weight_of(call, c);
     for (int64_t p = 0; p < padded && p < count; p += W) {
-      Vec<A> less = load(smooth + p);
+      Vec<A> less = load(smooth + p) * s;
       if (call.q)
-        less = less + load(soft + p) * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0));
-      const Vec<A> du = load(slope + p) * load(scratch + c * padded + p) - less * w;
+        less =
+            less + load(soft + p) * w * get_some<A>(call.q + n * call.q_n + c * call.q_c + begin + p, count - p, A(0));
+      const Vec<A> du = load(slope + p) * load(scratch + c * padded + p) - less;
       put_some<A>(grad + c * call.grad_c + p, du * a, count - p);
     }
   }
@@ -147,7 +150,7 @@ void write_class_gradient(const Call<A>& call, const RowGradients<A>& rows, int6
   const A* q = call.q ? call.q + n * call.q_n + column * call.q_c : nullptr;
   A* grad_q = call.grad_q ? call.grad_q + n * call.grad_q_n + column * call.grad_q_c : nullptr;
   const A a = scale_of(call, column), bias = call.class_bias ? call.class_bias[column] : A(0),
-          w = weight_of(call, column);
+          w = weight_of(call, column), s = smooth_weight_of(call, column);
   const IVec here = IVec{} + static_cast<Int<A>>(column);
   for (int64_t block = begin; block < end; block += kFlush) {
     Vec<A> du_total = {}, dx_total = {};
@@ -156,10 +159,10 @@ void write_class_gradient(const Call<A>& call, const RowGradients<A>& rows, int6
       const int64_t count = stop - p;
       const Vec<A> logit = get_some<A>(x + p, count, A(0));
       const Vec<A> u = affine(logit, a, bias) - get_some<A>(rows.peak + p, count, A(0));
-      Vec<A> less = get_some<A>(rows.smooth + p, count, A(0));
+      Vec<A> less = get_some<A>(rows.smooth + p, count, A(0)) * s;
       const Vec<A> soft = get_some<A>(rows.soft + p, count, A(0));
-      if (q) less = less + soft * get_some<A>(q + p, count, A(0));
-      Vec<A> du = get_some<A>(rows.slope + p, count, A(0)) * exp_vector(u) - less * w;
+      if (q) less = less + soft * w * get_some<A>(q + p, count, A(0));
+      Vec<A> du = get_some<A>(rows.slope + p, count, A(0)) * exp_vector(u) - less;
       Vec<A> dc = du, dx = du * logit;
       for (int i = 0; i < 2; ++i) {
         IVec columns = IVec{} - Int<A>(1);

@@ -30,9 +30,10 @@ struct Prepared : PreparedRows<A, Call<A>> {
     const A learned = o.learned_scale.has_value() ? static_cast<A>(o.learned_scale->item<double>()) : A(1);
     call.scale = static_cast<A>(o.scale) * learned;
     call.margin = static_cast<A>(o.margin);
-    double total_weight = call.weight ? 0.0 : static_cast<double>(call.classes);
-    for (int64_t c = 0; call.weight && c < call.classes; ++c) total_weight += call.weight[c];  // in a fixed order
-    call.total_weight = static_cast<A>(total_weight);
+    double total = call.smooth_weight ? 0.0 : static_cast<double>(call.classes);
+    for (int64_t c = 0; call.smooth_weight && c < call.classes; ++c)
+      total += call.smooth_weight[c];  // in a fixed order
+    call.smooth_total = static_cast<A>(total);
     if (o.class_scale.has_value()) {
       call.cosine_scale = pointer(o.class_scale);
       call.class_scale = pointer(at::mul(*o.class_scale, static_cast<double>(call.scale)));

@@ -58,7 +58,9 @@ struct Prepared : PreparedRows<A, Call<A>> {
     call.learned_scale = pointer(o.learned_scale);
     call.margin = {static_cast<A>(o.margin), static_cast<A>(std::cos(o.margin)), static_cast<A>(std::sin(o.margin))};
     call.class_scale = pointer(o.class_scale);
-    if (o.weight.has_value() && o.label_smoothing > 0 && !o.soft()) call.total_weight = pointer(o.weight->sum());
+    const OptionalTensor& smooth_weight = o.smooth_weight.has_value() ? o.smooth_weight : o.weight;
+    if (smooth_weight.has_value() && o.label_smoothing > 0 && !o.soft())
+      call.smooth_total = pointer(smooth_weight->sum());
     if (o.class_margin.has_value()) {
       const Tensor m = at::add(*o.class_margin, o.margin);
       call.class_margin = pointer(o.angular ? at::stack({m, m.cos(), m.sin()}) : m);

@@ -32,7 +32,7 @@ struct alignas(16) Record {
 // The second and fourth apart: with an angle's slope in it, the fourth would take the digits of the scale's gradient.
 enum ColumnSum { kSumDu, kSumDx, kSumDm, kSumTargetDx, kColumnSums };
 
-// class_margin is [3, classes] where angular: the fields of Margin. total_weight is 0-dim, or null: classes.
+// class_margin is [3, classes] where angular: the fields of Margin. smooth_total is 0-dim, or null: classes.
 template <class A>
 struct Call : RowsCall<A, int, void, Margin<A>, const A*> {
   Sums<A>* part_sums;  // [rows, parts]

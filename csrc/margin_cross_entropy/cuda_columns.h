@@ -176,13 +176,13 @@ struct Columns {
 };
 
 template <int kCount, class A>
-LTK_DEVICE void load_weights(const Call<A>& call, int column, A (&w)[kCount]) {
-  if (call.weight) {
-    load_values<kCount>(call.weight + column, w);
-  } else {
+LTK_DEVICE void load_weights(const Call<A>& call, int column, Weights<A> (&w)[kCount]) {
+  A own[kCount], smooth[kCount];
+  if (call.smooth_weight) load_values<kCount>(call.smooth_weight + column, smooth);
+  if (call.q && call.weight) load_values<kCount>(call.weight + column, own);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) w[i] = A(1);
-  }
+  for (int i = 0; i < kCount; ++i)
+    w[i] = {call.q && call.weight ? own[i] : A(1), call.smooth_weight ? smooth[i] : A(1)};
 }
 
 template <int kCount, class A>
@@ -205,16 +205,15 @@ LTK_DEVICE void add_columns(const Call<A>& call, Sums<A>& s, int64_t q_offset, i
 #pragma unroll
   for (int i = 0; i < kCount; ++i) u[i] = shift_logit(x[i], columns.a[i], columns.b[i]);
   if (kKind == kAnything && (call.q || call.smoothing > A(0))) {
-    load_weights<kCount>(call, column, w);
-    if (call.q) {
-      A q[kCount];
-      load_probabilities<kCount>(call, q_offset + column, q);
+    Weights<A> each[kCount];
+    A q[kCount] = {};
+    load_weights<kCount>(call, column, each);
+    if (call.q) load_probabilities<kCount>(call, q_offset + column, q);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) w[i] = soft_weight(call, q[i], w[i]);
-    }
-    add<true>(s, u, w);
+    for (int i = 0; i < kCount; ++i) w[i] = call.q ? soft_weight(call, q[i], each[i]) : each[i].smooth;
+    add<true>(s, u, w, call.masks);
   } else {
-    add<false>(s, u, w);
+    add<false>(s, u, w, false);
   }
 }
 
@@ -276,7 +275,8 @@ LTK_DEVICE void differentiate_columns(const Call<A>& call, const Slopes<A>& g, i
   }
   if constexpr (kKind != kAnything) return;
   if (call.q || g.smooth != A(0)) {
-    A w[kCount], q[kCount] = {};
+    A q[kCount] = {};
+    Weights<A> w[kCount];
     load_weights<kCount>(call, column, w);
     if (call.q) load_probabilities<kCount>(call, q_offset + column, q);
 #pragma unroll
@@ -284,7 +284,7 @@ LTK_DEVICE void differentiate_columns(const Call<A>& call, const Slopes<A>& g, i
       dx[i] -= subtracted(call, g.smooth, g.soft, w[i], q[i]);
       if (call.grad_q)
         store_probability_gradient(call, grad_q_offset + column + i,
-                                   differentiate_probability(call, g.soft, w[i], g.log_total - u[i]));
+                                   differentiate_probability(call, g.soft, w[i].own, g.log_total - u[i]));
     }
   }
 #pragma unroll

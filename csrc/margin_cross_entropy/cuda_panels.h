@@ -44,7 +44,7 @@ LTK_DEVICE void sum_probabilities(const Call<A>& call, int64_t q_offset, int war
     for (int c = warp; c < call.classes; c += kPanelWarps)
 #pragma unroll
       for (int v = 0; v < kCount; ++v)
-        mass[v] += soft_weight(call, load_probability(call, q_offset + c * call.q_c + v), load_weight(call, c));
+        mass[v] += soft_weight(call, load_probability(call, q_offset + c * call.q_c + v), load_weights_of(call, c));
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     Sums<A> s = empty_sums<A>();
@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
       }
       for (int begin_class = warp; exist && begin_class < call.classes; begin_class += kAhead * kPanelWarps) {
         Logits raw[kAhead];
-        A a[kAhead], b[kAhead], w[kAhead];
+        A a[kAhead], b[kAhead], unused[kAhead] = {};
+        Weights<A> w[kAhead] = {};
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
           const int c = begin_class + i * kPanelWarps;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
           if (c >= call.classes) continue;
           if (call.keep_panel) kept[c * 32 + lane] = raw[i];
           a[i] = kGeneral ? scale * load_class_scale(call, c) : scale, b[i] = load_bias(call, c);
-          w[i] = weighted ? load_weight(call, c) : A(1);
+          if (weighted) w[i] = load_weights_of(call, c);
         }
 #pragma unroll
         for (int v = 0; v < kCount; ++v) {
@@ -163,12 +164,12 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
             u[i] = shift_logit(logit, a[i], b[i]);
             if (weighted) {
               const A one_u[1] = {u[i]};
-              A one_w[1] = {w[i]};
+              A one_w[1] = {w[i].smooth};
               if (call.q) one_w[0] = soft_weight(call, load_probability(call, q + c * call.q_c + v), w[i]);
-              add<true>(s[v], one_u, one_w);
+              add<true>(s[v], one_u, one_w, call.masks);
             }
           }
-          if (!weighted) add<false>(s[v], u, w);
+          if (!weighted) add<false>(s[v], u, unused, false);
         }
       }
 #pragma unroll
@@ -218,7 +219,8 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
         if (exist) {
           const Logits raw = ahead[j];
           const A a = kGeneral ? scale * load_class_scale(call, c) : scale, b = load_bias(call, c);
-          const A w = kGeneral ? load_weight(call, c) : A(1);
+          Weights<A> w = {A(1), A(1)};
+          if (kGeneral) w = load_weights_of(call, c);
           Logits out;
 #pragma unroll
           for (int v = 0; v < kCount; ++v) {
@@ -236,7 +238,7 @@ __global__ void __launch_bounds__(32 * kPanelWarps, 1) panels_kernel(const __gri
             }
             if (kBackward && kGeneral && call.grad_q)
               store_probability_gradient(call, grad_q + c * call.grad_q_c + v,
-                                         differentiate_probability(call, soft[v], w, log_total[v] - u));
+                                         differentiate_probability(call, soft[v], w.own, log_total[v] - u));
             out.value[v] = T::put(dc * a);
             if (summed) add_position(records[first_position + v], c, du, dc * logit, sum);
           }

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock, 1)
   A soft_mass = 0;
   if (call.q) {
     for (int c = lane; c < call.classes; c += 32)
-      soft_mass += soft_weight(call, load_probability(call, view.q + c), load_weight(call, c));
+      soft_mass += soft_weight(call, load_probability(call, view.q + c), load_weights_of(call, c));
     soft_mass = sum_lanes(soft_mass);
   }
   if (lane > 0) return;
@@ -197,12 +197,12 @@ struct ColumnGradient {
 };
 
 template <class A>
-LTK_DEVICE ColumnGradient<A> differentiate_column(const Call<A>& call, const Record<A>& r, int column, A a, A b, A w,
-                                                  A x, A q) {
+LTK_DEVICE ColumnGradient<A> differentiate_column(const Call<A>& call, const Record<A>& r, int column, A a, A b,
+                                                  const Weights<A>& w, A x, A q) {
   const A u = shift_logit(x, a, b) - r.peak;
   ColumnGradient<A> g;
   g.du = r.slope * fast_exp(u) - subtracted(call, r.smooth, r.soft, w, q);
-  g.dq = differentiate_probability(call, r.soft, w, r.log_total - u);
+  g.dq = differentiate_probability(call, r.soft, w.own, r.log_total - u);
   g.dc = g.du, g.dm = 0, g.at_target = false;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -227,11 +227,13 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   const int count = call.classes - first < kCount ? call.classes - first : kCount;
   const int64_t last = (chunk + 1) * per_chunk < call.rows ? (chunk + 1) * per_chunk : call.rows;
   const A scale = load_scale(call);
-  A a[kCount], b[kCount], w[kCount];
+  A a[kCount], b[kCount];
+  Weights<A> w[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int column = i < count ? first + i : first;
-    a[i] = scale * load_class_scale(call, column), b[i] = load_bias(call, column), w[i] = load_weight(call, column);
+    a[i] = scale * load_class_scale(call, column), b[i] = load_bias(call, column);
+    w[i] = load_weights_of(call, column);
   }
   double total[kColumnSums][kCount] = {};
   int64_t n = divide(chunk * per_chunk, call.k), k = chunk * per_chunk - n * call.k;

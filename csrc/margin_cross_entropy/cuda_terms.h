@@ -42,6 +42,11 @@ LTK_DEVICE A load_weight(const Call<A>& call, int column) {
 }
 
 template <class A>
+LTK_DEVICE A load_smooth_weight(const Call<A>& call, int column) {
+  return call.smooth_weight ? call.smooth_weight[column] : A(1);
+}
+
+template <class A>
 LTK_DEVICE A load_bias(const Call<A>& call, int column) {
   return call.class_bias ? call.class_bias[column] : A(0);
 }
@@ -77,17 +82,29 @@ LTK_DEVICE void store_probability_gradient(const Call<A>& call, int64_t offset, 
   }
 }
 
-// w_j ((1 - smoothing) q_j + smoothing / C)
+// What a column has for weights: of its probability, and of its smoothing.
 template <class A>
-LTK_DEVICE A soft_weight(const Call<A>& call, A q, A w) {
-  return w * ((A(1) - call.smoothing) * q + call.smoothing / static_cast<A>(call.classes));
+struct Weights {
+  A own, smooth;
+};
+
+template <class A>
+LTK_DEVICE Weights<A> load_weights_of(const Call<A>& call, int column) {
+  return {call.q ? load_weight(call, column) : A(1), load_smooth_weight(call, column)};
+}
+
+// w_j ((1 - smoothing) q_j + smoothing / C), as classes are smoothed
+template <class A>
+LTK_DEVICE A soft_weight(const Call<A>& call, A q, const Weights<A>& w) {
+  const A own = w.own * ((A(1) - call.smoothing) * q);
+  return call.smoothing > A(0) ? own + call.smooth_share * w.smooth : own;
 }
 
 // The terms of an ordinary column's gradients: du = slope exp(u - peak) - subtracted(...), and d/d(q) =
 // differentiate_probability(...).
 template <class A>
-LTK_DEVICE A subtracted(const Call<A>& call, A smooth, A soft, A w, A q) {
-  return call.q ? soft * soft_weight(call, q, w) : smooth * w;
+LTK_DEVICE A subtracted(const Call<A>& call, A smooth, A soft, const Weights<A>& w, A q) {
+  return call.q ? soft * soft_weight(call, q, w) : smooth * w.smooth;
 }
 template <class A>
 LTK_DEVICE A differentiate_probability(const Call<A>& call, A soft, A w, A log_inverse) {
@@ -118,8 +135,9 @@ LTK_DEVICE LoadedSlots<A> load_slots(const Call<A>& call, int64_t row, const typ
   LoadedSlots<A> slots = {};
   RowSlots<A>& r = slots.row;
   r.smoothing = call.smoothing;
-  r.smoothing_share = call.smoothing / static_cast<A>(call.classes);
-  r.total_weight = call.total_weight ? *call.total_weight : static_cast<A>(call.classes);
+  r.smooth_share = call.smooth_share;
+  r.smooth_total = call.smooth_total ? *call.smooth_total : static_cast<A>(call.classes);
+  r.masks = call.masks;
   r.count = call.target == nullptr ? 0 : call.mixed ? 2 : 1;
   const A scale = load_scale(call);
   const A share = call.mixed ? call.share[row * call.share_stride] : A(1);
@@ -135,6 +153,7 @@ LTK_DEVICE LoadedSlots<A> load_slots(const Call<A>& call, int64_t row, const typ
     if (column < 0) continue;
     slot.factor = load_coefficient(call, i) * (i == 0 ? share : A(1) - share);
     slot.weight = load_weight(call, column);
+    slot.smooth_weight = load_smooth_weight(call, column);
     slot.x = T::get(x[column * call.x_c]);
     const A class_scale = load_class_scale(call, column), bias = load_bias(call, column);
     Margin<A> margin = call.margin;
@@ -166,7 +185,7 @@ LTK_DEVICE void take_better(Sums<A>& s, A best, int column) {
 
 // Adds columns with shifted logits u; kGeneral: with weights w for the weighted sum.
 template <bool kGeneral, int kCount, class A>
-LTK_DEVICE void add(Sums<A>& s, const A (&u)[kCount], const A (&w)[kCount]) {
+LTK_DEVICE void add(Sums<A>& s, const A (&u)[kCount], const A (&w)[kCount], bool masks) {
   A high = u[0];
 #pragma unroll
   for (int i = 1; i < kCount; ++i) high = std::fmax(high, u[i]);
@@ -180,7 +199,7 @@ LTK_DEVICE void add(Sums<A>& s, const A (&u)[kCount], const A (&w)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     total += fast_exp(u[i] - base);
-    if constexpr (kGeneral) weight += w[i], weighted += w[i] * (u[i] - base);
+    if constexpr (kGeneral) weight += w[i], weighted += times_weight(w[i], u[i] - base, masks);
   }
   s.total += total;
   if constexpr (kGeneral) s.weight += weight, s.weighted += weighted;

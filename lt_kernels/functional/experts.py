@@ -30,6 +30,7 @@ from .._checks import (
     filled,
     operand,
     product_dtype,
+    reads_values,
 )
 from ..ops._backend import resolve
 from ..ops._experts import shape_of
@@ -184,7 +185,12 @@ def expert_cross_entropy(
         "mixed_target": mixed_target,
         "mix_lambda": mix_lambda,
     }
-    if first.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
+    soft = isinstance(target, Tensor) and target.is_floating_point()
+    # smoothing over the classes that are not masked, where these may differ between experts
+    own_masks = False
+    if isinstance(class_bias, Tensor) and class_bias.dim() == 2 and label_smoothing > 0:
+        own_masks = not reads_values(class_bias) or bool((class_bias.detach() == -math.inf).any())
+    if first.dim() > 2 or soft or own_masks:
         shared["empty_mean"] = empty_mean
         return _by_rows(experts, target, weight, log_prior, taus, class_bias, expert_reduction, return_ensemble, shared)
     _, n, classes = shape_of(given)

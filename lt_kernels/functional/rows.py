@@ -32,6 +32,7 @@ from .._checks import (
     compute_dtype,
     filled,
     operand,
+    reads_values,
 )
 from ..ops._backend import resolve
 from ..ops._rows.options import RowOptions
@@ -129,7 +130,10 @@ def margin_cross_entropy(
         target: class indices ``[]``, ``[N]`` or ``[N, d1, ..., dk]`` of any integer dtype, or class probabilities
             shaped like ``input`` in any floating dtype.
         weight: ``[C]``, class weights as in ``F.cross_entropy``; not differentiable.
-        class_bias: ``[C]``, added to the logits of each class, e.g. a log prior (natural logarithm).
+        class_bias: ``[C]``, added to the logits of each class, e.g. a log prior (natural logarithm). A class whose bias
+            is -inf is masked: it takes no part in the softmax, in ``label_smoothing``, which spreads over the others
+            alone, or in the probabilities, whose share of it is left out. A class index of it has an infinite loss.
+            With checks on, targets of a masked class, and probability on one, are errors.
         class_scale: ``[C]``, multiplies the logits of each class.
         margin: a number or ``[C]`` (or 0-dim) tensor: the target class's margin, in the units of
             ``class_scale * input`` (additive) or in radians within [0, pi] (angular; values of a tensor are checked
@@ -301,6 +305,10 @@ def row_options(
             check_classes("target", target, classes, ignore_index)
             if mixed_target is not None:
                 check_classes("mixed_target", mixed_target, classes, ignore_index)
+        if class_bias is not None:
+            _check_not_masked("target", target, layout, class_bias, ignore_index)
+            if mixed_target is not None:
+                _check_not_masked("mixed_target", mixed_target, layout, class_bias, ignore_index)
     rows = (flat[0], flat[2])
     if soft:
         target = target.reshape(flat)
@@ -310,7 +318,7 @@ def row_options(
             mixed_target = as_int64("mixed_target", mixed_target).reshape(rows)
         if share is not None and share.dim() > 0:
             share = share.reshape(rows)
-    return RowOptions(
+    options = RowOptions(
         target=target,
         mixed_target=mixed_target,
         mix_lambda=share,
@@ -326,6 +334,46 @@ def row_options(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
+    return _without_masked(options)
+
+
+def _without_masked(o: RowOptions) -> RowOptions:
+    """Return options whose label smoothing and probabilities leave out the classes that class_bias masks (-inf)."""
+    if o.class_bias is None or not (o.soft or o.label_smoothing > 0):
+        return o
+    masked = o.class_bias.detach() == -math.inf
+    if reads_values(masked) and not bool(masked.any()):
+        return o
+    weight = torch.ones_like(o.class_bias) if o.weight is None else o.weight
+    kept = weight.detach().masked_fill(masked, 0.0)
+    if o.label_smoothing > 0:
+        o = o._replace(smooth_weight=kept * (o.label_smoothing / (~masked).sum()))
+    if not o.soft:
+        return o
+    target = o.target.masked_fill(masked[:, None], 0.0) if o.target.requires_grad else o.target
+    return o._replace(weight=kept, target=target)
+
+
+def _check_not_masked(name: str, target: Tensor, layout: RowLayout, class_bias: Tensor, ignore_index: int) -> None:
+    """Refuse a target of a class that class_bias masks, and probability on one."""
+    masked = class_bias.detach() == -math.inf
+    if not bool(masked.any()):
+        return
+    if target.is_floating_point():
+        bad = masked[:, None] & (target.detach().reshape(layout.flat) != 0)
+        if bool(bad.any()):
+            n, c, k = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}: row {n * layout.flat[2] + k} has probability {float(target.reshape(layout.flat)[n, c, k]):g} "
+                f"of class {c}, expected 0 where class_bias masks a class (-inf); to smooth over the others alone give "
+                "label_smoothing here"
+            )
+        return
+    flat = target.reshape(-1).to(torch.int64)
+    bad = (flat != ignore_index) & masked[flat.masked_fill(flat == ignore_index, 0)]
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name}: row {row} has class {int(flat[row])}, expected one that class_bias does not mask")
 
 
 def _check_share(name: str, value: float) -> float:

@@ -114,7 +114,9 @@ class NCLLoss(ExpertLossBase):
         easy = ~(self._hard(logits[0].masked_fill(masked, -math.inf), target, mixed["mixed_target"]) | masked)
         hard = _each(lambda z: z.masked_fill(easy, 0.0), shifted)
         if self.hard_factor != 0:
-            keywords = {**self.keywords(), "class_bias": None, "scale": 1.0}
+            own = self.class_bias
+            masks = torch.zeros_like(own).masked_fill(own == -math.inf, -math.inf)  # from smoothing too
+            keywords = {**self.keywords(), "class_bias": masks, "scale": 1.0}
             loss = loss + self.hard_factor * LF.expert_cross_entropy(hard, target, **mixed, **keywords)
         if experts > 1 and self.hard_divergence_factor != 0:
             loss = loss + self.hard_divergence_factor / pairs * self.over_rows(self._divergence(hard), target, **mixed)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from _loss_cases import CLASSIFIERS, COUNTS, C
+from _loss_cases import CASES, CLASSIFIERS, COUNTS, EXPERTS, C
 from _loss_dense import check_formula, exact_dtypes
 from _refused import refused
 from torch import Tensor, nn
@@ -316,3 +316,34 @@ def test_classes_in_the_last_dimension_are_an_error_that_says_what_to_do(name):
         loss(x, y)
     torch.testing.assert_close(loss(x.movedim(-1, 1), y), loss(X, Y))
     torch.testing.assert_close(loss(x.flatten(0, -2), y.flatten()), loss(X, Y))
+
+
+@pytest.mark.parametrize("name", ["logit-adjustment", "balanced-softmax", "vs", "balpoe", "sade", "ncl"])
+@pytest.mark.parametrize("target", ["indices", "probabilities", "mixup"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_smoothing_and_mixup_beside_masked_classes(smoothing, target, name):
+    """Recipes with a prior of 0: the loss of the other classes by themselves."""
+    case = CASES[name]
+    y = torch.tensor([0, 1, 3, 4])
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(*(3,) * (name in EXPERTS), 4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    given, other = (F.one_hot(y, 5) * 0.9 + 0.02, None) if target == "probabilities" else (y, y.flip(0))
+    mixed = {"mixed_target": other, "mix_lambda": 0.3} if target == "mixup" else {}
+    if name == "ncl" and target == "probabilities":
+        pytest.skip("NCL takes class indices")
+    kept = torch.tensor([0, 1, 3, 4])
+    position = torch.tensor([0, 1, -1, 2, 3])
+    results = []
+    for counts, columns in (([90, 9, 0, 3, 1], torch.arange(5)), ([90, 9, 3, 1], kept)):
+        options = {"zero_counts": "mask", "label_smoothing": smoothing, "dtype": torch.float64}
+        if name == "ncl":
+            options["hard_classes"] = 2
+        loss = case.make(counts, **options)
+        t, m = given, dict(mixed)
+        if len(columns) == 4:
+            t = given[:, kept] if given.is_floating_point() else position[given]
+            m |= {"mixed_target": position[other]} if mixed else {}
+        value = loss(z[..., columns], t, **m)
+        results.append((value, *torch.autograd.grad(value, z)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)

@@ -289,20 +289,12 @@ def test_masked_classes(name, mode, backend, device):
     check_linear_margin_cross_entropy(with_strategy(mode), sample)
 
 
-def test_smoothing_over_a_masked_class_is_infinite(mode, backend, device):
-    x, w = torch.randn(3, 4, device=device), torch.randn(40, 4, device=device)
-    bias = torch.zeros(40, device=device).index_fill_(0, torch.tensor([7], device=device), -math.inf)
-    y = torch.tensor([0, 20, 39], device=device)
-    loss = linear_margin_cross_entropy(x, w, y, class_bias=bias, label_smoothing=0.1, strategy=mode)
-    assert loss == math.inf
-
-
 def test_smoothing_with_a_masked_target_is_infinite(mode, backend, device):
     x, w = torch.randn(3, 4, device=device), torch.randn(40, 4, device=device)
     bias = torch.zeros(40, device=device).index_fill_(0, torch.tensor([20], device=device), -math.inf)
     y = torch.tensor([0, 20, 39], device=device)
     loss = linear_margin_cross_entropy(x, w, y, class_bias=bias, label_smoothing=0.1, strategy=mode, reduction="none")
-    assert loss.tolist() == [math.inf] * 3
+    assert loss.isinf().tolist() == [False, True, False]
 
 
 def test_any_nan_is_a_nan(mode, backend, device):

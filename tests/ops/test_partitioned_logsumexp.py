@@ -489,3 +489,21 @@ def test_a_broken_promise_is_found_with_checks_on(monkeypatch):
         partitioned_logsumexp(query, 1.01 * key, ql, kl, normalized=True)
     with pytest.raises(ValueError, match=r"query: got norm nan in row 2"):
         partitioned_logsumexp(query.detach().index_fill(0, torch.tensor([2]), math.nan), key, ql, kl, normalized=True)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *of_backends(triton=("tiled",))])
+@pytest.mark.parametrize("form", ["out", "in"])
+@pytest.mark.parametrize("column", [0, 1], ids=["a positive", "a negative"])
+def test_a_similarity_that_overflows_shows(column, form, strategy, backend, device):
+    """In the losses of the queries that have it, and in their gradients: never as a loss of 0."""
+    query, key, ql, kl = vectors(3, 6, 8, device=device)
+    ql, kl = torch.tensor([0, 1, 2], device=device), torch.tensor([0, 1, 2, 0, 1, 2], device=device)
+    bias = torch.zeros(6, device=device).index_fill_(0, torch.tensor([column], device=device), math.inf)
+    sums = partitioned_logsumexp(query, key, ql, kl, scale=2.0, key_bias=bias, strategy=strategy)
+    if form == "out":
+        loss = torch.logaddexp(sums.neg, sums.pos) - sums.pos_sum / sums.num_pos
+    else:
+        loss = torch.logaddexp(sums.neg - sums.pos, torch.zeros_like(sums.pos)) + sums.num_pos.log()
+    assert not loss.isfinite().any()
+    for gradient in torch.autograd.grad(loss.sum(), (query, key)):
+        assert gradient.isnan().any()

@@ -63,11 +63,15 @@ def row_options(
     def option(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return meta(*shape, dtype=dtype) if name in options else None
 
+    # as functional gives them for a class_bias on a GPU, which might mask classes
+    smooth = option("smoothing", c) if "class_bias" in options else None
+    weighted = "weight" in options or ("class_bias" in options and target is not None)
     return RowOptions(
         target=meta(n, k, dtype=torch.int64) if target is None else target,
         mixed_target=option("mixed", n, k, dtype=torch.int64),
         mix_lambda=option("mixed", n, k),
-        weight=option("weight", c),
+        weight=meta(c) if weighted else None,
+        smooth_weight=smooth,
         class_bias=option("class_bias", c),
         class_scale=option("class_scale", c),
         class_margin=option("class_margin", c),

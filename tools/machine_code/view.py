@@ -36,14 +36,15 @@ the log-sum-exp. A barrier must stand between the loads of these sums and the st
 ## How wide rows are visited
 
 Rows of up to 32,768 classes stay in the registers of one program: each logit is read once and its gradient written
-once. The limit is 16,384 classes with class_scale, with label smoothing and class weights, with class probabilities,
-for predictions, with a mixed target, or with any two options other than class_bias, scale and margin. It is 8192 with
-two of the first three. Wider rows are read twice if a gradient is computed. Either one program *loops* over a row, so
-that the second read, last tile first, finds in L2 what the first one left there. Or rows are split into *parts* of 8192
-classes with a program each, which a small kernel merges in order before the gradient's programs start. The choice
-depends on the sizes alone, never on the device: it takes the path with the shorter estimate for 132 multiprocessors
-that share 25 MB of L2. The number in each cell is the traffic of this estimate, in units of the logits' own bytes. The
-floor is 2; at 3, nothing is left in L2 for the second read.
+once. The limit is 16,384 classes with class_scale, with label smoothing beside class weights or a class_bias (which may
+mask classes, so that smoothing is a vector), with class probabilities, for predictions, with a mixed target, or with
+any two options other than class_bias, scale and margin. It is 8192 with two of the first three. Wider rows are read
+twice if a gradient is computed. Either one program *loops* over a row, so that the second read, last tile first, finds
+in L2 what the first one left there. Or rows are split into *parts* of 8192 classes with a program each, which a small
+kernel merges in order before the gradient's programs start. The choice depends on the sizes alone, never on the device:
+it takes the path with the shorter estimate for 132 multiprocessors that share 25 MB of L2. The number in each cell is
+the traffic of this estimate, in units of the logits' own bytes. The floor is 2; at 3, nothing is left in L2 for the
+second read.
 """
 
 _CODE = """
@@ -65,10 +66,11 @@ _LOSSES = """
 
 `expert_cross_entropy` has one program per sample, which visits the experts' rows one after another; a logit belongs to
 one expert. Rows of up to 16,384 classes stay in its registers: each logit is read once and its gradient written once.
-The limit is 8192 classes with class_scale, weighted smoothing or two kinds of bias, or with two of smoothing, a mixed
-target and angular margins. The log prior is read once per sample and stays in registers beside the row if the logits
-have 16 bits, are read 16 bytes at a time, and none of these options is used; else each expert reads it again, from the
-cache. The ensemble is a second sweep over the sample's rows, out of the cache.
+The limit is 8192 classes with class_scale, with smoothing beside class weights or a class_bias, with two kinds of bias,
+or with two of smoothing, a mixed target and angular margins. The log prior is read once per sample and stays in
+registers beside the row if the logits have 16 bits, are read 16 bytes at a time, and none of these options is used;
+else each expert reads it again, from the cache. The ensemble is a second sweep over the sample's rows, out of the
+cache.
 
 The rows kernel takes wider rows, rows with more options, logits whose classes are not contiguous, and experts whose
 rows are not the same distance apart. It visits one expert at a time: its second read finds one expert's rows in L2

@@ -18,6 +18,8 @@ class RowOptions(NamedTuple):
     mixed_target: Tensor | None = None  # [N, K] int64
     mix_lambda: Tensor | None = None  # 0-dim or [N, K], the share of `target`
     weight: Tensor | None = None  # [C]
+    # [C], label smoothing of each class times its weight, 0 where class_bias masks it; None: label_smoothing / C each
+    smooth_weight: Tensor | None = None
     class_bias: Tensor | None = None  # [C]
     class_scale: Tensor | None = None  # [C]
     class_margin: Tensor | None = None  # [C], added to `margin`
@@ -35,6 +37,12 @@ class RowOptions(NamedTuple):
         return self.target.is_floating_point()
 
     @property
+    def masks(self) -> bool:
+        """Whether classes of no weight may have logits of -inf: they then add 0."""
+        probabilities = self.soft and self.class_bias is not None and self.weight is not None
+        return probabilities or self.smooth_weight is not None
+
+    @property
     def learns(self) -> bool:
         """Whether an option receives a gradient."""
         options = (self.target, self.class_bias, self.class_scale, self.class_margin, self.learned_scale)
@@ -48,6 +56,7 @@ class Slot(NamedTuple):
     valid: Tensor  # bool: not ignored
     factor: Tensor  # k_t; where ignored 0, or NaN if the mean is over no weight at all, as in torch
     weight: Tensor  # w_y
+    smooth_weight: Tensor  # its factor in label smoothing
     plain: Tensor  # u_y
     shifted: Tensor  # v_t
     cosine: Tensor  # class_scale_y * x_y

@@ -33,8 +33,17 @@ def log_mass(mass: Tensor) -> Tensor:
     return mass.masked_fill(mass == 0, 1.0).log().masked_fill(mass == 0, -math.inf)
 
 
+def _show_overflow(logit: Tensor) -> Tensor:
+    """Return a target's logit, NaN where it is infinite: so is its row, as in torch.
+
+    That of an ordinary column makes it so by its difference from the peak; a target's is in no peak, and its loss would
+    be 0.
+    """
+    return torch.where(logit == math.inf, math.nan, logit)
+
+
 class Slopes(NamedTuple):
-    """Gradients of rows: d/d(u_j) = slope exp(u_j - peak) - smooth w_j of an ordinary column j; each [N, K]."""
+    """Gradients of rows, each [N, K]: d/d(u_j) = slope exp(u_j - peak) - smooth smooth_weight_j of ordinary columns."""
 
     slope: Tensor
     smooth: Tensor
@@ -59,6 +68,10 @@ class RowTerms:
         self.class_bias = torch.zeros_like(ones) if o.class_bias is None else o.class_bias
         self.margin = torch.full_like(ones, o.margin) if o.class_margin is None else o.class_margin + o.margin
         self.weight = ones if o.weight is None else o.weight
+        # smoothing is the sum of smooth_share smooth_weight_j (D - u_j)
+        self.masks = o.masks
+        self.smooth_weight = self.weight if o.smooth_weight is None else o.smooth_weight
+        self.smooth_share = o.label_smoothing / classes if o.smooth_weight is None else 1.0
 
         factor = ones.new_ones(2) if o.coefficient is None else o.coefficient
         self.factor = factor[0]
@@ -105,13 +118,18 @@ class RowTerms:
             valid,
             factor,
             self.weight[index],
-            (self.scale * self.class_scale[index]) * x + bias,
-            self.scale * phi + bias,
+            self.smooth_weight[index],
+            _show_overflow((self.scale * self.class_scale[index]) * x + bias),
+            _show_overflow(self.scale * phi + bias),
             cosine,
             phi,
             dphi_dc,
             dphi_dm,
         )
+
+    def weigh(self, weight: Tensor, values: Tensor) -> Tensor:
+        """Return weight times values, 0 where a class has no weight: a masked one's logit is -inf."""
+        return weight * (torch.where(weight == 0, 0.0, values) if self.masks else values)
 
     def others(self, slot: Slot, rest: Tensor) -> Tensor:
         """L_t - maximum: log-sum-exp over the columns other than the slot's own, from the maximum of the rest."""
@@ -132,13 +150,13 @@ class RowTerms:
         return rest[0] + (self.total(self.slots[0], rest) if self.slots else log_mass(rest[1]))
 
     def loss(self, rest: Tensor, smooth_sum: Callable[[Slot], Tensor]) -> Tensor:
-        """Of class-index targets, [N, K]. smooth_sum: sum_j w_j (D_t - u_j) with v_t in place of u_y; asked for only
-        where there is smoothing."""
+        """Of class-index targets, [N, K]. smooth_sum: sum_j smooth_weight_j (D_t - u_j) with v_t in place of u_y; asked
+        for only where there is smoothing."""
         loss = torch.zeros_like(rest[0])
         for slot in self.slots:
             term = (1 - self.smoothing) * slot.weight * softplus(self.others(slot, rest) - (slot.shifted - rest[0]))
             if self.smoothing > 0:
-                term = term + self.smoothing / self.classes * smooth_sum(slot)
+                term = term + self.smooth_share * smooth_sum(slot)
             # an ignored row's factor may be NaN, and is to have no slope
             loss = loss + torch.where(slot.valid, slot.factor.masked_fill(~slot.valid, 0.0) * term, slot.factor)
         return loss
@@ -146,17 +164,17 @@ class RowTerms:
     def slopes(self, rest: Tensor, grad_loss: Tensor, grad_lse: Tensor) -> Slopes:
         """Of class-index targets, for upstream gradients [N, K]."""
         peak, zero = rest[0], torch.zeros_like(rest[0])
-        total_weight = self.weight.sum()
+        total_weight = self.smooth_weight.sum()
         slope, smooth = zero, zero  # sums over the terms of d/d(D_t) exp(maximum - D_t), and of s_t
         terms = []  # (slot, d/d(D_t), D_t - maximum, s_t, d/d(v_t))
         for position, slot in enumerate(self.slots):
             others, total = self.others(slot, rest), self.total(slot, rest)
             k = torch.where(slot.valid, grad_loss * slot.factor, zero)
-            h, s = k * (1 - self.smoothing) * slot.weight, k * (self.smoothing / self.classes)
+            h, s = k * (1 - self.smoothing) * slot.weight, k * self.smooth_share
             upstream_lse = grad_lse if position == 0 else zero
             wrong = (others - total).exp()  # 1 - p_y without cancellation
             right = (slot.shifted - peak - total).exp()
-            dv = -h * wrong + s * (total_weight * right - slot.weight) + upstream_lse * right
+            dv = -h * wrong + s * (total_weight * right - slot.smooth_weight) + upstream_lse * right
             d_total = h + s * total_weight + upstream_lse
             # without an ordinary column above -inf exp(-total) may overflow; NaN where nothing is finite
             slope = slope + d_total * torch.where(rest[1] == 0, total - total, (-total).exp())
@@ -168,7 +186,7 @@ class RowTerms:
             for other, d_total, total, s, _ in terms:
                 if other is not slot:
                     ordinary = ~(other.valid & (other.column == slot.column))
-                    value = d_total * (slot.plain - peak - total).exp() - s * slot.weight
+                    value = d_total * (slot.plain - peak - total).exp() - s * slot.smooth_weight
                     plain = plain + torch.where(ordinary, value, zero)
             targets.append((slot, plain, dv))
         return Slopes(slope, smooth, targets)

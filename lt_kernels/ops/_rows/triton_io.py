@@ -29,6 +29,7 @@ from .triton_math import (
     rescale_sums,
     same_number,
     target_gradient,
+    times_weight,
 )
 
 #: Position of the axis REPEAT in tiles [REPEAT, LANES, contiguous] (or [LANES, REPEAT, contiguous]): Triton spreads
@@ -254,12 +255,15 @@ def undo_scale(gradient, first, offsets, mask, o, scale, WIDE: tl.constexpr):
 
 @triton.jit
 def load_soft_weights(q_ptr, q_offsets, first, offsets, mask, smooth_share, o, WIDE: tl.constexpr):
-    """Return w_j ((1 - smoothing) q_j + smoothing / C); 0 outside the mask."""
+    """Return w_j ((1 - smoothing) q_j + smoothing / C), as classes are smoothed; 0 outside the mask."""
     q = tl.load(q_ptr + q_offsets, mask=mask, other=0.0).to(tl.float32)
-    if o.smooth:
+    if o.smooth and o.smoothing_ptr is None:
         q = tl.where(mask, (1.0 - o.label_smoothing) * q + smooth_share, 0.0)
     if o.weight_ptr is not None:
         q = q * load_class_values(o.weight_ptr, first, offsets, mask, 0.0, WIDE, False)
+    if o.smoothing_ptr is not None:
+        smooth = load_class_values(o.smooth_weight_ptr, first, offsets, mask, 0.0, WIDE, False)
+        q = (1.0 - o.label_smoothing) * q + smooth
     return q
 
 
@@ -270,8 +274,8 @@ def ordinary_gradient(e, slope, smooth, q, first, offsets, mask, o, WIDE: tl.con
     if o.soft:
         du -= smooth * q
     elif o.smooth:
-        if o.weight_ptr is not None:
-            du -= smooth * load_class_values(o.weight_ptr, first, offsets, mask, 0.0, WIDE, True)
+        if o.smooth_weight_ptr is not None:
+            du -= smooth * load_class_values(o.smooth_weight_ptr, first, offsets, mask, 0.0, WIDE, True)
         else:
             du -= smooth
     return du
@@ -279,9 +283,9 @@ def ordinary_gradient(e, slope, smooth, q, first, offsets, mask, o, WIDE: tl.con
 
 @triton.jit
 def weigh(z, first, offsets, mask, o, WIDE: tl.constexpr):
-    """Return w_j z_j inside the mask, else 0."""
-    if o.weight_ptr is not None:
-        z = z * load_class_values(o.weight_ptr, first, offsets, mask, 0.0, WIDE, False)
+    """Return z_j times its smooth weight inside the mask, else 0."""
+    if o.smooth_weight_ptr is not None:
+        z = times_weight(load_class_values(o.smooth_weight_ptr, first, offsets, mask, 0.0, WIDE, False), z, o)
     return tl.where(mask, z, 0.0)
 
 

@@ -48,7 +48,7 @@ class SlotGradient(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """d/d(u_j) = slope exp(u_j - peak) - smooth w_j of an ordinary column j, and the targets' gradients."""
+    """d/d(u_j) = slope exp(u_j - peak) - smooth smooth_weight_j of an ordinary column j, and the targets' gradients."""
 
     slope: Any
     smooth: Any
@@ -120,10 +120,29 @@ def load_factor(o):
 
 
 @triton.jit
-def load_weight_total(o, classes):
-    """Return the sum of the class weights."""
-    if o.weight_total_ptr is not None:
-        total = tl.load(o.weight_total_ptr)
+def load_smooth_share(o, classes):
+    """Return what a class's smooth weight is multiplied by."""
+    if o.smoothing_ptr is not None:
+        share = 1.0
+    else:
+        share = o.label_smoothing / classes
+    return share
+
+
+@triton.jit
+def times_weight(weight, z, o):
+    """Return weight times z, 0 where a class has no weight: a masked one's z is -inf."""
+    product = weight * z
+    if o.masks:
+        product = tl.where(weight == 0.0, 0.0, product)
+    return product
+
+
+@triton.jit
+def load_smooth_total(o, classes):
+    """Return the sum of the smooth weights."""
+    if o.smooth_total_ptr is not None:
+        total = tl.load(o.smooth_total_ptr)
     else:
         total = classes * tl.full([], 1.0, tl.float32)
     return total
@@ -177,6 +196,16 @@ def load_label(target_ptr, classes, ignore_index):
 
 
 @triton.jit
+def show_overflow(logit):
+    """Return a target's logit, NaN where it is infinite: so is its row, as in torch.
+
+    That of an ordinary column makes it so by its difference from the peak; a target's is in no peak, and its loss would
+    be 0.
+    """
+    return tl.where(logit == INF, float("nan"), logit)
+
+
+@triton.jit
 def make_slot(x, label, share, o, scale, classes, SLOT: tl.constexpr):
     """Return a target of the row from its logit x. A class out of range makes its logits NaN."""
     index, valid, column = label.index, label.valid, label.column
@@ -188,6 +217,9 @@ def make_slot(x, label, share, o, scale, classes, SLOT: tl.constexpr):
     factor = tl.where(valid, factor, factor * 0.0)  # NaN where the mean is over no weight at all, as in torch
     if o.weight_ptr is not None:
         weight = tl.load(o.weight_ptr + index)
+    smooth_weight = weight
+    if o.smoothing_ptr is not None:
+        smooth_weight = tl.load(o.smooth_weight_ptr + index)
     if o.class_scale_ptr is not None:
         class_scale = tl.load(o.class_scale_ptr + index)
     if o.class_bias_ptr is not None:
@@ -210,9 +242,9 @@ def make_slot(x, label, share, o, scale, classes, SLOT: tl.constexpr):
     else:
         phi = cosine - margin
         dphi_dc, dphi_dm = one, -one
-    plain = affine(x, scale * class_scale, bias)
-    shifted = affine(phi, scale, bias)
-    return Slot(column, valid, factor, weight, plain, shifted, cosine, phi, dphi_dc, dphi_dm)
+    plain = show_overflow(affine(x, scale * class_scale, bias))
+    shifted = show_overflow(affine(phi, scale, bias))
+    return Slot(column, valid, factor, weight, smooth_weight, plain, shifted, cosine, phi, dphi_dc, dphi_dm)
 
 
 @triton.jit
@@ -260,33 +292,33 @@ def merge_totals(peak, mass, own, other, MIXED: tl.constexpr):
 
 
 @triton.jit
-def slot_loss(peak, mass, weighted, own, other, weight_total, smooth_share, o):
-    """Return the slot's term of the loss. smooth_share: label smoothing over C."""
+def slot_loss(peak, mass, weighted, own, other, smooth_total, smooth_share, o):
+    """Return the slot's term of the loss. smooth_share: see load_smooth_share."""
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
     _, total, cross_entropy = merge_totals(peak, mass, own, other, MIXED)
     term = own.weight * cross_entropy
     if o.smooth:
-        smooth = weight_total * total - weighted - own.weight * (own.shifted - peak)
+        smooth = smooth_total * total - weighted - times_weight(own.smooth_weight, own.shifted - peak, o)
         if MIXED:
             separate = other.valid & (other.column != own.column)
-            smooth -= tl.where(separate, other.weight * (other.plain - peak), 0.0)
+            smooth -= tl.where(separate, times_weight(other.smooth_weight, other.plain - peak, o), 0.0)
         term = (1.0 - o.label_smoothing) * term + smooth_share * smooth
     return tl.where(own.valid, own.factor * term, own.factor)
 
 
 @triton.jit
-def row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o):
+def row_loss(peak, mass, weighted, a, b, smooth_total, smooth_share, o):
     """Return the row's loss and log-sum-exp."""
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
-    loss = slot_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
+    loss = slot_loss(peak, mass, weighted, a, b, smooth_total, smooth_share, o)
     if MIXED:
-        loss += slot_loss(peak, mass, weighted, b, a, weight_total, smooth_share, o)
+        loss += slot_loss(peak, mass, weighted, b, a, smooth_total, smooth_share, o)
     _, total, _ = merge_totals(peak, mass, a, b, MIXED)
     return loss, peak + total
 
 
 @triton.jit
-def slot_slopes(peak, mass, own, other, upstream, upstream_lse, weight_total, smooth_share, o):
+def slot_slopes(peak, mass, own, other, upstream, upstream_lse, smooth_total, smooth_share, o):
     """Return d/d(v), d/d(D), s and D - peak of one slot."""
     MIXED: tl.constexpr = o.mixed_target_ptr is not None
     others, total, _ = merge_totals(peak, mass, own, other, MIXED)
@@ -295,25 +327,25 @@ def slot_slopes(peak, mass, own, other, upstream, upstream_lse, weight_total, sm
     soft = factor * smooth_share
     wrong = fast_exp(others - total)  # 1 - p without cancellation
     right = fast_exp(own.shifted - peak - total)
-    dv = soft * (weight_total * right - own.weight) + upstream_lse * right - hard * wrong
-    return tl.where(own.valid, dv, 0.0), hard + soft * weight_total + upstream_lse, soft, total
+    dv = soft * (smooth_total * right - own.smooth_weight) + upstream_lse * right - hard * wrong
+    return tl.where(own.valid, dv, 0.0), hard + soft * smooth_total + upstream_lse, soft, total
 
 
 @triton.jit
 def plain_gradient(peak, own, other, d_total, total, soft):
     """Return d/d(u_y) of the slot's column through the other slot's term."""
-    gradient = d_total * fast_exp(own.plain - peak - total) - soft * own.weight
+    gradient = d_total * fast_exp(own.plain - peak - total) - soft * own.smooth_weight
     return tl.where(other.valid & (other.column == own.column), 0.0, gradient)
 
 
 @triton.jit
-def row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o):
+def row_slopes(peak, mass, a, b, upstream, upstream_lse, smooth_total, smooth_share, o):
     """Return the row's slopes for an upstream gradient of the loss and one of the log-sum-exp."""
-    dv_a, d_total, smooth, total = slot_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o)
+    dv_a, d_total, smooth, total = slot_slopes(peak, mass, a, b, upstream, upstream_lse, smooth_total, smooth_share, o)
     slope = d_total * fast_exp(-total)
     plain_a, plain_b, dv_b = tl.zeros_like(slope), tl.zeros_like(slope), tl.zeros_like(slope)
     if o.mixed_target_ptr is not None:
-        dv_b, d_total_b, smooth_b, total_b = slot_slopes(peak, mass, b, a, upstream, 0.0, weight_total, smooth_share, o)
+        dv_b, d_total_b, smooth_b, total_b = slot_slopes(peak, mass, b, a, upstream, 0.0, smooth_total, smooth_share, o)
         plain_a = plain_gradient(peak, a, b, d_total_b, total_b, smooth_b)
         plain_b = plain_gradient(peak, b, a, d_total, total, smooth)
         slope += d_total_b * fast_exp(-total_b)

@@ -23,7 +23,9 @@ class KernelOptions(NamedTuple):
     mixed_target_ptr: Any = None  # [N, K] int64
     mix_lambda_ptr: Any = None  # 0-dim or [N, K]
     weight_ptr: Any = None  # [C]
-    weight_total_ptr: Any = None  # 0-dim
+    smoothing_ptr: Any = None  # [C], the smoothing of each class, where some may be masked
+    smooth_weight_ptr: Any = None  # [C], that, or weight_ptr
+    smooth_total_ptr: Any = None  # 0-dim, its sum
     class_bias_ptr: Any = None  # [C]
     class_scale_ptr: Any = None  # [C]
     margin_ptr: Any = None  # [C], or [3, C] where angular: margin, cosine, sine
@@ -39,6 +41,7 @@ class KernelOptions(NamedTuple):
     angular: Any = False
     smooth: Any = False
     soft: Any = False
+    masks: Any = False  # whether classes of no weight may have logits of -inf
 
 
 def kernel_options(o: RowOptions) -> KernelOptions:
@@ -49,12 +52,15 @@ def kernel_options(o: RowOptions) -> KernelOptions:
         if o.angular:
             margin = torch.stack([margin, margin.cos(), margin.sin()])
     smooth = o.label_smoothing > 0
+    smooth_weight = o.weight if o.smooth_weight is None else o.smooth_weight
     return KernelOptions(
         target_ptr=o.target if o.soft else o.target.contiguous(),
         mixed_target_ptr=None if o.mixed_target is None else o.mixed_target.contiguous(),
         mix_lambda_ptr=None if share is None else share.contiguous(),
         weight_ptr=o.weight,
-        weight_total_ptr=o.weight.sum() if smooth and o.weight is not None and not o.soft else None,
+        smoothing_ptr=o.smooth_weight,
+        smooth_weight_ptr=smooth_weight,
+        smooth_total_ptr=smooth_weight.sum() if smooth and smooth_weight is not None and not o.soft else None,
         class_bias_ptr=o.class_bias,
         class_scale_ptr=o.class_scale,
         margin_ptr=margin,
@@ -70,6 +76,7 @@ def kernel_options(o: RowOptions) -> KernelOptions:
         angular=tl.constexpr(o.angular),
         smooth=tl.constexpr(smooth),
         soft=tl.constexpr(o.soft),
+        masks=tl.constexpr(o.masks),
     )
 
 

@@ -296,7 +296,7 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
     rest = results.rest.zero_()
     raw = [torch.zeros_like(results.loss) for _ in _targets(a)]
     best = torch.full_like(results.loss, -math.inf) if with_prediction else None
-    weighted = torch.zeros_like(results.loss)  # sum of w_j u_j
+    weighted = torch.zeros_like(results.loss)  # sum of smooth_weight_j u_j
     sweep = _Blocks(head, block)
     for columns, z in sweep:
         local = [sweep.local(target, columns) for target in _targets(a)]
@@ -317,10 +317,10 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
     terms = _terms(head, raw)
 
     def smooth_sum(slot: Slot) -> Tensor:
-        """sum_j w_j (D - u_j) with v_y in place of u_y."""
+        """sum_j smooth_weight_j (D - u_j) with v_y in place of u_y."""
         moved = torch.where(slot.shifted == slot.plain, 0.0, slot.shifted - slot.plain)  # both may be -inf
-        u = weighted + slot.weight * moved
-        return terms.weight.sum() * (rest[0] + terms.total(slot, rest)) - u
+        u = weighted + terms.weigh(slot.smooth_weight, moved)
+        return terms.smooth_weight.sum() * (rest[0] + terms.total(slot, rest)) - u
 
     results.loss.copy_(terms.loss(rest, smooth_sum))
     results.lse.copy_(terms.lse(rest))
@@ -328,12 +328,12 @@ def forward_classes(head: Head, block: int, with_prediction: bool) -> Forward:
 
 
 def _smoothing_slopes(head: Head, columns: slice) -> tuple[Tensor, Tensor]:
-    """w_j and d/d(x_j) of u_j, times w_j, for a block; each [c]."""
+    """smooth_weight_j, and it times d/d(x_j) of u_j, for a block; each [c]."""
     a = head.a
     scale = a.options.scale if a.options.learned_scale is None else a.options.scale * a.options.learned_scale
     weight = torch.ones(columns.stop - columns.start, dtype=a.compute_dtype, device=a.input.device)
-    if a.options.weight is not None:
-        weight = a.options.weight[columns]
+    if (given := a.options.weight if a.options.smooth_weight is None else a.options.smooth_weight) is not None:
+        weight = given[columns]
     slope = scale * weight
     return weight, slope if head.class_scale is None else slope * head.class_scale[columns]
 
@@ -342,7 +342,7 @@ def _weighted_sum(head: Head, z: Tensor, columns: slice) -> Tensor:
     weight, slope = _smoothing_slopes(head, columns)
     total = torch.cat([torch.mv(z[rows].to(slope.dtype), slope) for rows in products.blocks(z)] or [z.sum(1)])
     if head.a.options.class_bias is not None:
-        total = total + torch.dot(weight, head.a.options.class_bias[columns])
+        total = total + torch.dot(weight, head.a.options.class_bias[columns].masked_fill(weight == 0, 0.0))
     return total[:, None]
 
 

@@ -14,6 +14,8 @@ D_t - v_t is softplus(L_t - v_t) with L_t the log-sum-exp of the columns other t
 built from exp(L_t - D_t), so neither cancels when a row is nearly right. Class probabilities q have no special column:
 
     loss = k sum_j w_j ((1 - smoothing) q_j + smoothing / C) (D - u_j)
+
+Classes that class_bias masks (-inf) leave the sums over j, and C is the number of the others.
 """
 
 from __future__ import annotations
@@ -53,12 +55,13 @@ class _Rows(RowTerms):
 
     def smooth_sum(self, slot: Slot, rest: Tensor) -> Tensor:
         u = torch.where(self._is_target(slot), slot.shifted[:, None], self.u) - rest[0][:, None]
-        return (self.weight[:, None] * (self.total(slot, rest)[:, None] - u)).sum(1)
+        return self.weigh(self.smooth_weight[:, None], self.total(slot, rest)[:, None] - u).sum(1)
 
     def soft_weights(self) -> Tensor:
         """w_j times the smoothed probabilities, [N, C, K]."""
         assert self.q is not None
-        return self.weight[:, None] * ((1 - self.smoothing) * self.q + self.smoothing / self.classes)
+        kept, smooth = (1 - self.smoothing) * self.weight, self.smooth_share * self.smooth_weight
+        return kept[:, None] * self.q + smooth[:, None]
 
 
 def _over_rows(values: Tensor, targets: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -81,7 +84,7 @@ def forward(
     lse = rows.lse(rest)
     if rows.q is not None:
         log_probabilities = (rows.u - rest[0][:, None]) - rest[1].log()[:, None]
-        loss = -rows.factor * (rows.soft_weights() * log_probabilities).sum(1)
+        loss = -rows.factor * rows.weigh(rows.soft_weights(), log_probabilities).sum(1)
     else:
         loss = rows.loss(rest, lambda slot: rows.smooth_sum(slot, rest))
     prediction = a.input.argmax(1) if with_prediction else a.input.new_empty((0,), dtype=torch.int64)
@@ -124,7 +127,7 @@ def backward(
             grads[1] = torch.empty_like(a.options.target).copy_(-slope * log_probabilities)
     else:
         slope, smooth, targets = rows.slopes(rest, grad_loss, grad_lse)
-        du = slope[:, None] * exp_u - smooth[:, None] * rows.weight[:, None]
+        du = slope[:, None] * exp_u - smooth[:, None] * rows.smooth_weight[:, None]
         for slot, plain, dv in targets:
             kept = torch.where(slot.valid, plain, du.gather(1, slot.column[:, None])[:, 0])
             du = du.scatter(1, slot.column[:, None], kept[:, None])

@@ -52,7 +52,8 @@ from ..._rows.triton_math import (
     largest,
     load_label,
     load_scale,
-    load_weight_total,
+    load_smooth_share,
+    load_smooth_total,
     make_slot,
     merge_best,
     rescale_sums,
@@ -118,8 +119,8 @@ def add_bias(slot, biases, expert: tl.constexpr, classes):
         bias_ptr, before = locate_bias(biases, expert, classes)
         bias += tl.load(bias_ptr + before + index)
     return Slot(
-        slot.column, slot.valid, slot.factor, slot.weight, slot.plain + bias, slot.shifted + bias, slot.cosine,
-        slot.phi, slot.dphi_dc, slot.dphi_dm,
+        slot.column, slot.valid, slot.factor, slot.weight, slot.smooth_weight, slot.plain + bias, slot.shifted + bias,
+        slot.cosine, slot.phi, slot.dphi_dc, slot.dphi_dm,
     )  # fmt: skip
 
 
@@ -182,7 +183,6 @@ def load_slot_of_sum(row_ptrs, label, share, o, classes, scale, SLOT: tl.constex
     total = tl.load(row_ptrs[0] + index).to(tl.float32)
     for e in tl.static_range(1, EXPERTS):
         total += tl.load(row_ptrs[e] + index).to(tl.float32)
-    total = tl.where(scale * total == INF, float("nan"), total)  # as in log_softmax
     return make_slot(total, label, share, o, scale, classes, SLOT)
 
 
@@ -253,7 +253,7 @@ def write_ensemble(
     loss_ptr,  # [N]
     prediction_ptr,  # [N] int64
     logits_ptrs, row, expert_stride, row_stride, head, groups, group_a, group_b, sum_edge, edge, edge_mask, rest_mask,
-    mean_a, mean_b, weight_total, plain, mean_scale, GROUP: tl.constexpr, LANES: tl.constexpr, SWEEP: tl.constexpr,
+    mean_a, mean_b, smooth_total, plain, mean_scale, GROUP: tl.constexpr, LANES: tl.constexpr, SWEEP: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Write the cross-entropy and the prediction of the experts' mean."""
@@ -267,7 +267,7 @@ def write_ensemble(
     masses, _ = rescale_sums(peaks, masses, masses, masses, peak)
     peak = finite_reference(peak)
     mass = tl.sum(masses, 0) + tl.sum(fast_exp(z_rest - peak), 0)
-    loss, _ = row_loss(peak, mass, 0.0, mean_a, mean_b, weight_total, 0.0, plain)
+    loss, _ = row_loss(peak, mass, 0.0, mean_a, mean_b, smooth_total, 0.0, plain)
     tl.store(loss_ptr + row, loss)
     best, column = best_of_sum(
         logits_ptrs, row, expert_stride, row_stride, head, bests, groups_of_bests, mean_scale, GROUP, EXPERTS
@@ -321,8 +321,8 @@ def expert_cross_entropy_forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     scale = load_scale(o.scale, o.learned_scale_ptr)
     mean_scale = scale * (1.0 / EXPERTS)
-    smooth_share = o.label_smoothing / classes
-    weight_total = load_weight_total(o, classes)
+    smooth_share = load_smooth_share(o, classes)
+    smooth_total = load_smooth_total(o, classes)
 
     _, head, groups = split_groups(row * row_stride, classes, GROUP)
     label_a = load_label(o.target_ptr + row, classes, ignore_index)
@@ -376,12 +376,12 @@ def expert_cross_entropy_forward_kernel(
             grad_row_ptr = row_begin(grad_ptr, row, e, grad_expert_stride, grad_row_stride)
             grad_body_ptr = body_begin(grad_ptr, row, e, grad_expert_stride, grad_row_stride, GROUP)
         loss_row_ptr, rest_row_ptr = loss_ptr + e * rows + row, rest_ptr + 2 * e * rows + row
-        loss, _ = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
+        loss, _ = row_loss(peak, mass, weighted, a, b, smooth_total, smooth_share, o)
         tl.store(loss_row_ptr, loss)
         tl.store(rest_row_ptr, peak)
         tl.store(rest_row_ptr + rows, mass)
         if grad_ptr is not None:
-            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
+            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, smooth_total, smooth_share, o)
             dx = edge_gradient(exp_edge, exp_edge, a, b, slopes, edge, edge_mask, o, scale)
             tl.store(grad_row_ptr + edge, dx.to(grad_ptr.dtype.element_ty), mask=edge_mask)
             dx = body_gradient(exp, exp, slopes, head, offsets, mask, o, scale, WIDE)
@@ -389,7 +389,7 @@ def expert_cross_entropy_forward_kernel(
     if ENSEMBLE:
         write_ensemble(
             ensemble_loss_ptr, ensemble_prediction_ptr, logits_ptrs, row, expert_stride, row_stride, head,
-            groups, group_a, group_b, sum_edge, edge, edge_mask, rest_mask, mean_a, mean_b, weight_total, plain,
+            groups, group_a, group_b, sum_edge, edge, edge_mask, rest_mask, mean_a, mean_b, smooth_total, plain,
             mean_scale, GROUP, LANES, SWEEP, EXPERTS,
         )  # fmt: skip
 

@@ -59,10 +59,9 @@ def count_options(a: Arguments) -> int:
     as one."""
     o = a.options
     smooth, mixed = o.label_smoothing > 0, o.mixed_target is not None
+    weighted = o.weight is not None or o.smooth_weight is not None
     two_biases = o.class_bias is not None and a.log_prior is not None
-    return (
-        (o.class_scale is not None) + (smooth and o.weight is not None) + two_biases + (o.angular + smooth + mixed) // 2
-    )
+    return (o.class_scale is not None) + (smooth and weighted) + two_biases + (o.angular + smooth + mixed) // 2
 
 
 def parts_of(a: Arguments, outputs: list[Tensor]) -> list[Part] | None:

@@ -30,8 +30,9 @@ from ..._rows.triton_math import (
     affine,
     fast_exp,
     load_scale,
+    load_smooth_share,
+    load_smooth_total,
     load_upstream,
-    load_weight_total,
     row_slopes,
 )
 from ..._rows.triton_options import per_row
@@ -86,8 +87,8 @@ def linear_margin_cross_entropy_terms_kernel(
         rest_ptr, grad_loss_ptr, grad_lse_ptr, row, rows, grad_loss_stride, grad_lse_stride
     )
     a, cosine_a, b, cosine_b = load_targets(f, v, o, row, rows, classes, ignore_index)
-    smooth_share = o.label_smoothing / classes
-    slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, load_weight_total(o, classes), smooth_share, o)
+    smooth_share = load_smooth_share(o, classes)
+    slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, load_smooth_total(o, classes), smooth_share, o)
     size = tl.cast(padded, tl.int64)
     out_ptr = terms_ptr + out
     mask = out < padded
@@ -157,8 +158,8 @@ def linear_margin_cross_entropy_grad_input_kernel(
         slope, offset = load_class_vectors(v, scale, columns, classes)
         du = row_slope[:, None] * fast_exp(affine(s, slope, offset) - peak[:, None])
         if o.smooth:
-            if o.weight_ptr is not None:
-                du -= smooth[:, None] * tl.load(o.weight_ptr + columns, mask=columns < classes, other=0.0)
+            if o.smooth_weight_ptr is not None:
+                du -= smooth[:, None] * tl.load(o.smooth_weight_ptr + columns, mask=columns < classes, other=0.0)
             else:
                 du -= smooth[:, None]
         if o.mixed_target_ptr is not None:
@@ -192,8 +193,8 @@ def linear_margin_cross_entropy_grad_factor_kernel(
     columns = column[:, None]
     scale = load_scale(o.scale, o.learned_scale_ptr)
     slope, offset = load_class_vectors(v, scale, columns, classes)
-    if o.smooth and o.weight_ptr is not None:
-        weight = tl.load(o.weight_ptr + columns, mask=columns < classes, other=0.0)
+    if o.smooth and o.smooth_weight_ptr is not None:
+        weight = tl.load(o.smooth_weight_ptr + columns, mask=columns < classes, other=0.0)
     size = tl.cast(padded, tl.int64)
     grad = tl.zeros([BLOCK_C, f.block_d], tl.float32)
     sum_through = tl.zeros([BLOCK_C], tl.float32)
@@ -208,7 +209,7 @@ def linear_margin_cross_entropy_grad_factor_kernel(
         du = tl.load(own_ptr + SLOPE * size)[None, :] * du
         if o.smooth:
             smooth = tl.load(own_ptr + SMOOTH * size)[None, :]
-            if o.weight_ptr is not None:
+            if o.smooth_weight_ptr is not None:
                 smooth = smooth * weight
             du -= smooth
         if o.mixed_target_ptr is not None:

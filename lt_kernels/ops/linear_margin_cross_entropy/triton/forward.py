@@ -19,12 +19,14 @@ from ..._rows.triton_math import (
     largest,
     load_label,
     load_scale,
-    load_weight_total,
+    load_smooth_share,
+    load_smooth_total,
     merge_best,
     rescale_sums,
     row_loss,
     same_number,
     start_sums,
+    times_weight,
 )
 from ..._triton import launch_with
 from ..arguments import Arguments
@@ -87,9 +89,9 @@ def linear_margin_cross_entropy_forward_kernel(
         if o.smooth:
             counted = (columns < classes) & ~is_target
             w_j = tl.full([1, BLOCK_C], 1.0, tl.float32)
-            if o.weight_ptr is not None:
-                w_j = tl.load(o.weight_ptr + columns, mask=columns < classes, other=0.0)
-            weighted += tl.sum(tl.where(counted, w_j * z, 0.0), 1)
+            if o.smooth_weight_ptr is not None:
+                w_j = tl.load(o.smooth_weight_ptr + columns, mask=columns < classes, other=0.0)
+            weighted += tl.sum(tl.where(counted, times_weight(w_j, z, o), 0.0), 1)
             visited += tl.sum(tl.where(counted, w_j, 0.0), 1)
         if partial_column_ptr is not None:
             raw = raw_logits(s, v, columns, classes)
@@ -151,7 +153,7 @@ def linear_margin_cross_entropy_finish_kernel(
             best, best_column = merge_best(best, best_column, split_best, split_column)
     peak = finite_reference(peak)
     a, _, b, _ = load_targets(f, v, o, row, rows, classes, ignore_index)
-    loss, lse = row_loss(peak, mass, weighted, a, b, load_weight_total(o, classes), o.label_smoothing / classes, o)
+    loss, lse = row_loss(peak, mass, weighted, a, b, load_smooth_total(o, classes), load_smooth_share(o, classes), o)
     tl.store(loss_ptr + row, loss, mask=inside)
     tl.store(lse_ptr + row, lse, mask=inside)
     tl.store(rest_ptr + row, peak, mask=inside)

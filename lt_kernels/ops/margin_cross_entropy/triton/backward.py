@@ -32,8 +32,9 @@ from ..._rows.triton_math import (
     load_label,
     load_scale,
     load_slots,
+    load_smooth_share,
+    load_smooth_total,
     load_upstream,
-    load_weight_total,
     row_slopes,
 )
 from ..._rows.triton_options import KernelOptions, kernel_options, per_row
@@ -49,6 +50,7 @@ class TileVectors(NamedTuple):
     slope_x: Any  # du/dx
     class_bias: Any  # None if there is none
     weight: Any
+    smooth_weight: Any
     class_scale: Any
 
 
@@ -135,7 +137,7 @@ def margin_cross_entropy_rows_backward_kernel(
     offset, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
     grad_offset, grad_aligned, _, _ = split_row(n, k, grad_stride_n, grad_stride_k, classes, GROUP)
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    smooth_share = o.label_smoothing / classes
+    smooth_share = load_smooth_share(o, classes)
     row_ptr = input_ptr + offset
     peak, mass, upstream, upstream_lse = load_upstream(
         rest_ptr, grad_loss_ptr, grad_lse_ptr, row, rows, grad_loss_stride, grad_lse_stride
@@ -150,14 +152,14 @@ def margin_cross_entropy_rows_backward_kernel(
         a, b = smooth, smooth  # not used
         slopes = Slopes((smooth * tl.load(soft_mass_ptr + row) + upstream_lse) / mass, smooth, None, None)
     else:
-        weight_total = load_weight_total(o, classes)
+        smooth_total = load_smooth_total(o, classes)
         CLASS_STRIDE: tl.constexpr = 1 if own_ptr is None else 0
         row_ptr_a, row_ptr_b = row_ptr, row_ptr
         if own_ptr is not None:  # another program of this row, or another warp, may be done with the targets' columns
             row_ptr_a, row_ptr_b = own_ptr + row, own_ptr + rows + row
         a, b = load_slots(row_ptr_a, row, o, scale, classes, CLASS_STRIDE, ignore_index, row_ptr_b)
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
-        slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, weight_total, smooth_share, o)
+        slopes = row_slopes(peak, mass, a, b, upstream, upstream_lse, smooth_total, smooth_share, o)
 
     at = Place(row_ptr, head, groups, group_a, group_b, scale, smooth_share)
     if tile == 0:
@@ -203,7 +205,7 @@ def margin_cross_entropy_soft_mass_kernel(
         columns = begin + tl.arange(0, BLOCK_C)[:, None]
         mask = (columns < classes // ALIGN * ALIGN) & inside[None, :]
         offsets = columns.to(tl.int64) * target_stride_c
-        total += load_soft_weights(q_ptr, offsets, 0, columns, mask, o.label_smoothing / classes, o, False)
+        total += load_soft_weights(q_ptr, offsets, 0, columns, mask, load_smooth_share(o, classes), o, False)
     tl.store(soft_mass_ptr + row, tl.sum(total, 0), mask=inside)
 
 
@@ -248,8 +250,8 @@ def margin_cross_entropy_terms_kernel(
         row_ptr = input_ptr + row // positions * input_stride_n + row % positions * input_stride_k
         a, b = load_slots(row_ptr, row, o, scale, classes, input_stride_c, ignore_index)
         slopes = row_slopes(
-            peak, mass, a, b, upstream, upstream_lse, load_weight_total(o, classes),
-            o.label_smoothing / classes, o,
+            peak, mass, a, b, upstream, upstream_lse, load_smooth_total(o, classes),
+            load_smooth_share(o, classes), o,
         )  # fmt: skip
         tl.store(out_ptr, slopes.slope, mask=inside)
         tl.store(out_ptr + size, slopes.smooth, mask=inside)
@@ -304,7 +306,10 @@ def load_tile_vectors(columns, real, o, scale):
     weight = 1.0
     if o.weight_ptr is not None and (o.smooth or o.soft):
         weight = tl.load(o.weight_ptr + columns, mask=real, other=0.0)
-    return TileVectors(slope_x, class_bias, weight, class_scale)
+    smooth_weight = weight
+    if o.smoothing_ptr is not None:
+        smooth_weight = tl.load(o.smooth_weight_ptr + columns, mask=real, other=0.0)
+    return TileVectors(slope_x, class_bias, weight, smooth_weight, class_scale)
 
 
 @triton.jit
@@ -377,7 +382,7 @@ def margin_cross_entropy_tiles_backward_kernel(
     real = columns < classes // ALIGN * ALIGN
     scale = load_scale(o.scale, o.learned_scale_ptr)
     size = tl.cast(rows, tl.int64)
-    slope_x, class_bias, weight, class_scale = load_tile_vectors(columns, real, o, scale)
+    slope_x, class_bias, weight, smooth_weight, class_scale = load_tile_vectors(columns, real, o, scale)
     sum_bias = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)  # rows are added up at the end: no exchange in the loop
     sum_scale = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     sum_margin = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
@@ -398,9 +403,13 @@ def margin_cross_entropy_tiles_backward_kernel(
         if o.soft:
             offsets = k[None, :] * target_stride_k * ALIGN + columns.to(tl.int64) * target_stride_c
             q = tl.load(o.target_ptr + n * target_stride_n * ALIGN + offsets, mask=mask, other=0.0).to(tl.float32)
-            if o.smooth:
-                q = (1.0 - o.label_smoothing) * q + o.label_smoothing / classes
-            du -= smooth * (weight * q)
+            if o.smoothing_ptr is not None:
+                q = (1.0 - o.label_smoothing) * (weight * q) + smooth_weight
+            elif o.smooth:
+                q = weight * ((1.0 - o.label_smoothing) * q + load_smooth_share(o, classes))
+            else:
+                q = weight * q
+            du -= smooth * q
             if grad_target_ptr is not None:
                 log_mass = tl.log(tl.load(rest_ptr + size + row))[None, :]
                 dq = smooth * (o.label_smoothing - 1.0) * (u - log_mass) * weight
@@ -408,7 +417,7 @@ def margin_cross_entropy_tiles_backward_kernel(
                 offsets += n * grad_target_stride_n * ALIGN
                 tl.store(grad_target_ptr + offsets, dq.to(grad_target_ptr.dtype.element_ty), mask=mask)
         elif o.smooth:
-            du -= smooth * weight
+            du -= smooth * smooth_weight
         through = du
         own_ptr = terms_ptr + 2 * size + row
         if not o.soft:

@@ -55,7 +55,8 @@ from ..._rows.triton_math import (
     load_label,
     load_scale,
     load_slots,
-    load_weight_total,
+    load_smooth_share,
+    load_smooth_total,
     merge_best,
     place_targets,
     rescale_sums,
@@ -64,6 +65,7 @@ from ..._rows.triton_math import (
     same_number,
     start_sums,
     target_gradient,
+    times_weight,
 )
 from ..._rows.triton_options import kernel_options
 from ..._triton import launch_with
@@ -100,11 +102,11 @@ def sum_body(
         peaks, masses, weighteds, z = merge_online_lse(u, peaks, masses, weighteds, visiteds)
         if o.soft:
             q = load_soft_weights(q_body, offsets, at.head, offsets, mask, at.smooth_share, o, WIDE)
-            weighteds += lane_sum(tl.where(mask, q * z, 0.0))
+            weighteds += lane_sum(tl.where(mask, times_weight(q, z, o), 0.0))
             visiteds += lane_sum(q)
         elif o.smooth:
             weighteds += lane_sum(weigh(z, at.head, offsets, mask, o, WIDE))
-            if o.weight_ptr is not None:
+            if o.smooth_weight_ptr is not None:
                 ones = tl.full(x.shape, 1.0, tl.float32)
                 visiteds += lane_sum(weigh(ones, at.head, offsets, mask, o, WIDE))
             else:
@@ -191,7 +193,7 @@ def margin_cross_entropy_rows_statistics_kernel(
     begin = part * part_groups
     end = tl.minimum(begin + part_groups, groups)
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    at = Place(input_ptr + offset, head, groups, group_a, group_b, scale, o.label_smoothing / classes)
+    at = Place(input_ptr + offset, head, groups, group_a, group_b, scale, load_smooth_share(o, classes))
     found = sum_body(at, input_ptr + aligned, q_body, begin, end, o, PREDICT, GROUP, LANES, REPEAT)
     out_ptr = partial_ptr + row * parts + part
     size = tl.cast(rows, tl.int64) * parts
@@ -222,7 +224,7 @@ def sum_one_tile(
     if o.soft:
         q = load_soft_weights(q_body, offsets, at.head, offsets, mask, at.smooth_share, o, WIDE)
         visited = tl.sum(lane_sum(q), 0)
-        weighted = tl.sum(lane_sum(tl.where(mask, q * (u - peak), 0.0)), 0)
+        weighted = tl.sum(lane_sum(tl.where(mask, times_weight(q, u - peak, o), 0.0)), 0)
     elif o.smooth:
         weighted = tl.sum(lane_sum(weigh(u - peak, at.head, offsets, mask, o, WIDE)), 0)
     best, column = peak, at.head  # not used
@@ -233,7 +235,7 @@ def sum_one_tile(
 
 
 @triton.jit
-def finish_row(at, q_row, peak, mass, weighted, visited, edge, a, b, factor, weight_total, o):
+def finish_row(at, q_row, peak, mass, weighted, visited, edge, a, b, factor, smooth_total, o):
     """Add the edge to the body's sums. Return them, the edge's exponentials and soft weights, loss and log-sum-exp."""
     e_edge = fast_exp(tl.where(edge.rest, edge.u, -INF) - peak)
     mass += tl.sum(e_edge, 0)
@@ -241,13 +243,13 @@ def finish_row(at, q_row, peak, mass, weighted, visited, edge, a, b, factor, wei
     if o.soft:
         q_edge = load_soft_weights(q_row, edge.columns, 0, edge.columns, edge.mask, at.smooth_share, o, False)
         visited += tl.sum(q_edge, 0)
-        weighted += tl.sum(tl.where(edge.mask, q_edge * (edge.u - peak), 0.0), 0)
+        weighted += tl.sum(tl.where(edge.mask, times_weight(q_edge, edge.u - peak, o), 0.0), 0)
         log_mass = tl.log(mass)
         loss, lse = factor * (visited * log_mass - weighted), peak + log_mass
     else:
         if o.smooth:
             weighted += tl.sum(weigh(edge.u - peak, 0, edge.columns, edge.rest, o, False), 0)
-        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, at.smooth_share, o)
+        loss, lse = row_loss(peak, mass, weighted, a, b, smooth_total, at.smooth_share, o)
     return mass, visited, e_edge, q_edge, loss, lse
 
 
@@ -308,17 +310,17 @@ def margin_cross_entropy_rows_forward_kernel(
     offset, aligned, head, groups = split_row(n, k, input_stride_n, input_stride_k, classes, GROUP)
     q_row, q_body = o.target_ptr, o.target_ptr
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    smooth_share = o.label_smoothing / classes
+    smooth_share = load_smooth_share(o, classes)
     row_ptr, body_ptr = input_ptr + offset, input_ptr + aligned
     group_a, group_b = -1, -1
     if o.soft:
         q_offset, q_aligned, _, _ = split_row(n, k, target_stride_n, target_stride_k, classes, GROUP)
         q_row, q_body = o.target_ptr + q_offset, o.target_ptr + q_aligned
         factor = load_factor(o)
-        a, b, weight_total = factor, factor, factor  # not used
+        a, b, smooth_total = factor, factor, factor  # not used
     else:
-        weight_total = load_weight_total(o, classes)
-        factor = weight_total  # not used
+        smooth_total = load_smooth_total(o, classes)
+        factor = smooth_total  # not used
         a, b = load_slots(row_ptr, row, o, scale, classes, 1, ignore_index)
         group_a, group_b = target_groups(a.column, b.column, head, groups, MIXED, GROUP)
 
@@ -343,7 +345,7 @@ def margin_cross_entropy_rows_forward_kernel(
         tl.store(prediction_ptr + row, prediction.to(tl.int64))
 
     mass, visited, e_edge, q_edge, loss, lse = finish_row(
-        at, q_row, peak, mass, weighted, found.visited, edge, a, b, factor, weight_total, o
+        at, q_row, peak, mass, weighted, found.visited, edge, a, b, factor, smooth_total, o
     )
     if o.soft and soft_mass_ptr is not None:
         tl.store(soft_mass_ptr + row, visited)
@@ -359,7 +361,7 @@ def margin_cross_entropy_rows_forward_kernel(
         if o.soft:
             slopes = Slopes(factor * visited / mass, factor, None, None)
         else:
-            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, at.smooth_share, o)
+            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, smooth_total, at.smooth_share, o)
         dx = edge_gradient(e_edge, q_edge, a, b, slopes, edge.columns, edge.mask, o, scale)
         tl.store(grad_ptr + grad_offset + edge.columns, dx.to(grad_ptr.dtype.element_ty), mask=edge.mask)
         if BODY == "tile":
@@ -408,7 +410,7 @@ def sum_tiles(
         if o.soft:
             q_offsets = columns.to(tl.int64) * target_stride_c
             q = load_soft_weights(q_ptr, q_offsets, 0, columns, mask, smooth_share, o, False)
-            weighteds += tl.sum(tl.where(mask, q * z, 0.0), REPEAT_AXIS)
+            weighteds += tl.sum(tl.where(mask, times_weight(q, z, o), 0.0), REPEAT_AXIS)
             visiteds += tl.sum(q, REPEAT_AXIS)
         elif o.smooth:
             weighteds += tl.sum(weigh(z, 0, columns, counted, o, False), REPEAT_AXIS)
@@ -500,13 +502,13 @@ def margin_cross_entropy_tiles_forward_kernel(
     tile_ptr = input_ptr + n * input_stride_n + k[None, None, :] * input_stride_k
     q_ptr = o.target_ptr
     scale = load_scale(o.scale, o.learned_scale_ptr)
-    smooth_share = o.label_smoothing / classes
+    smooth_share = load_smooth_share(o, classes)
     if o.soft:
         q_ptr = o.target_ptr + n * target_stride_n + k[None, None, :] * target_stride_k
         factor = load_factor(o)
         a, b = factor, factor  # not used
     else:
-        weight_total = load_weight_total(o, classes)
+        smooth_total = load_smooth_total(o, classes)
         a, b = load_slots(row_ptr, row, o, scale, classes, input_stride_c, ignore_index)
 
     found, bests = sum_tiles(
@@ -533,7 +535,7 @@ def margin_cross_entropy_tiles_forward_kernel(
         log_mass = tl.log(mass)
         loss, lse = factor * (visited * log_mass - weighted), peak + log_mass
     else:
-        loss, lse = row_loss(peak, mass, weighted, a, b, weight_total, smooth_share, o)
+        loss, lse = row_loss(peak, mass, weighted, a, b, smooth_total, smooth_share, o)
     tl.store(loss_ptr + row, loss, mask=inside)
     tl.store(lse_ptr + row, lse, mask=inside)
     if prediction_ptr is not None:
@@ -546,7 +548,7 @@ def margin_cross_entropy_tiles_forward_kernel(
         if o.soft:
             slope, smooth, targets = factor * visited / mass, factor, factor
         else:
-            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, weight_total, smooth_share, o)
+            slopes = row_slopes(peak, mass, a, b, 1.0, 0.0, smooth_total, smooth_share, o)
             slope, smooth = slopes.slope, slopes.smooth[None, None, :]
             targets = target_gradient(a, b, slopes, o)
         write_tiles_gradient(
@@ -606,7 +608,8 @@ def _forward_rows(a: Arguments, layout: Layout, arguments: dict[str, Any], rows:
     """Launch the rows kernels of a forward pass."""
     o, soft, predict = a.options, a.options.soft, arguments["prediction_ptr"] is not None
     smooth, mixed = o.label_smoothing > 0, o.mixed_target is not None
-    hungry = [o.class_scale is not None, o.weight is not None and smooth, soft]
+    each = o.weight is not None or o.smooth_weight is not None
+    hungry = [o.class_scale is not None, each and (smooth or soft), soft]
     number = sum([*hungry, predict, o.angular, mixed, smooth])
     launch = table.rows_launch(
         rows, a.input.shape[1], a.input.element_size(), layout.aligned,
