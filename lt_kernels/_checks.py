@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import _settings
@@ -325,7 +326,7 @@ def _by_class(name: str, value: Any, gap: float | None) -> Any:
 
 def check_each_class(name: str, vector: Tensor, holds: Tensor, expected: str) -> None:
     """Refuse a vector with an entry for which ``holds`` is False, naming the first."""
-    bad = (~holds).nonzero().flatten().tolist()
+    bad = [] if has_no_values(holds) else (~holds).nonzero().flatten().tolist()
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ValueError(f"{name}: got {vector[bad[0]].item():g} at class {bad[0]}{more}, expected {expected}")
@@ -366,7 +367,7 @@ def reads_values(tensor: Tensor) -> bool:
     """Return whether values are checked: on the CPU, where nothing has to be waited for, and everywhere with checks
     on."""
     here = tensor.device.type == "cpu" or _settings.checks
-    return here and not torch.compiler.is_compiling() and not is_batched(tensor)
+    return here and not torch.compiler.is_compiling() and not has_no_values(tensor)
 
 
 def is_transformed() -> bool:
@@ -383,9 +384,14 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
+def has_no_values(tensor: Tensor) -> bool:
+    """Return whether a tensor cannot be read: on the meta device, fake, or batched."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or is_batched(tensor)
+
+
 def check_all(name: str, holds: Tensor, problem: str) -> None:
     """Refuse values with a ``problem`` unless ``holds`` is True for each. Reads values: a GPU is waited for."""
-    if not is_batched(holds) and not bool(holds.all()):
+    if not has_no_values(holds) and not bool(holds.all()):
         raise ValueError(f"{name}: got {problem}")
 
 
@@ -398,7 +404,7 @@ def check_classes(
     if none is not None:
         bad &= label != none
         hint = f" or ignore_index={none}" if hint is None else hint
-    if not is_batched(bad) and bool(bad.any()):
+    if not has_no_values(bad) and bool(bad.any()):
         row = int(bad.flatten().nonzero()[0])
         got = int(label.flatten()[row])
         raise IndexError(f"{name}: row {row} has {what} {got}, expected 0 <= {what} < {classes}{hint or ''}")
@@ -413,7 +419,7 @@ def product_dtype(left: Tensor, right: Tensor, name: str, other: str) -> torch.d
     """Return the dtype of the product of two matrices; ``right`` is the argument ``name``, ``left`` is ``other``."""
     kinds = {left.dtype, right.dtype}
     device = left.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in kinds:
+    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in kinds:
         return torch.get_autocast_dtype(device)
     if len(kinds) == 2 and (torch.float32 not in kinds or torch.float64 in kinds):
         raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from _loss_cases import CASES, COUNTS, make_batch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lt_kernels import ExpertHead, LinearHead, losses
 from lt_kernels import functional as LF
@@ -226,3 +228,70 @@ def exported(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any])
 @each_loss()
 def test_losses_export(case):
     exported(case.make(COUNTS, **case.options), *arguments(case))
+
+
+HEAD_CALLS: dict[str, Any] = {
+    "LinearHead": lambda b: LINEAR_HEAD(b.embeddings, b.target),
+    "LinearHead.logits": lambda b: LINEAR_HEAD(b.embeddings),
+    "LinearHead.predict": lambda b: LINEAR_HEAD.predict(b.embeddings, 2).confidence,
+    "ExpertHead": lambda b: EXPERT_HEAD(b.embeddings),
+    "ExpertHead.predict": lambda b: EXPERT_HEAD.predict(b.embeddings, 2).confidence,
+}
+
+
+class _Calls(nn.Module):
+    """A module for the exporter, which calls a head."""
+
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.head, self.experts, self.call = LINEAR_HEAD, EXPERT_HEAD, call
+
+    def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        return self.call(SINGLE._replace(embeddings=embeddings, target=target))
+
+
+@pytest.mark.parametrize("name", HEAD_CALLS)
+def test_heads_export(name):
+    exported(_Calls(HEAD_CALLS[name]), (Z, Y), {})
+
+
+# -------------------------------------------------------------------------------------------- tensors without memory
+
+
+def without_memory(call: Callable[[Any], Tensor], device: str) -> None:
+    """Run a loss forward and backward on meta or fake tensors."""
+    with FakeTensorMode(allow_non_fake_inputs=True) if device == "fake" else contextlib.nullcontext() as mode:
+        fresh = (mode.from_tensor(x) if device == "fake" else x.to("meta") for x in SINGLE)
+        batch = type(SINGLE)(*(x.requires_grad_(x.is_floating_point()) for x in fresh))
+        loss = call(batch)
+        if loss.requires_grad:
+            loss.sum().backward()
+            assert any(x.grad is not None for x in leaves_of(batch))
+    real = call(SINGLE) if device == "fake" else loss
+    assert (loss.shape, loss.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+@each_loss()
+def test_losses_of_tensors_without_memory(case, device):
+    loss = case.make(COUNTS, **case.options)
+    if device == "meta":
+        loss = loss.to("meta")
+    without_memory(lambda batch: case.call(loss, batch), device)
+
+
+@pytest.mark.parametrize("name", ITSELF)
+def test_functions_of_fake_tensors(name):
+    without_memory(ITSELF[name], "fake")
+
+
+@pytest.mark.parametrize("strategy", ["auto", "materialize", "chunked"])
+def test_functions_of_meta_tensors(strategy):
+    weight = W.to("meta")
+    without_memory(lambda b: LF.linear_margin_cross_entropy(b.embeddings, weight, b.target, strategy=strategy), "meta")
+    without_memory(
+        lambda b: LF.partitioned_logsumexp(b.embeddings, b.key, b.target, b.key_label, strategy=strategy).neg, "meta"
+    )
+    without_memory(lambda b: LF.linear_topk(b.embeddings, weight, 2).confidence, "meta")
+    without_memory(lambda b: LF.expert_fusion(b.experts).confidence, "meta")
+    without_memory(lambda b: LF.expert_divergence(b.experts), "meta")
