@@ -106,12 +106,12 @@ class Gradients:
         self.values = {name: a.input.new_empty((0,)) for name in DIFFERENTIABLE}
         self.weight: Tensor | None = None  # of the weight, as far as it has come
         if self.needs["linear_bias"]:
-            self.values["linear_bias"] = torch.zeros(head.columns, dtype=a.compute_dtype, device=a.input.device)
+            self.values["linear_bias"] = torch.zeros(head.columns, dtype=torch.float64, device=a.input.device)
         if self.needs["target"]:
             self.values["target"] = torch.empty_like(a.options.target)
         for name in DIFFERENTIABLE[4:]:
-            if self.needs[name]:
-                self.values[name] = torch.zeros_like(getattr(a.options, name))
+            if self.needs[name]:  # added up in float64: thousands of chunks lose no digits
+                self.values[name] = torch.zeros_like(getattr(a.options, name), dtype=torch.float64)
 
     def add_rows(self, dl: Tensor, rows: slice, scale: Tensor | None = None) -> None:
         """From the gradient dl [n, C * K] of the logits of ``rows``, to be multiplied by ``scale`` (0-dim)."""
@@ -168,6 +168,9 @@ class Gradients:
         if self.needs["linear_bias"]:
             assert a.linear_bias is not None
             self.values["linear_bias"] = self.values["linear_bias"].to(a.linear_bias.dtype)
+        for name in DIFFERENTIABLE[4:]:
+            if self.needs[name]:
+                self.values[name] = self.values[name].to(getattr(a.options, name).dtype)
         return list(self.values.values())
 
 
