@@ -6,9 +6,10 @@ and transformers do so. A module here keeps what its tensors start from as plain
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,14 @@ class InitializedModule(nn.Module):
 
     * Built on the meta device and moved, by ``to_empty`` or ``to``: its tensors have their first values.
     * Moved by ``to_empty`` from any other device: its tensors keep their values.
+    * Moved to the meta device: buffers that were set since, such as a new ``weight``, start from what they were then.
     * ``from_pretrained`` of transformers (5 or later): tensors that the checkpoint lacks have their first values, with
       or without an ``_init_weights`` that calls ``reset_parameters``.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._start: dict[str, Any] = {}
+        self._start: dict[str, tuple[torch.Size, array[float]]] = {}  # no tensors: no move of the module touches them
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -41,17 +43,20 @@ class InitializedModule(nn.Module):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _keep_start(self, name: str, value: Tensor) -> None:
-        """Keep ``value`` as what the tensor ``name`` starts from: numbers, which no move of the module touches."""
-        self._start[name] = value.detach().to("cpu", torch.float64).tolist()
+        """Keep ``value`` as what the tensor ``name`` starts from."""
+        numbers = array("d", bytes(8 * value.numel()))
+        torch.frombuffer(numbers, dtype=torch.float64).copy_(value.detach().flatten())
+        self._start[name] = value.shape, numbers
+
+    def _kept_start(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return a copy of what the tensor ``name`` starts from, on the CPU."""
+        shape, numbers = self._start[name]
+        return torch.frombuffer(numbers, dtype=torch.float64).reshape(shape).to(dtype, copy=True)
 
     def _initial(self) -> dict[str, Tensor]:
         """Return what the module's tensors start from, by name, on the CPU."""
         tensors = self._tensors()
-        return {
-            name: torch.tensor(numbers, dtype=tensors[name].dtype, device="cpu")
-            for name, numbers in self._start.items()
-            if name in tensors
-        }
+        return {name: self._kept_start(name, tensors[name].dtype) for name in self._start if name in tensors}
 
     def _fill(self, names: Iterable[str]) -> None:
         tensors, initial = self._tensors(), self._initial()
@@ -74,6 +79,8 @@ class InitializedModule(nn.Module):
                 moved = fn(start.to(tensor.dtype))
             if moved is not tensor and not moved.is_meta:
                 _copy(moved, start)
+            elif moved.is_meta and is_readable(tensor) and name in self._buffers and name not in initial():
+                self._keep_start(name, tensor)
             return moved
 
         return super()._apply(with_values, recurse)

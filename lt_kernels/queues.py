@@ -112,7 +112,7 @@ class ClassQueue(InitializedModule):
         prior = ClassPrior(class_counts, zero_counts="mask")
         self.num_classes = len(prior)
         self._dtype = as_dtype("dtype", dtype)
-        self._sizes = self._apportioned(prior).tolist()
+        self._keep_start("sizes", self._apportioned(prior))
         _register(self, device_of(device, class_counts))
 
     @torch.no_grad()
@@ -202,7 +202,7 @@ class ClassQueue(InitializedModule):
         self.features.copy_(torch.where(stays[:, None], self.features[source], 0))
         self.labels.copy_(self.labels[source].masked_fill(~stays, -1))
         self.ids.copy_(self.ids[source].masked_fill(~stays, -1))
-        self._sizes = apportioned.tolist()
+        self._keep_start("sizes", apportioned)
         self.sizes.copy_(sizes)
         self.starts.copy_(starts)
         self.pointers.copy_(kept % sizes.clamp_min(1))
@@ -211,7 +211,7 @@ class ClassQueue(InitializedModule):
         return f"num_classes={self.num_classes}, size={self.size}, dim={self.dim}, base={self.base}"
 
     def _initial(self) -> dict[str, Tensor]:
-        sizes = torch.tensor(self._sizes, device="cpu")
+        sizes = self._kept_start("sizes", torch.int64)
         initial = {
             "features": torch.zeros(self.size, self.dim, dtype=self._dtype, device="cpu"),
             "labels": torch.full((self.size,), -1, device="cpu"),
@@ -227,7 +227,7 @@ class ClassQueue(InitializedModule):
 
     def _follow(self, loaded: Iterable[str]) -> None:
         if "sizes" in loaded and is_readable(self.sizes):
-            self._sizes = self.sizes.tolist()
+            self._keep_start("sizes", self.sizes)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -110,7 +110,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             hold: Callable[[str, Any], float | Tensor] = self._scalar if is_scalar else self._class_tensor
             self._set("margin", hold("margin", margin))
             if margin_type == "angular":
-                check_angles("margin", self._start.get("margin", self.margin))
+                check_angles("margin", self._kept_start("margin") if "margin" in self._start else self.margin)
 
     def forward(
         self,
@@ -159,4 +159,4 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             if len(self.weight) != len(self.class_counts):
                 raise ValueError(f"weight: got {len(self.weight)} classes, expected {len(self.class_counts)}")
             if self.weight.device != self.class_counts.device:
-                self.weight = self._initial()["weight"].to(self.class_counts.device)
+                self.weight = self._kept_start("weight", self._dtype).to(self.class_counts.device)

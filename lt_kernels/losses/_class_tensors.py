@@ -112,8 +112,9 @@ class ClassTensorLoss(InitializedModule):
 
     def _check_counted(self, classes: int, of: str) -> None:
         """Refuse ``of`` with another number of classes than the counts that the loss was built from, if any."""
-        if self.class_counts is not None:
-            check_counted(len(self.class_counts), classes, of)
+        counts = self.class_counts
+        if counts is not None:
+            check_counted(counts.shape[0], classes, of)
 
     def extra_repr(self) -> str:
         values = {name: getattr(self, name, default) for name, default in _SHOWN.items()}
@@ -179,14 +180,14 @@ class ClassTensorLoss(InitializedModule):
         given = super()._initial()
         if self.class_counts is None:
             return given
-        return {**given, **self._derived(self._start["class_counts"], "cpu", self.class_counts.dtype)}
+        return {**given, **self._derived(self._kept_start("class_counts"), "cpu", self.class_counts.dtype)}
 
     def _follow(self, loaded: Iterable[str]) -> None:
         for name in loaded:
             tensor = self._buffers.get(name)  # a learned parameter starts where it started
             if name in self._start and tensor is not None and is_readable(tensor):
-                held = torch.tensor(self._start[name], dtype=tensor.dtype, device="cpu")
-                if not torch.equal(held, tensor.cpu()):  # equal ones keep the digits that the tensor has not
+                # equal ones keep the digits that the tensor has not
+                if not torch.equal(self._kept_start(name, tensor.dtype), tensor.cpu()):
                     self._keep_start(name, tensor)
 
     def _load_from_state_dict(

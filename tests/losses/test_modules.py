@@ -5,6 +5,7 @@ and transformers. Their tensors are never uninitialised memory.
 from __future__ import annotations
 
 import copy
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,26 @@ def test_weights_of_a_schedule_are_kept(name):
     poison(loss).reset_parameters()
     assert torch.equal(loss.weight, weight)
     assert weight[0] < weight[-1]
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *EXPERTS])
+def test_weights_that_are_set_are_kept(name):
+    """``criterion.weight = w`` is how training scripts reweight; no start was known of such a tensor."""
+    loss = CASES[name].make(COUNTS)
+    loss.weight = torch.arange(1.0, C + 1)
+    loss.reset_parameters()
+    loss.to("meta").to_empty(device="cpu")
+    assert loss.weight.tolist() == list(range(1, C + 1))
+    assert_same(loss, CASES[name].make(COUNTS, weight=range(1, C + 1)))
+
+
+def test_starts_take_eight_bytes_for_each_class():
+    tracemalloc.start()
+    module = nn.ModuleList([LDAMLoss(torch.ones(2**16)), ClassQueue(torch.ones(2**16), 2**16, 1, base=1)])
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 2 * 10 * 2**16, "Python's numbers take 32"
+    assert_same(copy.deepcopy(module).to("meta").to_empty(device="cpu"), module)
 
 
 def test_skip_init():
