@@ -89,8 +89,9 @@ def check_int(
     expected: Text | None = None,
 ) -> int:
     """Return ``value``: an int of 64 bits, least <= value <= most; ``kind`` says what the type should be."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {kind}")
+    value = value if isinstance(value, int) else int(value)  # of NumPy
     if not -_TOO_LARGE <= value < _TOO_LARGE:
         raise ValueError(
             f"{name}: got an int of {value.bit_length()} bits, expected {told(expected) or 'one of 64 bits'}"
@@ -345,7 +346,7 @@ def check_classes_last(name: str, target: Any, shape: tuple[int, ...], batch: in
 
 def check_angles(name: str, value: Any) -> None:
     """Refuse a number, or numbers by class, that are no angles in radians."""
-    angles = torch.tensor(value, dtype=torch.float64, device="cpu")
+    angles = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     if angles.dim() == 0:
         check_number(name, angles.item(), 0.0, math.pi, expected="an angle in [0, pi]")
     else:

@@ -104,15 +104,14 @@ class DeferredReweighting:
     @torch.no_grad()
     def _apply(self) -> None:
         weight, held = self.weight(self.epoch), self.loss.weight
+        name = "class_counts" if held is None else "weight"
+        sized = getattr(self.loss, name, None)
+        if sized is not None and len(sized) != len(weight):
+            raise ValueError(f"class_counts: got {len(weight)} classes, expected {len(sized)} as loss.{name}")
         if isinstance(self.loss, InitializedModule):
             self.loss._keep_start("weight", weight)
         if isinstance(held, Tensor):
-            if held.shape != weight.shape:
-                raise ValueError(f"class_counts: got {len(weight)} classes, expected {len(held)} as loss.weight")
             held.copy_(weight)
             return
         tensors = [tensor for tensor in self.loss.state_dict().values() if tensor.is_floating_point()]
-        classes = getattr(self.loss, "class_counts", None)
-        if classes is not None and len(classes) != len(weight):
-            raise ValueError(f"class_counts: got {len(weight)} classes, expected {len(classes)} as loss.class_counts")
         self.loss.weight = weight.to(tensors[0]) if tensors else weight

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,23 @@ def test_integers(name, argument, value):
     if value is None and argument == "ignore_index" and name in takes_none:
         return
     refused(name, argument, value, r"(an int of 71 bits|\w+), expected")
+
+
+@pytest.mark.parametrize(("name", "argument"), arguments(lambda value: type(value) is int))
+def test_integers_of_numpy(name, argument):
+    """``labels.max() + 1`` of an array is no ``int``; torch's layers take it too."""
+    function, accepted = CALLS[name]
+    function(**{**accepted, argument: np.int64(accepted[argument])})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_sizes_of_numpy(kind):
+    head = lt.LinearHead(kind(3), kind(5), lt.LogitAdjustmentLoss(COUNTS, ignore_index=kind(7)))
+    assert head.weight.shape == (5, 3)
+    assert type(head.loss.ignore_index) is int
+    assert head(FEATURES, torch.tensor([0, 7, 1, 7])).isfinite()
+    with pytest.raises(ValueError, match="in_features: got 0, expected an int >= 1"):
+        lt.LinearHead(kind(0), 5)
 
 
 @pytest.mark.parametrize(("name", "argument"), arguments(lambda value: isinstance(value, float)))

@@ -163,6 +163,15 @@ def test_bad_construction(arguments, refusal):
         DeferredReweighting(**{"loss": LDAMLoss(COUNTS), "class_counts": COUNTS, "switch_epoch": 1, **arguments})
 
 
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0, 4.0]], ids=["none", "given"])
+def test_a_refused_schedule_leaves_the_loss_as_it_was(weight):
+    loss = LDAMLoss(COUNTS, weight=weight)
+    with pytest.raises(ValueError, match="class_counts: got 2 classes, expected 4"):
+        DeferredReweighting(loss, [1, 2], switch_epoch=1)
+    loss.reset_parameters()
+    assert weight == (None if loss.weight is None else loss.weight.tolist())
+
+
 def test_bad_epochs():
     schedule = DeferredReweighting(LDAMLoss(COUNTS), COUNTS, switch_epoch=1)
     with pytest.raises(ValueError, match="epoch: got -1, expected an epoch >= 0"):
