@@ -68,6 +68,9 @@ def test_long_tailed_losses_raise_the_balanced_accuracy(script, arguments, plain
         assert found[name]["few"] > found[plain]["few"] + gain, printed
     if script == "with_transformers.py":
         assert found["compute_loss_func"] == found["LinearHead"], printed  # the same steps, to the last digit shown
+        evaluated = dict(re.findall(r"^(.+): loss of the test split ([\d.]+)$", printed, re.MULTILINE))
+        assert list(evaluated) == list(found), printed
+        assert float(evaluated["LinearHead"]) == pytest.approx(float(evaluated["compute_loss_func"]), abs=2e-3), printed
 
 
 def test_processes_learn_what_one_learns():

@@ -75,10 +75,12 @@ class BertWithHead(BertPreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         features = self.bert(input_ids, **kwargs).pooler_output
-        if self.training and labels is not None:  # no logits are made
-            items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-            return SequenceClassifierOutput(loss=self.classifier(features, labels) / items)
-        return SequenceClassifierOutput(logits=self.classifier(features))
+        if labels is None:
+            return SequenceClassifierOutput(logits=self.classifier(features))
+        items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = self.classifier(features, labels) / items
+        logits = None if self.training else self.classifier(features)  # Trainer's evaluation wants both
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 # --8<-- [end:model]
@@ -90,6 +92,7 @@ def train(model: torch.nn.Module, data: Positions, epochs: float, **options: Any
             folder,
             num_train_epochs=epochs,
             per_device_train_batch_size=256,
+            per_device_eval_batch_size=1024,
             gradient_accumulation_steps=2,
             learning_rate=1e-2,
             warmup_steps=10,
@@ -127,7 +130,9 @@ def main() -> None:
         ("LinearHead", BertWithHead, {}),
     ]:
         set_seed(0)
-        model = train(kind(config), data, args.epochs, **options).model
+        trainer = train(kind(config), data, args.epochs, **options)
+        print(f"{name}: loss of the test split {trainer.evaluate(held_out)['eval_loss']:.3f}")
+        model = trainer.model
         with tempfile.TemporaryDirectory() as folder:
             # --8<-- [start:checkpoint]
             model.save_pretrained(folder)

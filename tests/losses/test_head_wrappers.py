@@ -1,4 +1,6 @@
-"""Heads inside FSDP2 and peft: sharded parameters are made whole, and an adapter gives a right loss or an error."""
+"""Heads inside FSDP2, Accelerate and peft: sharded and offloaded parameters are made whole, and an adapter gives a
+right loss or an error.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,6 +42,18 @@ class Model(nn.Module):
 def make(loss: type = LogitAdjustmentLoss) -> Model:
     torch.manual_seed(1)
     return Model(LinearHead(D, C, loss(COUNTS)))
+
+
+@pytest.mark.parametrize("buffers", [False, True], ids=["weights", "weights-and-buffers"])
+def test_weights_and_buffers_that_accelerate_keeps_elsewhere(buffers):
+    model, (x, target) = make(), batch()
+    expected = model(x, target), model(x)
+    preload = ["LinearHead"] if buffers else None
+    cpu_offload(model, execution_device="cpu", offload_buffers=buffers, preload_module_classes=preload)
+    assert model.head.weight.is_meta
+    assert model.head.loss.class_bias.is_meta is buffers
+    assert torch.equal(model(x, target), expected[0])
+    assert torch.equal(model(x), expected[1])
 
 
 class TestFullySharded:
