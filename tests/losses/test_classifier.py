@@ -318,8 +318,15 @@ def test_classes_in_the_last_dimension_are_an_error_that_says_what_to_do(name):
     torch.testing.assert_close(loss(x.flatten(0, -2), y.flatten()), loss(X, Y))
 
 
-@pytest.mark.parametrize("name", ["logit-adjustment", "balanced-softmax", "vs", "balpoe", "sade", "ncl"])
-@pytest.mark.parametrize("target", ["indices", "probabilities", "mixup"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (name, target)
+        for name in ("logit-adjustment", "balanced-softmax", "vs", "balpoe", "sade", "ncl")
+        for target in ("indices", "probabilities", "mixup")
+        if (name, target) != ("ncl", "probabilities")  # which NCL refuses
+    ],
+)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_smoothing_and_mixup_beside_masked_classes(smoothing, target, name):
     """Recipes with a prior of 0: the loss of the other classes by themselves."""
@@ -329,8 +336,6 @@ def test_smoothing_and_mixup_beside_masked_classes(smoothing, target, name):
     z = torch.randn(*(3,) * (name in EXPERTS), 4, 5, generator=generator, dtype=torch.float64).requires_grad_()
     given, other = (F.one_hot(y, 5) * 0.9 + 0.02, None) if target == "probabilities" else (y, y.flip(0))
     mixed = {"mixed_target": other, "mix_lambda": 0.3} if target == "mixup" else {}
-    if name == "ncl" and target == "probabilities":
-        pytest.skip("NCL takes class indices")
     kept = torch.tensor([0, 1, 3, 4])
     position = torch.tensor([0, 1, -1, 2, 3])
     results = []

@@ -167,10 +167,9 @@ def test_a_backend_asked_for_by_name_is_never_replaced(operator, monkeypatch):
         for reduction in (("mean", "none") if operator.per_row else ("mean",))
     ],
 )
+@pytest.mark.backends("native", "triton")
 def test_double_backward_is_refused(operator, reduction, backend, device):
     """On all backends but the reference, see test_second_order.py."""
-    if backend == "reference":
-        pytest.skip("has second derivatives")
     sample = operator.cases[0].sample(torch.float32, device)
     loss = operator.loss(sample, **({"reduction": reduction} if operator.per_row else {}))
     leaf = next(iter(sample.differentiable.values()))
@@ -179,11 +178,10 @@ def test_double_backward_is_refused(operator, reduction, backend, device):
         grad.sum().backward()
 
 
+@pytest.mark.backends("native", "triton")
 @each_operator(DIFFERENTIABLE)
 def test_transforms_are_refused(operator, backend, device):
     """Forward mode, functional transforms, and dual numbers that an operator would drop; not on the reference."""
-    if backend == "reference":
-        pytest.skip("takes part in transforms")
     sample = operator.cases[0].sample(torch.float32, device)
     x = input_of(sample).detach()
 

@@ -27,7 +27,6 @@ from .._reduce import ordered_sum
 from .._registry import (
     ReadyGradient,
     define,
-    flatten,
     listed_gradients,
     register_autograd,
     register_no_double_backward,
@@ -35,8 +34,7 @@ from .._registry import (
     with_transforms,
 )
 from ..margin_cross_entropy.op import OP as ROWS
-from ..margin_cross_entropy.op import eager as eager_rows
-from ..margin_cross_entropy.op import scale_
+from ..margin_cross_entropy.op import eager_rows, scale_
 from .arguments import DIFFERENTIABLE, SIGNATURE
 from .looped import ensemble_of
 
@@ -108,7 +106,7 @@ def eager(*args: Any) -> Result:
     """Forward on the reference backend, for autograd, forward mode and ``torch.func`` to go through."""
     *inputs, reduce, with_ensemble, _, _ = args
     a = SIGNATURE.read(inputs)
-    results = [eager_rows(*flatten(row), False, False, False, "reference") for row in a.rows()]
+    results = [eager_rows(row) for row in a.rows()]
     loss = torch.stack([of_expert[0][:, 0] for of_expert in results])
     rest = torch.stack([of_expert[3][:, :, 0] for of_expert in results])
     ensemble_loss = prediction = loss.new_empty((0,))

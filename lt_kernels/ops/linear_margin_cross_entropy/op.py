@@ -29,7 +29,6 @@ from .._registry import (
     ReadyGradient,
     define,
     eager_gradients,
-    flatten,
     register_autograd,
     register_no_double_backward,
     spends_in_place,
@@ -38,8 +37,7 @@ from .._registry import (
 )
 from ..margin_cross_entropy.arguments import Arguments as RowArguments
 from ..margin_cross_entropy.op import OP as ROWS
-from ..margin_cross_entropy.op import eager as eager_rows
-from ..margin_cross_entropy.op import scale_
+from ..margin_cross_entropy.op import eager_rows, scale_
 from . import chunked
 from .arguments import DIFFERENTIABLE, SIGNATURE, Arguments
 from .plan import Sizes, chunk_plan
@@ -172,7 +170,7 @@ def eager(*args: Any) -> tuple[Tensor, ...]:
             weight = F.normalize(weight.to(a.compute_dtype), dim=1).to(a.input.dtype)
         logits = F.linear(a.input, weight, None if a.linear_bias is None else a.linear_bias.to(a.input.dtype))
         rows = RowArguments(logits.unflatten(1, (a.classes, a.positions)), a.options)
-        results = eager_rows(*flatten(rows), reduce, with_prediction, False, "reference")
+        results = eager_rows(rows, reduce, with_prediction)
     return (*results[:4], *(a.input.new_empty((0,)) for _ in range(1 + len(_OWN))))
 
 

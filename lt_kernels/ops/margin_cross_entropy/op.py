@@ -31,7 +31,7 @@ from .._registry import (
     through_eager,
     with_transforms,
 )
-from .arguments import DIFFERENTIABLE, SIGNATURE
+from .arguments import DIFFERENTIABLE, SIGNATURE, Arguments
 
 OP = "margin_cross_entropy"
 
@@ -75,7 +75,14 @@ def _backward_fake(grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, *ar
 def eager(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward on the reference backend, for autograd, forward mode and ``torch.func`` to go through."""
     *inputs, reduce, with_prediction, _, _ = args
-    loss, *others = load(OP, "reference").forward(SIGNATURE.read(inputs), with_prediction, False)
+    return eager_rows(SIGNATURE.read(inputs), reduce, with_prediction)
+
+
+def eager_rows(
+    a: Arguments, reduce: bool = False, with_prediction: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``eager`` does, for the operators that are made of rows."""
+    loss, *others = load(OP, "reference").forward(a, with_prediction, False)
     return (ordered_sum(loss) if reduce else loss, *others)
 
 
