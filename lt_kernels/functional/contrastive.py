@@ -35,7 +35,7 @@ from ..ops._backend import BackendUnavailableError, resolve
 from ..ops.partitioned_logsumexp import plan
 from ..ops.partitioned_logsumexp.arguments import SIGNATURE, Arguments
 from ..ops.partitioned_logsumexp.op import OP, forward
-from .rows import REDUCTIONS
+from .rows import EMPTY_MEANS, REDUCTIONS, mean_over
 
 #: Of contrastive losses; a query without positives counts in "mean", and does not in "mean_positives".
 CONTRASTIVE_REDUCTIONS = (*REDUCTIONS, "mean_positives")
@@ -254,7 +254,7 @@ def supervised_contrastive(
     """
     check_choice("form", form, ("out", "in"))
     check_choice("reduction", reduction, CONTRASTIVE_REDUCTIONS)
-    check_choice("empty_mean", empty_mean, ("nan", "zero"))
+    check_choice("empty_mean", empty_mean, EMPTY_MEANS)
     if not isinstance(temperature, Tensor):
         temperature = operand(check_positive("temperature", check_number("temperature", temperature)))
         if isinstance(temperature, Tensor):
@@ -286,9 +286,7 @@ def supervised_contrastive(
     if counted is None and empty_mean == "nan":
         return loss.mean()
     count = torch.ones_like(some).sum() if counted is None else counted.sum()
-    mean = loss.sum() / count.clamp_min(1)
-    # 0 / 0 would send NaN to the gradients of rows that are left out
-    return mean if empty_mean == "zero" else torch.where(count > 0, mean, math.nan)
+    return mean_over(loss, count, empty_mean)
 
 
 def _without(

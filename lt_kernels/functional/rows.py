@@ -475,6 +475,13 @@ def with_coefficient(
     return o._replace(coefficient=coefficient)
 
 
+def mean_over(rows: Tensor, count: Tensor, empty_mean: str) -> Tensor:
+    """Return the sum of ``rows``, 0 where they do not count, over their number ``count``; over none ``empty_mean``."""
+    mean = rows.sum() / count.clamp_min(1)
+    # 0 / 0 would send NaN to the gradients of rows that are left out
+    return mean if empty_mean == "zero" else mean.masked_fill(count == 0, math.nan)
+
+
 def row_output(
     loss: Tensor,
     lse: Tensor,

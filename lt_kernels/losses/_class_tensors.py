@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +24,7 @@ from .._checks import (
     with_values,
 )
 from .._modules import InitializedModule, at_least_float32, is_readable
+from ..functional.rows import EMPTY_MEANS, REDUCTIONS, mean_over
 from ..priors import ClassPrior, ZeroCounts, check_zero_counts
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class ClassTensorLoss(InitializedModule):
         persistent: bool,
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
-        check_choice("empty_mean", empty_mean, ("nan", "zero"))
+        check_choice("reduction", reduction, REDUCTIONS, "'none', 'mean' or 'sum'")
+        check_choice("empty_mean", empty_mean, EMPTY_MEANS)
         self.ignore_index = check_int("ignore_index", ignore_index)
         self.reduction: Literal["none", "mean", "sum"] = reduction
         self.empty_mean: Literal["nan", "zero"] = empty_mean
@@ -128,10 +128,7 @@ class ClassTensorLoss(InitializedModule):
             return rows
         if self.reduction == "sum":
             return rows.sum()
-        count = counted.sum()
-        mean = rows.sum() / count.clamp_min(1)
-        # 0 / 0 would send NaN to the gradients of rows that are left out
-        return mean if self.empty_mean == "zero" else torch.where(count > 0, mean, math.nan)
+        return mean_over(rows, counted.sum(), self.empty_mean)
 
     def _set_counts(self, class_counts: ClassVector) -> None:
         """Derive and register the class tensors: the last line of a recipe's constructor."""

@@ -103,7 +103,8 @@ class TemperatureLoss(InitializedModule):
         if temperature.requires_grad and not learned:
             raise ValueError("temperature: got a tensor that requires grad, expected an nn.Parameter, to be learned")
         self._keep_start("temperature", temperature)
-        self.temperature = temperature if learned else nn.Buffer(temperature.clone())
+        dtype = torch.promote_types(temperature.dtype, torch.float32)
+        self.temperature = temperature if learned else nn.Buffer(temperature.to(dtype, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(at_least_float32(fn), recurse)
@@ -117,17 +118,27 @@ def shown_temperature(temperature: float | Tensor) -> str:
 
 
 def check_labels(
-    name: str, value: Any, shape: tuple[int, ...], classes: int, like: Tensor, none: int | None, what: str = "class"
+    name: str, value: Any, shape: tuple[int, ...], classes: int, like: Tensor, none: int, what: str = "class"
 ) -> tuple[Tensor, Tensor]:
     """Return labels as int64 that index classes safely, 0 where they are none, and which of them are classes (bool).
 
-    IndexError for one that is neither a class nor ``none``, on the CPU and with checks on.
+    ``none`` is no class, even if it is the number of one. IndexError as ``check_label_values``.
     """
+    label = check_label_values(name, value, shape, classes, like, none, what)
+    is_class = (label >= 0) & (label < classes)
+    if none >= 0:
+        is_class = is_class & (label != none)
+    return label.masked_fill(~is_class, 0), is_class
+
+
+def check_label_values(
+    name: str, value: Any, shape: tuple[int, ...], classes: int, like: Tensor, none: int, what: str = "class"
+) -> Tensor:
+    """Return labels as int64; IndexError for one that is no class and not ``none``, on the CPU and with checks on."""
     label = check_ids(name, value, shape, like)
     if reads_values(label):
-        check_classes(name, label, classes, none, None if none is None else f", or {none} for none", what)
-    is_class = (label >= 0) & (label < classes)
-    return label.masked_fill(~is_class, 0), is_class
+        check_classes(name, label, classes, none, f", or {none} for none", what)
+    return label
 
 
 def check_ids(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:

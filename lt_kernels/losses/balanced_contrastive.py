@@ -19,6 +19,7 @@ from .._checks import (
     check_shape,
 )
 from .._smooth import quick_logaddexp
+from ..functional.rows import EMPTY_MEANS, REDUCTIONS, mean_over
 from ..priors import ClassPrior
 from ._contrastive_base import TemperatureLoss, check_ids, check_labels, count_classes, shown_temperature, zero_rows
 
@@ -75,8 +76,8 @@ class BalancedContrastiveLoss(TemperatureLoss):
         super().__init__(temperature)
         self.num_classes = len(ClassPrior(class_counts, zero_counts="mask"))
         self.ignore_index = check_int("ignore_index", ignore_index)
-        check_choice("reduction", reduction, ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
-        check_choice("empty_mean", empty_mean, ("nan", "zero"))
+        check_choice("reduction", reduction, REDUCTIONS, "'none', 'mean' or 'sum'")
+        check_choice("empty_mean", empty_mean, EMPTY_MEANS)
         self.reduction, self.empty_mean = reduction, empty_mean
 
     def forward(self, features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
@@ -97,10 +98,8 @@ class BalancedContrastiveLoss(TemperatureLoss):
         check_device("centers", centers, features, " as features")
         given = check_ids("labels", labels, (samples,), features)
         index, is_class = check_labels("labels", given, (samples,), self.num_classes, features, self.ignore_index)
-        counted = given != self.ignore_index
-        is_class = is_class & counted
-        index = index.masked_fill(~is_class, 0)
-        query = zero_rows(features, ~counted).flatten(0, 1)
+        ignored = given == self.ignore_index
+        query = zero_rows(features, ignored).flatten(0, 1)
         label = index[:, None].expand(samples, views).flatten()
         dtype = torch.promote_types(features.dtype, torch.float32)
         # an ignored view is no key, nor, on a GPU, is one of a class out of range
@@ -115,17 +114,13 @@ class BalancedContrastiveLoss(TemperatureLoss):
         count = counts[label]
         others = (count - 1).clamp_min(1)
         rows = quick_logaddexp(sums.neg, sums.pos + (count / others).log()) - sums.pos_sum / others
-        # a class out of range, on a GPU
-        nothing = torch.where(counted, math.nan, 0.0)[:, None].to(dtype)
-        rows = torch.where(is_class[:, None], rows.view(samples, views), nothing)
+        rows = rows.view(samples, views).masked_fill(~is_class[:, None], math.nan)  # a class out of range, on a GPU
+        rows = rows.masked_fill(ignored[:, None], 0.0)
         if self.reduction == "none":
             return rows
         if self.reduction == "sum":
             return rows.sum()
-        count_of_rows = views * counted.sum()
-        mean = rows.sum() / count_of_rows.clamp_min(1)
-        # 0 / 0 would send NaN to the gradients of rows that are left out
-        return mean if self.empty_mean == "zero" else torch.where(count_of_rows > 0, mean, math.nan)
+        return mean_over(rows, views * (~ignored).sum(), self.empty_mean)
 
     def extra_repr(self) -> str:
         ignored = "" if self.ignore_index == -100 else f", ignore_index={self.ignore_index}"

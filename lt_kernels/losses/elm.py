@@ -232,7 +232,6 @@ class ELMLoss(ContrastiveLossBase):
             logits, target, class_bias=self.class_bias, margin=self.margin, scale=self.scale,
             ignore_index=self.ignore_index, reduction=self.reduction, empty_mean=self.empty_mean,
         )  # fmt: skip
-        is_class = is_class & (target != self.ignore_index)
         embeddings = zero_rows(embeddings, target == self.ignore_index)
         query = F.normalize(embeddings, dim=1) if self.normalize else embeddings
         if key is None or key_label is None:
@@ -296,8 +295,16 @@ class ELMLoss(ContrastiveLossBase):
         """Return the sum over positives p of softplus(against - s_ip) for each row, [N]."""
         columns = torch.arange(len(key), device=key.device)
 
-        def chunk(query: Tensor, label: Tensor, against: Tensor, key: Tensor, left_out: Tensor | None) -> Tensor:
-            s = query.to(against.dtype) @ key.to(against.dtype).T / self.temperature
+        # all that is differentiated is an argument: functional_call has its own temperature, in backward too
+        def chunk(
+            query: Tensor,
+            label: Tensor,
+            against: Tensor,
+            key: Tensor,
+            temperature: float | Tensor,
+            left_out: Tensor | None,
+        ) -> Tensor:
+            s = query.to(against.dtype) @ key.to(against.dtype).T / temperature
             is_positive = label[:, None] == key_label
             if left_out is not None:
                 is_positive = is_positive & (left_out[:, None] != columns)
@@ -306,7 +313,7 @@ class ELMLoss(ContrastiveLossBase):
         values = []
         for part in row_chunks(len(query), len(key)):
             left_out = None if exclude is None else exclude[part]
-            of_part = (query[part], query_label[part], against[part], key, left_out)
+            of_part = (query[part], query_label[part], against[part], key, self.temperature, left_out)
             values.append(checkpointed(chunk, *of_part))
         return torch.cat(values)
 

@@ -18,6 +18,7 @@ from ._contrastive_base import (
     ContrastiveLossBase,
     ContrastiveOptions,
     check_ids,
+    check_label_values,
     check_labels,
     checkpointed,
     count_classes,
@@ -231,7 +232,7 @@ class GMLLoss(ContrastiveLossBase):
         check_embeddings("logits", logits, "[N, C, H, W]" if getattr(logits, "ndim", 2) == 4 else "[N, C]")
         classes = logits.shape[1]
         self._check_counted(classes, "logits")
-        check_labels(name, of_logits, (len(logits), *logits.shape[2:]), classes, logits, self.ignore_index)
+        check_label_values(name, of_logits, (len(logits), *logits.shape[2:]), classes, logits, self.ignore_index)
         sup = LF.margin_cross_entropy(
             logits, of_logits, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
             reduction=self.reduction, empty_mean=self.empty_mean,

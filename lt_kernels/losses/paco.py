@@ -152,6 +152,7 @@ class PaCoLoss(ContrastiveLossBase):
             reduction="none", label_smoothing=min(smoothing, 1.0), return_lse=True,
         )  # fmt: skip
         assert of_classes.lse is not None
+        lse = of_classes.lse.masked_fill(~counted, 0.0)  # what is not finite there would reach the keys
         bias = torch.full(key_label.shape, self.gamma, dtype=of_classes.loss.dtype, device=key.device).log()
         sums = LF.partitioned_logsumexp(
             query, key, label, key_label, scale=1 / self.temperature, exclude=exclude,
@@ -161,10 +162,10 @@ class PaCoLoss(ContrastiveLossBase):
         floor = torch.finfo(sums.neg.dtype).min / 4
         of_keys = quick_logaddexp(sums.neg.clamp_min(floor), sums.pos.clamp_min(floor))
         weights = self.beta + self.alpha * sums.num_pos
-        pulled = self.beta * (of_classes.lse - of_classes.loss) + self.alpha * sums.pos_sum
-        loss = quick_logaddexp(of_classes.lse, of_keys) - pulled / torch.where(weights > 0, weights, 1.0)
+        pulled = self.beta * (lse - of_classes.loss) + self.alpha * sums.pos_sum
+        loss = quick_logaddexp(lse, of_keys) - pulled / torch.where(weights > 0, weights, 1.0)
         # a class out of range, on a GPU, makes the cross-entropy NaN
-        loss = torch.where(counted & is_class, torch.where(weights > 0, loss, 0.0), 0.0 * of_classes.loss)
+        loss = torch.where(is_class, torch.where(weights > 0, loss, 0.0), 0.0 * of_classes.loss)
         return self._reduce(loss, counted)
 
     def two_views(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import as_int64, check_embeddings, check_int, check_tensor
+from .._checks import check_embeddings, check_int, check_tensor
 from ._contrastive_base import check_labels, count_classes
 
 
@@ -68,9 +68,8 @@ def sample_pixels(
     images, _, height, width = features.shape
     if target.dim() != 3 or target.shape[0] != images:
         raise ValueError(f"target: got shape {tuple(target.shape)}, expected ({images}, {height}, {width})")
-    _, is_class = check_labels("target", target, tuple(target.shape), num_classes, features, ignore_index)
-    label = as_int64("target", target)
-    label = label.masked_fill(~is_class | (label == ignore_index), num_classes)
+    label, is_class = check_labels("target", target, tuple(target.shape), num_classes, features, ignore_index)
+    label = label.masked_fill(~is_class, num_classes)
     if target.shape[1:] != (height, width) and target.numel() > 0:
         down = torch.arange(height, device=target.device) * target.shape[1] // height
         across = torch.arange(width, device=target.device) * target.shape[2] // width

@@ -21,9 +21,9 @@ from .._checks import (
     check_tensor,
     reads_values,
 )
-from ._contrastive_base import TemperatureLoss, check_ids, shown_temperature
-
-REDUCTIONS = ("none", "mean", "sum", "mean_positives")
+from ..functional.contrastive import CONTRASTIVE_REDUCTIONS
+from ..functional.rows import EMPTY_MEANS
+from ._contrastive_base import TemperatureLoss, check_ids, shown_temperature, zero_rows
 
 
 class SupConLoss(TemperatureLoss):
@@ -82,9 +82,9 @@ class SupConLoss(TemperatureLoss):
         self.base_temperature = base_temperature
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
         check_choice("form", form, ("out", "in"))
-        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("reduction", reduction, CONTRASTIVE_REDUCTIONS)
         self.contrast_mode, self.form, self.reduction = contrast_mode, form, reduction
-        check_choice("empty_mean", empty_mean, ("nan", "zero"))
+        check_choice("empty_mean", empty_mean, EMPTY_MEANS)
         self.empty_mean = empty_mean
         self.normalize = check_flag("normalize", normalize)
         if ignore_index is not None:
@@ -116,7 +116,11 @@ class SupConLoss(TemperatureLoss):
             label = torch.arange(samples, device=views.device)
         else:
             label = check_ids("labels", labels, (samples,), views)
-        views = F.normalize(views, dim=-1) if self.normalize else views
+        ignore_index = None if labels is None else self.ignore_index
+        if self.normalize:
+            # a norm that is not finite has no slope
+            views = views if ignore_index is None else zero_rows(views, label == ignore_index)
+            views = F.normalize(views, dim=-1)
         key = views.flatten(0, 1)
         key_label = label[:, None].expand(samples, count).flatten()
         first_only = self.contrast_mode == "one" and count > 1
@@ -137,7 +141,7 @@ class SupConLoss(TemperatureLoss):
                 form=self.form,
                 exclude=torch.arange(samples, device=key.device) * count if first_only else "self",
                 normalized=self.normalize,
-                ignore_index=None if labels is None else self.ignore_index,
+                ignore_index=ignore_index,
                 reduction=self.reduction,
                 empty_mean=self.empty_mean,
             )

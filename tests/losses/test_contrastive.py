@@ -622,6 +622,18 @@ def test_ignoring_samples_is_dropping_them(backend, name, reduction, ignored):
     assert not rows[~kept].any()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradient_of_an_ignored_sample_is_zero_whatever_it_holds(normalize, bad, backend):
+    y = random_labels(N, C, 1)
+    y[::3] = -1
+    z = unit(N, 2, D, seed=0)
+    z[y == -1] = bad
+    _, gradients = run(lambda z: SupConLoss(normalize=normalize, ignore_index=-1)(z, y), {"z": z})
+    assert not gradients["z"][y == -1].any()  # NaN would be "any"
+    assert gradients["z"].any()
+
+
 def test_without_an_ignore_index_supcon_takes_minus_one_and_minus_hundred_as_labels():
     z, y = unit(6, D, seed=0), torch.tensor([-1, -100, -1, -100, 2, 2])
     torch.testing.assert_close(SupConLoss()(z, y), SupConLoss()(z, torch.tensor([0, 1, 0, 1, 2, 2])), rtol=0, atol=0)
@@ -665,6 +677,7 @@ def test_a_temperature_may_be_learned(backend, name, kind):
     assert [*dict(loss.named_parameters())] == (["temperature"] if kind is nn.Parameter else [])
     assert f"temperature={'learned' if kind is nn.Parameter else 'tensor'}" in repr(loss)
     assert copy.deepcopy(loss).bfloat16().temperature.dtype == torch.float64  # as class tensors
+    assert make(start.half()).temperature.dtype in (torch.float32, torch.float64)  # a buffer
     if kind is nn.Parameter:
         (slope,) = torch.autograd.grad(value(loss), [loss.temperature])
         step = 1e-6

@@ -96,6 +96,32 @@ def test_per_sample_gradients(case):
     torch.testing.assert_close(actual, torch.autograd.grad(loss(leaf, BATCH.target), leaf)[0])
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("supcon", "bcl", "paco", "elm"))])
+def test_a_functional_temperature_has_second_derivatives(name):
+    """``functional_call`` has its own only during the call: what backward computes again is to have it too."""
+    case, log_t = CASES[name], torch.tensor(0.3, dtype=torch.float64).log().requires_grad_()
+    given = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    loss = case.make(COUNTS, **{**case.options, "temperature": given}).double()
+
+    class Call(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = loss
+
+        def forward(self) -> Tensor:
+            return case.call(self.loss, BATCH)
+
+    def slope(at: Tensor, again: bool = False) -> Tensor:
+        value = torch.func.functional_call(Call(), {"loss.temperature": at.exp()}, ())
+        return torch.autograd.grad(value, at, create_graph=again)[0]
+
+    (actual,) = torch.autograd.grad(slope(log_t, True), log_t)
+    step = 1e-5
+    ends = [slope((log_t.detach() + sign * step).requires_grad_()) for sign in (1, -1)]
+    torch.testing.assert_close(actual, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-7)
+    assert actual != 0
+
+
 def test_the_gradient_penalty_of_a_head():
     features, target = BATCH.embeddings.clone().requires_grad_(), BATCH.target
     head = LinearHead(features.shape[1], len(COUNTS), LogitAdjustmentLoss(COUNTS)).double()
