@@ -335,8 +335,10 @@ def check_each_class(name: str, vector: Tensor, holds: Tensor, expected: str) ->
 
 def check_classes_last(name: str, target: Any, shape: tuple[int, ...], batch: int = 0) -> None:
     """Refuse the target of logits [..., C] where N is dimension ``batch`` and classes are the next; say what to do."""
+    if len(shape) <= batch + 2 or not isinstance(target, Tensor):
+        return
     expected = (*shape[batch : batch + 1], *shape[batch + 2 :])
-    if len(shape) > batch + 2 and isinstance(target, Tensor) and tuple(target.shape) == shape[batch:-1] != expected:
+    if tuple(target.shape) == shape[batch:-1] != expected:
         raise ValueError(
             f"{name}: got class indices of shape {tuple(target.shape)}, expected {expected} for logits of shape "
             f"{tuple(shape)}, whose classes are dimension {batch + 1} (classes in the last one: "

@@ -44,9 +44,8 @@ class InitializedModule(nn.Module):
 
     def _keep_start(self, name: str, value: Tensor) -> None:
         """Keep ``value`` as what the tensor ``name`` starts from."""
-        numbers = array("d", bytes(8 * value.numel()))
-        torch.frombuffer(numbers, dtype=torch.float64).copy_(value.detach().flatten())
-        self._start[name] = value.shape, numbers
+        numbers = value.detach().to("cpu", torch.float64).flatten().tolist()
+        self._start[name] = value.shape, array("d", numbers)
 
     def _kept_start(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return a copy of what the tensor ``name`` starts from, on the CPU."""

@@ -143,3 +143,10 @@ def test_the_errors_of_other_backends_name_the_reference(backend):
             gradient.sum().backward()
         with pytest.raises(NotImplementedError, match=message):
             torch.func.grad(loss)(x.detach(), y)
+
+
+def test_losses_built_inside_a_transform():
+    loss = LogitAdjustmentLoss(COUNTS)
+    for make in (lambda: loss, lambda: LogitAdjustmentLoss(COUNTS)):
+        slope = torch.func.grad(lambda z, make=make: make()(z, BATCH.target))(BATCH.logits)
+        torch.testing.assert_close(slope, torch.func.grad(loss)(BATCH.logits, BATCH.target))
