@@ -89,7 +89,7 @@ class ExpertLossBase(MarginCrossEntropyBase):
 
     def _over_kept(self, rows: Tensor, target: Tensor) -> Tensor:
         kept = target.to(torch.int64) != self.ignore_index
-        return self._reduce(torch.where(kept, rows, 0.0), kept)
+        return self._reduce(rows.masked_fill(~kept, 0.0), kept)
 
     @property
     def class_sizes(self) -> dict[str, int]:

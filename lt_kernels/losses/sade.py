@@ -153,7 +153,8 @@ def fit_expert_weights(
     (the entropy of the weights keeps all experts in use), and a look at ``min_weight=0.05`` after each step.
 
     Args:
-        view1_logits: the experts' logits of one view, [E, N, C] or a list of E [N, C].
+        view1_logits: the experts' logits of one view, [E, N, C] or a list of E [N, C]. Classes that are masked by
+            -inf take no part, except in the C of the predictions' entropy.
         view2_logits: the same for the other view.
         preset: a key of ``EXPERT_WEIGHTS_PRESETS``; arguments that are given take precedence over it.
         epochs: passes over the samples.
@@ -206,14 +207,15 @@ def fit_expert_weights(
 
     experts, rows, _ = first.shape
     dtype = torch.promote_types(first.dtype, torch.float32)
+    lowest = torch.finfo(dtype).min / 4
     a = torch.full((experts,), 1.0 / experts, dtype=dtype, device=first.device, requires_grad=True)
     optimizer = torch.optim.SGD([a], settings.lr, momentum, weight_decay=settings.weight_decay, nesterov=momentum > 0)
     for _ in range(epochs):
         order = None if generator is None else torch.randperm(rows, generator=generator).to(first.device)
         for start in range(0, rows, batch_size):
             batch = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-            # copies: logits of inference mode cannot be saved for backward
-            z1, z2 = (view[:, batch].to(dtype, copy=True) for view in (first, second))
+            # copies: logits of inference mode cannot be saved for backward; 0 times the -inf of a masked class is NaN
+            z1, z2 = (view[:, batch].to(dtype, copy=True).clamp_min_(lowest) for view in (first, second))
             optimizer.zero_grad()
             _disagreement(a.softmax(0), z1, z2, settings).backward()
             optimizer.step()

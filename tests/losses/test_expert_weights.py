@@ -117,6 +117,18 @@ class TestFitExpertWeights:
         steps = [slice(0, 128), slice(128, 200)] * 1000
         torch.testing.assert_close(early, fitted_in_plain_torch(*views, steps, min_weight=0.3))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_masked_classes_take_no_part(self, dtype):
+        views = two_views(dtype=dtype)
+        masked = [
+            torch.cat([view[..., :3], torch.full_like(view[..., :1], -math.inf), view[..., 3:]], 2) for view in views
+        ]
+        torch.testing.assert_close(fit_expert_weights(*masked), fit_expert_weights(*views))
+        ours = fit_expert_weights(*masked, preset="inat2018")
+        of_predictions = 0.01 * C / (C + 1)  # the mean is over the masked class too
+        expected = fit_expert_weights(*views, preset="inat2018", prediction_entropy_weight=of_predictions)
+        torch.testing.assert_close(ours, expected)
+
     def test_no_epochs_weigh_equally(self):
         assert fit_expert_weights(*two_views(), epochs=0).tolist() == pytest.approx([1 / 3] * 3)
 
