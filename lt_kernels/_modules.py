@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,16 @@ class InitializedModule(nn.Module):
 
     def _follow(self, loaded: Iterable[str]) -> None:
         """Take over the values that were loaded, by name, as what the module starts from."""
+        for name in loaded:
+            tensor = self._buffers.get(name)  # a learned parameter starts where it started
+            if name in self._start and tensor is not None and is_readable(tensor):
+                # equal ones keep the digits that the tensor has not
+                if not torch.equal(self._kept_start(name, tensor.dtype), tensor.cpu()):
+                    self._keep_start(name, tensor)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._follow(name for name in self._tensors() if prefix + name in state_dict)
 
 
 def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,6 @@ its backward, or give it the queue's ``snapshot()``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from ._checks import (
     device_of,
     reads_values,
 )
-from ._modules import InitializedModule, is_readable
+from ._modules import InitializedModule
 from .priors import ClassPrior
 
 FILLS = ("empty", "random")
@@ -224,14 +223,6 @@ class ClassQueue(InitializedModule):
             initial["features"].copy_(F.normalize(torch.randn(self.size, self.dim, device="cpu"), dim=1))
             initial["labels"] = torch.arange(self.num_classes, device="cpu").repeat_interleave(sizes)
         return initial
-
-    def _follow(self, loaded: Iterable[str]) -> None:
-        if "sizes" in loaded and is_readable(self.sizes):
-            self._keep_start("sizes", self.sizes)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._follow([name for name in self._buffers if prefix + name in state_dict])
 
     def _owners(self) -> Tensor:
         """Return the class that each slot belongs to, [M]."""

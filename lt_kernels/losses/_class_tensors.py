@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from .._checks import (
     device_of,
     with_values,
 )
-from .._modules import InitializedModule, at_least_float32, is_readable
+from .._modules import InitializedModule, at_least_float32
 from ..functional.rows import EMPTY_MEANS, REDUCTIONS, mean_over
 from ..priors import ClassPrior, ZeroCounts, check_zero_counts
 
@@ -179,14 +179,6 @@ class ClassTensorLoss(InitializedModule):
             return given
         return {**given, **self._derived(self._kept_start("class_counts"), "cpu", self.class_counts.dtype)}
 
-    def _follow(self, loaded: Iterable[str]) -> None:
-        for name in loaded:
-            tensor = self._buffers.get(name)  # a learned parameter starts where it started
-            if name in self._start and tensor is not None and is_readable(tensor):
-                # equal ones keep the digits that the tensor has not
-                if not torch.equal(self._kept_start(name, tensor.dtype), tensor.cpu()):
-                    self._keep_start(name, tensor)
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -212,7 +204,6 @@ class ClassTensorLoss(InitializedModule):
             given = (state_dict[prefix + name] for name in loaded)
             device = next((value.device for value in given if not value.is_meta), torch.device("cpu"))
             self._apply(lambda held: torch.empty_like(held, device=device) if held.is_meta else held)
-        self._follow(loaded)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(at_least_float32(fn), recurse)

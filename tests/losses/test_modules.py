@@ -349,6 +349,15 @@ def test_resuming_and_resetting_keep_what_was_loaded():
     assert_same(loss, source)
 
 
+@pytest.mark.parametrize("name", ["supcon", "bcl", "paco", "elm-pairwise"])
+def test_resetting_keeps_a_temperature_that_was_loaded(name):
+    source, loss = (CASES[name].make(COUNTS, temperature=torch.tensor(value)) for value in (0.5, 0.25))
+    loss.load_state_dict(source.state_dict())
+    poison(loss).reset_parameters()
+    assert loss.temperature.item() == 0.5
+    assert loss.to("meta").to_empty(device="cpu").temperature.item() == 0.5
+
+
 def test_resetting_keeps_digits_that_float32_has_not():
     counts = [2**24 + 1, 5, 1]
     loss = LogitAdjustmentLoss(counts)
