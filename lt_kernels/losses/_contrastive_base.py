@@ -152,7 +152,7 @@ def check_ids(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
 def count_classes(label: Tensor, counted: Tensor, classes: int) -> Tensor:
     """Count the ``counted`` labels of each class, int64 [classes]; deterministic, and nothing waits for a GPU."""
     counts = torch.zeros(classes, dtype=torch.int64, device=label.device)
-    return counts.scatter_add_(0, label, counted.to(torch.int64))
+    return counts.scatter_add(0, label, counted.to(torch.int64))
 
 
 def zero_rows(features: Tensor, rows: Tensor) -> Tensor:

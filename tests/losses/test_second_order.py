@@ -83,6 +83,15 @@ def test_transforms(case):
     torch.testing.assert_close(slope, dot(expected, along))
 
 
+@every_loss
+def test_many_batches_at_once(case):
+    loss = make(case)
+    both = [torch.stack([x, x.roll(1, 0)]) for x in BATCH]
+    actual = torch.func.vmap(lambda *fields: case.call(loss, Batch(*fields)))(*both)
+    expected = [case.call(loss, Batch(*fields)) for fields in zip(*both, strict=True)]
+    torch.testing.assert_close(actual, torch.stack(expected))
+
+
 @pytest.mark.parametrize("case", {**CLASSIFIERS, **EXPERTS}.values(), ids={**CLASSIFIERS, **EXPERTS}.keys())
 def test_per_sample_gradients(case):
     loss = make(case)
