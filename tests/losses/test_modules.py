@@ -220,6 +220,15 @@ def test_skip_init():
     assert_same(nn.utils.skip_init(ClassQueue, COUNTS, 64, 5), ClassQueue(COUNTS, 64, 5))
 
 
+@pytest.mark.parametrize("make", [lambda loss: LinearHead(D, C, loss), lambda loss: LinearHead.from_linear(
+    nn.Linear(D, C), loss)], ids=["built", "from-linear"])  # fmt: skip
+def test_a_loss_moves_to_the_weight_of_its_head(make):
+    head = make(LogitAdjustmentLoss(COUNTS, device="meta"))
+    assert_same(head.loss, LogitAdjustmentLoss(COUNTS))
+    with pytest.raises(ValueError, match="features: got device meta, expected cpu as the head"):
+        head(torch.empty(2, D, device="meta"))
+
+
 def test_a_head_whose_weight_was_replaced():
     head = LinearHead(D, C, LDAMLoss(COUNTS))
     head.weight = nn.Parameter(torch.ones(C + 1, D))
