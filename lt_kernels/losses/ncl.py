@@ -148,7 +148,8 @@ class NCLLoss(ExpertLossBase):
                 known = (labels >= 0) & (labels < classes) & (labels != self.ignore_index)
                 labels = labels.clamp(0, classes - 1)
                 ranked = ranked.scatter(1, labels, torch.where(known, math.inf, ranked.gather(1, labels)))
-        return torch.zeros_like(first, dtype=torch.bool).scatter(1, ranked.topk(self.hard_classes, 1).indices, True)
+        hard = torch.zeros_like(first, dtype=torch.bool).scatter(1, ranked.topk(self.hard_classes, 1).indices, True)
+        return hard if mixed_target is None else hard | (ranked == math.inf)  # a pair's are two, even where K is 1
 
 
 def _shifted(bias: Tensor, z: Tensor, scale: float | Tensor) -> Tensor:

@@ -211,22 +211,24 @@ def test_mixed_targets(name, dtype):
     )
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @exact_dtypes
-def test_ncl_with_mixed_targets_has_both_among_the_hard_classes(dtype):
+def test_ncl_with_mixed_targets_has_both_among_the_hard_classes(dtype, count):
     z, y = experts_and_target(dtype, seed=5)
     other = y.roll(1)
 
     def expected(z: Tensor, n: Tensor) -> Tensor:
         x = [each + n.log() for each in z]
         forced = z[0].detach().scatter(1, y[:, None], 1e6).scatter(1, other[:, None], 1e6)
-        mask = torch.zeros_like(z[0]).scatter(1, forced.topk(3).indices, 1.0)
+        mask = torch.zeros_like(z[0]).scatter(1, forced.topk(count).indices, 1.0)
+        mask = mask.scatter(1, torch.stack([y, other], 1), 1.0)
         hard = [each * mask for each in x]
         rows = 0.6 * nbod(x) + 0.6 * nbod(hard)
         for each in (*x, *hard):
             rows = rows + 0.3 * cross_entropy(each, y) + 0.7 * cross_entropy(each, other)
         return rows.mean()
 
-    loss = NCLLoss(COUNTS, dtype=dtype)
+    loss = NCLLoss(COUNTS, count, dtype=dtype)
     check_formula(lambda x: loss(x, y, other, 0.3), expected, z)
 
 
