@@ -102,6 +102,9 @@ class TestFitExpertWeights:
         early = fit_expert_weights(*views, preset="inat2018", epochs=1000, min_weight=1.0, stop_after="step")
         first_step = fitted_in_plain_torch(*views, steps[:1], settings=PUBLISHED["inat2018"])
         torch.testing.assert_close(early, first_step)
+        late = fit_expert_weights(*views, preset="inat2018", epochs=1000, min_weight=1.0)
+        first_epoch = fitted_in_plain_torch(*views, steps, min_weight=0.0, settings=PUBLISHED["inat2018"])
+        torch.testing.assert_close(late, first_epoch)
 
     def test_prefers_the_expert_that_is_stable(self):
         weight = fit_expert_weights(*two_views(stable=2), epochs=20)

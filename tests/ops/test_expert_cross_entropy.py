@@ -246,10 +246,10 @@ def test_maps_of_probabilities(backend, device):
     q = torch.randn(2, CLASSES, 3, 4, device=device, dtype=torch.float64).softmax(1)
     taus = (0.0, 1.0, 2.0)
     prior = torch.randn(CLASSES, device=device, dtype=torch.float64).log_softmax(0)
-    expected = sum(F.cross_entropy(each + tau * prior[:, None, None], q) for each, tau in zip(x, taus, strict=True)) / 3
-    actual = expert_cross_entropy(x, q, log_prior=prior, taus=taus, return_ensemble=True)
-    torch.testing.assert_close(actual.loss, expected)
-    torch.testing.assert_close(actual.ensemble_loss, F.cross_entropy(x.mean(0), q))
+    each = [F.cross_entropy(2.5 * z + tau * prior[:, None, None], q) for z, tau in zip(x, taus, strict=True)]
+    actual = expert_cross_entropy(x, q, log_prior=prior, taus=taus, scale=2.5, return_ensemble=True)
+    torch.testing.assert_close(actual.loss, sum(each) / 3)
+    torch.testing.assert_close(actual.ensemble_loss, F.cross_entropy(2.5 * x.mean(0), q))
     assert torch.equal(actual.ensemble_prediction, x.mean(0).argmax(1))
 
 
