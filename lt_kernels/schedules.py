@@ -113,5 +113,6 @@ class DeferredReweighting:
         if isinstance(held, Tensor):
             held.copy_(weight)
             return
-        tensors = [tensor for tensor in self.loss.state_dict().values() if tensor.is_floating_point()]
+        held_by_loss = [*self.loss.parameters(), *self.loss.buffers()]  # state_dict may leave buffers out
+        tensors = [tensor for tensor in held_by_loss if tensor.is_floating_point()]
         self.loss.weight = weight.to(tensors[0]) if tensors else weight

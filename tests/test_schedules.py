@@ -163,6 +163,15 @@ def test_bad_construction(arguments, refusal):
         DeferredReweighting(**{"loss": LDAMLoss(COUNTS), "class_counts": COUNTS, "switch_epoch": 1, **arguments})
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_the_weight_is_where_the_loss_is_and_in_its_dtype(persistent):
+    for device, dtype in (("meta", torch.float32), ("cpu", torch.float64)):
+        loss = LDAMLoss(COUNTS, device=device, dtype=dtype, persistent=persistent)
+        DeferredReweighting(loss, COUNTS, switch_epoch=0)
+        assert (loss.weight.device.type, loss.weight.dtype) == (device, dtype)
+        assert ("weight" in loss.state_dict()) is persistent
+
+
 @pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0, 4.0]], ids=["none", "given"])
 def test_a_refused_schedule_leaves_the_loss_as_it_was(weight):
     loss = LDAMLoss(COUNTS, weight=weight)
