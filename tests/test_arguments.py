@@ -25,7 +25,7 @@ KEYS = F.normalize(FEATURES, dim=1)
 ROWS = {
     "weight": VECTOR, "class_bias": VECTOR, "class_scale": VECTOR, "margin": VECTOR, "scale": torch.tensor(2.0),
     "mixed_target": TARGET, "mix_lambda": torch.tensor(0.5), "ignore_index": -100, "reduction": "mean",
-    "margin_type": "additive",
+    "margin_type": "additive", "masked_classes": False,
 }  # fmt: skip
 CLASS_QUEUE, FEATURE_QUEUE = lt.ClassQueue(COUNTS, 20, 3), lt.FeatureQueue(8, 3)
 

@@ -48,6 +48,7 @@ from .linear import linear_topk
 from .rows import (
     REDUCTIONS,
     MarginKeywords,
+    check_unmasked,
     knows_gradient,
     logits_layout,
     margin_cross_entropy,
@@ -117,6 +118,7 @@ def expert_cross_entropy(
     empty_mean: Literal["nan", "zero"] = "nan",
     expert_reduction: Literal["none", "mean", "sum"] = "mean",
     label_smoothing: float = 0.0,
+    masked_classes: bool = True,
     mixed_target: Tensor | None = None,
     mix_lambda: float | Tensor | None = None,
     return_ensemble: bool = False,
@@ -144,7 +146,7 @@ def expert_cross_entropy(
             logits, without prior, margin, class vectors or smoothing: what the product of experts would say.
 
     ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``ignore_index``, ``reduction``, ``empty_mean``,
-    ``label_smoothing``, ``mixed_target`` and ``mix_lambda`` are those of ``margin_cross_entropy``.
+    ``label_smoothing``, ``masked_classes``, ``mixed_target`` and ``mix_lambda`` are those of ``margin_cross_entropy``.
 
     Class indices for ``[N, C]`` are one pass over all experts; maps and probabilities are one call of
     ``margin_cross_entropy`` for each expert, which reads its logits where they are.
@@ -182,6 +184,8 @@ def expert_cross_entropy(
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
+        # a prior is finite
+        "masked_classes": check_flag("masked_classes", masked_classes) and class_bias is not None,
         "mixed_target": mixed_target,
         "mix_lambda": mix_lambda,
     }
@@ -189,7 +193,10 @@ def expert_cross_entropy(
     # smoothing over the classes that are not masked, where these may differ between experts
     own_masks = False
     if isinstance(class_bias, Tensor) and class_bias.dim() == 2 and label_smoothing > 0:
-        own_masks = not reads_values(class_bias) or bool((class_bias.detach() == -math.inf).any())
+        if masked_classes:
+            own_masks = not reads_values(class_bias) or bool((class_bias.detach() == -math.inf).any())
+        elif checks_on():
+            check_unmasked(class_bias)
     if first.dim() > 2 or soft or own_masks:
         shared["empty_mean"] = empty_mean
         return _by_rows(experts, target, weight, log_prior, taus, class_bias, expert_reduction, return_ensemble, shared)

@@ -95,6 +95,7 @@ def linear_margin_cross_entropy(
     reduction: Literal["none", "mean", "sum"] = "mean",
     empty_mean: Literal["nan", "zero"] = "nan",
     label_smoothing: float = 0.0,
+    masked_classes: bool = True,
     mixed_target: Tensor | None = None,
     mix_lambda: float | Tensor | None = None,
     return_lse: bool = False,
@@ -127,8 +128,8 @@ def linear_margin_cross_entropy(
             the cheapest by the cost model that [`plan_linear`][lt_kernels.functional.plan_linear] explains.
 
     ``weight``, ``class_bias``, ``class_scale``, ``margin``, ``scale``, ``margin_type``, ``reduction``, ``empty_mean``,
-    ``label_smoothing``, ``mixed_target``, ``mix_lambda``, ``return_lse`` and ``return_prediction`` are those of
-    [`margin_cross_entropy`][lt_kernels.functional.margin_cross_entropy], of the logits above (cosines with
+    ``label_smoothing``, ``masked_classes``, ``mixed_target``, ``mix_lambda``, ``return_lse`` and ``return_prediction``
+    are those of [`margin_cross_entropy`][lt_kernels.functional.margin_cross_entropy], of the logits above (cosines with
     ``normalize``).
 
     Returns:
@@ -173,6 +174,7 @@ def linear_margin_cross_entropy(
         ignore_index=-100 if ignore_index is None else ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        masked_classes=masked_classes,
         mixed_target=mixed_target,
         mix_lambda=mix_lambda,
     )

@@ -31,6 +31,7 @@ from .._checks import (
     checks_on,
     compute_dtype,
     filled,
+    has_no_values,
     operand,
     reads_values,
 )
@@ -63,6 +64,7 @@ class RowKeywords(TypedDict, total=False):
     reduction: Literal["none", "mean", "sum"]
     empty_mean: Literal["nan", "zero"]
     label_smoothing: float
+    masked_classes: bool
     mixed_target: Tensor | None
     mix_lambda: float | Tensor | None
 
@@ -107,6 +109,7 @@ def margin_cross_entropy(
     reduction: Literal["none", "mean", "sum"] = "mean",
     empty_mean: Literal["nan", "zero"] = "nan",
     label_smoothing: float = 0.0,
+    masked_classes: bool = True,
     mixed_target: Tensor | None = None,
     mix_lambda: float | Tensor | None = None,
     return_lse: bool = False,
@@ -146,6 +149,10 @@ def margin_cross_entropy(
         empty_mean: the mean over no weight at all (every target ignored, or no rows): ``"nan"``, as in torch, or
             ``"zero"``, so that a task without targets adds nothing to a sum of losses. The gradient is 0 either way.
         label_smoothing: in [0, 1].
+        masked_classes: whether ``class_bias`` may mask classes, which ``label_smoothing`` and probabilities then leave
+            out. False is a promise that it is finite: it spares them a vector ``[C]``, which is otherwise made in each
+            call and read beside the bias (on a GPU always, on the CPU if a class is masked). A broken promise makes
+            losses infinite or NaN; with checks on, it is an error.
         mixed_target: a second target like ``target`` (class indices): mixup or CutMix pairs in the same pass. The loss
             is ``mix_lambda * loss(target) + (1 - mix_lambda) * loss(mixed_target)``, each with its own mean.
         mix_lambda: a number in [0, 1], or a 0-dim tensor, or a tensor shaped like ``target`` (whose values are checked
@@ -195,6 +202,7 @@ def margin_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        masked_classes=masked_classes,
         mixed_target=mixed_target,
         mix_lambda=mix_lambda,
     )
@@ -253,6 +261,7 @@ def row_options(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    masked_classes: bool,
     mixed_target: Tensor | None,
     mix_lambda: float | Tensor | None,
 ) -> RowOptions:
@@ -268,6 +277,7 @@ def row_options(
     check_choice("margin_type", margin_type, MARGIN_TYPES)
     label_smoothing = _check_share("label_smoothing", label_smoothing)
     check_int("ignore_index", ignore_index)
+    check_flag("masked_classes", masked_classes)
     weight = check_class_vector("weight", weight, classes, input, dtype)
     if weight is not None and weight.requires_grad:
         raise ValueError("weight: got a tensor that requires grad, expected one that does not (not differentiable)")
@@ -306,6 +316,8 @@ def row_options(
             if mixed_target is not None:
                 check_classes("mixed_target", mixed_target, classes, ignore_index)
         if class_bias is not None:
+            if not masked_classes and (soft or label_smoothing > 0):
+                check_unmasked(class_bias)
             _check_not_masked("target", target, layout, class_bias, ignore_index)
             if mixed_target is not None:
                 _check_not_masked("mixed_target", mixed_target, layout, class_bias, ignore_index)
@@ -334,12 +346,16 @@ def row_options(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    return _without_masked(options)
+    return _without_masked(options, masked_classes)
 
 
-def _without_masked(o: RowOptions) -> RowOptions:
+def _without_masked(o: RowOptions, masked_classes: bool) -> RowOptions:
     """Return options whose label smoothing and probabilities leave out the classes that class_bias masks (-inf)."""
     if o.class_bias is None or not (o.soft or o.label_smoothing > 0):
+        return o
+    # there classes of no weight add 0 whatever their bias: a broken promise would be a finite, wrong loss
+    blind = o.soft and o.label_smoothing > 0 and o.weight is not None
+    if not (masked_classes or blind):
         return o
     masked = o.class_bias.detach() == -math.inf
     if reads_values(masked) and not bool(masked.any()):
@@ -352,6 +368,16 @@ def _without_masked(o: RowOptions) -> RowOptions:
         return o
     target = o.target.masked_fill(masked[:, None], 0.0) if o.target.requires_grad else o.target
     return o._replace(weight=kept, target=target)
+
+
+def check_unmasked(class_bias: Tensor) -> None:
+    """Refuse a class_bias that masks a class, of [C] or [E, C]. Reads values: a GPU is waited for."""
+    masked = class_bias.detach() == -math.inf
+    if not has_no_values(masked) and bool(masked.any()):
+        raise ValueError(
+            f"class_bias: got -inf for class {int(masked.nonzero()[0, -1])} with masked_classes=False, expected finite "
+            "values"
+        )
 
 
 def _check_not_masked(name: str, target: Tensor, layout: RowLayout, class_bias: Tensor, ignore_index: int) -> None:

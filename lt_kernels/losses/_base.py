@@ -53,6 +53,11 @@ class MarginCrossEntropyBase(ClassTensorLoss):
         persistent: whether the class tensors are in ``state_dict``. A ``state_dict`` without them loads either way, and
             leaves them as they are; see [class counts](../class_counts.md#checkpoints).
 
+    The attribute ``masked_classes`` tells whether ``class_bias`` may mask classes (-inf), which smoothing and
+    probabilities then leave out. It is False where the loss derived or loaded a finite one, unless
+    ``zero_counts="mask"``. Code that writes -inf into ``class_bias`` in place sets it to True: ``loss.masked_classes =
+    True``; otherwise smoothed losses and those of probabilities are infinite or NaN.
+
     A ``scale``, or a ``margin``, that is an ``nn.Parameter`` (0-dim; a margin [C] too) is learned: it stays the
     caller's. Another tensor becomes a buffer.
 
@@ -151,6 +156,7 @@ class MarginCrossEntropyBase(ClassTensorLoss):
             "reduction": self.reduction,
             "empty_mean": self.empty_mean,
             "label_smoothing": self.label_smoothing,
+            "masked_classes": self.masked_classes,
         }
 
     def _set_counts(self, class_counts: ClassVector) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from .._checks import (
     device_of,
     with_values,
 )
-from .._modules import InitializedModule, at_least_float32
+from .._modules import InitializedModule, at_least_float32, is_readable
 from ..functional.rows import EMPTY_MEANS, REDUCTIONS, mean_over
 from ..priors import ClassPrior, ZeroCounts, check_zero_counts
 
@@ -54,6 +55,8 @@ class ClassTensorLoss(InitializedModule):
     class_counts: Tensor | None
     class_bias: Tensor | None
     scale: float | Tensor
+    #: Whether ``class_bias`` may mask classes: False only where its values were derived or loaded, and are finite.
+    masked_classes: bool = True
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class ClassTensorLoss(InitializedModule):
         self._keep_start("class_counts", counts)
         for name, value in derived.items():
             getattr(self, name).copy_(value)
+        self._find_masks()
 
     def _check_counted(self, classes: int, of: str) -> None:
         """Refuse ``of`` with another number of classes than the counts that the loss was built from, if any."""
@@ -136,6 +140,29 @@ class ClassTensorLoss(InitializedModule):
         for name, value in self._derived(counts, device_of(self._device, class_counts), self._dtype).items():
             self._set(name, value)
         self._keep_start("class_counts", counts)
+        self._find_masks()
+
+    def _find_masks(self) -> None:
+        """Find out whether ``class_bias`` masks classes, where its values are set: no call needs to read them.
+
+        With ``zero_counts="mask"`` it always may, so that graphs captured before ``update_counts`` stay right.
+        """
+        bias = self.class_bias
+        if bias is not None and bias.is_meta and self.zero_counts != "mask":
+            bias = self._initial().get("class_bias")  # what it will hold
+        if self.zero_counts == "mask" or bias is None or not is_readable(bias):
+            self.masked_classes = True
+        else:
+            self.masked_classes = bool((bias == -math.inf).any())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "class_bias":  # another tensor than the derived one
+            self.masked_classes = True
+
+    def _fill(self, names: Iterable[str]) -> None:
+        super()._fill(names)
+        self._find_masks()
 
     def _derived(self, counts: ClassVector, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
         prior = ClassPrior(counts, zero_counts=self.zero_counts, device=device, dtype=dtype)
@@ -204,6 +231,7 @@ class ClassTensorLoss(InitializedModule):
             given = (state_dict[prefix + name] for name in loaded)
             device = next((value.device for value in given if not value.is_meta), torch.device("cpu"))
             self._apply(lambda held: torch.empty_like(held, device=device) if held.is_meta else held)
+        self._find_masks()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(at_least_float32(fn), recurse)

@@ -115,7 +115,10 @@ class NCLLoss(ExpertLossBase):
         hard = _each(lambda z: z.masked_fill(easy, 0.0), shifted)
         if self.hard_factor != 0:
             own = self.class_bias
-            masks = torch.zeros_like(own).masked_fill(own == -math.inf, -math.inf)  # from smoothing too
+            if self.masked_classes:  # from smoothing too
+                masks = torch.zeros_like(own).masked_fill(own == -math.inf, -math.inf)
+            else:
+                masks = None
             keywords = {**self.keywords(), "class_bias": masks, "scale": 1.0}
             loss = loss + self.hard_factor * LF.expert_cross_entropy(hard, target, **mixed, **keywords)
         if experts > 1 and self.hard_divergence_factor != 0:

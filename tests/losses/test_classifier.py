@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _loss_cases import CASES, CLASSIFIERS, COUNTS, EXPERTS, C
+from _loss_cases import CASES, CLASSIFIERS, COUNTS, EXPERTS, C, make_batch
 from _loss_dense import check_formula, exact_dtypes
 from _refused import refused
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import lt_kernels
 from lt_kernels.losses import (
     ArcFaceLoss,
     BalancedSoftmaxLoss,
+    BalPoELoss,
     CosFaceLoss,
     LDAMLoss,
     LogitAdjustmentLoss,
@@ -352,3 +357,106 @@ def test_smoothing_and_mixup_beside_masked_classes(smoothing, target, name):
         results.append((value, *torch.autograd.grad(value, z)))
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two)
+
+
+PRIORS = ("logit-adjustment", "balanced-softmax", "vs", "sade", "ncl")
+ABSENT = [*COUNTS[:-1], 0]
+
+
+@pytest.mark.parametrize("name", PRIORS)
+class TestWhetherClassesMayBeMasked:
+    """Known without reading a tensor in the call: True wherever ``class_bias`` may be -inf, after whatever happens."""
+
+    def test_built_updated_and_reset(self, name):
+        make = CASES[name].make
+        for counts, options, masks in ((COUNTS, {}, False), (ABSENT, {"zero_counts": 1}, False),
+                                       (ABSENT, {"zero_counts": "mask"}, True)):  # fmt: skip
+            for device in ("cpu", "meta"):
+                loss = make(counts, device=device, **options)
+                assert loss.masked_classes is loss.keywords()["masked_classes"] is masks
+                loss = loss.to_empty(device="cpu")
+                assert loss.masked_classes is bool((loss.class_bias == -math.inf).any()) is masks
+                for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.double()):
+                    assert copied.masked_classes is masks
+                loss.reset_parameters()
+                assert loss.masked_classes is masks
+        loss = make(COUNTS, zero_counts="mask")
+        assert loss.masked_classes  # a count may become 0 in graphs that were captured
+        loss.update_counts(ABSENT)
+        assert loss.masked_classes
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+    def test_loaded(self, assign, device, name):
+        make, call = CASES[name].make, CASES[name].call
+        masked, plain = make(ABSENT, zero_counts="mask"), make(COUNTS)
+        loss = make(COUNTS, device=device, label_smoothing=0.1)
+        if device == "meta" and not assign:
+            loss = loss.to_empty(device="cpu")
+        loss.load_state_dict(masked.state_dict(), assign=assign)
+        assert loss.masked_classes
+        batch = make_batch()._replace(target=torch.arange(len(make_batch().target)) % (C - 1))
+        assert call(loss, batch).isfinite()
+        partial = {"class_counts": plain.class_counts}
+        loss.load_state_dict(partial, strict=False, assign=assign)
+        assert loss.masked_classes  # by the bias that it still has
+        loss.load_state_dict(plain.state_dict(), assign=assign)
+        assert not loss.masked_classes
+        loss.load_state_dict(masked.state_dict(), assign=assign)
+        loss.update_counts(COUNTS)
+        assert not loss.masked_classes
+        assert call(loss, batch).isfinite()
+
+    def test_written_by_hand(self, name):
+        """Replaced, or said so: as if it had been there. In place alone: infinite or NaN, never another number."""
+        make, call = CASES[name].make, CASES[name].call
+        batch = make_batch()._replace(target=torch.arange(len(make_batch().target)) % (C - 1))
+        results = []
+        for way in ("replaced", "told", "in place"):
+            loss = make(COUNTS, label_smoothing=0.1)
+            bias = loss.class_bias.clone()
+            bias[..., -1] = -math.inf
+            if way == "replaced":
+                loss.class_bias = bias
+            else:
+                loss.class_bias.copy_(bias)
+                assert not loss.masked_classes
+            if way == "told":
+                loss.masked_classes = True
+            results.append(call(loss, batch))
+        assert results[0].isfinite()
+        assert torch.equal(results[0], results[1])
+        assert not results[2].isfinite()
+        lt_kernels.set_checks(True)
+        try:
+            with pytest.raises(ValueError, match="class_bias: got -inf for class 9 with masked_classes=False"):
+                call(loss, batch)
+        finally:
+            lt_kernels.set_checks(False)
+
+    def test_compiled(self, name):
+        """A checkpoint with masked classes compiles anew; counts under ``zero_counts="mask"`` do not."""
+        make, call = CASES[name].make, CASES[name].call
+        batch = make_batch()._replace(target=torch.arange(len(make_batch().target)) % (C - 1))
+        masked = make(ABSENT, zero_counts="mask", label_smoothing=0.1)
+        counter = CompileCounterWithBackend("eager")
+        for options, frames in (({}, 2), ({"zero_counts": "mask"}, 1)):
+            torch._dynamo.reset()
+            counter.clear()
+            loss = make(COUNTS, label_smoothing=0.1, **options)
+            compiled = torch.compile(lambda batch, loss=loss: call(loss, batch), backend=counter, fullgraph=True)
+            torch.testing.assert_close(compiled(batch), call(loss, batch))
+            if options:
+                loss.update_counts(ABSENT)
+            else:
+                loss.load_state_dict(masked.state_dict())
+            value = compiled(batch)
+            assert value.isfinite()
+            torch.testing.assert_close(value, call(masked, batch))
+            assert counter.frame_count == frames
+
+
+def test_priors_of_experts_mask_through_their_class_bias():
+    """BalPoE's log prior is finite: only ``zero_counts="mask"`` has a bias, and then it may mask."""
+    assert BalPoELoss(COUNTS).class_bias is None
+    assert BalPoELoss(ABSENT, zero_counts="mask").masked_classes

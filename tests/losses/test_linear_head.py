@@ -75,7 +75,8 @@ def dense(head: LinearHead, x: Tensor, dtype: torch.dtype, cosine: bool, *target
     leaves = {key: value.detach().to(dtype).requires_grad_() for key, value in leaves.items()}
     logits = dense_logits(leaves["features"], leaves["weight"], leaves.get("bias"), cosine)
     mixed = dict(zip(("mixed_target", "mix_lambda"), targets[1:], strict=False))
-    keywords = {name: value for name, value in head.loss.keywords().items() if name != "empty_mean"}
+    unknown = ("empty_mean", "masked_classes")
+    keywords = {name: value for name, value in head.loss.keywords().items() if name not in unknown}
     loss = dense_margin_cross_entropy(logits, targets[0], **keywords, **mixed)
     return loss, gradients(loss, leaves)
 

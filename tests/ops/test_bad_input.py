@@ -94,6 +94,7 @@ TABLE = {
     "margin_type": ({"margin_type": "cosine"}, ValueError, r"margin_type: got 'cosine', expected one of 'additive'"),
     "reduction": ({"reduction": "avg"}, ValueError, r"reduction: got 'avg', expected one of 'none', 'mean', 'sum'"),
     "empty_mean": ({"empty_mean": 0}, ValueError, r"empty_mean: got 0, expected one of 'nan', 'zero'"),
+    "masked_classes": ({"masked_classes": 0}, TypeError, r"masked_classes: got int, expected a bool"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, r"ignore_index: got float, expected an int"),
     "smoothing range": (
         {"label_smoothing": 1.5},

@@ -17,7 +17,13 @@ from _strategies import LINEAR_MODES, linear_mode, tiled_linear_reason
 from torch import Tensor
 
 import lt_kernels
-from lt_kernels.functional import expert_cross_entropy, linear_margin_cross_entropy, margin_cross_entropy
+from lt_kernels.functional import (
+    expert_cross_entropy,
+    experts,
+    linear_margin_cross_entropy,
+    margin_cross_entropy,
+    rows,
+)
 from lt_kernels.testing import (
     Sample,
     check_linear_margin_cross_entropy,
@@ -184,6 +190,96 @@ def test_a_masked_target_is_infinite(smoothing, backend, device):
             mixed = {} if targets[1] is None else {"mixed_target": targets[1], "mix_lambda": 0.5}
             with pytest.raises(ValueError, match=f"{name}: row 1 has class 2, expected one that class_bias does not"):
                 margin_cross_entropy(x, targets[0], class_bias=bias, **mixed)
+    finally:
+        lt_kernels.set_checks(False)
+
+
+# ---------------------------------------------------------------------------------------- the promise that none is
+
+
+def in_class_blocks(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    with linear_mode("classes") as strategy:
+        return linear_margin_cross_entropy(x, torch.eye(5, device=x.device), y, strategy=strategy, **options)
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "rows": margin_cross_entropy,
+    "linear": lambda x, y, **options: linear_margin_cross_entropy(x, torch.eye(5, device=x.device), y, **options),
+    "linear, classes": in_class_blocks,
+    "experts": lambda x, y, class_bias, **options: expert_cross_entropy(
+        x.expand(2, *x.shape), y, class_bias=class_bias, **options
+    ),
+    "own": lambda x, y, class_bias, **options: expert_cross_entropy(
+        x.expand(2, *x.shape), y, class_bias=class_bias.expand(2, 5), **options
+    ),
+}
+TARGETS = {"indices": torch.tensor([0, 1, 4]), "probabilities": F.one_hot(torch.tensor([0, 1, 4]), 5).float()}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+
+
+@every_form
+@every_target
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_a_promise_spares_the_vector(weighted, target, form, backend, device, monkeypatch):
+    """As on a GPU, whose values nothing waits for: the same loss, without a vector of smoothing or a call more."""
+    made: list[Any] = []
+    whole, by_rows = rows._without_masked, experts._by_rows
+    monkeypatch.setattr(rows, "reads_values", lambda tensor: False)
+    monkeypatch.setattr(experts, "reads_values", lambda tensor: False)
+    monkeypatch.setattr(rows, "_without_masked", lambda *args: made.append(whole(*args)) or made[-1])
+    monkeypatch.setattr(experts, "_by_rows", lambda *args: made.append("by rows") or by_rows(*args))
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    options: dict[str, Any] = {"class_bias": torch.tensor([0.0, -1.0, 0.5, 2.0, 0.0], device=device)}
+    options["label_smoothing"] = 0.1
+    if weighted:
+        options["weight"] = torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0], device=device)
+    soft = target.is_floating_point()
+    results = []
+    for promised in (False, True):
+        made.clear()
+        loss = form(x, target.to(device), masked_classes=not promised, **options)
+        results.append([loss, torch.autograd.grad(loss, x)[0]])
+        calls = [each for each in made if not isinstance(each, str)]
+        if promised and not (soft and weighted):  # there, a broken promise would be a wrong, finite number
+            assert all(each.smooth_weight is None and each.weight is options.get("weight") for each in calls)
+            assert soft or "by rows" not in made
+        elif not promised and form is not FORMS["own"]:
+            assert all(each.smooth_weight is not None for each in calls)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@every_form
+@every_target
+@pytest.mark.parametrize("weight", [None, 1.0, 0.0], ids=["plain", "weighted", "no weight"])
+def test_a_broken_promise_is_never_a_wrong_number(weight, target, form, backend, device):
+    x = torch.randn(3, 5, device=device)
+    options: dict[str, Any] = {"class_bias": torch.tensor([0.0, 1.0, -math.inf, 2.0, 0.0], device=device)}
+    if weight is not None:
+        options["weight"] = torch.tensor([1.0, 2.0, weight, 1.0, 0.5], device=device)
+    for smoothing in (0.1, 0.0):
+        options["label_smoothing"] = smoothing
+        truth = form(x, target.to(device), **options)
+        loss = form(x, target.to(device), masked_classes=False, **options)
+        assert truth.isfinite()
+        assert not loss.isfinite() or torch.allclose(loss, truth)
+    if not target.is_floating_point():
+        assert not form(x, target.to(device), masked_classes=False, **options | SMOOTHED).isfinite()
+
+
+@every_form
+@every_target
+def test_a_broken_promise_is_found_with_checks_on(target, form, backend, device):
+    bias = torch.tensor([0.0, 1.0, -math.inf, 2.0, 0.0], device=device)
+    x, y = torch.randn(3, 5, device=device), target.to(device)
+    lt_kernels.set_checks(True)
+    try:
+        form(x, y, class_bias=bias.clamp_min(-9), masked_classes=False, **SMOOTHED)
+        form(x, y, class_bias=bias, **SMOOTHED)
+        form(x, TARGETS["indices"].to(device), class_bias=bias, masked_classes=False)  # nothing leaves it out here
+        with pytest.raises(ValueError, match="class_bias: got -inf for class 2 with masked_classes=False, expected"):
+            form(x, y, class_bias=bias, masked_classes=False, **SMOOTHED)
     finally:
         lt_kernels.set_checks(False)
 

@@ -345,7 +345,8 @@ def _weighted_sum(head: Head, z: Tensor, columns: slice) -> Tensor:
     weight, slope = _smoothing_slopes(head, columns)
     total = torch.cat([torch.mv(z[rows].to(slope.dtype), slope) for rows in products.blocks(z)] or [z.sum(1)])
     if head.a.options.class_bias is not None:
-        total = total + torch.dot(weight, head.a.options.class_bias[columns].masked_fill(weight == 0, 0.0))
+        bias = head.a.options.class_bias[columns]
+        total = total + torch.dot(weight, bias.masked_fill(weight == 0, 0.0) if head.a.options.masks else bias)
     return total[:, None]
 
 
