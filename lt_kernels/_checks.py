@@ -195,11 +195,8 @@ def as_int64(name: str, value: Tensor) -> Tensor:
     integers = value.to(torch.int64)
     if value.dtype != torch.uint64:
         return integers
-    wrapped = integers < 0
-    if reads_values(value) and bool(wrapped.any()):
-        largest = int(integers[wrapped].max()) + 2**64
-        raise IndexError(f"{name}: got {largest}, expected integers below 2^63")
-    return integers.masked_fill(wrapped, torch.iinfo(torch.int64).max)
+    integers = check_values(check_not_wrapped, name, integers)
+    return integers.masked_fill(integers < 0, torch.iinfo(torch.int64).max)
 
 
 def check_shape(
@@ -398,6 +395,24 @@ def check_all(name: str, holds: Tensor, problem: str) -> None:
         raise ValueError(f"{name}: got {problem}")
 
 
+def check_values(
+    check: Callable[..., None], name: str, value: Tensor, *numbers: int, words: Sequence[str] = ()
+) -> Tensor:
+    """Return ``value``, which ``check(name, value, *numbers, *words)`` refuses where values are read.
+
+    Compiled code reads them when it runs, as the result is used.
+
+    Args:
+        check: one of ``VALUE_CHECKS``.
+    """
+    if reads_values(value):
+        check(name, value, *numbers, *words)
+    elif torch.compiler.is_compiling() and (value.device.type == "cpu" or _settings.checks):
+        of_value = value.detach()
+        return value + torch.ops.lt_kernels.checked(of_value, check.__name__, name, list(numbers), list(words))
+    return value
+
+
 def check_classes(
     name: str, label: Tensor, classes: int, none: int | None = None, hint: str | None = None, what: str = "class"
 ) -> None:
@@ -411,6 +426,64 @@ def check_classes(
         row = int(bad.flatten().nonzero()[0])
         got = int(label.flatten()[row])
         raise IndexError(f"{name}: row {row} has {what} {got}, expected 0 <= {what} < {classes}{hint or ''}")
+
+
+def check_keys(name: str, index: Tensor, keys: int) -> None:
+    """Raise IndexError for the first index that is neither that of a key nor -1."""
+    bad = (index < -1) | (index >= keys)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(f"{name}: got {int(index[row])} in row {row}, expected a key from 0 to {keys - 1}, or -1")
+
+
+def check_int32(name: str, label: Tensor) -> None:
+    """Refuse labels, int64, beyond the range of int32, in which they are compared."""
+    if label.numel() == 0:
+        return
+    limits = torch.iinfo(torch.int32)
+    low, high = (int(bound) for bound in label.aminmax())
+    if not limits.min <= low <= high <= limits.max:
+        bad = low if low < limits.min else high
+        raise ValueError(f"{name}: got {bad}, expected labels from {limits.min} to {limits.max}")
+
+
+def check_not_wrapped(name: str, integers: Tensor) -> None:
+    """Raise IndexError for uint64 that int64, in which they are given, has no room for."""
+    wrapped = integers < 0
+    if bool(wrapped.any()):
+        raise IndexError(f"{name}: got {int(integers[wrapped].max()) + 2**64}, expected integers below 2^63")
+
+
+def check_weights(name: str, weight: Tensor) -> None:
+    """Refuse weights that are negative or not finite."""
+    if not bool(((weight >= 0) & (weight < math.inf)).all()):
+        raise ValueError(f"{name}: got a weight that is negative or not finite, expected finite weights >= 0")
+
+
+#: What ``check_values`` takes, by name.
+VALUE_CHECKS: dict[str, Callable[..., None]] = {
+    each.__name__: each for each in (check_classes, check_keys, check_int32, check_not_wrapped, check_weights)
+}
+
+
+def _checked(value: Tensor, check: str, name: str, numbers: Sequence[int], words: Sequence[str]) -> Tensor:
+    VALUE_CHECKS[check](name, value, *numbers, *words)
+    return _nothing(value)
+
+
+def _nothing(value: Tensor, *_: Any) -> Tensor:
+    """Return a 0 that can be added to ``value``."""
+    return value.new_zeros(())
+
+
+# below the other operators, for queues need it too. It waits for a GPU, which no captured graph can
+_library = torch.library.Library("lt_kernels", "FRAGMENT")
+_library.define(
+    "checked(Tensor value, str check, str name, SymInt[] numbers, str[] words) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+)
+_library.impl("checked", _checked, "CompositeExplicitAutograd")
+torch.library.register_fake("lt_kernels::checked", _nothing, lib=_library)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

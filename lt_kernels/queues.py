@@ -29,8 +29,8 @@ from ._checks import (
     check_integers,
     check_number,
     check_shape,
+    check_values,
     device_of,
-    reads_values,
 )
 from ._modules import InitializedModule
 from .priors import ClassPrior
@@ -137,12 +137,11 @@ class ClassQueue(InitializedModule):
         """
         rows = _check_features(features, self.features)
         label = _check_integers("labels", labels, rows, self.features)
+        label = check_values(check_classes, "labels", label, self.num_classes, -1, words=(", or -1",))
         is_class = (label >= 0) & (label < self.num_classes)
-        if reads_values(label):
-            check_classes("labels", label, self.num_classes, -1, ", or -1")
         given = None if ids is None else _check_integers("ids", ids, rows, self.features)
-        if given is not None and reads_values(given):
-            check_classes("ids", given, 2**63 - 1, -1, ", or -1", what="id")
+        if given is not None:
+            given = check_values(check_classes, "ids", given, 2**63 - 1, -1, words=(", or -1", "id"))
         if rows == 0:
             return label
         group = label.masked_fill(~is_class, self.num_classes)
@@ -301,9 +300,10 @@ class FeatureQueue(InitializedModule):
         """
         rows = _check_features(features, self.features)
         label = _check_integers("labels", labels, rows, self.features)
-        if reads_values(label):
-            check_classes("labels", label, 2**31, -1, ", or -1")
+        label = check_values(check_classes, "labels", label, 2**31, -1, words=(", or -1",))
         order = torch.arange(rows, device=label.device)
+        if torch.compiler.is_compiling():  # nothing is written before the labels have been checked
+            order = order + (label - label)
         slot = (self.pointer + order) % self.size
         last = max(rows - self.size, 0)
         self.features.index_copy_(0, slot[last:], features[last:].to(self.features.dtype))

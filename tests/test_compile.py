@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from _loss_cases import CASES, COUNTS, make_batch
+from _loss_cases import CASES, CONTRASTIVE, COUNTS, make_batch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lt_kernels import ExpertHead, LinearHead, losses
+from lt_kernels import ClassQueue, ExpertHead, FeatureQueue, LinearHead, losses
 from lt_kernels import functional as LF
 from lt_kernels.mixing import mixup
 
@@ -32,10 +32,14 @@ def each_loss() -> Any:
     return pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+#: Traces the backward pass too. What is traced a second time, with other options, takes the cheaper "eager".
+FIRST = "aot_eager"
+
+
 class Graphs:
     """A compiled function, and how many graphs were made for it."""
 
-    def __init__(self, function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> None:
+    def __init__(self, function: Callable[..., Any], backend: str = FIRST, **options: Any) -> None:
         torch._dynamo.reset()
         self._counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
         self.call = torch.compile(function, fullgraph=True, backend=self._counter, **options)
@@ -107,7 +111,7 @@ def with_gradient(function: Callable[..., Any], x: Tensor, *args: Any) -> list[T
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_changes_makes_no_more_than_two_graphs(name, dynamic):
     function = NUMBERS[name]
-    graphs = Graphs(lambda x, v: function(x, v), dynamic=dynamic)
+    graphs = Graphs(lambda x, v: function(x, v), FIRST if dynamic is None else "eager", dynamic=dynamic)
     for value in VALUES if dynamic is None else VALUES[:3]:
         x = leaf_of(name)
         actual, expected = with_gradient(graphs.call, x, value), with_gradient(function, x, value)
@@ -174,7 +178,7 @@ def compare(actual: Callable[..., Tensor], expected: Callable[..., Tensor], batc
 @each_loss()
 def test_batches_of_all_sizes_make_no_more_than_two_graphs(case, dynamic):
     loss = case.make(COUNTS, **case.options)
-    graphs = Graphs(lambda batch: case.call(loss, batch), dynamic=dynamic)
+    graphs = Graphs(lambda batch: case.call(loss, batch), FIRST if dynamic is None else "eager", dynamic=dynamic)
     for rows in SIZES:
         compare(graphs.call, lambda batch: case.call(loss, batch), batch_of(rows))
     assert graphs.number <= 2
@@ -208,6 +212,90 @@ def test_functions_of_marked_sizes_make_one_graph(name):
         torch._dynamo.mark_dynamic(batch.experts, 1)
         torch.testing.assert_close(graphs.call(batch), ITSELF[name](batch))
     assert graphs.number == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+def refusal(function: Callable[[Any], Any], given: Any) -> tuple[type[Exception], str]:
+    with pytest.raises((IndexError, ValueError)) as caught:
+        function(given)
+    return caught.type, str(caught.value)
+
+
+def refused_alike(function: Callable[[Any], Any], good: Any, *bad: Any, backend: str = FIRST) -> None:
+    """Check that one graph takes what is good, and refuses what is bad in the words of eager code."""
+    graphs = Graphs(function, backend)
+    for each in bad:
+        graphs.call(good)
+        assert refusal(graphs.call, each) == refusal(function, each)
+    assert graphs.number == 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "supcon"])  # its labels are any integers
+def test_compiled_losses_refuse_a_class_out_of_range(name):
+    case = CASES[name]
+    loss = case.make(COUNTS, **case.options)
+    target = Y.clone()
+    target[2] = len(COUNTS)
+    backend = FIRST if name in CONTRASTIVE else "eager"  # the others are checked by their operator
+    refused_alike(lambda y: case.call(loss, SINGLE._replace(target=y)), Y, target, backend=backend)
+
+
+ROWS, KEYS, KL = len(Y), len(KEY), SINGLE.key_label
+PACO, GML, ELM = losses.PaCoLoss(COUNTS, 0.05), losses.GMLLoss(COUNTS), losses.ELMLoss(COUNTS)
+SUPCON, PIXELS = losses.SupConLoss(0.1), Z[:32, :, None, None].reshape(2, 4, 4, -1).movedim(3, 1)
+LOGITS, EXCLUDE, NO_MASK = X[:, : len(COUNTS)], torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS, ROWS)
+#: Functions of integers, some that they accept, and a value that they refuse.
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], Tensor, tuple[Any, ...]]] = {
+    "exclude": (lambda e: LF.partitioned_logsumexp(Z, KEY, Y, KL, exclude=e).neg, EXCLUDE, (KEYS, -2)),
+    "supervised_contrastive, exclude": (
+        lambda e: LF.supervised_contrastive(Z, KEY, Y, KL, temperature=0.1, exclude=e), EXCLUDE, (KEYS,)
+    ),
+    "query_label": (lambda y: LF.partitioned_logsumexp(Z, KEY, y, KL).neg, Y, (2**31, -(2**40))),
+    "key_label": (lambda y: LF.partitioned_logsumexp(Z, KEY, Y, y).neg, KL, (2**31,)),
+    "key_label, uint64": (lambda y: LF.partitioned_logsumexp(Z, KEY, Y, y).neg, KL.to(torch.uint64), (2**63,)),
+    "target, uint64": (lambda y: LF.margin_cross_entropy(LOGITS, y), Y.to(torch.uint64), (2**63,)),
+    "SupCon, mask": (lambda m: SUPCON(SINGLE.views, mask=m), NO_MASK, (-1.0, math.inf, math.nan)),
+    "PaCo, key_label": (lambda y: PACO(Z, Y, KEY, y, LOGITS), KL, (len(COUNTS), -2)),
+    "PaCo, exclude": (lambda e: PACO(Z, Y, KEY, KL, LOGITS, exclude=e), EXCLUDE, (KEYS,)),
+    "GML, key_label": (lambda y: GML(Z, Y, KEY, y, LOGITS), KL, (len(COUNTS),)),
+    "GML, own_key": (lambda e: GML(Z, Y, KEY, KL, LOGITS, own_key=e), EXCLUDE, (KEYS, -2)),
+    "ELM, key_label": (lambda y: ELM(LOGITS, Z, Y, key=KEY, key_label=y), KL, (len(COUNTS),)),
+    "ELM, exclude": (lambda e: ELM(LOGITS, Z, Y, key=KEY, key_label=KL, exclude=e), EXCLUDE, (KEYS,)),
+    "sample_pixels": (
+        lambda y: losses.sample_pixels(PIXELS, y, 2, num_classes=len(COUNTS)).labels,
+        Y[:32].reshape(2, 4, 4),
+        (len(COUNTS),),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_compiled_functions_refuse_a_value_out_of_range(name):
+    function, good, values = REFUSED[name]
+    bad = []
+    for value in values:
+        flat = good.flatten().tolist()
+        flat[1] = value
+        bad.append(torch.tensor(flat, dtype=good.dtype).reshape(good.shape))
+    refused_alike(function, good, *bad)
+
+
+@pytest.mark.parametrize("name", ["FeatureQueue", "ClassQueue", "ClassQueue, ids"])
+def test_compiled_queues_refuse_a_label_before_they_change(name):
+    """Inductor orders what is written by what it is made of."""
+    queue: Any = FeatureQueue(8, 3) if name == "FeatureQueue" else ClassQueue([3, 2, 2], 8, 3)
+    features, labels = torch.ones(3, 3), torch.tensor([0, 1, 2])
+    argument = (lambda y: (features, labels, y)) if name.endswith("ids") else (lambda y: (features, y))
+    before = {key: value.clone() for key, value in queue.state_dict().items()}
+    graphs = Graphs(queue.enqueue, "inductor")
+    wrong = torch.tensor([0, -2, 1])
+    words = refusal(lambda y: queue.enqueue(*argument(y)), wrong)
+    assert refusal(lambda y: graphs.call(*argument(y)), wrong) == words
+    assert graphs.number == 1
+    for key, value in queue.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------------------- export

@@ -19,16 +19,18 @@ from .._checks import (
     check_flag,
     check_floating,
     check_int,
+    check_int32,
     check_integers,
+    check_keys,
     check_number,
     check_positive,
     check_shape,
     check_tensor,
+    check_values,
     checks_on,
     compute_dtype,
     operand,
     product_dtype,
-    reads_values,
 )
 from .._smooth import quick_logaddexp
 from ..ops._backend import BackendUnavailableError, resolve
@@ -39,8 +41,6 @@ from .rows import EMPTY_MEANS, REDUCTIONS, mean_over
 
 #: Of contrastive losses; a query without positives counts in "mean", and does not in "mean_positives".
 CONTRASTIVE_REDUCTIONS = (*REDUCTIONS, "mean_positives")
-#: Labels are compared as int32.
-_LABELS = torch.iinfo(torch.int32)
 #: How far above 1 a norm may be where vectors are said to be normalised, in roundings of their dtype.
 _ROUNDINGS = 8
 
@@ -338,11 +338,8 @@ def _index_vector(name: str, value: Any, size: int, query: Tensor) -> Tensor:
 
 def _labels(name: str, value: Any, size: int, query: Tensor) -> Tensor:
     value = _index_vector(name, value, size, query)
-    if value.dtype.itemsize >= 4 and value.dtype != torch.int32 and size > 0 and reads_values(value):
-        low, high = (int(bound) for bound in as_int64(name, value).aminmax())
-        if not _LABELS.min <= low <= high <= _LABELS.max:
-            bad = low if low < _LABELS.min else high
-            raise ValueError(f"{name}: got {bad}, expected labels from {_LABELS.min} to {_LABELS.max}")
+    if value.dtype.itemsize >= 4 and value.dtype != torch.int32:
+        value = check_values(check_int32, name, as_int64(name, value))
     return value.detach().to(torch.int32).contiguous()
 
 
@@ -355,11 +352,7 @@ def _exclude(exclude: Any, n: int, m: int, query: Tensor) -> Tensor | None:
             raise ValueError(f"exclude: got 'self' with {m} keys for {n} queries, expected a key for each query")
         return torch.arange(n, dtype=torch.int32, device=query.device)
     value = as_int64("exclude", _index_vector("exclude", exclude, n, query))
-    if n > 0 and reads_values(value):
-        bad = (value < -1) | (value >= m)
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise IndexError(f"exclude: got {int(value[row])} in row {row}, expected a key from 0 to {m - 1}, or -1")
+    value = check_values(check_keys, "exclude", value, m)
     # one out of range, on a GPU, excludes nothing
     return torch.where((value >= 0) & (value < m), value, -1).to(torch.int32).contiguous()
 

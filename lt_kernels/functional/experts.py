@@ -194,7 +194,8 @@ def expert_cross_entropy(
     own_masks = False
     if isinstance(class_bias, Tensor) and class_bias.dim() == 2 and label_smoothing > 0:
         if masked_classes:
-            own_masks = not reads_values(class_bias) or bool((class_bias.detach() == -math.inf).any())
+            masked = class_bias.detach() == -math.inf
+            own_masks = not reads_values(masked) or bool(masked.any())
         elif checks_on():
             check_unmasked(class_bias)
     if first.dim() > 2 or soft or own_masks:

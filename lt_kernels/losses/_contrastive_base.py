@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from .._checks import (
     check_integers,
     check_positive,
     check_shape,
+    check_values,
     is_transformed,
-    reads_values,
     with_values,
 )
 from .._modules import InitializedModule, at_least_float32
@@ -117,10 +117,18 @@ def shown_temperature(temperature: float | Tensor) -> str:
     return str(temperature)
 
 
+class Labels(NamedTuple):
+    """Labels of rows, checked."""
+
+    given: Tensor  #: as int64
+    of_class: Tensor  #: int64 that indexes classes safely: 0 where it is none
+    is_class: Tensor  #: bool
+
+
 def check_labels(
     name: str, value: Any, shape: tuple[int, ...], classes: int, like: Tensor, none: int, what: str = "class"
-) -> tuple[Tensor, Tensor]:
-    """Return labels as int64 that index classes safely, 0 where they are none, and which of them are classes (bool).
+) -> Labels:
+    """Return checked labels.
 
     ``none`` is no class, even if it is the number of one. IndexError as ``check_label_values``.
     """
@@ -128,7 +136,7 @@ def check_labels(
     is_class = (label >= 0) & (label < classes)
     if none >= 0:
         is_class = is_class & (label != none)
-    return label.masked_fill(~is_class, 0), is_class
+    return Labels(label, label.masked_fill(~is_class, 0), is_class)
 
 
 def check_label_values(
@@ -136,9 +144,7 @@ def check_label_values(
 ) -> Tensor:
     """Return labels as int64; IndexError for one that is no class and not ``none``, on the CPU and with checks on."""
     label = check_ids(name, value, shape, like)
-    if reads_values(label):
-        check_classes(name, label, classes, none, f", or {none} for none", what)
-    return label
+    return check_values(check_classes, name, label, classes, none, words=(f", or {none} for none", what))
 
 
 def check_ids(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:

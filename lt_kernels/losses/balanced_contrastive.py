@@ -21,7 +21,7 @@ from .._checks import (
 from .._smooth import quick_logaddexp
 from ..functional.rows import EMPTY_MEANS, REDUCTIONS, mean_over
 from ..priors import ClassPrior
-from ._contrastive_base import TemperatureLoss, check_ids, check_labels, count_classes, shown_temperature, zero_rows
+from ._contrastive_base import TemperatureLoss, check_labels, count_classes, shown_temperature, zero_rows
 
 
 class BalancedContrastiveLoss(TemperatureLoss):
@@ -96,8 +96,9 @@ class BalancedContrastiveLoss(TemperatureLoss):
         check_counted(self.num_classes, len(centers), "centers")
         check_shape("centers", centers, (self.num_classes, dim))
         check_device("centers", centers, features, " as features")
-        given = check_ids("labels", labels, (samples,), features)
-        index, is_class = check_labels("labels", given, (samples,), self.num_classes, features, self.ignore_index)
+        given, index, is_class = check_labels(
+            "labels", labels, (samples,), self.num_classes, features, self.ignore_index
+        )
         ignored = given == self.ignore_index
         query = zero_rows(features, ignored).flatten(0, 1)
         label = index[:, None].expand(samples, views).flatten()

@@ -26,7 +26,6 @@ from ..priors import ClassPrior
 from ._contrastive_base import (
     ContrastiveLossBase,
     ContrastiveOptions,
-    check_ids,
     check_labels,
     checkpointed,
     row_chunks,
@@ -226,8 +225,9 @@ class ELMLoss(ContrastiveLossBase):
             raise ValueError(f"{missing}: got None with {given}, expected both or neither")
         if key is None and exclude is not None:
             raise ValueError("exclude: got one without key, expected None (embeddings leave themselves out)")
-        target = check_ids("target", target, (len(embeddings),), embeddings)
-        label, is_class = check_labels("target", target, (len(embeddings),), classes, embeddings, self.ignore_index)
+        target, label, is_class = check_labels(
+            "target", target, (len(embeddings),), classes, embeddings, self.ignore_index
+        )
         of_logits = LF.margin_cross_entropy(
             logits, target, class_bias=self.class_bias, margin=self.margin, scale=self.scale,
             ignore_index=self.ignore_index, reduction=self.reduction, empty_mean=self.empty_mean,
@@ -238,7 +238,7 @@ class ELMLoss(ContrastiveLossBase):
             key, of_keys, is_key, exclude = query, label, is_class, "self"
         else:
             check_embeddings("key", key, "[M, D]")
-            of_keys, is_key = check_labels("key_label", key_label, (len(key),), classes, embeddings, -1)
+            _, of_keys, is_key = check_labels("key_label", key_label, (len(key),), classes, embeddings, -1)
             key = F.normalize(key, dim=1) if self.normalize else key
         rows = self._regularizer(query, torch.where(is_class, label, -2), label, key, of_keys, is_key, exclude)
         embedding = self._reduce(torch.where(is_class, rows, 0.0), is_class)

@@ -232,7 +232,8 @@ class GMLLoss(ContrastiveLossBase):
         check_embeddings("logits", logits, "[N, C, H, W]" if getattr(logits, "ndim", 2) == 4 else "[N, C]")
         classes = logits.shape[1]
         self._check_counted(classes, "logits")
-        check_label_values(name, of_logits, (len(logits), *logits.shape[2:]), classes, logits, self.ignore_index)
+        shape = (len(logits), *logits.shape[2:])
+        of_logits = check_label_values(name, of_logits, shape, classes, logits, self.ignore_index)
         sup = LF.margin_cross_entropy(
             logits, of_logits, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
             reduction=self.reduction, empty_mean=self.empty_mean,
@@ -259,8 +260,8 @@ class GMLLoss(ContrastiveLossBase):
         given = check_ids("query_label", query_label, (len(query),), query)
         given = given.masked_fill(given == self.ignore_index, -1)
         query = zero_rows(query, given == -1)
-        label, is_class = check_labels("query_label", given, (len(query),), classes, query, -1)
-        key_class, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
+        _, label, is_class = check_labels("query_label", given, (len(query),), classes, query, -1)
+        _, key_class, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         counts = count_classes(key_class, is_key, classes).to(self.class_bias.dtype)
         bias = (self.class_bias - counts.clamp_min(1).log())[key_class].masked_fill(~is_key, -math.inf)
         # queries of no class match no key
@@ -287,7 +288,7 @@ class GMLLoss(ContrastiveLossBase):
         if own_key is not None:
             if query_id is not None:
                 raise ValueError("own_key: got both own_key and ids, expected one of them")
-            index, is_key = check_labels("own_key", own_key, (len(query),), len(key), query, -1, "key")
+            _, index, is_key = check_labels("own_key", own_key, (len(query),), len(key), query, -1, "key")
             return index.masked_fill(~is_key, -1)
         if query_id is None or key_id is None:
             return None

@@ -140,11 +140,10 @@ class PaCoLoss(ContrastiveLossBase):
             raise ValueError(
                 f"label_smoothing: got {self.label_smoothing} with {classes} classes, expected at most {most:g}"
             )
-        label = check_ids("query_label", query_label, (rows,), query)
-        _, is_class = check_labels("query_label", label, (rows,), classes, query, self.ignore_index)
+        label, _, is_class = check_labels("query_label", query_label, (rows,), classes, query, self.ignore_index)
         counted = label != self.ignore_index
         query = zero_rows(query, ~counted)
-        _, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
+        of_keys, _, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         # C times the same share for all, and less for the target, as this keyword of cross-entropy has it
         smoothing = self.label_smoothing * classes / max(classes - 1, 1)
         of_classes = LF.margin_cross_entropy(
@@ -153,17 +152,17 @@ class PaCoLoss(ContrastiveLossBase):
         )  # fmt: skip
         assert of_classes.lse is not None
         lse = of_classes.lse.masked_fill(~counted, 0.0)  # what is not finite there would reach the keys
-        bias = torch.full(key_label.shape, self.gamma, dtype=of_classes.loss.dtype, device=key.device).log()
+        bias = torch.full(of_keys.shape, self.gamma, dtype=of_classes.loss.dtype, device=key.device).log()
         sums = LF.partitioned_logsumexp(
-            query, key, label, key_label, scale=1 / self.temperature, exclude=exclude,
+            query, key, label, of_keys, scale=1 / self.temperature, exclude=exclude,
             key_bias=bias.masked_fill(~is_key, -math.inf), key_grad_rows=key_grad_rows,
         )  # fmt: skip
         # log-sum-exps of -inf (no keys, or gamma 0) have no slope, so that they join by a finite stand-in
         floor = torch.finfo(sums.neg.dtype).min / 4
-        of_keys = quick_logaddexp(sums.neg.clamp_min(floor), sums.pos.clamp_min(floor))
+        all_keys = quick_logaddexp(sums.neg.clamp_min(floor), sums.pos.clamp_min(floor))
         weights = self.beta + self.alpha * sums.num_pos
         pulled = self.beta * (lse - of_classes.loss) + self.alpha * sums.pos_sum
-        loss = quick_logaddexp(lse, of_keys) - pulled / torch.where(weights > 0, weights, 1.0)
+        loss = quick_logaddexp(lse, all_keys) - pulled / torch.where(weights > 0, weights, 1.0)
         # a class out of range, on a GPU, makes the cross-entropy NaN
         loss = torch.where(is_class, torch.where(weights > 0, loss, 0.0), 0.0 * of_classes.loss)
         return self._reduce(loss, counted)

@@ -68,7 +68,7 @@ def sample_pixels(
     images, _, height, width = features.shape
     if target.dim() != 3 or target.shape[0] != images:
         raise ValueError(f"target: got shape {tuple(target.shape)}, expected ({images}, {height}, {width})")
-    label, is_class = check_labels("target", target, tuple(target.shape), num_classes, features, ignore_index)
+    _, label, is_class = check_labels("target", target, tuple(target.shape), num_classes, features, ignore_index)
     label = label.masked_fill(~is_class, num_classes)
     if target.shape[1:] != (height, width) and target.numel() > 0:
         down = torch.arange(height, device=target.device) * target.shape[1] // height

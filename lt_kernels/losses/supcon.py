@@ -19,7 +19,8 @@ from .._checks import (
     check_positive,
     check_shape,
     check_tensor,
-    reads_values,
+    check_values,
+    check_weights,
 )
 from ..functional.contrastive import CONTRASTIVE_REDUCTIONS
 from ..functional.rows import EMPTY_MEANS
@@ -111,7 +112,7 @@ class SupConLoss(TemperatureLoss):
         views = views[:, None] if flat else views
         samples, count = views.shape[:2]
         if mask is not None:
-            self._check_mask(mask, labels, samples, views)
+            mask = self._check_mask(mask, labels, samples, views)
         if labels is None:
             label = torch.arange(samples, device=views.device)
         else:
@@ -173,7 +174,7 @@ class SupConLoss(TemperatureLoss):
             return rows.sum() / max(len(rows), 1) if self.empty_mean == "zero" else rows.mean()
         return rows.sum() if self.reduction == "sum" else rows.sum() / some.sum().clamp_min(1)
 
-    def _check_mask(self, mask: Tensor, labels: Tensor | None, samples: int, views: Tensor) -> None:
+    def _check_mask(self, mask: Tensor, labels: Tensor | None, samples: int, views: Tensor) -> Tensor:
         if labels is not None:
             raise ValueError("mask: got both labels and mask, expected one of them")
         check_tensor("mask", mask, "a Tensor [N, N]")
@@ -181,8 +182,7 @@ class SupConLoss(TemperatureLoss):
         check_device("mask", mask, views, " as features")
         if mask.is_complex():
             raise TypeError(f"mask: got dtype {mask.dtype}, expected bool or real numbers")
-        if mask.dtype != torch.bool and reads_values(mask) and not bool(((mask >= 0) & (mask < math.inf)).all()):
-            raise ValueError("mask: got a weight that is negative or not finite, expected finite weights >= 0")
+        return mask if mask.dtype == torch.bool else check_values(check_weights, "mask", mask)
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {

@@ -15,6 +15,7 @@ from _refused import refused
 from torch import Tensor, nn
 
 import lt_kernels
+from lt_kernels import _checks
 from lt_kernels.losses import BalancedContrastiveLoss, ELMLoss, PaCoLoss, SupConLoss
 
 
@@ -559,13 +560,13 @@ class TestPaCo:
             PaCoLoss(COUNTS, 0.05).two_views(**{**given, **change})
 
 
-def test_bcl_without_checks_leaves_a_class_out_of_range_to_its_own_rows():
+def test_bcl_without_checks_leaves_a_class_out_of_range_to_its_own_rows(monkeypatch):
     loss = BalancedContrastiveLoss([5, 4, 3], reduction="none")
     features = F.normalize(torch.randn(4, 2, 6, dtype=torch.float64), dim=-1)
     centers = F.normalize(torch.randn(3, 6, dtype=torch.float64), dim=-1)
     expected = loss(features[:3], torch.tensor([0, 1, 2]), centers)
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)  # traced code reads no values
-    rows = compiled(features, torch.tensor([0, 1, 2, 7]), centers)
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
+    rows = loss(features, torch.tensor([0, 1, 2, 7]), centers)
     torch.testing.assert_close(rows[:3], expected)
     assert bool(rows[3].isnan().all())
 

@@ -14,7 +14,7 @@ from _engines import of_backends
 from torch import Tensor
 
 import lt_kernels
-from lt_kernels import _settings
+from lt_kernels import _checks, _settings
 from lt_kernels.functional import partitioned_logsumexp, supervised_contrastive
 from lt_kernels.ops._gemm.layout import LINE, padded
 from lt_kernels.ops.partitioned_logsumexp import chunked, plan
@@ -283,10 +283,10 @@ def test_keys_of_a_wider_dtype(backend, device):
 # ------------------------------------------------------------------------------------------------------ registration
 
 
-def test_an_excluded_key_beyond_all_excludes_nothing_where_values_are_not_read(backend, device):
+def test_an_excluded_key_beyond_all_excludes_nothing_where_values_are_not_read(backend, device, monkeypatch):
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
     query, key, ql, kl = vectors(3, 6, 4, device=device)
-    compiled = torch.compile(partitioned_logsumexp, backend="aot_eager", fullgraph=True)
-    result = compiled(query, key, ql, kl, exclude=torch.tensor([2**32, 6, -7], device=device))
+    result = partitioned_logsumexp(query, key, ql, kl, exclude=torch.tensor([2**32, 6, -7], device=device))
     expected = partitioned_logsumexp(query, key, ql, kl)
     for value, other in zip(result, expected, strict=True):
         torch.testing.assert_close(value, other)
