@@ -282,6 +282,14 @@ def test_compiled_functions_refuse_a_value_out_of_range(name):
     refused_alike(function, good, *bad)
 
 
+@pytest.mark.parametrize("value", [Y, KL.int(), Z], ids=["int64", "int32", "floating"])
+def test_the_operator_that_checks(value):
+    check, numbers, words = (
+        ("check_weights", [], []) if value is Z else ("check_classes", [len(COUNTS), -1], ["", "key"])
+    )
+    torch.library.opcheck(torch.ops.lt_kernels.checked.default, (value.abs(), check, "name", numbers, words))
+
+
 @pytest.mark.parametrize("name", ["FeatureQueue", "ClassQueue", "ClassQueue, ids"])
 def test_compiled_queues_refuse_a_label_before_they_change(name):
     """Inductor orders what is written by what it is made of."""
