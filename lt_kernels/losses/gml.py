@@ -310,7 +310,11 @@ class GMLLoss(ContrastiveLossBase):
             )
         dtype = torch.promote_types(logits.dtype, torch.float32)
         factor = self.scale / DISTILLATION_TEMPERATURE
-        student, teacher = ((factor * z.to(dtype)).log_softmax(1) for z in (logits, teacher_logits.detach()))
+        student, teacher = (factor * z.to(dtype) for z in (logits, teacher_logits.detach()))
+        if self.masked_classes:  # a log-softmax of -inf would be 0 * -inf in the divergence
+            masked = (self.class_bias == -math.inf).view(-1, *[1] * (logits.dim() - 2))
+            student, teacher = (z.masked_fill(masked, torch.finfo(dtype).min / 4) for z in (student, teacher))
+        student, teacher = student.log_softmax(1), teacher.log_softmax(1)
         rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * DISTILLATION_TEMPERATURE**2
         counted = as_int64("query_label", target) != self.ignore_index
         return self._reduce(torch.where(counted, rows, 0.0), counted)

@@ -72,6 +72,7 @@ class PaCoLoss(ContrastiveLossBase):
     """
 
     temperature: float | Tensor
+    _unmasked: int | None = None
 
     def __init__(
         self,
@@ -99,6 +100,12 @@ class PaCoLoss(ContrastiveLossBase):
 
     def derive(self, prior: ClassPrior) -> dict[str, Tensor]:
         return {"class_bias": prior.log_prior(eps=self.eps) / self.supt}
+
+    def _find_masks(self) -> None:
+        super()._find_masks()
+        held = self.zero_counts == "mask" and self.class_counts is not None
+        #: How many classes label smoothing spreads over; None: all.
+        self._unmasked = int((self._kept_start("class_counts") > 0).sum()) if held else None
 
     def forward(
         self,
@@ -135,20 +142,22 @@ class PaCoLoss(ContrastiveLossBase):
         if len(logits) != rows:
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [{rows}, C], a row for each query")
         self._check_counted(classes, "logits")
-        most = (classes - 1) / classes
+        smoothed = classes if self._unmasked is None else self._unmasked
+        most = (smoothed - 1) / smoothed
         if self.label_smoothing > most:
             raise ValueError(
-                f"label_smoothing: got {self.label_smoothing} with {classes} classes, expected at most {most:g}"
+                f"label_smoothing: got {self.label_smoothing} with {smoothed} classes, expected at most {most:g}"
             )
         label, _, is_class = check_labels("query_label", query_label, (rows,), classes, query, self.ignore_index)
         counted = label != self.ignore_index
         query = zero_rows(query, ~counted)
         of_keys, _, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         # C times the same share for all, and less for the target, as this keyword of cross-entropy has it
-        smoothing = self.label_smoothing * classes / max(classes - 1, 1)
+        smoothing = self.label_smoothing * smoothed / max(smoothed - 1, 1)
         of_classes = LF.margin_cross_entropy(
             logits, label, class_bias=self.class_bias, scale=self.scale, ignore_index=self.ignore_index,
-            reduction="none", label_smoothing=min(smoothing, 1.0), return_lse=True,
+            reduction="none", label_smoothing=min(smoothing, 1.0), masked_classes=self.masked_classes,
+            return_lse=True,
         )  # fmt: skip
         assert of_classes.lse is not None
         lse = of_classes.lse.masked_fill(~counted, 0.0)  # what is not finite there would reach the keys
