@@ -311,7 +311,9 @@ class GMLLoss(ContrastiveLossBase):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         factor = self.scale / DISTILLATION_TEMPERATURE
         student, teacher = (factor * z.to(dtype) for z in (logits, teacher_logits.detach()))
-        if self.masked_classes:  # a log-softmax of -inf would be 0 * -inf in the divergence
+        if self.masked_classes:
+            assert self.class_bias is not None
+            # finite: a log-softmax of -inf would be 0 * -inf in the divergence
             masked = (self.class_bias == -math.inf).view(-1, *[1] * (logits.dim() - 2))
             student, teacher = (z.masked_fill(masked, torch.finfo(dtype).min / 4) for z in (student, teacher))
         student, teacher = student.log_softmax(1), teacher.log_softmax(1)
