@@ -12,10 +12,10 @@ namespace ltk {
 namespace LTK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;        // columns per block of a row
-constexpr int64_t kOverlapped = 32768;  // rows of this many columns are written while the next one is read
-constexpr int64_t kSample = 64;         // columns from which a row's peak is guessed
-constexpr int64_t kAhead = 1024;        // how far ahead of the arithmetic logits are fetched
+constexpr int64_t kBlock = 2048;       // columns per block of a row
+constexpr int64_t kOverlapped = 1024;  // rows of this many columns are written while the next one is read
+constexpr int64_t kSample = 64;        // columns from which a row's peak is guessed
+constexpr int64_t kAhead = 1024;       // how far ahead of the arithmetic logits are fetched
 
 template <class T, class A>
 LTK_INLINE const T* row_pointer(const Call<A>& call, int64_t row) {
@@ -248,8 +248,8 @@ struct Pending {
   const A* exponentials;
   int64_t left;  // whole vectors
   Vec<A> slope;
-  bool stream;
-  T* grad;  // the row's, or null: nothing is pending
+  bool stream, numbers;  // numbers: the slope is finite, and so no product is NaN
+  T* grad;               // the row's, or null: nothing is pending
   RowGradient<A> row;
 
   // Writes head and tail now; the whole vectors between them follow later.
@@ -263,15 +263,16 @@ struct Pending {
     if (head > 0) put_some<A>(grad, load(exponentials) * scaled, head);
     const int64_t whole = (call.classes - head) / W, tail = head + whole * W;
     if (tail < call.classes) put_some<A>(grad + tail, load(exponentials + tail) * scaled, call.classes - tail);
-    return {grad + head, exponentials + head, whole, scaled, stream, grad, g};
+    return {grad + head, exponentials + head, whole, scaled, stream, slope - slope == A(0), grad, g};
   }
 
   inline void write_one() {
     const Vec<A> v = load(exponentials) * slope;
+    const auto packed = numbers ? IO<T>::pack_numbers(v) : IO<T>::pack(v);
     if (stream) {
-      store_past_caches(out, IO<T>::pack(v));
+      store_past_caches(out, packed);
     } else {
-      IO<T>::put_vector(out, v);
+      __builtin_memcpy(out, &packed, sizeof packed);
     }
     out += Simd<A>::W, exponentials += Simd<A>::W, --left;
   }
@@ -487,9 +488,11 @@ void write_part_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t r
   const A log_total = grad_q ? std::log(call.total[row]) : A(0);
   const Vec<A> peak = splat(g.peak);
 
-  auto step = [&](int64_t j, int64_t count, auto plain) {  // inlined; `count` is the constant W but for the last vector
-    const Vec<A> a = call.class_scale ? get_some<A>(call.class_scale + j, count, A(0)) : splat(call.scale);
-    const Vec<A> b = call.class_bias ? get_some<A>(call.class_bias + j, count, A(0)) : Vec<A>{};
+  // inlined; `count` is the constant W but for the last vector
+  auto step = [&](int64_t j, int64_t count, auto plain, auto scaled, auto biased) {
+    Vec<A> a = splat(call.scale), b = {};
+    if constexpr (decltype(scaled)::on) a = get_some<A>(call.class_scale + j, count, A(0));
+    if constexpr (decltype(biased)::on) b = get_some<A>(call.class_bias + j, count, A(0));
     const Vec<A> logit = get_some<A>(x + j, count, A(0));
     const Vec<A> u = affine(logit, a, b) - peak;
     Vec<A> du = g.slope * exp_vector(u);
@@ -506,17 +509,19 @@ void write_part_gradient(const Call<A>& call, const RowGradient<A>& g, int64_t r
         put_some<A>(sum_dx, get_some<A>(sum_dx, count, A(0)) + du * logit, count);
       }
     }
-    if (grad) put_some<A>(grad + j, du * a, count);
+    if (decltype(plain)::on || grad) put_some<A>(grad + j, du * a, count);
   };
   auto sweep = [&](int64_t from, int64_t to, auto plain) {
-    int64_t j = from;
-    for (; j + W <= to; j += W) {
-      __builtin_prefetch(x + j + kAhead);
-      step(j, W, plain);
-    }
-    if (j < to) step(j, to - j, plain);
+    with_flags(call.class_scale, call.class_bias, [&](auto scaled, auto biased) {
+      int64_t j = from;
+      for (; j + W <= to; j += W) {
+        __builtin_prefetch(x + j + kAhead);
+        step(j, W, plain, scaled, biased);
+      }
+      if (j < to) step(j, to - j, plain, scaled, biased);
+    });
   };
-  const bool plain = g.smooth == A(0) && g.soft == A(0) && !grad_q && !column_du;
+  const bool plain = grad && g.smooth == A(0) && g.soft == A(0) && !grad_q && !column_du;
   auto ordinary = [&](int64_t from, int64_t to) {  // columns without a target
     plain ? sweep(from, to, Flag<true>{}) : sweep(from, to, Flag<false>{});
   };

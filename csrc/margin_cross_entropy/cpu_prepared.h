@@ -16,16 +16,19 @@
 namespace ltk {
 
 constexpr int64_t kPanelScratch = 262144;  // bytes of a panel that stay in a core's own cache
+constexpr int64_t kRecent = 4 << 20;       // bytes of cut rows that stay in the last cache from sums to gradient
 
 template <class A>
 struct Prepared : PreparedRows<A, Call<A>> {
   using PreparedRows<A, Call<A>>::call;
   using PreparedRows<A, Call<A>>::layout;
   const Kernels<A>* kernels;
+  int64_t itemsize;  // of a logit
 
   Prepared(const Tensor& input, const RowOptions& o) : PreparedRows<A, Call<A>>(input, o) {
     auto pointer = [&](const OptionalTensor& t) { return this->template pointer<A>(t); };
     call.n = layout.n;
+    itemsize = input.element_size();
     kernels = &kernels_of<A>(LTK_TABLES_HERE(margin_cross_entropy), input.scalar_type());
     const A learned = o.learned_scale.has_value() ? static_cast<A>(o.learned_scale->item<double>()) : A(1);
     call.scale = static_cast<A>(o.scale) * learned;
@@ -84,21 +87,26 @@ void run_forward(Prepared<A>& prepared) {
     });
   } else {
     const int64_t parts = ceil_div(classes, kPart);
+    const int64_t together = std::max<int64_t>(1, kRecent / (classes * prepared.itemsize));
     auto last = [&](int64_t part) { return std::min(classes, (part + 1) * kPart); };
-    std::vector<PartSums<A>> sums(rows * parts);
-    std::vector<RowGradient<A>> gradients(rows);
-    at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        sums[i] = kernels.sum_part(call, i / parts, i % parts * kPart, last(i % parts), scratch<A>(kPart + kPadding));
-    });
-    for (int64_t row = 0; row < rows; ++row)
-      gradients[row] = kernels.finish_row(call, row, merge(&sums[row * parts], parts));
-    if (call.grad == nullptr) return;
-    at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        kernels.write_part_gradient(call, gradients[i / parts], i / parts, i % parts * kPart, last(i % parts), nullptr,
-                                    nullptr);
-    });
+    std::vector<PartSums<A>> sums(together * parts);
+    std::vector<RowGradient<A>> gradients(together);
+    for (int64_t first = 0; first < rows; first += together) {
+      const int64_t count = std::min(together, rows - first);
+      at::parallel_for(0, count * parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          sums[i] = kernels.sum_part(call, first + i / parts, i % parts * kPart, last(i % parts),
+                                     scratch<A>(kPart + kPadding));
+      });
+      for (int64_t i = 0; i < count; ++i)
+        gradients[i] = kernels.finish_row(call, first + i, merge(&sums[i * parts], parts));
+      if (call.grad == nullptr) continue;
+      at::parallel_for(0, count * parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          kernels.write_part_gradient(call, gradients[i / parts], first + i / parts, i % parts * kPart, last(i % parts),
+                                      nullptr, nullptr);
+      });
+    }
   }
 }
 

@@ -143,9 +143,30 @@ LTK_INLINE V prevent_fusion(V value) {
   return value;
 }
 
-// exp(x) for x <= 0 within one unit in the last place; 0 below -87.33 (where the result would be subnormal); NaN for
-// NaN. Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
+// exp(x) for x <= 0 within a unit in the last place (AVX-512: 0.6); 0 below -87.33 (where the result would be
+// subnormal); NaN for NaN. Larger x up to 88 work too; beyond, the result is meaningless and the callers replace it.
 LTK_INLINE F::V exp_vector(F::V x) {
+#if LTK_LEVEL == 2
+  // x = n log(2) + r with n in sixteenths and |r| <= log(2) / 32: tables have 2^(n mod 1) and the logarithm of what
+  // rounding has taken from it, a short polynomial has exp(r) - 1
+  const __m512 table = _mm512_setr_ps(1.0f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                                      1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                                      1.68179286f, 1.75625217f, 1.8340081f, 1.91520655f);
+  const __m512 missing =
+      _mm512_setr_ps(0.0f, 4.62854708e-08f, -1.19921571e-08f, 4.72978236e-08f, 3.19341809e-08f, 3.62105731e-08f,
+                     -3.09907208e-08f, -7.47521317e-09f, 1.71142713e-08f, -3.04768342e-08f, 5.23333425e-09f,
+                     6.10759162e-09f, -1.47196054e-08f, -5.25879512e-09f, -6.12825982e-09f, 5.14060921e-09f);
+  const F::V magic = splat(786432.0f);  // 1.5 * 2^19: adding it rounds to sixteenths, 16 n in the low bits
+  const F::V shifted = x * 1.44269504088896341f + magic;
+  const F::V n = shifted - magic;
+  const F::V low = n * 2.12194440e-4f + (F::V)_mm512_permutexvar_ps((__m512i)shifted, missing);
+  const F::V r = (x - n * 0.693359375f) + low;
+  F::V p = r * 1.6666667e-1f + 5.0001174e-1f;  // without bias over the interval: it lacks r^4 / 24
+  p = p * (r * r) + r;
+  const F::V power = (F::V)_mm512_permutexvar_ps((__m512i)shifted, table);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
+  return (F::V)_mm512_maskz_scalef_ps(normal, (__m512)(power * p + power), (__m512)n);  // times 2^floor(n)
+#else
   // 1.5 * 2^23 + 127: adding it rounds to an integer n in the low bits, which are then the exponent of 2^n
   const F::V magic = splat(12583039.0f);
   const F::V shifted = x * 1.44269504088896341f + magic;
@@ -159,6 +180,7 @@ LTK_INLINE F::V exp_vector(F::V x) {
   p = p * (r * r) + r + 1.0f;
   const F::V scaled = p * (F::V)((F::Bits)shifted << 23);  // a product, so that any NaN stays one
   return x < splat(-87.33f) ? F::V{} : scaled;
+#endif
 }
 
 LTK_INLINE Simd<double>::V exp_vector(Simd<double>::V x) {
@@ -214,6 +236,7 @@ struct IO {  // float and double: T is the arithmetic type
   static inline void put(T* p, T v) { *p = v; }
   static inline Vec<T> get_vector(const T* p) { return load(p); }
   static inline Vec<T> pack(Vec<T> v) { return v; }
+  static inline Vec<T> pack_numbers(Vec<T> v) { return v; }  // none of them NaN
   static inline void put_vector(T* p, Vec<T> v) { store(p, v); }
 };
 
@@ -234,23 +257,27 @@ struct IO<BFloat16> {
     return (F::V)(__builtin_convertvector(h, F::Bits) << 16);
 #endif
   }
-  static inline F::Bits round(F::V v) {  // to nearest, ties to even; NaN stays NaN
+  static inline F::Bits round_number(F::V v) {  // to nearest, ties to even; not for NaN
     const F::Bits bits = (F::Bits)v;
-    const F::Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return v == v ? rounded : (bits >> 16) | 0x40u;
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  }
+  static inline F::Bits round(F::V v) {  // NaN stays NaN
+    return v == v ? round_number(v) : ((F::Bits)v >> 16) | 0x40u;
   }
   static inline void put(BFloat16* p, float v) {
     F::V all = {};
     all[0] = v;
     p->bits = static_cast<uint16_t>(round(all)[0]);
   }
-  static inline F::H pack(F::V v) {
+  static inline F::H narrow(F::Bits bits) {
 #if LTK_LEVEL == 2
-    return (F::H)_mm512_cvtepi32_epi16((__m512i)round(v));
+    return (F::H)_mm512_cvtepi32_epi16((__m512i)bits);
 #else
-    return __builtin_convertvector(round(v), F::H);
+    return __builtin_convertvector(bits, F::H);
 #endif
   }
+  static inline F::H pack(F::V v) { return narrow(round(v)); }
+  static inline F::H pack_numbers(F::V v) { return narrow(round_number(v)); }
   static inline void put_vector(BFloat16* p, F::V v) { *reinterpret_cast<F::HU*>(p) = pack(v); }
 };
 
@@ -280,13 +307,28 @@ struct IO<Half> {
     return h;
   }
 #endif
+  static inline F::H pack_numbers(F::V v) { return pack(v); }
   static inline void put_vector(Half* p, F::V v) { *reinterpret_cast<F::HU*>(p) = pack(v); }
 };
+
+#if LTK_LEVEL == 2
+LTK_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+#endif
 
 // The first `count` lanes, the others `fill`.
 template <class A, class T>
 LTK_INLINE Vec<A> get_some(const T* p, int64_t count, A fill) {
   if (count >= Simd<A>::W) return IO<T>::get_vector(p);
+#if LTK_LEVEL == 2  // masked: lanes that are left out touch no memory
+  const __mmask16 mask = first_lanes(count);
+  if constexpr (sizeof(T) == 8) return (Vec<A>)_mm512_mask_loadu_pd((__m512d)splat(fill), mask, p);
+  if constexpr (sizeof(T) == 4) return (Vec<A>)_mm512_mask_loadu_ps((__m512)splat(fill), mask, p);
+  if constexpr (sizeof(T) == 2) {
+    T lanes[Simd<A>::W];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(mask, p));
+    return (Vec<A>)_mm512_mask_mov_ps((__m512)splat(fill), mask, (__m512)IO<T>::get_vector(lanes));
+  }
+#endif
   Vec<A> v = splat(fill);
   for (int64_t i = 0; i < count; ++i) v[i] = IO<T>::get(p + i);
   return v;
@@ -294,11 +336,14 @@ LTK_INLINE Vec<A> get_some(const T* p, int64_t count, A fill) {
 
 template <class A, class T>
 LTK_INLINE void put_some(T* p, Vec<A> v, int64_t count) {
-  if (count >= Simd<A>::W) {
-    IO<T>::put_vector(p, v);
-  } else {
-    for (int64_t i = 0; i < count; ++i) IO<T>::put(p + i, v[i]);
-  }
+  if (count >= Simd<A>::W) return IO<T>::put_vector(p, v);
+#if LTK_LEVEL == 2
+  const __mmask16 mask = first_lanes(count);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, mask, (__m512d)v);
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)IO<T>::pack(v));
+#endif
+  for (int64_t i = 0; i < count; ++i) IO<T>::put(p + i, v[i]);
 }
 
 // values / divisor (null: 1), past the caches where `stream`; then finish_stream before other threads may read.
