@@ -128,9 +128,9 @@ def _ratios(records: Sequence[Record]) -> dict[tuple[str, str, str, str], dict[s
     found = {}
     for group in by_direction(records):
         mine = ours(group)
-        if mine is not None and mine.op in OPS:
+        if mine is not None and mine.op in OPS and mine.clock == "device":
             references = OPS[mine.op].references
-            key = (*mine.group, mine.direction)
+            key = (mine.op, mine.case, mine.dtype, mine.direction)
             found[key] = {name: mine.ms_median / group[name].ms_median for name in references if name in group}
     return found
 

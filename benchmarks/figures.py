@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lt_kernels.bench.cases import Case
 from lt_kernels.bench.op import COPY, DTYPES
 from lt_kernels.bench.ops import OPS
 from lt_kernels.bench.records import Record, by_direction, first, is_ours, shape_of
@@ -43,6 +44,7 @@ _COLORS = {
     "lt-chunked": "tab:cyan",
     "lt-tiled": "darkgreen",
     "lt-loop": "navy",
+    "lt-module": "tab:cyan",
 }
 
 
@@ -79,6 +81,7 @@ class _Plot:
     y_label: str
     height: Callable[[Record], float | None]
     over_rows: bool = False  # with the classes of iNaturalist 2018; otherwise over the number of classes
+    calls: bool = False  # small calls in float32, over rows; a panel for each number of classes instead of each dtype
     copy: bool = False
     logarithmic: bool = False
 
@@ -99,15 +102,29 @@ def _times_the_floor(record: Record) -> float | None:
     return None if record.fraction_of_floor is None else 1 / record.fraction_of_floor
 
 
+def _microseconds(record: Record) -> float:
+    return 1e3 * record.ms_median
+
+
 _OF_LOGITS = "multiples of the logits' bytes"
 _GBPS: dict[str, Any] = {"y_label": "useful GB/s", "height": _gbps, "copy": True, "logarithmic": True}
 _TIMES: dict[str, Any] = {"y_label": "x of gemms", "height": _times_the_floor, "logarithmic": True}
 _OVER_PRODUCTS = "time over that of the three matrix products alone"
+_CALLS = _Plot(
+    "calls",
+    "time per call, the host's part included, float32",
+    "microseconds",
+    _microseconds,
+    over_rows=True,
+    calls=True,
+    logarithmic=True,
+)
 _ROWS = (
     _Plot("throughput", "useful bandwidth (logits read once, gradient written once)", **_GBPS),
     _Plot("floor", "share of the bandwidth of a copy in the same run", "% of copy bandwidth", _share_of_copy),
     _Plot("memory", "peak memory of a step beyond its inputs", _OF_LOGITS, _memory),
     _Plot("rows", "useful bandwidth with the 8,142 classes of iNaturalist 2018", **_GBPS, over_rows=True),
+    _CALLS,
 )
 _HEADS = (
     _Plot("floor", _OVER_PRODUCTS, **_TIMES),
@@ -118,7 +135,7 @@ _AXES = {"E": "experts E", "N": "rows N", "D": "width D"}
 
 
 def figures(records: Sequence[Record]) -> list[Figure]:
-    """Compute for each device and op its ``plots``: speed and peak memory over C, speed over N."""
+    """Compute for each device and op its ``plots``: speed and peak memory over C, speed and time per call over N."""
     made = []
     for slug, op in dict.fromkeys((record.device_slug, record.op) for record in records):
         spec = OPS[op]
@@ -129,13 +146,17 @@ def figures(records: Sequence[Record]) -> list[Figure]:
             and record.provider != "lt[reference]"
             and record.sizes.keys() <= set("ENDC")
         ]
-        cases = spec.cases
-        swept = [record for record in flat if record.case in cases and record.kind in cases[record.case].sweep]
-        inat18 = [record for record in flat if record.sizes["C"] == 8142]
+        swept = [record for record in flat if record.kind in _case_of(record).sweep and record.clock == "device"]
+        calls = [
+            record
+            for record in flat
+            if record.kind in _case_of(record).calls and record.with_host and record.dtype == "float32"
+        ]
+        inat18 = [record for record in flat if record.sizes["C"] == 8142 and not _case_of(record).calls]
         what = "forward" if spec.directions[-1] == "fwd" else "forward + backward"
         plots = {plot.name: plot for plot in (_ROWS if spec.floor is COPY else _HEADS)}
         for plot in map(plots.__getitem__, spec.plots):
-            shown = inat18 if plot.over_rows else swept
+            shown = calls if plot.calls else inat18 if plot.over_rows else swept
             if shown:
                 sizes = shown[0].sizes
                 beside = " x ".join(_AXES[name] for name in "END" if name in sizes)
@@ -152,10 +173,18 @@ def figures(records: Sequence[Record]) -> list[Figure]:
     return made
 
 
+def _case_of(record: Record) -> Case:
+    """Return the case of a record; a nameless one that no plot shows, if there is none any more."""
+    return OPS[record.op].cases.get(record.case, Case("", 0, 0, devices=()))
+
+
 def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
+    def number(record: Record) -> int:
+        return record.sizes["C"] if plot.calls else DTYPES.index(record.dtype)
+
     panels = []
-    for dtype in sorted({record.dtype for record in records}, key=DTYPES.index):
-        groups = by_direction(record for record in records if record.dtype == dtype)
+    for own in sorted(set(map(number, records))):
+        groups = by_direction(record for record in records if number(record) == own)
         groups.sort(key=lambda group: [first(group).sizes.get(name, 0) for name in "CNDE"])
         ticks = [_tick(first(group).sizes, plot) for group in groups]
         lines: dict[str, list[tuple[int, float]]] = {}
@@ -167,7 +196,7 @@ def _panels(records: Sequence[Record], plot: _Plot) -> list[Panel]:
             bandwidth = first(group).copy_gbps
             if plot.copy and bandwidth is not None:
                 lines.setdefault("copy", []).append((place, bandwidth))
-        panels.append(Panel(dtype, ticks, lines))
+        panels.append(Panel(f"{own:,} classes" if plot.calls else DTYPES[own], ticks, lines))
     return panels
 
 

@@ -195,7 +195,7 @@ def _target_rows(target: Target, records: list[Record], describe: Describe) -> S
     rows: list[tuple[str, ...]] = []
     for group in by_direction(records):
         some = first(group)
-        if (some.case, some.dtype, some.kind) != (target.case, target.dtype, target.device):
+        if (some.case, some.dtype, some.kind, some.clock) != (target.case, target.dtype, target.device, "device"):
             continue
         value = _target_value(target, group)
         if value is not None:

@@ -97,6 +97,7 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
   lt-kernels bench --provider 'eager,lt[native]' --json out.json
   lt-kernels bench --device cuda --save                     into benchmarks/results/<device>/
   lt-kernels bench --device cuda --budget 240 --json out.json   what fits into four minutes, headline cases first
+  lt-kernels bench --device cuda --clock wall               small batches, the host's time included
 
 In a checkout, `python benchmarks/report.py` makes tables and figures from saved results, and
 `python benchmarks/compare.py` says whether our code has become slower.""",
@@ -215,6 +216,12 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
             f"--{name}", action="append", metavar="NAME", help=f"{text}; comma-separated, or given several times"
         )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--clock",
+        metavar="NAME",
+        help="of a GPU: device (default: events, without the host's time), wall (with it), graph (replays of a CUDA "
+        "graph)",
+    )
     for name, number, unit, text in (
         ("repetitions", int, "N", "of each provider, at least (20)"),
         ("seconds", float, "S", "per case and dtype, for fwd and again for bwd and fwd_bwd, at least (1)"),
@@ -227,7 +234,7 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
 def measuring_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the given options of ``add_measuring_options``, by the names of ``runner.run``."""
     lists = {"cases": arguments.case, "dtypes": arguments.dtype, "directions": arguments.direction}
-    numbers = {name: getattr(arguments, name) for name in ("repetitions", "seconds", "limit", "budget")}
+    numbers = {name: getattr(arguments, name) for name in ("clock", "repetitions", "seconds", "limit", "budget")}
     given: dict[str, Any] = {name: _names(value) for name, value in lists.items() if value}
     given |= {name: value for name, value in numbers.items() if value is not None}
     return {"device": arguments.device, **given}

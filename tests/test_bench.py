@@ -10,7 +10,9 @@ import dataclasses
 import hashlib
 import importlib
 import json
+from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,9 @@ def test_every_named_real_shape_is_measured(op):
     if op in EXPERTS:  # which share them
         shapes = {name: shape for name, shape in shapes.items() if shape._asdict() != COUNTED_EXPERTS}
     assert op is OPS["expert_divergence"] or shapes.keys() <= op.cases.keys()
-    measured = {name for name, case in op.cases.items() if case.devices and not getattr(case, "variant", "")}
+    measured = {
+        name for name, case in op.cases.items() if case.devices and not case.calls and not getattr(case, "variant", "")
+    }
     assert measured <= shapes.keys()
 
 
@@ -97,7 +101,7 @@ def test_cases_cover_every_number_of_classes_on_each_device(device):
     swept = [case for case in op.cases.values() if device in case.sweep]
     assert {case.classes for case in swept} == wanted
     assert len(swept) == len(wanted)
-    measured = [case for case in op.cases.values() if device in case.devices]
+    measured = [case for case in op.cases.values() if device in case.devices and not case.calls]
     assert {case.rows for case in measured if case.classes == 8142} == {64, 256, 512, 2048, 8192}
     assert (16, 150, (512, 512)) in {(case.rows, case.classes, case.positions) for case in measured}
     assert any(device in case.headline for case in measured)
@@ -546,6 +550,113 @@ def test_a_gpu_flushes_before_each_repetition_and_outside_the_timed_part(monkeyp
     assert order == ["flush cuda", "event", "part", "event"] * 7  # three to warm up
 
 
+def stand_in_for_cuda(monkeypatch, order):
+    """Events of a millisecond, and graphs whose replays are told in ``order``."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            order.append("event")
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            order.append("replay")
+
+    @contextmanager
+    def within(kind, thing):
+        order.append(f"{kind} begins")
+        yield
+        order.append(f"{kind} ends")
+
+    for name, stand_in in (
+        ("_sleep", lambda cycles: None),
+        ("Event", Event),
+        ("Stream", Stream),
+        ("CUDAGraph", Graph),
+        ("current_stream", Stream),
+        ("stream", partial(within, "warm-up")),
+        ("graph", partial(within, "capture")),
+        ("synchronize", lambda: order.append("wait")),
+        ("empty_cache", lambda: None),
+        ("is_available", lambda: True),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(timing, "CacheFlush", lambda device: lambda: None)
+
+
+def test_the_wall_clock_counts_the_host_and_waits_once_for_many_steps(monkeypatch):
+    order, clock, leaves = [], Clock(), Leaves()
+    stand_in_for_cuda(monkeypatch, order)
+    monkeypatch.setattr(timing, "time", clock)
+
+    def part(name, seconds):
+        def run():
+            order.append(name)
+            clock.now += seconds
+
+        return run
+
+    steps = {"a": [part("fwd", 0.001), part("bwd", 0.002)]}
+    times = timing.measure(steps, leaves, "cuda", timing.Timing(4, 0.0, clock="wall"))
+    assert times == {"a": [pytest.approx((3.0,))] * 4}
+    assert order == ["wait", *["fwd", "bwd"] * timing._RUN, "wait"] * 7
+    assert leaves.drops == 7 * (timing._RUN + 1)  # no step adds to the gradients of the one before
+
+
+def test_a_graph_is_captured_once_after_a_warm_up_and_replayed(monkeypatch):
+    order = []
+    stand_in_for_cuda(monkeypatch, order)
+    steps = {"a": [lambda: order.append("fwd"), lambda: order.append("bwd")]}
+    times = timing.measure(steps, Leaves(), "cuda", timing.Timing(4, 0.0, clock="graph"))
+    assert times == {"a": [(1.0,)] * 4}
+    captured = ["warm-up begins", *["fwd", "bwd"] * 3, "warm-up ends", "capture begins", "fwd", "bwd", "capture ends"]
+    assert order == [*captured, *["event", "replay", "event", "wait"] * 7]
+
+
+@pytest.mark.parametrize("clock", ["wall", "graph"])
+def test_other_clocks_measure_small_calls_whole(monkeypatch, clock):
+    order, told = [], []
+    stand_in_for_cuda(monkeypatch, order)
+    only(monkeypatch, "eager", "lt[reference]", unasked=lambda device: None, unavailable=lambda device: None)
+    monkeypatch.setattr(runner, "_run_group", lambda job, case, *_: told.append((case.name, job.directions)) or {})
+    runner.run(op.name, device="cuda", clock=clock, dtypes=["float32"])
+    assert [name for name, _ in told] == [name for name, case in op.cases.items() if "cuda" in case.calls]
+    assert {tuple(directions) for _, directions in told} == {("fwd", "fwd_bwd")}
+    assert {(case.rows, case.classes) for case in op.cases.values() if case.calls} == {
+        (rows, classes) for rows in (8, 64, 128, 512) for classes in (10, 100, 1000, 8142)
+    }
+
+
+def test_a_cpu_has_one_clock():
+    with pytest.raises(ValueError, match="unknown clock 'graph'; choose from: device"):
+        runner.run(op.name, clock="graph")
+
+
+def test_a_provider_that_cannot_be_captured_is_left_out(monkeypatch):
+    only(monkeypatch, "eager", unasked=lambda device: None)
+    job = runner._Job(op, ("fwd", "fwd_bwd"), "cpu", timing.Timing(clock="graph"), print)
+    inputs, captured = op.cases["tiny-3x5"].inputs(torch.float32, "cpu"), []
+    monkeypatch.setattr(runner, "capture", lambda parts, inputs: captured.append(len(parts)))
+    steps, failed, _ = runner._agreeing(job, inputs, ["eager"], lambda name: 1.0)
+    assert (list(steps), failed, captured) == (["eager"], {}, [1, 2])  # forward alone; forward and backward
+
+    def refuse(parts, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(runner, "capture", refuse)
+    steps, failed, _ = runner._agreeing(job, inputs, ["eager"], lambda name: 1.0)
+    assert (steps, failed) == ({}, {"eager": "RuntimeError: operation not permitted when stream is capturing"})
+
+
 # Records
 
 
@@ -564,15 +675,16 @@ def test_save_replaces_whole_groups_only(tmp_path):
 def test_load_reads_the_first_schemas_and_refuses_others(tmp_path):
     path = tmp_path / "old.json"
     for schema, absent in (
-        (1, ("static_floor_ms", "date", "class_counts")),
-        (2, ("date", "class_counts")),
-        (3, ("class_counts",)),
+        (1, ("static_floor_ms", "date", "class_counts", "clock")),
+        (2, ("date", "class_counts", "clock")),
+        (3, ("class_counts", "clock")),
+        (4, ("clock",)),
     ):
         old = {name: value for name, value in dataclasses.asdict(record()).items() if name not in absent}
         path.write_text(json.dumps({"schema": schema, "records": [old]}))
         assert records.load(path) == [record()]
-    path.write_text(json.dumps({"schema": 5, "records": []}))
-    with pytest.raises(ValueError, match=r"old.json: got schema 5, expected one of \(1, 2, 3, 4\)"):
+    path.write_text(json.dumps({"schema": 6, "records": []}))
+    with pytest.raises(ValueError, match=r"old.json: got schema 6, expected one of \(1, 2, 3, 4, 5\)"):
         records.load(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"old.json: expected a results file"):

@@ -199,7 +199,7 @@ def test_experts_are_compiled_in_headline_cases():
     for module in (balpoe, fusion, divergence):
         left_out = module.providers["compile"].left_out
         assert left_out(module.cases["inat18-e3-n512"], "float32", "cpu") is None
-        assert "headline cases only" in left_out(module.cases["inat18-e6-n512"], "float32", "cpu")
+        assert "headline cases and small calls only" in left_out(module.cases["inat18-e6-n512"], "float32", "cpu")
         assert left_out(module.cases["inat18-e6-n512"], "float32", "cuda") is None
 
 
@@ -212,7 +212,7 @@ def test_heads_say_where_they_are_not_measured_unasked(monkeypatch):
     assert reason("torch-linear-ce-chunked", "c1m-n1024-d256", device="cuda") is None
     for name in ("compile", "torch-linear-ce"):
         assert reason(name, "inat18-n512-d2048") is reason(name, "inat21-n512-d2048", device="cuda") is None
-        assert "headline cases only" in reason(name, "inat21-n512-d2048")
+        assert "headline cases and small calls only" in reason(name, "inat21-n512-d2048")
     assert "library chooses here" in reason("lt-materialize", "inat18-n512-d2048")
     assert reason("lt-chunked", "inat18-n512-d2048") is None
     assert reason("lt-chunked", "c1m-n64-d256") == "one chunk holds all rows"

@@ -70,6 +70,7 @@ class Case:
     devices: tuple[str, ...] = BOTH  # devices on which a run without --case includes it
     headline: tuple[str, ...] = ()  # devices on which it is measured first and stands in the summary
     sweep: tuple[str, ...] = ()  # devices on which it is a point of the plots over the number of classes
+    calls: tuple[str, ...] = ()  # devices on which it is a point of the plots of the time per call, the host's included
     note: str = ""
     cpu_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")  # of a run without --dtype on a CPU
 

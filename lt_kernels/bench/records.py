@@ -16,8 +16,8 @@ import torch
 
 from .. import __version__
 
-SCHEMA = 4
-_READABLE = (1, 2, 3, 4)  # 1: without static_floor_ms; 2: without date; 3: without class_counts
+SCHEMA = 5
+_READABLE = (1, 2, 3, 4, 5)  # 1: without static_floor_ms; 2: date; 3: class_counts; 4: clock
 #: The saved results of a checkout.
 RESULTS = Path("benchmarks/results")
 #: The measured code.
@@ -54,6 +54,7 @@ class Record:
     class_counts: str | None = (
         None  # the data set and a digest of its counts, see Case.counts_name; None in old records
     )
+    clock: str = "device"  # device | wall | graph, see timing.CLOCKS; "device" in old records
 
     @property
     def shape(self) -> str:
@@ -65,9 +66,14 @@ class Record:
         return "cpu" if self.device_slug.startswith("cpu-") else "cuda"
 
     @property
-    def group(self) -> tuple[str, str, str]:
+    def with_host(self) -> bool:
+        """Whether the host's part of a call is in the times."""
+        return self.kind == "cpu" or self.clock == "wall"
+
+    @property
+    def group(self) -> tuple[str, str, str, str]:
         """Records of one group were measured in turns in one run, so their ratios mean something."""
-        return (self.op, self.case, self.dtype)
+        return (self.op, self.case, self.dtype, self.clock)
 
 
 def shape_of(sizes: Iterable[int]) -> str:
@@ -183,7 +189,7 @@ def load(path: Path) -> list[Record]:
 
 
 def save(path: Path, records: list[Record]) -> None:
-    """Write ``records`` to ``path``; they replace records of the same groups (op, case, dtype)."""
+    """Write ``records`` to ``path``; they replace records of the same groups (op, case, dtype, clock)."""
     measured = {record.group for record in records}
     kept = [record for record in load(path) if record.group not in measured] if path.exists() else []
     lines = ",\n  ".join(json.dumps(asdict(record)) for record in kept + records)

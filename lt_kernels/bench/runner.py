@@ -18,7 +18,7 @@ from .op import COPY, DIRECTIONS, DTYPES, Cost, Op
 from .ops import OPS
 from .providers import Step, first_line
 from .records import Record, device_name, device_slug, git_revision, is_ours, versions
-from .timing import Times, Timing, inference_parts, measure, peak_bytes, quantile, training_parts
+from .timing import CLOCKS, Times, Timing, capture, inference_parts, measure, peak_bytes, quantile, training_parts
 
 _EVERYTHING = "everything"  # stands for all providers in messages
 Log = Callable[[str], None]
@@ -54,6 +54,7 @@ def run(
     repetitions: int = Timing.repetitions,
     seconds: float = Timing.seconds,
     limit: float = Timing.limit,
+    clock: str = Timing.clock,
     budget: float | None = None,
     log: Log = lambda line: None,
     on_records: Keep = lambda records: None,
@@ -71,7 +72,8 @@ def run(
             that say why they are not measured, or not on a case, unasked. The op's floor is always measured.
         dtypes, directions: names; default those meant for the device (on a CPU, and for the case), and all.
         device: ``"cpu"`` or ``"cuda"``.
-        repetitions, seconds, limit: as in ``Timing``.
+        repetitions, seconds, limit, clock: as in ``Timing``. By other clocks than "device", which a GPU has, the
+            cases are those whose calls are plotted, and there is no direction "bwd".
         budget: seconds for everything; what does not fit is left out and named on ``log``. At least one provider of
             one case and dtype is measured.
         log: receives one line per step.
@@ -86,25 +88,30 @@ def run(
     dtypes = _choices("dtype", dtypes or spec.dtypes.get(device, DTYPES), DTYPES)
     directions = [name for name in _choices("direction", directions, DIRECTIONS) if name in spec.directions]
     check_device(device)
+    _choices("clock", [clock], CLOCKS if device == "cuda" else ("device",))
+    if clock != "device":
+        directions = [name for name in directions if name != "bwd"]
     if repetitions < 1:
         raise ValueError(f"repetitions: got {repetitions}, expected at least 1")
     for name, value in (("seconds", seconds), ("limit", limit), ("budget", budget)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name}: got {value}, expected seconds, 0 or more")
-    default_cases = [name for name, case in spec.cases.items() if device in case.devices]
+    default_cases = [
+        name for name, case in spec.cases.items() if device in (case.devices if clock == "device" else case.calls)
+    ]
     case_names = _of_this_op("case", cases, spec, log) if cases else default_cases
     asked = _of_this_op("provider", providers, spec, log) if providers else None
     if not case_names or asked == [] or not directions:
         return []
     chosen = _available(spec, asked, device, log)
-    clock = _Budget(budget, spec if budget is not None and device == "cuda" else None)
-    job = _Job(spec, directions, device, Timing(repetitions, seconds, limit), log)
+    purse = _Budget(budget, spec if budget is not None and device == "cuda" else None)
+    job = _Job(spec, directions, device, Timing(repetitions, seconds, limit, clock), log)
     tasks = [
         task
-        for task in _tasks(spec, case_names, dtypes, device, any(map(clock.compiler_seconds, chosen)))
+        for task in _tasks(spec, case_names, dtypes, device, any(map(purse.compiler_seconds, chosen)))
         if any_dtype or task.dtype in task.case.cpu_dtypes
     ]
-    return _run_tasks(job, tasks, chosen, bool(asked), clock, on_records)
+    return _run_tasks(job, tasks, chosen, bool(asked), purse, on_records)
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,7 @@ def _run_group(
         "versions": versions(),
         "git": git_revision(),
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "clock": job.timing.clock,
     }
     records: list[Record] = []
     for make_parts, names in ((inference_parts, ("fwd",)), (training_parts, ("bwd", "fwd_bwd"))):
@@ -290,6 +298,14 @@ def _run_group(
         keep(records)
     inputs.drop_gradients()
     return failed
+
+
+def _capture_all(job: _Job, step: Step, inputs: Inputs) -> None:
+    """Raise what capturing the step as a CUDA graph raises, in every mode that will be timed."""
+    if "fwd" in job.directions:
+        capture(inference_parts(step), inputs)
+    if set(job.directions) - {"fwd"}:
+        capture(training_parts(step), inputs)
 
 
 def _copy(inputs: Inputs) -> Callable[[], object]:
@@ -349,10 +365,11 @@ def _line(op: Op, record: Record) -> str:
     rate = f"{record.gbps:8.1f} GB/s"
     if op.floor is not COPY:
         rate = f"{record.flops / record.ms_median / 1e6:8.1f} GFLOP/s"
-    return (
-        f"{record.case:18} {record.dtype:9} {record.direction:8} {record.provider:23} {record.ms_median:9.3f} ms"
-        f"  {rate}  {shown:>6} {op.floor.heading.removeprefix('x ')}"
-        + ("" if record.static_floor_ms is None else f"  static floor {record.static_floor_ms:.3f} ms")
+    where = f"{record.case:18} {record.dtype:9} {record.direction:8} {record.provider:23}"
+    if record.clock != "device":
+        where = f"{record.clock:6} {where}"
+    return f"{where} {record.ms_median:9.4f} ms  {rate}  {shown:>6} {op.floor.heading.removeprefix('x ')}" + (
+        "" if record.static_floor_ms is None else f"  static floor {record.static_floor_ms:.3f} ms"
     )
 
 
@@ -384,6 +401,8 @@ def _agreeing(
                 agreement.check(name, step)
             elif set(job.directions) - {"fwd"}:
                 step().backward()
+            if job.timing.clock == "graph":
+                _capture_all(job, step, inputs)
             if "fwd" in job.directions:
                 with torch.no_grad():
                     step()

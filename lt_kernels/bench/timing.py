@@ -25,6 +25,14 @@ _PART = "lt_kernels.bench: part"
 _CACHE_BYTES = 512 * 2**20  # twice the largest last-level cache of a GPU
 _CYCLES_A_MS = 2e6  # of a GPU, at least about
 _MOST_HOST_MS = 20.0  # a longer first repetition compiles
+_RUN = 20  # steps that the wall clock of a GPU times as one
+
+#: How steps are timed. A CPU always by its wall clock, which is called "device" too. A GPU:
+CLOCKS = {
+    "device": "by events, so that the host's time does not count",
+    "wall": "by the wall clock, one step after the other as in training: whichever is slower, the host or the device",
+    "graph": "as a CUDA graph that was captured once and is replayed, by events",
+}
 
 #: A step in the parts that are timed one after the other.
 Parts = Sequence[Callable[[], object]]
@@ -39,6 +47,7 @@ class Timing:
     repetitions: int = 20  # at least, of each provider ...
     seconds: float = 1.0  # ... and until this has passed ...
     limit: float = 6.0  # ... unless it would take longer than this; never fewer than 3, or one of over 5 s
+    clock: str = "device"  # a key of CLOCKS
 
 
 def inference_parts(step: Step) -> Parts:
@@ -103,16 +112,72 @@ class _DeviceClock:
         return tuple(start.elapsed_time(end) for start, end in itertools.pairwise(events))
 
 
+class _WallClock:
+    """Times ``_RUN`` steps in a row, the host's work included. A step is one part: the device runs behind the host."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+
+    def __call__(self, name: str, parts: Parts) -> Times:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(_RUN):
+            self._inputs.drop_gradients()
+            for part in parts:
+                part()
+        torch.cuda.synchronize()
+        return ((time.perf_counter() - began) * 1e3 / _RUN,)
+
+
+class _GraphClock:
+    """Times replays of captured steps. A step is one part: the graph holds all of it."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._device = _DeviceClock()
+        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, name: str, parts: Parts) -> Times:
+        if name not in self._graphs:
+            self._graphs[name] = capture(parts, self._inputs)
+        return self._device(name, [self._graphs[name].replay])
+
+
+def capture(parts: Parts, inputs: Inputs) -> torch.cuda.CUDAGraph:
+    """Capture a step as a CUDA graph after it has run on a stream of its own, which compiles what it needs.
+
+    Raises:
+        RuntimeError: the step cannot be captured.
+    """
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(_WARMUP):
+            inputs.drop_gradients()
+            for part in parts:
+                part()
+    torch.cuda.current_stream().wait_stream(beside)
+    inputs.drop_gradients()  # they are then made in the graph's own memory
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for part in parts:
+            part()
+    return graph
+
+
 def measure(steps: Mapping[str, Parts], inputs: Inputs, device: str, timing: Timing) -> dict[str, list[Times]]:
     """Return the milliseconds of every repetition of each step, taken in turns whose order rotates.
 
     Gradients of ``inputs`` are dropped before each repetition. A CPU is timed by the wall clock, in bursts: a turn
     repeats its step ``_BURST`` times after one untimed repetition, so that a step finds the caches as its own
-    repetition left them and not as another provider did. A GPU is timed by events, one repetition a turn; see
-    ``_DeviceClock``. A step beyond ``_SLOW_MS`` is timed once a turn, and its first repetition counts. A step beyond
-    ``_ONCE_MS`` is not repeated.
+    repetition left them and not as another provider did. A GPU is timed by ``timing.clock``, one repetition a turn; any
+    clock but "device" takes a step for one part. A step beyond ``_SLOW_MS`` is timed once a turn, and its first
+    repetition counts. A step beyond ``_ONCE_MS`` is not repeated.
     """
-    clock = _DeviceClock() if device == "cuda" else None
+    clock: _DeviceClock | _WallClock | _GraphClock | None = None
+    if device == "cuda":
+        others: dict[str, type[_WallClock | _GraphClock]] = {"wall": _WallClock, "graph": _GraphClock}
+        clock = _DeviceClock() if timing.clock == "device" else others[timing.clock](inputs)
 
     def once(name: str) -> Times:
         inputs.drop_gradients()

@@ -20,19 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional
+from ...losses import BalPoELoss
 from ..agreement import LogitsAgreement
-from ..cases import Inputs, by_name
-from ..experts import CPU_CASE, GPU_CASE, MIX_LAMBDA, cases_with, expert_op, experts_of
+from ..cases import BOTH, CPU, Inputs, by_name
+from ..experts import CPU_CASE, GPU_CASE, MIX_LAMBDA, ExpertCase, cases_with, expert_op, experts_of
 from ..op import Target, cost_of_logits
-from ..providers import Provider, Step, backends, compiled, eager, headlines_on_cpu, kernels_unavailable
+from ..providers import Provider, Step, backends, compiled, eager, headlines_on_cpu, kernels_unavailable, module
 
 NAME = "expert_cross_entropy"
 PLAIN = "plain"
-CASES = cases_with(PLAIN, "one target for each sample: no mixup")
+CALL_CASE = "e3-n64-c100-plain"
+CASES = cases_with(PLAIN, "one target for each sample: no mixup") | by_name(
+    ExpertCase(
+        CALL_CASE, 64, 100, CPU, calls=BOTH, note="a small call, no mixup", cpu_dtypes=("float32",), variant=PLAIN
+    )
+)
 
 TARGETS = (
     Target("cpu", CPU_CASE, "float32", "published", 4.0),
     Target("cpu", CPU_CASE, "float32", "compile", 2.0),
+    Target("cpu", CALL_CASE, "float32", "eager", at_most=1.2, ours="lt-module"),
     Target("cuda", GPU_CASE, "float32", "published", 4.0),
     Target("cuda", GPU_CASE, "float32", "compile", 2.0),
     Target("cuda", GPU_CASE, "float32", "copy", 0.85),
@@ -110,6 +117,11 @@ def _ours(inputs: Inputs) -> Step:
     return partial(functional.expert_cross_entropy, experts_of(inputs), inputs.target, **options)
 
 
+def _our_module(inputs: Inputs) -> Step:
+    loss = BalPoELoss(inputs.counts, inputs.case.taus)
+    return partial(loss, experts_of(inputs), inputs.target, **_mixup(inputs))
+
+
 def _our_loop(inputs: Inputs) -> Step:
     """One call for each expert of the op that knows nothing of experts."""
     shifts, options = [tau * inputs.log_prior for tau in inputs.case.taus], _mixup(inputs)
@@ -129,6 +141,7 @@ PROVIDERS = by_name(
     eager("eager", eager_loss, _arguments),
     compiled(eager_loss, _arguments, left_out=headlines_on_cpu),
     *backends(NAME, _ours),
+    module(_our_module),
     Provider("lt-loop", _our_loop, lambda device: kernels_unavailable(NAME, device)),
 )
 
