@@ -12,7 +12,8 @@
   X(const OptionalTensor&, "Tensor?", class_shift)   \
   X(const OptionalTensor&, "Tensor?", learned_scale) \
   X(at::ArrayRef<double>, "float[]", weights)        \
-  X(double, "float", scale)
+  X(double, "float", scale)                          \
+  X(bool, "bool", normalize)
 
 #define LTK_FUSION_SCHEMA LTK_FUSION(LTK_SCHEMA)
 

@@ -22,8 +22,12 @@ FusionResult fuse(const FusionArguments& a, int64_t k, bool with_log_probs) {
     A* masses = mass.mutable_data_ptr<A>();
     if (with_log_probs) prepared.call.log_probs = log_probs.mutable_data_ptr<A>();
     prepared.run([&](int64_t row, const LogSum& sum, const Candidate<A>* best) {
-      for (int64_t i = 0; i < k; ++i) value[row * k + i] = best[i].value, column[row * k + i] = best[i].column;
-      masses[row] = static_cast<A>(sum.total > 0 ? sum.total : NAN);  // 0: all are -inf
+      const A total = static_cast<A>(sum.total > 0 ? sum.total : NAN);  // 0: all are -inf
+      for (int64_t i = 0; i < k; ++i) {
+        value[row * k + i] = a.normalize ? std::exp(best[i].value - best[0].value) / total : best[i].value;
+        column[row * k + i] = best[i].column;
+      }
+      masses[row] = a.normalize ? static_cast<A>(sum.peak + std::log(sum.total)) : total;
     });
   }
   return {values, found, mass, log_probs};

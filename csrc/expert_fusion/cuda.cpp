@@ -44,6 +44,7 @@ FusionResult fuse(const FusionArguments& a, int64_t k, bool with_log_probs) {
   call.values = values.mutable_data_ptr<A>();
   call.chosen = chosen.mutable_data_ptr<int64_t>();
   call.mass = mass.mutable_data_ptr<A>();
+  call.normalize = a.normalize && !sorted;
   call.keep = k > 1 || with_log_probs;
   call.log_probs = with_log_probs ? log_probs.mutable_data_ptr<A>() : nullptr;
 
@@ -66,6 +67,11 @@ FusionResult fuse(const FusionArguments& a, int64_t k, bool with_log_probs) {
     const auto [all_values, all_classes] = at::sort(u, /*stable=*/true, /*dim=*/1, /*descending=*/true);
     values.copy_(all_values.narrow(1, 0, k));
     chosen.copy_(all_classes.narrow(1, 0, k));
+    if (a.normalize) {
+      const Tensor peak = values.narrow(1, 0, 1).clone();
+      values.sub_(peak).exp_().div_(mass.unsqueeze(1));
+      mass.log_().add_(peak.squeeze(1)).masked_fill_(peak.squeeze(1) == -INFINITY, -INFINITY);
+    }
   }
   return {values, chosen, mass, log_probs};
 }

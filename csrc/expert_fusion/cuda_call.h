@@ -19,6 +19,7 @@ struct FusionCall {
   A* values;
   int64_t* chosen;  // [rows, k] like values
   A* mass;          // [rows]
+  bool normalize;   // probabilities for values, and the log-sum-exp for mass
   bool keep;        // u of the row, for k > 1 or log_probs: in shared memory where u is null
   A* u;             // [rows, classes] or null
   A* log_probs;     // the same; may be u

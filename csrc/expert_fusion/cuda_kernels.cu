@@ -99,7 +99,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<typename T::A>)
   A totals[1] = {total};
   reduce_block<Sum>(totals, partial, result, threads);
   const A largest = won.value, log_total = std::log(*result);
-  if (thread == 0) call.mass[row] = std::fabs(largest) < infinity<A>() ? *result : not_a_number<A>();
+  const A mass = std::fabs(largest) < infinity<A>() ? *result : not_a_number<A>();
+  if (thread == 0) {
+    const A log_sum = largest == -infinity<A>() ? largest : largest + std::log(mass);
+    call.mass[row] = call.normalize ? log_sum : mass;
+  }
 
   for (int i = 0; i < call.k; ++i) {
     if (i > 0) {
@@ -112,7 +116,10 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<typename T::A>)
       }
       won = first_of_block(mine, places + i % 2 * kWarps, threads);
     }
-    if (thread == 0) call.values[row * call.k + i] = won.value, call.chosen[row * call.k + i] = won.column;
+    if (thread == 0) {
+      call.values[row * call.k + i] = call.normalize ? std::exp(won.value - largest) / mass : won.value;
+      call.chosen[row * call.k + i] = won.column;
+    }
   }
   if (call.log_probs) {
     A* log_probs = call.log_probs + row * classes;

@@ -215,19 +215,11 @@ def expert_cross_entropy(
     options = options._replace(class_bias=bias)
     experts_mean = 1.0 / count if expert_reduction == "mean" else 1.0
     prior_learns = prior is not None and prior.requires_grad
-    options = with_coefficient(options, classes, reduction, empty_mean, dtype, backend)
+    unweighted = options._replace(weight=None)
+    options = with_coefficient(options, classes, reduction, empty_mean, dtype, backend, experts_mean)
     ensemble_coefficient = options.coefficient if return_ensemble else None
-    if ensemble_coefficient is not None and options.weight is not None:
-        ensemble_coefficient = with_coefficient(
-            options._replace(weight=None), classes, reduction, empty_mean, dtype, backend
-        ).coefficient
-    if experts_mean != 1.0:
-        if options.coefficient is None:
-            terms = 1 if mixed_target is None else 2
-            coefficient = torch.full((terms,), experts_mean, dtype=dtype, device=first.device)
-        else:
-            coefficient = options.coefficient * experts_mean
-        options = options._replace(coefficient=coefficient)
+    if ensemble_coefficient is not None and (options.weight is not None or experts_mean != 1.0):
+        ensemble_coefficient = with_coefficient(unweighted, classes, reduction, empty_mean, dtype, backend).coefficient
     reduce = "none" if reduction == "none" else "rows" if expert_reduction == "none" else "all"
     arguments = Arguments(given, options, prior, ensemble_coefficient, numbers)
     one_pass = (
@@ -340,13 +332,12 @@ def expert_fusion(
     shift = check_class_vector("log_prior_shift", log_prior_shift, classes, first, dtype)
     fixed, learned = _scale(scale, temperature, first, dtype)
     with torch.no_grad():
-        u, found, mass, log_probs = fusion_forward(
-            *FUSION_SIGNATURE.flatten(FusionArguments(given, tensor, shift, learned, weights, fixed)),
+        values, found, _, log_probs = fusion_forward(
+            *FUSION_SIGNATURE.flatten(FusionArguments(given, tensor, shift, learned, weights, fixed, True)),
             topk,
             return_log_probs,
             resolve(FUSION, first),
         )
-        values = (u - u[:, :1]).exp() / mass[:, None]  # not exp(u - lse): that would round the log-sum-exp
     values, found = _to_map(values, shape), _to_map(found, shape)
     return ExpertFusion(
         found[:, 0], values[:, 0], values, found, _to_map(log_probs, shape) if return_log_probs else None

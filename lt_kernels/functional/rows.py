@@ -486,16 +486,25 @@ def knows_gradient(options: RowOptions, reduction: str, return_lse: bool, dtype:
 
 
 def with_coefficient(
-    o: RowOptions, classes: int, reduction: str, empty_mean: str, dtype: torch.dtype, backend: str
+    o: RowOptions,
+    classes: int,
+    reduction: str,
+    empty_mean: str,
+    dtype: torch.dtype,
+    backend: str,
+    factor: float = 1.0,
 ) -> RowOptions:
-    """Return the options with the factor that makes a sum over rows the reduction asked for."""
+    """Return the options with the factor that makes a sum over rows the reduction asked for, times ``factor``."""
     check_choice("empty_mean", empty_mean, EMPTY_MEANS)
     if reduction != "mean":
-        return o
+        if factor == 1.0:
+            return o
+        terms = 1 if o.mixed_target is None else 2
+        return o._replace(coefficient=torch.full((terms,), factor, dtype=dtype, device=o.target.device))
     if o.soft:
         rows = o.target.shape[0] * o.target.shape[2]
-        return o._replace(coefficient=torch.full((1,), 1 / max(1, rows), dtype=dtype, device=o.target.device))
-    coefficient = mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, classes, dtype, backend)
+        return o._replace(coefficient=torch.full((1,), factor / max(1, rows), dtype=dtype, device=o.target.device))
+    coefficient = mean_coefficient(o.target, o.mixed_target, o.weight, o.ignore_index, classes, dtype, backend, factor)
     if empty_mean == "zero":
         coefficient = coefficient.masked_fill(coefficient.isinf(), 0.0)
     return o._replace(coefficient=coefficient)

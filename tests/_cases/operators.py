@@ -276,7 +276,7 @@ def _fusion_calls(backend: str, device: str) -> Iterator[Call]:
     x, shift = torch.randn(3, 4, 33, device=device), torch.zeros(33, device=device)
     for what, logits in (("stacked", [x]), ("list", list(x.clone()))):
         for k, with_log_probs in ((1, False), (3, True)):
-            arguments = (logits, None, shift, None, [0.5, 0.25, 0.25], 2.0, None, k, with_log_probs, backend)
+            arguments = (logits, None, shift, None, [0.5, 0.25, 0.25], 2.0, k > 1, None, k, with_log_probs, backend)
             yield what, OPS.expert_fusion.default, arguments
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lt_kernels.ops._backend import load
 from lt_kernels.ops.expert_fusion import reference
 from lt_kernels.ops.expert_fusion.arguments import Arguments
-from lt_kernels.ops.expert_fusion.fused import fused
+from lt_kernels.ops.expert_fusion.fused import fused, normalized
 from lt_kernels.testing import assert_within_budget
 
 
@@ -93,6 +93,27 @@ def parts(request, monkeypatch):
     """Cut rows as the launch table has it, or into parts of two tiles of 32 lanes."""
     if request.param == "parts":
         forced.fusion_parts(monkeypatch)
+
+
+@pytest.mark.parametrize("k", [1, 3, 9, 70])
+def test_probabilities(k, parts, backend, chip):
+    """With normalize: probabilities in place of values, the log-sum-exp in place of the sum."""
+    x = drawn((2, 5, 1203), DTYPES["fp32"], backend)
+    x[:, 0] = -math.inf
+    x[:, 1, 7] = math.inf
+    x[:, 2, 1200] = math.nan
+    x[:, 3, :1200] = -math.inf
+    a = arguments([x])._replace(normalize=True)
+    values, classes, lse, log_probs = load("expert_fusion", backend).forward(a, k, True)
+    plain = load("expert_fusion", backend).forward(a._replace(normalize=False), k, True)
+    expected = normalized(plain[0], plain[2])
+    assert torch.equal(classes, plain[1])
+    torch.testing.assert_close(values, expected[0], rtol=3e-7, atol=0, equal_nan=True)
+    torch.testing.assert_close(lse, expected[1], rtol=3e-7, atol=3e-7, equal_nan=True)
+    torch.testing.assert_close(log_probs, plain[3], rtol=0, atol=0, equal_nan=True)
+    assert lse[0] == -math.inf
+    assert bool(values[4].sum() < 1.0)
+    assert bool(values[4].sum() > 0.0)
 
 
 @pytest.mark.parametrize(("before", "dtype"), [(0, "bf16"), (1, "bf16"), (4, "fp32")])

@@ -160,6 +160,7 @@ def _expert_fusion(config: Any) -> None:
         meta() if "learned_scale" in config.options else None,
         [1.0 / e] * e,
         1.0,
+        normalize=True,
     )
     fusion.forward(a, config.k, "log_probs" in config.options)
 

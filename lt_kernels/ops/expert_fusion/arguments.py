@@ -21,6 +21,7 @@ class Arguments(NamedTuple):
     learned_scale: Tensor | None  # 0-dim, multiplies `scale`
     weights: list[float]  # [E]
     scale: float
+    normalize: bool = False  # probabilities for the values, and the log-sum-exp for the sum
 
     @property
     def compute_dtype(self) -> torch.dtype:

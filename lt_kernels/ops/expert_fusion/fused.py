@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .arguments import Arguments
@@ -17,3 +19,15 @@ def fused(a: Arguments) -> Tensor:
     assert total is not None
     u = total * a.scale if a.learned_scale is None else total * (a.scale * a.learned_scale)
     return u if a.class_shift is None else u + a.class_shift
+
+
+def normalized(values: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probabilities of the largest u of rows, [N, k], and the log-sum-exp, [N].
+
+    Args:
+        values: the k largest u, the largest first.
+        mass: sum of exp(u - largest u).
+    """
+    peak = values[:, 0]
+    lse = (peak + mass.log()).masked_fill(peak == -math.inf, -math.inf)
+    return (values - values[:, :1]).exp() / mass[:, None], lse  # not exp(u - lse): that would round the log-sum-exp

@@ -7,6 +7,8 @@ With u_j = scale * sum over experts e of weights_e * x_ej + class_shift_j, of ev
     classes     [N, k] int64, theirs
     mass        [N] sum of exp(u - largest u); NaN where the largest u is infinite or NaN, as in log_softmax
     log_probs   [N, C] log_softmax of u in the compute dtype; [0] unless asked for
+
+With ``normalize``, ``values`` are exp(u - largest u) / mass, and ``mass`` is the log-sum-exp of u.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .._backend import load
 from .._experts import shape_of
 from .._registry import define, with_transforms
 from .arguments import SIGNATURE
-from .fused import fused
+from .fused import fused, normalized
 
 OP = "expert_fusion"
 
@@ -50,9 +52,12 @@ def _fake(*args: Any) -> Result:
 def _with_torch(*args: Any) -> Result:
     """The same for exporters. Equal values come in the order of their top-k operator."""
     *inputs, k, with_log_probs, _ = args
-    u = fused(SIGNATURE.trace(inputs))
+    a = SIGNATURE.trace(inputs)
+    u = fused(a)
     values, classes = u.topk(k, 1)
     mass = (u - values[:, :1]).exp().sum(1)
+    if a.normalize:
+        values, mass = normalized(values, mass)
     return values, classes, mass, u.log_softmax(1) if with_log_probs else u.new_empty((0,))
 
 

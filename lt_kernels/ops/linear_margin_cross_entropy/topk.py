@@ -6,7 +6,8 @@ Input [N, D] (in the dtype of the product), linear_weight [C, D]; u_j = scale * 
     rest      the rows' maximum and sum of exponentials so far, merged in the order of the blocks
     values    the k largest u so far, and their classes
 
-and nothing else is kept.
+and nothing else is kept. Each block is one matrix product and one call of the fusion (``expert_fusion``) of one expert,
+whose probabilities are the result where a block has all classes.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from ..._checks import compute_dtype
 from .._backend import load
 from .._gemm import products
 from .._registry import Signature, define
-from .._rows.options import RowOptions
-from .._select import GROUPS, group_size, largest
+from .._select import GROUPS, group_size
 from .._select import largest_of_all as _largest
-from ..margin_cross_entropy.arguments import Arguments as RowArguments
-from ..margin_cross_entropy.op import OP as ROWS
+from ..expert_fusion.arguments import Arguments as FusionArguments
+from ..expert_fusion.op import OP as FUSION
 
 OP = "linear_topk"
 #: The buffer's bytes, unless ``set_memory_budget`` allows fewer: larger ones are no faster.
@@ -65,14 +65,6 @@ def blocks(rows: int, classes: int, k: int, element: int, buffer: int) -> tuple[
     return block_rows, even * group, group
 
 
-def _statistics(rows: Any, u: Tensor) -> Tensor:
-    """Maximum and sum of exp(u - maximum) of each row, [2, n, 1], by the rows kernel."""
-    nowhere = torch.full((u.shape[0], 1), -100, dtype=torch.int64, device=u.device)
-    arguments = RowArguments(u[:, :, None], RowOptions(nowhere))
-    rest: Tensor = rows.forward(arguments, False, False)[3]
-    return rest
-
-
 def _linear_topk(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, k, buffer, backend = args
     with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):  # dtypes have been chosen
@@ -80,59 +72,59 @@ def _linear_topk(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _in_blocks(a: Arguments, k: int, buffer: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    input, linear_weight, linear_bias, class_shift, learned_scale, scale, normalize = a
-    rows_kernel = load(ROWS, backend)
-    dtype, device = input.dtype, input.device
-    wide = compute_dtype(dtype)
-    n, classes = input.shape[0], linear_weight.shape[0]
-    changed = normalize or class_shift is not None or learned_scale is not None or scale != 1.0
-    apart = changed and wide != dtype  # the logits' own dtype is too narrow for what is added to them
-    element = dtype.itemsize + (wide.itemsize if apart else 0)
-    block_rows, block, group = blocks(n, classes, k, element, buffer)
-    room = products.empty(block_rows, block, dtype, device)
-    wide_room = products.empty(block_rows, block, wide, device) if apart else room
-    factor = torch.full((), scale, dtype=wide, device=device)
-    if learned_scale is not None:
-        factor = factor * learned_scale
-
-    results = _results(input, k)
-    for begin in range(0, n, block_rows):
-        rows = slice(begin, min(begin + block_rows, n))
-        x = input[rows]
-        count = x.shape[0]
-        rest = torch.zeros(2, count, 1, dtype=wide, device=device)
-        values = torch.empty(count, 0, dtype=wide, device=device)
-        found = torch.empty(count, 0, dtype=torch.int64, device=device)
-        for start in range(0, classes, block):
-            columns = slice(start, min(start + block, classes))
-            size = columns.stop - start
-            padded = -(-size // group) * group
-            w = linear_weight[columns].to(dtype)
-            z = room[:count, :size]
-            products.logits_into(z, x, w, None if linear_bias is None else linear_bias[columns])
-            u = wide_room[:count, :padded]
-            if apart:
-                u[:, :size].copy_(z)
-            if changed:
-                slope = factor
-                if normalize:
-                    slope = factor * products.inverse_norms(w, wide)
-                u[:, :size].mul_(slope)
-                if class_shift is not None:
-                    u[:, :size].add_(class_shift[columns])
-            u[:, size:].fill_(-math.inf)
-            part = _statistics(rows_kernel, u[:, :size])
-            products.merge(rest, part[0], part[1])
-            here, places = largest(u, k, group)
-            values = torch.cat([values, here.to(wide)], 1)
-            found = torch.cat([found, places + start], 1)
-            if start > 0:
-                values, places = _largest(values, min(k, values.shape[1]))
-                found = found.gather(1, places)
-        results[0][rows] = found[:, :k]
-        results[1][rows] = (values[:, :k] - rest[0]).exp() / rest[1]
-        results[2][rows] = (rest[0] + rest[1].log())[:, 0]
+    dtype, wide = a.input.dtype, compute_dtype(a.input.dtype)
+    n, classes = a.input.shape[0], a.linear_weight.shape[0]
+    apart = a.normalize and wide != dtype  # the logits' own dtype is too narrow for what is done to them
+    # the fusion of some backends writes its logits again for several classes
+    element = dtype.itemsize + (wide.itemsize if apart or k > 1 else 0)
+    block_rows, block, _ = blocks(n, classes, k, element, buffer)
+    room = products.empty(min(block_rows, n), min(block, classes), dtype, a.input.device)
+    whole = [
+        _of_rows(a._replace(input=a.input[begin : begin + block_rows]), room, block, k, backend)
+        for begin in range(0, n, block_rows)
+    ]
+    if len(whole) == 1:
+        return whole[0]
+    results = _results(a.input, k)
+    for begin, parts in zip(range(0, n, block_rows), whole, strict=True):
+        for result, part in zip(results, parts, strict=True):
+            result[begin : begin + block_rows] = part
     return results
+
+
+def _of_rows(a: Arguments, room: Tensor, block: int, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the classes, their probabilities and the log-sum-exp of rows whose logits are ``block`` classes at a time
+    in ``room``."""
+    classes, count, wide = a.linear_weight.shape[0], a.input.shape[0], compute_dtype(a.input.dtype)
+    if block >= classes:
+        values, found, lse, _ = _fused(a, slice(0, classes), room, k, True, backend)
+        return found, values, lse
+    rest = torch.zeros(2, count, 1, dtype=wide, device=a.input.device)
+    values = rest.new_empty((count, 0))
+    found = torch.empty_like(values, dtype=torch.int64)
+    for start in range(0, classes, block):
+        columns = slice(start, min(start + block, classes))
+        here, places, mass, _ = _fused(a, columns, room, min(k, columns.stop - start), False, backend)
+        nowhere = here[:, :1] == -math.inf
+        products.merge(rest, here[:, :1].masked_fill(nowhere, 0.0), mass[:, None].masked_fill(nowhere, 0.0))
+        values, found = torch.cat([values, here], 1), torch.cat([found, places + start], 1)
+        if start > 0:
+            values, chosen = _largest(values, min(k, values.shape[1]))
+            found = found.gather(1, chosen)
+    return found, (values - rest[0]).exp() / rest[1], (rest[0] + rest[1].log())[:, 0]
+
+
+def _fused(a: Arguments, columns: slice, room: Tensor, k: int, normalize: bool, backend: str) -> Any:
+    """Return the results of the fusion of one expert, whose logits are those of some classes."""
+    w = a.linear_weight[columns].to(a.input.dtype)
+    z = room[: a.input.shape[0], : columns.stop - columns.start]
+    products.logits_into(z, a.input, w, None if a.linear_bias is None else a.linear_bias[columns])
+    if a.normalize:
+        z = z * products.inverse_norms(w, compute_dtype(z.dtype))
+    shift = None if a.class_shift is None else a.class_shift[columns]
+    return load(FUSION, backend).forward(
+        FusionArguments([z], None, shift, a.learned_scale, [1.0], a.scale, normalize), k, False
+    )
 
 
 def _results(input: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,7 +119,7 @@ def _mean_coefficient_fake(target: Tensor, mixed_target: Tensor | None, *args: A
 
 define(
     f"{OP}_mean_coefficient(Tensor target, Tensor? mixed_target, Tensor? weight, int ignore_index, int classes,"
-    " ScalarType dtype, str backend) -> Tensor",
+    " ScalarType dtype, float factor, str backend) -> Tensor",
     _mean_coefficient,
     _mean_coefficient_fake,
 )
@@ -133,11 +133,12 @@ def mean_coefficient(
     classes: int,
     dtype: torch.dtype,
     backend: str,
+    factor: float = 1.0,
 ) -> Tensor:
-    """1 / total class weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf where 0."""
+    """factor / total class weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf for 0."""
     if backend == "triton" and not torch.compiler.is_compiling():  # one launch; compiled code fuses what follows
         return torch.ops.lt_kernels.margin_cross_entropy_mean_coefficient(
-            target, mixed_target, weight, ignore_index, classes, dtype, backend
+            target, mixed_target, weight, ignore_index, classes, dtype, factor, backend
         )
     totals = []
     for each in (target,) if mixed_target is None else (target, mixed_target):
@@ -146,7 +147,8 @@ def mean_coefficient(
             totals.append(valid.sum(0, keepdim=True).to(dtype))
         else:
             totals.append(ordered_sum(weight[each.reshape(-1).clamp(0, classes - 1)] * valid).reshape(1))
-    return (totals[0] if mixed_target is None else torch.cat(totals)).reciprocal()
+    coefficient = (totals[0] if mixed_target is None else torch.cat(totals)).reciprocal()
+    return coefficient if factor == 1.0 else coefficient * factor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -22,6 +22,7 @@ from ..._rows.triton_io import REPEAT_AXIS, expand_lanes, lane_max, lane_min, la
 from ..._rows.triton_math import INF, NO_COLUMN, affine, fast_exp, finite_reference, load_scale, rescale_sums
 from ..._select import group_size, largest
 from ..arguments import Arguments
+from ..fused import normalized
 from . import launch as table
 from .launch import CANDIDATES, SELECTED
 
@@ -163,6 +164,26 @@ def known_mass(peak, mass):
     return tl.where(peak == -INF, float("nan"), mass)
 
 
+@triton.jit
+def store_sum(mass_ptr, peak, mass, NORMALIZE: tl.constexpr):
+    """Write the row's sum of exponentials, or its log-sum-exp."""
+    if NORMALIZE:
+        mass = tl.where(peak == -INF, -INF, peak + tl.log(mass))
+    else:
+        mass = known_mass(peak, mass)
+    tl.store(mass_ptr, mass)
+
+
+@triton.jit
+def store_largest(values_ptr, classes_ptr, key, column, peak, mass, NORMALIZE: tl.constexpr):
+    """Write one of a row's largest u, or its probability; and its class."""
+    value = key_value(key)
+    if NORMALIZE:
+        value = tl.exp(value - peak) / mass
+    tl.store(values_ptr, value)
+    tl.store(classes_ptr, column.to(tl.int64))
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +209,7 @@ def expert_fusion_forward_kernel(
     log_probs_stride,
     scale,
     HAS_SCALE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
@@ -209,7 +231,7 @@ def expert_fusion_forward_kernel(
         masses += lane_sum(fast_exp(us[tile] - finite_reference(peak)))
     mass = tl.sum(masses, 0)
     if partial_ptr is None:
-        tl.store(mass_ptr + row, known_mass(peak, mass))
+        store_sum(mass_ptr + row, peak, mass, NORMALIZE)
     else:
         tl.store(partial_ptr + row * parts + part, peak)
         tl.store(partial_ptr + size + row * parts + part, mass)
@@ -227,8 +249,8 @@ def expert_fusion_forward_kernel(
     for i in tl.static_range(K):
         key, column, keys, edge_keys = take_largest(keys, edge_keys, edge_columns, first, GROUP, LANES, REPEAT)
         if partial_keys_ptr is None:
-            tl.store(values_ptr + row * K + i, key_value(key))
-            tl.store(classes_ptr + row * K + i, column.to(tl.int64))
+            place = row * K + i
+            store_largest(values_ptr + place, classes_ptr + place, key, column, peak, mass, NORMALIZE)
         else:
             out_ptr = partial_keys_ptr + (row * parts + part) * K + i
             tl.store(out_ptr, key)
@@ -242,8 +264,9 @@ def expert_fusion_merge_kernel(
     values_ptr,  # [N, K]
     classes_ptr,  # [N, K] int64
     mass_ptr,  # [N]
-    peak_ptr,  # [N]: the largest u
+    statistics_ptr,  # [2, N]: the largest u, and the sum of exponentials
     parts,
+    NORMALIZE: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -256,9 +279,11 @@ def expert_fusion_merge_kernel(
     masses = tl.load(partial_ptr + size + row * parts + part, mask=part < parts, other=0.0)
     peak = tl.max(peaks, 0)
     masses, _ = rescale_sums(peaks, masses, 0.0, 0.0, peak)
-    tl.store(mass_ptr + row, known_mass(peak, tl.sum(masses, 0)))
-    if peak_ptr is not None:
-        tl.store(peak_ptr + row, peak)
+    mass = tl.sum(masses, 0)
+    store_sum(mass_ptr + row, peak, mass, NORMALIZE)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + row, peak)
+        tl.store(statistics_ptr + tl.num_programs(0) + row, known_mass(peak, mass))
     if K > 0:
         candidate = tl.arange(0, CANDIDATES)
         in_ptr = partial_keys_ptr + row * parts * K + candidate
@@ -268,8 +293,8 @@ def expert_fusion_merge_kernel(
             key = tl.max(keys, 0)
             column = tl.min(tl.where(keys == key, columns, NO_COLUMN), 0)
             keys = tl.where(columns == column, NO_KEY, keys)
-            tl.store(values_ptr + row * K + i, key_value(key))
-            tl.store(classes_ptr + row * K + i, column.to(tl.int64))
+            place = row * K + i
+            store_largest(values_ptr + place, classes_ptr + place, key, column, peak, mass, NORMALIZE)
 
 
 @triton.jit(do_not_specialize=["part_groups"])
@@ -279,8 +304,7 @@ def expert_fusion_log_probs_kernel(
     expert_weight_ptr,  # [E]
     class_shift_ptr,  # [C]
     learned_scale_ptr,  # 0-dim
-    peak_ptr,  # [N]
-    mass_ptr,  # [N]
+    statistics_ptr,  # [2, N]: maximum and sum of exponentials
     log_probs_ptr,  # [N, C], unit class stride
     classes,
     part_groups,
@@ -300,7 +324,8 @@ def expert_fusion_log_probs_kernel(
         x_ptrs, row, weights, expert_weight_ptr, class_shift_ptr, learned_scale_ptr, classes, part_groups,
         expert_stride, row_stride, scale, HAS_SCALE, GROUP, LANES, REPEAT, TILES,
     )  # fmt: skip
-    values = log_softmax(us, tl.load(peak_ptr + row), tl.log(tl.load(mass_ptr + row)))
+    log_mass = tl.log(tl.load(statistics_ptr + tl.num_programs(0) + row))
+    values = log_softmax(us, tl.load(statistics_ptr + row), log_mass)
     write_part(log_probs_ptr, row, log_probs_stride, values, columns, masks, classes, GROUP)
 
 
@@ -356,18 +381,20 @@ def forward(a: Arguments, k: int, with_log_probs: bool) -> tuple[Tensor, Tensor,
             partial_ptr=partial,
             partial_keys_ptr=partial_keys,
             u_stride=0 if u is None else row_stride(u),
+            NORMALIZE=a.normalize and u is None,
             K=selected,
         )
         if several:
-            peak = values.new_empty((n,)) if with_log_probs else None
+            statistics = values.new_empty((2, n)) if with_log_probs else None
             expert_fusion_merge_kernel[(n,)](
                 partial,
                 partial_keys,
                 values,
                 indices,
                 mass,
-                peak,
+                statistics,
                 launch.parts,
+                NORMALIZE=a.normalize and u is None,
                 K=selected,
                 PARTS=triton.next_power_of_2(launch.parts),
                 CANDIDATES=triton.next_power_of_2(max(launch.parts * selected, 32)),
@@ -375,10 +402,10 @@ def forward(a: Arguments, k: int, with_log_probs: bool) -> tuple[Tensor, Tensor,
             )
             if with_log_probs:
                 expert_fusion_log_probs_kernel[(n, launch.parts)](
-                    **inputs, peak_ptr=peak, mass_ptr=mass, log_probs_ptr=log_probs
+                    **inputs, statistics_ptr=statistics, log_probs_ptr=log_probs
                 )
         if u is not None:
-            best, where = largest(u, k, columns)
-            values.copy_(best)
-            indices.copy_(where)
+            values, indices = largest(u, k, columns)
+            if a.normalize:
+                values, mass = normalized(values, mass)
     return values, indices, mass, log_probs

@@ -11,7 +11,7 @@ from torch import Tensor
 _COUNTED = 8192
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index", "factor"])
 def margin_cross_entropy_mean_coefficient_kernel(
     target_ptr,  # [rows] integers
     mixed_target_ptr,  # [rows] integers
@@ -21,9 +21,10 @@ def margin_cross_entropy_mean_coefficient_kernel(
     rows,
     classes,
     ignore_index,
+    factor,
     BLOCK: tl.constexpr,
 ):
-    """Sum the weights of the targets that are not ignored, or take the reciprocal; programs (part, which target)."""
+    """Sum the weights of the targets that are not ignored, or divide by the sum; programs (part, which target)."""
     which = tl.program_id(1)
     if mixed_target_ptr is not None:
         if which == 1:
@@ -40,24 +41,25 @@ def margin_cross_entropy_mean_coefficient_kernel(
     if partial_ptr is not None:
         tl.store(partial_ptr + which * tl.num_programs(0) + tl.program_id(0), total)
     else:
-        tl.store(coefficient_ptr + which, tl.div_rn(1.0, total.to(tl.float32)))
+        tl.store(coefficient_ptr + which, tl.div_rn(factor, total.to(tl.float32)))
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "factor"])
 def margin_cross_entropy_reciprocal_sum_kernel(
     partial_ptr,  # [1 or 2, parts]
     coefficient_ptr,  # [1 or 2]
     parts,
+    factor,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute 1 / sum of the parts; counts are added up exactly."""
+    """Compute factor / sum of the parts; counts are added up exactly."""
     which = tl.program_id(0)
     totals = tl.zeros([BLOCK], tl.float32 if WEIGHTED else tl.int64)
     for begin in range(0, parts, BLOCK):
         part = begin + tl.arange(0, BLOCK)
         totals += tl.load(partial_ptr + which * parts + part, mask=part < parts, other=0).to(totals.dtype)
-    tl.store(coefficient_ptr + which, tl.div_rn(1.0, tl.sum(totals, 0).to(tl.float32)))
+    tl.store(coefficient_ptr + which, tl.div_rn(factor, tl.sum(totals, 0).to(tl.float32)))
 
 
 @triton.jit
@@ -92,8 +94,9 @@ def mean_coefficient(
     ignore_index: int,
     classes: int,
     dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
 ) -> Tensor:
-    """Return 1 / total weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf for none.
+    """Return factor / total weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf for 0.
 
     One launch up to 8192 targets, else two. Targets out of range count as the nearest class.
     """
@@ -108,11 +111,17 @@ def mean_coefficient(
     with torch.cuda.device_of(target):
         margin_cross_entropy_mean_coefficient_kernel[(parts, len(targets))](
             targets[0], None if mixed_target is None else targets[1], weight, partial, coefficient, rows, classes,
-            ignore_index, BLOCK=block, num_warps=max(block // 256, 1),
+            ignore_index, factor, BLOCK=block, num_warps=max(block // 256, 1),
         )  # fmt: skip
         if partial is not None:
             block = min(triton.next_power_of_2(parts), 1024)
             margin_cross_entropy_reciprocal_sum_kernel[(len(targets),)](
-                partial, coefficient, parts, WEIGHTED=weight is not None, BLOCK=block, num_warps=max(block // 256, 1)
+                partial,
+                coefficient,
+                parts,
+                factor,
+                WEIGHTED=weight is not None,
+                BLOCK=block,
+                num_warps=max(block // 256, 1),
             )
     return coefficient

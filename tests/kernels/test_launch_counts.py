@@ -1,0 +1,50 @@
+"""How many launches a call makes on a GPU: the table of maxima."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from _launch_counts import count_launches
+from torch import Tensor
+
+from lt_kernels import functional as LF
+from lt_kernels import losses
+
+pytestmark = [pytest.mark.backends("triton"), pytest.mark.usefixtures("backend")]
+
+COUNTS = torch.arange(100, 0, -1) * 3.0
+INPUT, WEIGHT = torch.zeros(64, 32), torch.zeros(100, 32)
+
+
+class Call(NamedTuple):
+    call: Callable[[Tensor, Tensor], object]  #: of the experts' logits [E, N, C] and targets
+    forward: int  #: launches, at most
+    backward: int = 0  #: with autograd's own
+
+
+CALLS = {
+    "BalPoE": Call(losses.BalPoELoss(COUNTS), 3, 2),
+    "fusion": Call(lambda logits, _: LF.expert_fusion(logits), 1),
+    "fusion, top 5": Call(lambda logits, _: LF.expert_fusion(logits, topk=5), 1),
+    "linear_topk": Call(lambda *_: LF.linear_topk(INPUT, WEIGHT, 1), 3),
+    "linear_topk, cosines": Call(lambda *_: LF.linear_topk(INPUT, WEIGHT, 5, normalize=True, scale=16.0), 10),
+    "linear_topk of bfloat16": Call(lambda *_: LF.linear_topk(INPUT.bfloat16(), WEIGHT.bfloat16(), 5), 5),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> None:
+    """Leave allocations as they are: filling them would count."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches(name, monkeypatch):
+    call = CALLS[name]
+    logits = torch.zeros(3, 64, 100, requires_grad=True)
+    target = torch.arange(64)
+    forward, backward = count_launches(monkeypatch, lambda: call.call(logits, target))
+    assert len(forward) <= call.forward, forward
+    assert len(backward) <= call.backward, backward
