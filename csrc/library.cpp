@@ -4,9 +4,16 @@
 #include <torch/version.h>
 
 #include "common/cpu/host.h"
+#include "common/plain_functions.h"
+
+#define LTK_PLAIN(name)                                                                              \
+  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&ltk::plain_##name)), METH_FASTCALL, \
+   "Return the loss of a plain call, or None; see csrc/common/plain.h."}
+static PyMethodDef plain_functions[] = {LTK_PLAIN(margin_cross_entropy), LTK_PLAIN(expert_cross_entropy), {}};
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of lt_kernels.";
+  if (PyModule_AddFunctions(m.ptr(), plain_functions) != 0) throw pybind11::error_already_set();
   m.def(
       "build_info",
       [] {

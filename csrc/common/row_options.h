@@ -24,11 +24,18 @@
   X(double, "float", label_smoothing)
 
 #define LTK_ROW_OPTIONS_SCHEMA LTK_ROW_OPTIONS(LTK_SCHEMA)
+#define LTK_VISIT(type, schema, name) visit(name);
 
 namespace ltk {
 
 struct RowOptions {
   LTK_ROW_OPTIONS(LTK_FIELD)
+
+  // Calls visit(field) for every field in their order.
+  template <class Visit>
+  void each(Visit&& visit) {
+    LTK_ROW_OPTIONS(LTK_VISIT)
+  }
 
   bool soft() const { return target.is_floating_point(); }
 

@@ -44,7 +44,9 @@ struct KeptTensors {
   // The first of t's values as V, contiguous; null without t.
   template <class V>
   const V* pointer(const OptionalTensor& t) {
-    return t.has_value() ? keep(t->to(dtype_of<V>()).contiguous()).template const_data_ptr<V>() : nullptr;
+    if (!t.has_value()) return nullptr;
+    const bool fits = t->scalar_type() == dtype_of<V>() && t->is_contiguous();
+    return keep(fits ? *t : t->to(dtype_of<V>()).contiguous()).template const_data_ptr<V>();
   }
 };
 

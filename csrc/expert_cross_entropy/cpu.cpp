@@ -11,6 +11,7 @@
 #include "../common/cpu/experts.h"
 #include "../expert_fusion/cpu_prepared.h"
 #include "../margin_cross_entropy/cpu_prepared.h"
+#include "cpu_forward.h"
 #include "schema.h"
 
 namespace ltk {
@@ -121,11 +122,19 @@ ForwardResult forward(at::TensorList logits, const RowOptions& o, const Optional
 ForwardResult expert_cross_entropy_fwd(at::TensorList logits LTK_ROW_OPTIONS(LTK_PARAMETER),
                                        const OptionalTensor& log_prior, const OptionalTensor& ensemble_coefficient,
                                        at::ArrayRef<double> taus, bool with_ensemble, bool with_grad) {
-  const auto run = logits[0].scalar_type() == at::kDouble ? forward<double> : forward<float>;
-  return run(logits, {LTK_ROW_OPTIONS(LTK_VALUE)}, log_prior, ensemble_coefficient, taus, with_ensemble, with_grad);
+  return run_experts_forward(logits, {LTK_ROW_OPTIONS(LTK_VALUE)}, log_prior, ensemble_coefficient, taus, with_ensemble,
+                             with_grad);
 }
 
 }  // namespace
+
+ForwardResult run_experts_forward(at::TensorList logits, const RowOptions& o, const OptionalTensor& log_prior,
+                                  const OptionalTensor& ensemble_coefficient, at::ArrayRef<double> taus,
+                                  bool with_ensemble, bool with_grad) {
+  const auto run = logits[0].scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  return run(logits, o, log_prior, ensemble_coefficient, taus, with_ensemble, with_grad);
+}
+
 }  // namespace ltk
 
 TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) { m.impl("expert_cross_entropy_fwd", &ltk::expert_cross_entropy_fwd); }

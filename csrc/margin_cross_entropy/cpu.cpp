@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/cpu/memory.h"
 #include "../common/registration.h"
 #include "cpu_prepared.h"
+#include "means.h"
 #include "schema.h"
 
 namespace ltk {
@@ -19,11 +19,7 @@ ForwardResult forward(const Tensor& input, const RowOptions& o, bool with_predic
                       const OptionalTensor& out) {
   if (out.has_value()) check_out(*out, input);
   Prepared<A> prepared(input, o);
-  const auto run = [&](const Tensor& grad) {
-    prepared.call.stream = grad.defined() && !out.has_value() && grad.nbytes() >= kStream;  // `out` is about to be read
-    run_forward(prepared);
-  };
-  return prepared.forward(input, with_prediction, with_grad, out, &MemoryPool::empty_like, run);
+  return run_forward(prepared, input, with_prediction, with_grad, out);
 }
 
 struct ColumnSums {  // over rows: du; du * x where the column is no target
@@ -159,19 +155,56 @@ ForwardResult margin_cross_entropy_fwd(const Tensor& input LTK_ROW_OPTIONS(LTK_P
 std::vector<Tensor> margin_cross_entropy_bwd(const Tensor& grad_loss, const OptionalTensor& grad_lse,
                                              const Tensor& rest, const Tensor& input LTK_ROW_OPTIONS(LTK_PARAMETER),
                                              const c10::List<bool>& needs, const OptionalTensor& out) {
+  return run_backward(grad_loss, grad_lse, rest, input, {LTK_ROW_OPTIONS(LTK_VALUE)}, needs, out);
+}
+
+}  // namespace
+
+std::vector<Tensor> run_backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& rest,
+                                 const Tensor& input, const RowOptions& o, const c10::List<bool>& needs,
+                                 const OptionalTensor& out) {
   const auto run = input.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-  return run(grad_loss, grad_lse, rest, input, {LTK_ROW_OPTIONS(LTK_VALUE)}, needs, out);
+  return run(grad_loss, grad_lse, rest, input, o, needs, out);
+}
+
+Tensor mean_coefficient_of(const Tensor& target, const OptionalTensor& mixed_target, const OptionalTensor& weight,
+                           int64_t ignore_index, int64_t classes, at::ScalarType dtype, double factor) {
+  const auto of = [&](auto one) {
+    using A = decltype(one);
+    KeptTensors kept;
+    const A* weights = kept.pointer<A>(weight);
+    const Tensor result = at::empty({mixed_target.has_value() ? 2 : 1}, target.options().dtype(dtype));
+    A* out = result.mutable_data_ptr<A>();
+    for (const OptionalTensor& each : {OptionalTensor(target), mixed_target})
+      if (each.has_value())
+        *out++ = static_cast<A>(factor) *
+                 mean_coefficient(kept.pointer<int64_t>(each), each->numel(), weights, ignore_index, classes);
+    return result;
+  };
+  return dtype == at::kDouble ? of(1.0) : of(1.0f);
+}
+
+Tensor ordered_sum_of(const Tensor& values) {
+  const Tensor whole = values.contiguous();
+  Tensor total = at::empty({}, values.options());
+  const auto sum = [&](auto one) {
+    using A = decltype(one);
+    *total.mutable_data_ptr<A>() = ordered_sum(whole.const_data_ptr<A>(), whole.numel());
+  };
+  values.scalar_type() == at::kDouble ? sum(1.0) : sum(1.0f);
+  return total;
 }
 
 void scale_gradient_(Tensor& gradient, const Tensor& factor) {
   if (factor.item<double>() != 1.0) gradient.mul_(factor);
 }
 
-}  // namespace
 }  // namespace ltk
 
 TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {
   m.impl("margin_cross_entropy_fwd", &ltk::margin_cross_entropy_fwd);
   m.impl("margin_cross_entropy_bwd", &ltk::margin_cross_entropy_bwd);
+  m.impl("mean_coefficient", &ltk::mean_coefficient_of);
+  m.impl("ordered_sum", &ltk::ordered_sum_of);
   m.impl("scale_gradient_", &ltk::scale_gradient_);
 }

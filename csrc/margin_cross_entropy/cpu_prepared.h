@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/cpu/host.h"
+#include "../common/cpu/memory.h"
 #include "cpu_call.h"
 #include "prepared.h"
 
@@ -109,5 +110,24 @@ void run_forward(Prepared<A>& prepared) {
     }
   }
 }
+
+// Allocates the outputs and runs forward.
+template <class A>
+ForwardResult run_forward(Prepared<A>& prepared, const Tensor& input, bool with_prediction, bool with_grad,
+                          const OptionalTensor& out) {
+  const auto run = [&](const Tensor& grad) {
+    prepared.call.stream = grad.defined() && !out.has_value() && grad.nbytes() >= kStream;  // `out` is about to be read
+    run_forward(prepared);
+  };
+  return prepared.forward(input, with_prediction, with_grad, out, &MemoryPool::empty_like, run);
+}
+
+// Returns the gradients of one call, as the operator margin_cross_entropy_bwd does.
+std::vector<Tensor> run_backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& rest,
+                                 const Tensor& input, const RowOptions& o, const c10::List<bool>& needs,
+                                 const OptionalTensor& out);
+
+// gradient *= factor (0-dim); memory is not touched where that is 1.
+void scale_gradient_(Tensor& gradient, const Tensor& factor);
 
 }  // namespace ltk

@@ -10,6 +10,12 @@ TORCH_LIBRARY_FRAGMENT(LTK_LIBRARY, m) {
         "Tensor rest, Tensor grad_input)");
   m.def("margin_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor input" LTK_ROW_OPTIONS_SCHEMA
         ", bool[] needs, Tensor(a!)? out=None) -> Tensor[]");
+  // factor / total class weight of the targets that are not ignored, [1], or [2] with mixed_target; CPU only
+  m.def(
+      "mean_coefficient(Tensor target, Tensor? mixed_target, Tensor? weight, int ignore_index, int classes, "
+      "ScalarType dtype, float factor) -> Tensor");
+  // the sum of all values, 0-dim, always in the same order; CPU only
+  m.def("ordered_sum(Tensor values) -> Tensor");
   // gradient *= factor (0-dim); memory is not touched where that is 1
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
 }

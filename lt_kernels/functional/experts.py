@@ -32,7 +32,7 @@ from .._checks import (
     product_dtype,
     reads_values,
 )
-from ..ops._backend import resolve
+from ..ops._backend import plain_call, resolve
 from ..ops._experts import shape_of
 from ..ops.expert_cross_entropy.arguments import SIGNATURE, Arguments, bias_of
 from ..ops.expert_cross_entropy.op import OP as CROSS_ENTROPY
@@ -171,6 +171,14 @@ def expert_cross_entropy(
         >>> log_prior = torch.full((8142,), 1 / 8142).log()
         >>> expert_cross_entropy(logits, target, log_prior=log_prior, taus=(0.0, 1.0, 2.0)).backward()
     """
+    if return_ensemble is False:
+        plain = plain_call(
+            CROSS_ENTROPY, logits, log_prior, taus, expert_reduction, target, weight, class_bias, class_scale, margin,
+            scale, margin_type, ignore_index, reduction, empty_mean, label_smoothing, masked_classes, mixed_target,
+            mix_lambda,
+        )  # fmt: skip
+        if plain is not None:
+            return plain
     given, experts = _check_experts(logits)
     first, count = experts[0], len(experts)
     dtype = compute_dtype(first.dtype)
@@ -190,15 +198,7 @@ def expert_cross_entropy(
         "mix_lambda": mix_lambda,
     }
     soft = isinstance(target, Tensor) and target.is_floating_point()
-    # smoothing over the classes that are not masked, where these may differ between experts
-    own_masks = False
-    if isinstance(class_bias, Tensor) and class_bias.dim() == 2 and label_smoothing > 0:
-        if masked_classes:
-            masked = class_bias.detach() == -math.inf
-            own_masks = not reads_values(masked) or bool(masked.any())
-        elif checks_on():
-            check_unmasked(class_bias)
-    if first.dim() > 2 or soft or own_masks:
+    if first.dim() > 2 or soft or _has_own_masks(class_bias, label_smoothing, masked_classes):
         shared["empty_mean"] = empty_mean
         return _by_rows(experts, target, weight, log_prior, taus, class_bias, expert_reduction, return_ensemble, shared)
     _, n, classes = shape_of(given)
@@ -236,6 +236,18 @@ def expert_cross_entropy(
     if reduction == "mean" and empty_mean == "nan" and n == 0:
         loss, ensemble_loss = loss * math.nan, ensemble_loss * math.nan  # the mean of no rows, as torch has it
     return ExpertCrossEntropyOutput(loss, ensemble_loss, prediction) if return_ensemble else loss
+
+
+def _has_own_masks(class_bias: Tensor | None, label_smoothing: float, masked_classes: bool) -> bool:
+    """Return whether smoothing is over the classes that are not masked, where these may differ between experts."""
+    if not isinstance(class_bias, Tensor) or class_bias.dim() != 2 or not label_smoothing > 0:
+        return False
+    if masked_classes:
+        masked = class_bias.detach() == -math.inf
+        return not reads_values(masked) or bool(masked.any())
+    if checks_on():
+        check_unmasked(class_bias)
+    return False
 
 
 def _by_rows(

@@ -35,7 +35,7 @@ from .._checks import (
     operand,
     reads_values,
 )
-from ..ops._backend import resolve
+from ..ops._backend import plain_call, resolve
 from ..ops._rows.options import RowOptions
 from ..ops.margin_cross_entropy.arguments import SIGNATURE, Arguments
 from ..ops.margin_cross_entropy.op import OP, forward, mean_coefficient
@@ -183,6 +183,13 @@ def margin_cross_entropy(
         >>> log_prior = torch.full((8142,), 1 / 8142).log()
         >>> margin_cross_entropy(logits, target, class_bias=log_prior).backward()
     """
+    if return_lse is False and return_prediction is False:
+        plain = plain_call(
+            OP, input, target, weight, class_bias, class_scale, margin, scale, margin_type, ignore_index, reduction,
+            empty_mean, label_smoothing, masked_classes, mixed_target, mix_lambda,
+        )  # fmt: skip
+        if plain is not None:
+            return plain
     _check_logits(input)
     check_flag("return_lse", return_lse)
     check_flag("return_prediction", return_prediction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -66,6 +67,27 @@ def resolve(op: str, tensor: torch.Tensor) -> str:
         BackendUnavailableError: if a backend asked for by name cannot run the call.
     """
     return _constant(op, _settings.backend, tensor.device.type, str(tensor.dtype).removeprefix("torch."))
+
+
+def plain_call(op: str, *arguments: object) -> torch.Tensor | None:
+    """Return the loss of a plain call of ``op``; None if it is none, and goes through the operators.
+
+    ``arguments`` are those of the public function in the order in which the native backend reads them. Plain are calls
+    on ordinary CPU tensors with arguments that are all good, where nothing but autograd takes part in operators
+    (csrc/common/plain.h).
+    """
+    if torch.compiler.is_compiling() or _settings.checks or _settings.backend not in ("auto", "native"):
+        return None
+    function = _plain_function(op)
+    return None if function is None else function(*arguments, _settings.gradient_policy)
+
+
+@functools.cache
+def _plain_function(op: str) -> Callable[..., torch.Tensor | None] | None:
+    from . import _native
+
+    function: Callable[..., torch.Tensor | None] | None = getattr(_native.load(), op, None)
+    return function
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from .._registry import (
     with_transforms,
 )
 from ..margin_cross_entropy.op import OP as ROWS
-from ..margin_cross_entropy.op import eager_rows, scale_
+from ..margin_cross_entropy.op import eager_rows, scale_, sum_rows
 from .arguments import DIFFERENTIABLE, SIGNATURE
 from .looped import ensemble_of
 
@@ -49,8 +49,8 @@ def _forward(*args: Any) -> Result:
         SIGNATURE.read(inputs), with_ensemble, with_grad
     )
     if reduce != "none":
-        loss = ordered_sum(loss) if reduce == "all" else torch.stack([ordered_sum(each) for each in loss])
-        ensemble_loss = ordered_sum(ensemble_loss) if with_ensemble else ensemble_loss
+        loss = sum_rows(loss, backend) if reduce == "all" else torch.stack([sum_rows(each, backend) for each in loss])
+        ensemble_loss = sum_rows(ensemble_loss, backend) if with_ensemble else ensemble_loss
     return loss, rest, ensemble_loss, prediction, grad
 
 

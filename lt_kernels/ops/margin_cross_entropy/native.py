@@ -34,6 +34,28 @@ def backward(
     return [out, *grads[1:]] if needs[0] and out is not None else grads
 
 
+def mean_coefficient(
+    target: Tensor,
+    mixed_target: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    dtype: torch.dtype,
+    factor: float,
+) -> Tensor:
+    """See ``op.mean_coefficient``; on the CPU."""
+    result: Tensor = torch.ops.lt_kernels_native.mean_coefficient(
+        target, mixed_target, weight, ignore_index, classes, dtype, factor
+    )
+    return result
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """See ``op.sum_rows``; on the CPU."""
+    result: Tensor = torch.ops.lt_kernels_native.ordered_sum(values)
+    return result
+
+
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor (0-dim, same device), touching no memory where it is 1. Any dense ``gradient``."""
     torch.ops.lt_kernels_native.scale_gradient_(gradient, factor)

@@ -41,7 +41,15 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, lse, prediction, rest, grad_input = load(OP, backend).forward(
         SIGNATURE.read(inputs), with_prediction, with_grad
     )
-    return (ordered_sum(loss) if reduce else loss), lse, prediction, rest, grad_input
+    return (sum_rows(loss, backend) if reduce else loss), lse, prediction, rest, grad_input
+
+
+def sum_rows(loss: Tensor, backend: str) -> Tensor:
+    """Sum of all elements, 0-dim, always added in the same order; on the CPU the order of the backend's own."""
+    if backend == "native" and loss.device.type == "cpu":
+        total: Tensor = load(OP, backend).ordered_sum(loss)
+        return total
+    return ordered_sum(loss)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -136,7 +144,8 @@ def mean_coefficient(
     factor: float = 1.0,
 ) -> Tensor:
     """factor / total class weight of the targets that are not ignored, [1], or [2] with ``mixed_target``; inf for 0."""
-    if backend == "triton" and not torch.compiler.is_compiling():  # one launch; compiled code fuses what follows
+    has_own = backend == "triton" or (backend == "native" and target.device.type == "cpu")
+    if has_own and not torch.compiler.is_compiling():  # one launch or call; compiled code fuses what follows
         return torch.ops.lt_kernels.margin_cross_entropy_mean_coefficient(
             target, mixed_target, weight, ignore_index, classes, dtype, factor, backend
         )

@@ -1,0 +1,383 @@
+"""Plain calls on the CPU (csrc/common/plain.h): which calls take them, and that nothing else can tell.
+
+The other tests call public functions, and so take plain calls where they can. Here the same calls go both ways.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _cases import experts as expert_cases
+from _cases import rows as row_cases
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lt_kernels
+from lt_kernels import _settings
+from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
+from lt_kernels.losses import BalPoELoss, LogitAdjustmentLoss
+from lt_kernels.ops import _backend
+from lt_kernels.testing import Sample
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[bool]:
+    """Whether each call so far was a plain one."""
+    found: list[bool] = []
+    original = _backend._plain_function
+
+    def watched(op: str) -> Callable[..., Tensor | None]:
+        function = original(op)
+        assert function is not None
+
+        def call(*arguments: Any) -> Tensor | None:
+            loss = function(*arguments)
+            found.append(loss is not None)
+            return loss
+
+        return call
+
+    monkeypatch.setattr(_backend, "_plain_function", watched)
+    return found
+
+
+@contextmanager
+def no_plain_calls() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "_plain_function", lambda op: None)
+        yield
+
+
+def results_of(function: Callable[..., Tensor], sample: Sample, upstream: float = 0.7) -> list[Tensor]:
+    """The loss, and the gradients of all leaves."""
+    arguments = {"logits" if function is expert_cross_entropy else "input": sample.input, "target": sample.target}
+    leaves = [
+        value
+        for value in (*arguments.values(), *sample.options.values())
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
+    loss = function(**arguments, **sample.options)
+    grads = torch.autograd.grad((loss * upstream).sum(), leaves, allow_unused=True)
+    return [loss.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def one_path_each(function: Callable[..., Tensor], sample: Sample, taken: list[bool]) -> bool:
+    """Compare the results of both ways, bit by bit; return whether the first call was a plain one."""
+    del taken[:]
+    plain = results_of(function, sample)
+    was_plain = taken[0]
+    with no_plain_calls():
+        ordinary = results_of(function, sample)
+    assert len(plain) == len(ordinary)
+    for one, other in zip(plain, ordinary, strict=True):
+        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+        assert torch.equal(one.nan_to_num(123.0), other.nan_to_num(123.0))
+    return was_plain
+
+
+@pytest.mark.parametrize("policy", ["auto", "one_pass", "recompute"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", row_cases.CASES, ids=lambda case: case.id)
+def test_rows_have_the_same_bits_both_ways(case, reduction, policy, taken, monkeypatch):
+    monkeypatch.setattr(_settings, "gradient_policy", policy)
+    for dtype in DTYPES[:1] if case.classes > 2000 else DTYPES:
+        sample = case.sample(dtype, "cpu", reduction=reduction)
+        assert one_path_each(margin_cross_entropy, sample, taken)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("expert_reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", expert_cases.CASES, ids=lambda case: case.id)
+def test_experts_have_the_same_bits_both_ways(case, reduction, expert_reduction, taken):
+    for dtype in DTYPES[:1] if case.classes > 2000 else DTYPES:
+        sample = case.sample(dtype, "cpu", reduction=reduction, expert_reduction=expert_reduction)
+        prior, taus, bias = map(sample.options.get, ("log_prior", "taus", "class_bias"))
+        per_expert = isinstance(taus, Tensor) or (bias is not None and bias.dim() == 2)
+        learned = prior is not None and prior.requires_grad
+        plain = "none" not in (reduction, expert_reduction) and not per_expert and not learned
+        assert one_path_each(expert_cross_entropy, sample, taken) is plain
+
+
+def test_experts_in_a_list_have_the_same_bits_both_ways(taken):
+    sample = expert_cases.BY_ID["balpoe"].sample(torch.float32, "cpu")
+
+    def of_list(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return expert_cross_entropy([each.clone() for each in logits.unbind(0)], target, **options)
+
+    def of_two_that_learn(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        first, *others = logits.unbind(0)
+        return expert_cross_entropy((first.detach(), *others), target, **options)
+
+    for function in (of_list, of_two_that_learn):
+        loss = function(sample.input, sample.target, **sample.options)
+        (plain,) = torch.autograd.grad(loss, sample.input)
+        with no_plain_calls():
+            ordinary_loss = function(sample.input, sample.target, **sample.options)
+            (ordinary,) = torch.autograd.grad(ordinary_loss, sample.input)
+        assert torch.equal(loss, ordinary_loss)
+        assert torch.equal(plain, ordinary)
+    assert taken == [True, True]
+
+
+# ------------------------------------------------------------------------------------------------------ who is let in
+
+
+X = torch.linspace(-3, 3, 24).reshape(4, 6)
+Y = torch.tensor([0, 5, 2, -100])
+BIAS = torch.linspace(-1, 0, 6)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def checks() -> Iterator[None]:
+    lt_kernels.set_checks(True)
+    try:
+        yield
+    finally:
+        lt_kernels.set_checks(False)
+
+
+def call(x: Tensor = X) -> Tensor:
+    return margin_cross_entropy(x, Y, class_bias=BIAS)
+
+
+def call_experts(x: Tensor = X) -> Tensor:
+    return expert_cross_entropy(torch.stack([x, 2 * x]), Y, log_prior=BIAS, taus=(0.5, 1.5))
+
+
+@pytest.mark.parametrize("function", [call, call_experts])
+@pytest.mark.parametrize(
+    ("context", "plain"),
+    [
+        (nullcontext, True),
+        (torch.no_grad, True),
+        (torch.inference_mode, False),
+        (lambda: torch.autocast("cpu", torch.bfloat16), True),
+        (lambda: lt_kernels.use_backend("native"), True),
+        (torch.autograd.set_detect_anomaly, True),
+        (Seen, False),
+        (Functions, False),
+        (lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), False),
+        (forward_ad.dual_level, False),
+        (checks, False),
+    ],
+)
+def test_plain_functions_are_taken_where_nothing_else_takes_part(function, context, plain, taken):
+    expected = function(X)
+    assert taken == [True]
+    with context() if context is not torch.autograd.set_detect_anomaly else context(True):
+        loss = function(X)
+    assert taken[1:] in (([True],) if plain else ([False], []))
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("function", [call, call_experts])
+def test_other_backends_modes_and_transforms_go_the_long_way(function, taken):
+    expected = function(X)
+    del taken[:]
+    with lt_kernels.use_backend("reference"):
+        torch.testing.assert_close(function(X), expected)
+        torch.testing.assert_close(torch.func.grad(function)(X), torch.autograd.functional.jacobian(function, X))
+        with forward_ad.dual_level():
+            dual = function(forward_ad.make_dual(X, torch.ones_like(X)))
+            assert forward_ad.unpack_dual(dual).tangent is not None
+    torch.testing.assert_close(torch.compile(function, backend="eager", fullgraph=True)(X), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert function(mode.from_tensor(X)).shape == ()
+    assert True not in taken
+    with Seen() as seen:
+        function(X)
+    assert any("cross_entropy_fwd" in name for name in seen.names)  # a mode sees the operator
+
+
+@pytest.mark.parametrize("function", [call, call_experts])
+def test_modes_see_the_operator_of_the_backward_pass_too(function):
+    x = X.clone().requires_grad_()
+    loss = function(x)
+    with Seen() as seen:
+        (watched,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert any("cross_entropy_bwd" in name for name in seen.names)
+    (plain,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(watched, plain)
+
+
+@pytest.mark.parametrize("function", [call, call_experts])
+def test_backward_passes_of_a_plain_function(function):
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(x), x)
+    loss = function(x)
+    grads = [torch.autograd.grad(loss, x, torch.tensor(factor), retain_graph=True)[0] for factor in (1.0, 2.0, 1.0)]
+    for grad, factor in zip(grads, (1, 2, 1), strict=True):
+        torch.testing.assert_close(grad, factor * expected)  # none of them is the memory of another
+    with pytest.raises(NotImplementedError, match="is_grads_batched=True"):
+        torch.autograd.grad(loss, x, torch.ones(3), is_grads_batched=True, retain_graph=True)
+    (once,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(once.detach(), expected)
+    with pytest.raises(NotImplementedError, match="reference"):
+        once.sum().backward()
+    (function(x) + function(x)).backward()
+    torch.testing.assert_close(x.grad, 2 * expected)
+    loss = function(x)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("function", [call, call_experts])
+def test_what_backward_needs_must_not_be_changed(function):
+    x = (X.clone().requires_grad_() * 1).requires_grad_()
+    loss = margin_cross_entropy(x, Y, class_bias=BIAS.clone().requires_grad_())
+    x.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Named(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def test_subclasses_and_parameters(taken):
+    expected = call(X)
+    parameter = torch.nn.Parameter(X.clone())
+    assert torch.equal(call(parameter).detach(), expected)
+    assert taken == [True, True]
+    loss = call(X.as_subclass(Named))
+    assert torch.equal(loss.as_subclass(Tensor), expected)
+    assert taken == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input": X.tolist()},
+        {"input": X.long()},
+        {"input": torch.tensor(1.0)},
+        {"input": torch.zeros(0, 6), "target": Y[:0]},
+        {"target": Y[:3]},
+        {"target": Y.bool()},
+        {"target": Y.tolist()},
+        {"class_bias": BIAS[:5]},
+        {"class_bias": BIAS.long()},
+        {"class_bias": BIAS.tolist()},
+        {"class_bias": BIAS.to("meta")},
+        {"weight": torch.ones(6, requires_grad=True)},
+        {"margin": math.inf},
+        {"margin": "0.5"},
+        {"margin": 4.0, "margin_type": "angular"},
+        {"scale": math.nan},
+        {"scale": torch.ones(6)},
+        {"scale": True},
+        {"margin_type": "neither"},
+        {"ignore_index": 2**64},
+        {"ignore_index": -100.0},
+        {"reduction": "average"},
+        {"reduction": None},
+        {"empty_mean": "one"},
+        {"label_smoothing": 1.5},
+        {"label_smoothing": -0.1},
+        {"masked_classes": 1},
+        {"mixed_target": Y},
+        {"mix_lambda": 0.5},
+        {"mixed_target": Y, "mix_lambda": 1.5},
+        {"mixed_target": Y, "mix_lambda": torch.ones(3)},
+        {"target": X.softmax(1), "margin": 0.5},
+        {"target": X.softmax(1), "ignore_index": 3},
+        {"target": X.softmax(1), "mixed_target": Y, "mix_lambda": 0.5},
+        {"return_lse": 1},
+        {"return_prediction": None},
+    ],
+    ids=lambda change: ", ".join(f"{name} {str(value)[:20]}" for name, value in change.items()),
+)
+def test_what_is_refused_or_unusual_is_no_plain_call(change, taken):
+    """The long way says what is wrong, or takes it."""
+    arguments = {"input": X, "target": Y, **change}
+
+    def outcome() -> str | Tensor:
+        try:
+            return margin_cross_entropy(**arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found = outcome()
+    assert True not in taken
+    with no_plain_calls():
+        expected = outcome()
+    assert found == expected if isinstance(found, str) else torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_class_indices_out_of_range_are_named_by_both_ways():
+    target = torch.tensor([0, 6, 1, 1])
+    for function in (margin_cross_entropy, lambda x, y: expert_cross_entropy(x.expand(2, 4, 6), y)):
+        messages = []
+        for context in (nullcontext, no_plain_calls):
+            with context(), pytest.raises(IndexError, match="target: row 1 has class 6") as refusal:
+                function(X, target)
+            messages.append(str(refusal.value).splitlines()[0])
+        assert messages[0] == messages[1]
+
+
+# ------------------------------------------------------------------------------------------------------ what they cost
+
+
+def python_calls(step: Callable[[], object]) -> int:
+    for _ in range(3):
+        step()
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_plain_functions_do_little_in_python():
+    """Forward and backward: what a small call costs is counted in calls of Python, which no noisy machine changes."""
+    x, experts = X.clone().requires_grad_(), torch.stack([X, X, X]).requires_grad_()
+    module, balpoe = LogitAdjustmentLoss([6, 5, 4, 3, 2, 1]), BalPoELoss([6, 5, 4, 3, 2, 1])
+    eager = python_calls(lambda: F.cross_entropy(x + BIAS, Y).backward())
+    for most, step in (
+        (4, lambda: margin_cross_entropy(x, Y, class_bias=BIAS).backward()),
+        (24, lambda: module(x, Y).backward()),
+        (28, lambda: balpoe(experts, Y).backward()),
+    ):
+        assert python_calls(step) - eager <= most
+
+
+def test_profilers_see_plain_functions():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(X)
+        call_experts(X)
+    names = {event.key for event in profile.key_averages()}
+    assert {"lt_kernels::margin_cross_entropy", "lt_kernels::expert_cross_entropy"} <= names
