@@ -70,7 +70,7 @@ FusionResult fuse(const FusionArguments& a, int64_t k, bool with_log_probs) {
     if (a.normalize) {
       const Tensor peak = values.narrow(1, 0, 1).clone();
       values.sub_(peak).exp_().div_(mass.unsqueeze(1));
-      mass.log_().add_(peak.squeeze(1)).masked_fill_(peak.squeeze(1) == -INFINITY, -INFINITY);
+      mass.log_().add_(peak.squeeze(1)).masked_fill_(peak.squeeze(1).eq(-INFINITY), -INFINITY);
     }
   }
   return {values, chosen, mass, log_probs};

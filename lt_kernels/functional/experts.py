@@ -34,6 +34,7 @@ from .._checks import (
 )
 from ..ops._backend import plain_call, resolve
 from ..ops._experts import shape_of
+from ..ops._rows.options import RowOptions
 from ..ops.expert_cross_entropy.arguments import SIGNATURE, Arguments, bias_of
 from ..ops.expert_cross_entropy.op import OP as CROSS_ENTROPY
 from ..ops.expert_cross_entropy.op import forward as cross_entropy_forward
@@ -44,6 +45,7 @@ from ..ops.expert_fusion.arguments import SIGNATURE as FUSION_SIGNATURE
 from ..ops.expert_fusion.arguments import Arguments as FusionArguments
 from ..ops.expert_fusion.op import OP as FUSION
 from ..ops.expert_fusion.op import forward as fusion_forward
+from ..ops.margin_cross_entropy.op import row_weights
 from .linear import linear_topk
 from .rows import (
     REDUCTIONS,
@@ -485,6 +487,52 @@ def expert_divergence(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("expert_reduction", expert_reduction, ("none", "sum"))
     check_flag("detach_mean", detach_mean)
+    vector = _temperatures(temperature, first)
+    given, shape = _rows_of(given, first)
+    value, _ = divergence_forward(given, vector, None, kind, detach_mean, False, resolve(DIVERGENCE, first))
+    if expert_reduction == "sum":
+        value = value.sum(0)
+    if reduction == "sum":
+        return value.sum(-1)
+    return value.mean(-1) if reduction == "mean" else value.unflatten(-1, shape)
+
+
+def divergence_over_rows(
+    logits: ExpertLogits,
+    kind: str,
+    temperature: float | Tensor,
+    target: Tensor,
+    mixed_target: Tensor | None,
+    mix_lambda: float | Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    factor: float = 1.0,
+) -> Tensor:
+    """Return ``factor`` times the experts' divergences, reduced over the rows whose targets are not ignored.
+
+    Each of mixed targets has its share of a row's term, and its own mean; a mean over no row is 0. The caller has had
+    ``expert_cross_entropy`` check the targets.
+    """
+    given, experts = _check_experts(logits)
+    first = experts[0]
+    backend, dtype = resolve(DIVERGENCE, first), compute_dtype(first.dtype)
+    share = None
+    if mixed_target is not None and mix_lambda is not None:
+        mixed_target = mixed_target.to(torch.int64)
+        if isinstance(mix_lambda, Tensor):
+            share = mix_lambda.to(dtype)
+        else:
+            share = filled((), operand(mix_lambda), dtype, first.device)
+    options = RowOptions(target.to(torch.int64), mixed_target, share, ignore_index=ignore_index)
+    weight = row_weights(options, reduction, factor, dtype, backend)
+    vector = _temperatures(temperature, first)
+    given, shape = _rows_of(given, first)
+    value, _ = divergence_forward(given, vector, weight, kind, True, reduction != "none", backend)
+    return value if reduction != "none" else value.sum(0).unflatten(-1, shape)
+
+
+def _temperatures(temperature: float | Tensor, first: Tensor) -> Tensor | None:
+    """Check the temperature of ``expert_divergence``; return it as a vector [C], None for 1."""
     dtype = compute_dtype(first.dtype)
     vector = None
     if isinstance(temperature, Tensor):
@@ -498,13 +546,7 @@ def expert_divergence(
             check_all("temperature", vector > 0, "values that are not positive, expected numbers > 0")
     elif (number := check_positive("temperature", check_number("temperature", temperature))) != 1.0:
         vector = filled((first.shape[1],), operand(number), dtype, first.device)
-    given, shape = _rows_of(given, first)
-    value, _ = divergence_forward(given, vector, kind, detach_mean, resolve(DIVERGENCE, first))
-    if expert_reduction == "sum":
-        value = value.sum(0)
-    if reduction == "sum":
-        return value.sum(-1)
-    return value.mean(-1) if reduction == "mean" else value.unflatten(-1, shape)
+    return vector
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import functional as LF
 from .._checks import check_classes_last, check_floating, check_tensor
+from ..functional.experts import divergence_over_rows
 from ._base import MarginCrossEntropyBase
 
 if TYPE_CHECKING:
@@ -70,6 +71,20 @@ class ExpertLossBase(MarginCrossEntropyBase):
         """Return class tensors and options as keywords of ``expert_cross_entropy``."""
         own = {"log_prior": self.log_prior, "taus": self.taus, "expert_reduction": self.expert_reduction}
         return {**super().keywords(), **own}
+
+    def divergence(
+        self,
+        logits: ExpertLogits,
+        kind: str,
+        temperature: float | Tensor,
+        factor: float,
+        target: Tensor,
+        mixed_target: Tensor | None = None,
+        mix_lambda: float | Tensor | None = None,
+    ) -> Tensor:
+        """Return ``factor`` times the experts' divergences, reduced as ``over_rows`` does; over no row a mean of 0."""
+        pair = (target, mixed_target, mix_lambda, self.ignore_index)
+        return divergence_over_rows(logits, kind, temperature, *pair, self.reduction, factor)
 
     def over_rows(
         self,

@@ -100,18 +100,18 @@ class NCLLoss(ExpertLossBase):
 
     def loss(self, logits: ExpertLogits, target: Tensor, **mixed: Any) -> Tensor:
         check_indices(target, "NCL's hard classes are those of a class")
-        loss = self.ce_factor * super().loss(logits, target, **mixed)  # checks the arguments
+        loss = _times(self.ce_factor, super().loss(logits, target, **mixed))  # checks the arguments
         assert self.class_bias is not None
         bias = self.class_bias.to(loss.dtype).view(-1, *[1] * (logits[0].dim() - 2))  # beside [N, C, d1, ..., dk]
         experts = len(logits)
         pairs = max(experts - 1, 1)
         shifted = _each(lambda z: _shifted(bias, z, self.scale), logits)
         if experts > 1 and self.divergence_factor != 0:
-            loss = loss + self.divergence_factor / pairs * self.over_rows(self._divergence(shifted), target, **mixed)
+            loss = loss + self._divergence(shifted, self.divergence_factor / pairs, target, **mixed)
         if self.hard_factor == 0 and (experts == 1 or self.hard_divergence_factor == 0):
             return loss
         masked = bias == -math.inf
-        easy = ~(self._hard(logits[0].masked_fill(masked, -math.inf), target, mixed["mixed_target"]) | masked)
+        easy = self._easy(logits[0], masked, target, mixed["mixed_target"])
         hard = _each(lambda z: z.masked_fill(easy, 0.0), shifted)
         if self.hard_factor != 0:
             own = self.class_bias
@@ -120,15 +120,15 @@ class NCLLoss(ExpertLossBase):
             else:
                 masks = None
             keywords = {**self.keywords(), "class_bias": masks, "scale": 1.0}
-            loss = loss + self.hard_factor * LF.expert_cross_entropy(hard, target, **mixed, **keywords)
+            loss = loss + _times(self.hard_factor, LF.expert_cross_entropy(hard, target, **mixed, **keywords))
         if experts > 1 and self.hard_divergence_factor != 0:
-            loss = loss + self.hard_divergence_factor / pairs * self.over_rows(self._divergence(hard), target, **mixed)
+            loss = loss + self._divergence(hard, self.hard_divergence_factor / pairs, target, **mixed)
         return loss
 
-    def _divergence(self, logits: ExpertLogits) -> Tensor:
-        """Return the sum over ordered pairs of KL(softmax(x_f) || softmax(x_e)) of each row."""
+    def _divergence(self, logits: ExpertLogits, factor: float, target: Tensor, **mixed: Any) -> Tensor:
+        """Return factor times the sum over ordered pairs of KL(softmax(x_f) || softmax(x_e)), reduced over rows."""
         if self.eps == 0:
-            return LF.expert_divergence(logits, "pairwise", reduction="none")
+            return self.divergence(logits, "pairwise", 1.0, factor, target, **mixed)
         exact = [z.log_softmax(1) for z in logits]
         probabilities = [log_p.exp() for log_p in exact]
         softened = [(p + self.eps).log() for p in probabilities]
@@ -138,21 +138,34 @@ class NCLLoss(ExpertLossBase):
             for e, log_q in enumerate(softened):
                 if e != f:
                     rows = rows + (p * (log_p - log_q)).sum(1)
-        return rows
+        return factor * self.over_rows(rows, target, **mixed)
 
     @torch.no_grad()
-    def _hard(self, first: Tensor, target: Tensor, mixed_target: Tensor | None) -> Tensor:
-        """Return whether a class is hard, like ``first``: the first expert's K largest logits and the targets."""
-        classes = first.shape[1]
-        ranked = first.detach().clone()
-        for labels in (target, mixed_target):
-            if labels is not None:
-                labels = labels.long()[:, None]
-                known = (labels >= 0) & (labels < classes) & (labels != self.ignore_index)
-                labels = labels.clamp(0, classes - 1)
-                ranked = ranked.scatter(1, labels, torch.where(known, math.inf, ranked.gather(1, labels)))
-        hard = torch.zeros_like(first, dtype=torch.bool).scatter(1, ranked.topk(self.hard_classes, 1).indices, True)
-        return hard if mixed_target is None else hard | (ranked == math.inf)  # a pair's are two, even where K is 1
+    def _easy(self, first: Tensor, masked: Tensor, target: Tensor, mixed_target: Tensor | None) -> Tensor:
+        """Return whether a class is neither hard nor masked, like ``first``.
+
+        Hard are the first expert's K largest logits, the targets among them.
+        """
+        ranked = first.detach().masked_fill(masked, -math.inf)
+        if mixed_target is None:  # nothing comes of the hard classes of a row that is ignored
+            labels = target.long()[:, None].clamp(0, first.shape[1] - 1)
+            ranked = ranked.scatter(1, labels, math.inf)
+        else:
+            ranked = self._raised(self._raised(ranked, target), mixed_target)
+        hardest = ranked.topk(self.hard_classes, 1, sorted=False).indices
+        easy = (~masked).expand_as(first).scatter(1, hardest, False)
+        return easy if mixed_target is None else easy & (ranked != math.inf)  # a pair's are two, even where K is 1
+
+    def _raised(self, ranked: Tensor, target: Tensor) -> Tensor:
+        """Return the logits with an infinite one for each target that is a class, and is not ignored."""
+        labels = target.long()[:, None]
+        known = (labels >= 0) & (labels < ranked.shape[1]) & (labels != self.ignore_index)
+        labels = labels.clamp(0, ranked.shape[1] - 1)
+        return ranked.scatter(1, labels, torch.where(known, math.inf, ranked.gather(1, labels)))
+
+
+def _times(factor: float, loss: Tensor) -> Tensor:
+    return loss if factor == 1.0 else factor * loss
 
 
 def _shifted(bias: Tensor, z: Tensor, scale: float | Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import functional as LF
 from .._checks import ClassVector, check_number, check_positive
 from ..priors import ClassPrior
 from ._base import LossOptions
@@ -108,12 +107,13 @@ class RIDELoss(ExpertLossBase):
             return len(logits) * super().loss([ensemble], target, **mixed)
         loss = super().loss(logits, target, **mixed)
         temperature: float | Tensor = self.temperature
-        mean: float | Tensor = self.temperature
+        factor, squared = self.diversity * self.temperature**2, None
         if self.weight is not None:
             # decided on the device: the schedule changes the weights in place; a class without samples has weight 0
             largest = self.weight.max()
             reweighted = torch.where(self.weight > 0, self.weight, largest).min() < largest
             temperature = torch.where(reweighted, self.class_temperature, temperature)
-            mean = torch.where(reweighted, self.class_temperature.mean(), mean).to(loss.dtype)
-        rows = LF.expert_divergence(logits, "to_mean", temperature, reduction="none")
-        return loss + self.diversity * mean**2 * self.over_rows(rows, target, **mixed)
+            mean = torch.where(reweighted, self.class_temperature.mean(), self.temperature).to(loss.dtype)
+            factor, squared = self.diversity, mean.square()
+        diversity = self.divergence(logits, "to_mean", temperature, factor, target, **mixed)
+        return loss + diversity if squared is None else torch.addcmul(loss, squared, diversity)

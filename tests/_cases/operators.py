@@ -284,12 +284,14 @@ def _divergence_calls(backend: str, device: str) -> Iterator[Call]:
     forward, backward = OPS.expert_divergence_fwd.default, OPS.expert_divergence_bwd.default
     x, scale = torch.randn(3, 4, 33, device=device), torch.linspace(0.5, 2.0, 33, device=device)
     for what in ("stacked", "list"):
-        for kind, detach in (("to_mean", True), ("to_mean", False), ("pairwise", True)):
+        for kind, detach, reduce in (("to_mean", True, True), ("to_mean", False, False), ("pairwise", True, False)):
             leaves = [e.clone().requires_grad_() for e in (x if what == "list" else [x])]
-            yield f"forward, {what}, {kind}, {detach}", forward, (leaves, scale, kind, detach, backend)
+            weight = torch.tensor([0.0, 1.0, 0.5, 2.0], device=device) if reduce else None
+            others = (scale, weight, kind, detach, reduce, backend)
+            yield f"forward, {what}, {kind}, {detach}", forward, (leaves, *others)
             frozen = [leaf.detach() for leaf in leaves]
-            value, saved = forward(frozen, scale, kind, detach, backend)
-            rest = (saved.nan_to_num(0.0), frozen, scale, kind, detach, backend)
+            value, saved = forward(frozen, *others)
+            rest = (saved.nan_to_num(0.0), frozen, *others)
             yield f"backward, {what}, {kind}, {detach}", backward, (torch.ones_like(value), *rest)
 
 

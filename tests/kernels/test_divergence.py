@@ -142,6 +142,23 @@ def test_layouts(layout, kind, backend, chip):
             check(LAYOUTS[layout](x), temperature, *KINDS[kind], backend=backend)
 
 
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_weights(kind, backend):
+    """A row's weight multiplies its values and gradients; values of weight 0 are 0 whatever the logits."""
+    logits = [drawn((3, 4, 130), DTYPES["fp32"], backend)]
+    name, detach = KINDS[kind]
+    module, upstream = load("expert_divergence", backend), upstream_of(logits, torch.float32)
+    weight = vector(torch.tensor([2.0, 0.0, 1.0, 0.25]))
+    plain, saved = module.forward(logits, None, name)
+    gradient = module.backward(upstream, saved, logits, None, name, detach)
+    torch.testing.assert_close(module.forward(logits, None, name, weight)[0], plain * weight, rtol=0, atol=0)
+    weighted = module.backward(upstream, saved, logits, None, name, detach, weight)
+    torch.testing.assert_close(weighted, gradient * weight[:, None], rtol=1e-6, atol=1e-9)
+    logits[0][:, 1] = math.nan
+    assert torch.equal(module.forward(logits, None, name, weight)[0][:, 1], torch.zeros(3, device=weight.device))
+
+
 @pytest.mark.parametrize(("experts", "kind"), [*((e, kind) for e in (1, 2, 6, 9) for kind in KINDS), (17, "pairwise")])
 def test_other_numbers_of_experts(experts, kind, backend, chip):
     layout = "list" if kind == "through the mean" else "stacked"

@@ -16,6 +16,7 @@ from lt_kernels import losses
 pytestmark = [pytest.mark.backends("triton"), pytest.mark.usefixtures("backend")]
 
 COUNTS = torch.arange(100, 0, -1) * 3.0
+RIDE, SHARE = losses.RIDELoss(COUNTS), torch.tensor(0.3)
 INPUT, WEIGHT = torch.zeros(64, 32), torch.zeros(100, 32)
 
 
@@ -27,6 +28,9 @@ class Call(NamedTuple):
 
 CALLS = {
     "BalPoE": Call(losses.BalPoELoss(COUNTS), 3, 2),
+    "RIDE": Call(RIDE, 7, 4),
+    "NCL": Call(losses.NCLLoss(COUNTS), 24, 9),
+    "RIDE, mixup": Call(lambda z, y: RIDE(z, y, y, SHARE), 8, 4),
     "fusion": Call(lambda logits, _: LF.expert_fusion(logits), 1),
     "fusion, top 5": Call(lambda logits, _: LF.expert_fusion(logits, topk=5), 1),
     "linear_topk": Call(lambda *_: LF.linear_topk(INPUT, WEIGHT, 1), 3),

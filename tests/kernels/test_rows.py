@@ -19,7 +19,8 @@ import lt_kernels
 from lt_kernels import _settings
 from lt_kernels.functional import margin_cross_entropy
 from lt_kernels.ops._backend import load
-from lt_kernels.ops.margin_cross_entropy.op import mean_coefficient
+from lt_kernels.ops._rows.options import RowOptions
+from lt_kernels.ops.margin_cross_entropy.op import mean_coefficient, row_weights
 from lt_kernels.testing import Sample, check_margin_cross_entropy, sample_inputs
 
 VECTORS = ("class_bias", "class_scale", "margin", "scale")
@@ -384,6 +385,21 @@ def test_mean_coefficient(option, rows, dtype, backend, device, monkeypatch):
             assert torch.equal(actual, expected)
         else:
             torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0.0)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("rows", [0, 1, 129, 5000])
+@pytest.mark.parametrize("option", ["plain", "mixed", "mixed rows", "all ignored"])
+def test_row_weights(option, rows, backend, device):
+    torch.manual_seed(rows)
+    target, other = torch.randint(0, 30, (2, rows), device=device)
+    for t in (target, other):
+        t[torch.rand(rows) < (1.0 if option == "all ignored" else 0.3)] = -100
+    share = None if "mixed" not in option else torch.tensor(0.3, device=device)
+    o = RowOptions(target, None if share is None else other, torch.rand(rows).to(device) if "rows" in option else share)
+    for reduction in ("mean", "sum"):
+        actual, expected = (row_weights(o, reduction, -0.2, torch.float32, b) for b in (backend, "reference"))
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- repeatability

@@ -107,6 +107,8 @@ def _beside_margin_cross_entropy(config: Any) -> None:
         return
     target, mixed = (meta(config.rows, dtype=torch.int64) for _ in range(2))
     weight = meta(config.classes) if "weight" in config.options else None
+    if not config.options and config.rows == 8192:
+        rows.row_weights(target, mixed, meta(), -100, True, 1.0)
     rows.mean_coefficient(target, mixed if "mixed" in config.options else None, weight, -100, config.classes)
 
 
@@ -170,10 +172,10 @@ def _expert_divergence(config: Any) -> None:
     temperature = meta(c) if "temperature" in config.options else None
     kind = "pairwise" if "pairwise" in config.options else "to_mean"
     if not config.backward:
-        divergence.forward([_stacked(config)], temperature, kind)
+        divergence.forward([_stacked(config)], temperature, kind, meta(n))
         return
     detached = "detached" in config.options
-    divergence.backward(meta(e, n), meta(3 * e + 2, n), [_stacked(config)], temperature, kind, detached)
+    divergence.backward(meta(e, n), meta(3 * e + 2, n), [_stacked(config)], temperature, kind, detached, meta(n))
 
 
 def _partitioned_logsumexp(config: Any) -> None:

@@ -86,6 +86,12 @@ within 16 bytes. The last column is the predicted, unmeasured time of 4096 sampl
 _EXPERTS = """
 ## Logits of several experts
 
+The fusion's kernel also makes the probabilities of the largest classes, and the log-sum-exp: a prediction is one launch
+up to 8 classes and 16,384 logits of a row. `linear_topk` is a matrix product and the fusion of one expert for each
+block: 3 launches where one block has all classes. The divergences' kernels multiply by a weight of each row, 0 where
+its target is ignored, which one small kernel makes from the targets; RIDE is 7 launches forward and 4 backward with
+autograd's own. `tests/kernels/test_launch_counts.py` holds these counts.
+
 `expert_fusion` and `expert_divergence` hold the same columns of all experts at once; a logit belongs to one expert.
 Asserted: no stack, no spills, and 16-byte loads wherever the rows of all experts begin at the same place within 16
 bytes; outputs as long as the logits are then stored 16 bytes at a time. Rows of 8142 bfloat16 logits in [N, E, C]

@@ -48,7 +48,7 @@ def kernel_options(o: RowOptions) -> KernelOptions:
     """Return what the kernels read of the options."""
     margin, share = o.class_margin, o.mix_lambda
     if margin is not None:
-        margin = margin + o.margin
+        margin = margin if o.margin == 0.0 else margin + o.margin
         if o.angular:
             margin = torch.stack([margin, margin.cos(), margin.sin()])
     smooth = o.label_smoothing > 0

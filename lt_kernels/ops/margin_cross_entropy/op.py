@@ -31,6 +31,7 @@ from .._registry import (
     through_eager,
     with_transforms,
 )
+from .._rows.options import RowOptions
 from .arguments import DIFFERENTIABLE, SIGNATURE, Arguments
 
 OP = "margin_cross_entropy"
@@ -158,6 +159,53 @@ def mean_coefficient(
             totals.append(ordered_sum(weight[each.reshape(-1).clamp(0, classes - 1)] * valid).reshape(1))
     coefficient = (totals[0] if mixed_target is None else torch.cat(totals)).reciprocal()
     return coefficient if factor == 1.0 else coefficient * factor
+
+
+#: Most rows whose targets every program of the rows' weights counts: more are counted once.
+_COUNTED = 8192
+
+
+def _row_weights(*args: Any) -> Tensor:
+    *inputs, backend = args
+    return load(OP, backend).row_weights(*inputs)
+
+
+def _row_weights_fake(target: Tensor, *args: Any) -> Tensor:
+    return target.new_empty((target.numel(),), dtype=torch.float32)
+
+
+define(
+    f"{OP}_row_weights(Tensor target, Tensor? mixed_target, Tensor? mix_lambda, int ignore_index, bool mean,"
+    " float factor, str backend) -> Tensor",
+    _row_weights,
+    _row_weights_fake,
+)
+
+
+def row_weights(o: RowOptions, reduction: str, factor: float, dtype: torch.dtype, backend: str) -> Tensor:
+    """Return what terms of rows are multiplied by, [N] for positions in order: ``factor`` and, for a mean, 1 / the
+    number of targets that are not ignored; 0 where they are. Of two targets each counts by its share, with its own
+    mean."""
+    mean = reduction == "mean"
+    targets = [o.target] if o.mixed_target is None else [o.target, o.mixed_target]
+    share = o.mix_lambda
+    fits = o.target.numel() <= _COUNTED
+    if backend == "triton" and fits and dtype == torch.float32 and not torch.compiler.is_compiling():
+        shares = share if share is None or share.dim() == 0 else share.reshape(-1)
+        return torch.ops.lt_kernels.margin_cross_entropy_row_weights(
+            o.target, o.mixed_target, shares, o.ignore_index, mean, factor, backend
+        )
+    weights = []
+    for target in targets:
+        kept = (target != o.ignore_index).reshape(-1)
+        weight = kept.to(dtype)
+        if mean:
+            weight = weight / kept.sum().clamp_min(1)
+        weights.append(weight if factor == 1.0 else weight * factor)
+    if len(weights) == 1 or share is None:
+        return weights[0]
+    share = share.reshape(-1) if share.dim() > 0 else share
+    return share * weights[0] + (1 - share) * weights[1]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

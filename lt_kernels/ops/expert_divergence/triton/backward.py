@@ -16,8 +16,17 @@ from .tiles import add_up, divide, load_exponents, load_inverse, multiply
 
 
 @triton.jit
+def load_gradient(upstream_ptr, row_weight_ptr, row, offset, upstream_stride_n):
+    """Load the upstream gradient of an expert's value."""
+    grad = tl.load(upstream_ptr + offset + row * upstream_stride_n)
+    if row_weight_ptr is not None:
+        grad = grad * tl.load(row_weight_ptr + row)
+    return grad
+
+
+@triton.jit
 def load_row_terms(
-    upstream_ptr, saved_ptr, row, rows, upstream_stride_e, upstream_stride_n, EXPERTS: tl.constexpr,
+    upstream_ptr, row_weight_ptr, saved_ptr, row, rows, upstream_stride_e, upstream_stride_n, EXPERTS: tl.constexpr,
     PAIRWISE: tl.constexpr,
 ):  # fmt: skip
     """Load each expert's maximum, 1 / sum of exponentials, A and upstream gradient; and the mean's maximum and
@@ -30,7 +39,7 @@ def load_row_terms(
         peaks = peaks + (tl.load(saved_ptr + e * rows + row),)
         inverses = inverses + (1.0 / tl.load(saved_ptr + (EXPERTS + e) * rows + row),)
         averages = averages + (tl.load(saved_ptr + (2 * EXPERTS + e) * rows + row),)
-        grads = grads + (tl.load(upstream_ptr + e * upstream_stride_e + row * upstream_stride_n),)
+        grads = grads + (load_gradient(upstream_ptr, row_weight_ptr, row, e * upstream_stride_e, upstream_stride_n),)
     mean_peak = tl.load(saved_ptr + 3 * EXPERTS * rows + row)
     mean_inverse = 1.0 / tl.load(saved_ptr + (3 * EXPERTS + 1) * rows + row)
     return peaks, inverses, averages, grads, mean_peak, mean_inverse
@@ -90,6 +99,7 @@ def expert_divergence_backward_kernel(
     x_ptrs,  # E of [N, C], unit class stride
     temperature_ptr,  # [C]
     upstream_ptr,  # [E, N]
+    row_weight_ptr,  # [N]
     saved_ptr,  # [3 E + 2, N]
     grad_ptr,  # [E, N, C], unit class stride
     classes,
@@ -111,7 +121,9 @@ def expert_divergence_backward_kernel(
     tile = tl.program_id(1)
     begins, bodies, head, groups = locate_rows(row, expert_stride, row_stride, classes, EXPERTS, GROUP)
     grad_begins, grad_bodies, _, _ = locate_rows(row, grad_stride_e, grad_stride_n, classes, EXPERTS, GROUP)
-    terms = load_row_terms(upstream_ptr, saved_ptr, row, rows, upstream_stride_e, upstream_stride_n, EXPERTS, PAIRWISE)
+    terms = load_row_terms(
+        upstream_ptr, row_weight_ptr, saved_ptr, row, rows, upstream_stride_e, upstream_stride_n, EXPERTS, PAIRWISE
+    )
     if tile == 0:
         offsets, mask = expert_edge(head, groups, classes, GROUP, LANES)
         us = load_exponents(x_ptrs, begins, 0, offsets, mask, temperature_ptr, False)
@@ -124,7 +136,13 @@ def expert_divergence_backward_kernel(
 
 
 def backward(
-    grad: Tensor, saved: Tensor, logits: list[Tensor], temperature: Tensor | None, kind: str, detach: bool
+    grad: Tensor,
+    saved: Tensor,
+    logits: list[Tensor],
+    temperature: Tensor | None,
+    kind: str,
+    detach: bool,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of the logits [E, N, C]; see ``op.py``."""
     e, n, classes = shape_of(logits)
@@ -140,6 +158,7 @@ def backward(
             experts.tensors,
             temperature,
             grad,
+            row_weight,
             saved.contiguous(),
             out,
             classes,

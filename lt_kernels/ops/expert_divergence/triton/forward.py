@@ -92,6 +92,7 @@ def add_tile(us, peaks, masses, sums, mean_peak, mean_mass, PAIRWISE: tl.constex
 def expert_divergence_forward_kernel(
     x_ptrs,  # E of [N, C], unit class stride
     temperature_ptr,  # [C]
+    row_weight_ptr,  # [N]
     value_ptr,  # [E, N]
     saved_ptr,  # [3 E + 2, N]: see op.py
     classes,
@@ -141,6 +142,9 @@ def expert_divergence_forward_kernel(
         else:
             a = tl.sum(sums[e], 0) / mean_total
             value = a + tl.log(mass[e] / mean_total)
+        if row_weight_ptr is not None:
+            weight = tl.load(row_weight_ptr + row)
+            value = tl.where(weight == 0.0, 0.0, value * weight)
         tl.store(value_ptr + e * rows + row, value)
         tl.store(saved_ptr + e * rows + row, peak[e])
         tl.store(saved_ptr + (EXPERTS + e) * rows + row, mass[e])
@@ -149,8 +153,10 @@ def expert_divergence_forward_kernel(
     tl.store(saved_ptr + (3 * EXPERTS + 1) * rows + row, mean_total)
 
 
-def forward(logits: list[Tensor], temperature: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """Return the results of ``op.py``."""
+def forward(
+    logits: list[Tensor], temperature: Tensor | None, kind: str, row_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the results of ``op.py``, the values of all rows."""
     e, n, classes = shape_of(logits)
     value = logits[0].new_empty((e, n), dtype=torch.float32)
     saved = value.new_empty((3 * e + 2, n))
@@ -162,6 +168,7 @@ def forward(logits: list[Tensor], temperature: Tensor | None, kind: str) -> tupl
         expert_divergence_forward_kernel[(n,)](
             experts.tensors,
             temperature,
+            row_weight,
             value,
             saved,
             classes,

@@ -2,6 +2,6 @@
 
 from .backward import backward
 from .forward import forward
-from .mean import mean_coefficient, scale_gradient_
+from .mean import mean_coefficient, row_weights, scale_gradient_
 
-__all__ = ["backward", "forward", "mean_coefficient", "scale_gradient_"]
+__all__ = ["backward", "forward", "mean_coefficient", "row_weights", "scale_gradient_"]

@@ -1,4 +1,4 @@
-"""Small kernels: the coefficient of a mean, and a gradient times the upstream one."""
+"""Small kernels: the coefficient of a mean, weights of rows, and a gradient times the upstream one."""
 
 from __future__ import annotations
 
@@ -60,6 +60,47 @@ def margin_cross_entropy_reciprocal_sum_kernel(
         part = begin + tl.arange(0, BLOCK)
         totals += tl.load(partial_ptr + which * parts + part, mask=part < parts, other=0).to(totals.dtype)
     tl.store(coefficient_ptr + which, tl.div_rn(factor, tl.sum(totals, 0).to(tl.float32)))
+
+
+@triton.jit
+def count_rows(target_ptr, rows, ignore_index, BLOCK: tl.constexpr):
+    """Return how many targets are not ignored, at least 1."""
+    counts = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, rows, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        inside = row < rows
+        target = tl.load(target_ptr + row, mask=inside, other=0).to(tl.int64)
+        counts += (inside & (target != ignore_index)).to(tl.int32)
+    return tl.maximum(tl.sum(counts, 0), 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "factor"])
+def margin_cross_entropy_row_weights_kernel(
+    target_ptr,  # [rows] integers
+    mixed_target_ptr,  # [rows] integers
+    mix_lambda_ptr,  # 0-dim or [rows]
+    weight_ptr,  # [rows]
+    rows,
+    mix_lambda_stride,
+    ignore_index,
+    factor,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write factor times each target's share where it is not ignored, over the number of such rows if MEAN."""
+    factor_b = factor
+    if MEAN:
+        if mixed_target_ptr is not None:
+            factor_b = tl.div_rn(factor, count_rows(mixed_target_ptr, rows, ignore_index, BLOCK))
+        factor = tl.div_rn(factor, count_rows(target_ptr, rows, ignore_index, BLOCK))
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    weight = tl.where(tl.load(target_ptr + row, mask=inside, other=0).to(tl.int64) != ignore_index, factor, 0.0)
+    if mixed_target_ptr is not None:
+        share = tl.load(mix_lambda_ptr + row * mix_lambda_stride, mask=inside, other=0.0)
+        kept = tl.load(mixed_target_ptr + row, mask=inside, other=0).to(tl.int64) != ignore_index
+        weight = share * weight + (1.0 - share) * tl.where(kept, factor_b, 0.0)
+    tl.store(weight_ptr + row, weight, mask=inside)
 
 
 @triton.jit
@@ -125,3 +166,20 @@ def mean_coefficient(
                 num_warps=max(block // 256, 1),
             )
     return coefficient
+
+
+def row_weights(
+    target: Tensor, mixed_target: Tensor | None, mix_lambda: Tensor | None, ignore_index: int, mean: bool, factor: float
+) -> Tensor:
+    """Return what the terms of rows are multiplied by, [N]: see ``op.py``. Every program counts all targets."""
+    rows = target.numel()
+    weight = target.new_empty((rows,), dtype=torch.float32)
+    if rows > 0:
+        block = min(max(triton.next_power_of_2(rows), 128), 2048)
+        with torch.cuda.device_of(target):
+            margin_cross_entropy_row_weights_kernel[(triton.cdiv(rows, block),)](
+                target.contiguous(), None if mixed_target is None else mixed_target.contiguous(), mix_lambda, weight,
+                rows, 0 if mix_lambda is None or mix_lambda.dim() == 0 else 1, ignore_index, factor, MEAN=mean,
+                BLOCK=block, num_warps=max(block // 256, 1),
+            )  # fmt: skip
+    return weight
