@@ -25,6 +25,7 @@ using cuda::RowsShape;
 
 constexpr int64_t kGroupBytes = 16;
 constexpr int64_t kPartGroups = 2048;        // groups of a block that reads a part of a row
+constexpr int64_t kScaleBlocks = 2 * 132;    // two per processor: gone soon where the factor is 1
 constexpr int64_t kBlocks = 1024;            // if their number is free: several per processor of any chip
 constexpr int64_t kShortRows = 64;           // at least this many rows per sum over rows
 constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that the system takes
@@ -227,7 +228,7 @@ std::vector<Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad
 template <class A>
 void scale(const Tensor& gradient, const Tensor& factor) {
   const Tensor f = factor.to(sizeof(A) == 8 ? at::kDouble : at::kFloat);
-  const int64_t blocks = std::clamp<int64_t>(gradient.nbytes() / (256 * kGroupBytes * 4), 1, kBlocks);
+  const int64_t blocks = std::clamp<int64_t>(gradient.nbytes() / (256 * kGroupBytes * 4), 1, kScaleBlocks);
   device::check(kernels_for<A>(gradient.scalar_type())
                     .scale(gradient.mutable_data_ptr(), gradient.numel(), f.const_data_ptr<A>(), blocks,
                            device::current_stream()));

@@ -11,7 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 #: Operators that launch nothing besides views.
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "_unsafe_view", "_reshape_alias"}
+_FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "empty_pooled",
+    "new_empty",
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "_reshape_alias",
+}
 
 
 class Launches(TorchDispatchMode):

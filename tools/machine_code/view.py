@@ -45,6 +45,19 @@ kernel merges in order before the gradient's programs start. The choice depends 
 it takes the path with the shorter estimate for 132 multiprocessors that share 25 MB of L2. The number in each cell is
 the traffic of this estimate, in units of the logits' own bytes. The floor is 2; at 3, nothing is left in L2 for the
 second read.
+
+## Small launches
+
+A mean over class indices is three launches forward (the mean's coefficient, the rows, their sum) and two backward
+(autograd's own upstream gradient of 1, and the scaling of the gradient that forward wrote). Rows write gradients that
+are already divided, so the coefficient comes before them, and the sum after. Scaling reads the upstream gradient on the
+device and touches no memory if it is 1: its programs, two per multiprocessor, are then soon gone. Otherwise each has
+8192 elements in flight.
+
+A linear head that keeps the logits' gradient is four launches each way (`tests/kernels/test_launch_counts.py`). The
+first backward pass scales that gradient in place, by the same kernel, so an upstream gradient of 1 costs no pass over
+features or gradients. A pass that may not overwrite it (`create_graph`, compiled code) scales its results this way.
+float16 does too: its scaled logits' gradient might leave the range.
 """
 
 _CODE = """

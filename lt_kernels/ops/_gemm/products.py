@@ -34,6 +34,12 @@ def buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     return empty(rows, padded(columns, dtype), dtype, device)[:, :columns]
 
 
+def memory_of(matrix: Tensor) -> Tensor:
+    """Return all elements between the first and the last one of a ``buffer``, dense: its rows with what pads them."""
+    rows, columns = matrix.shape
+    return matrix.as_strided(((rows - 1) * matrix.stride(0) + columns if matrix.numel() > 0 else 0,), (1,))
+
+
 def fake_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor with the strides of a ``buffer``, where tensors have no memory."""
     return torch.empty_strided((rows, columns), (padded(columns, dtype), 1), dtype=dtype, device=device)

@@ -13,6 +13,7 @@ whose range 1 / |w_j| soon leaves, gradients stay those of the cosines until the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -113,8 +114,8 @@ class Gradients:
             if self.needs[name]:  # added up in float64: thousands of chunks lose no digits
                 self.values[name] = torch.zeros_like(getattr(a.options, name), dtype=torch.float64)
 
-    def add_rows(self, dl: Tensor, rows: slice, scale: Tensor | None = None) -> None:
-        """From the gradient dl [n, C * K] of the logits of ``rows``, to be multiplied by ``scale`` (0-dim)."""
+    def add_rows(self, dl: Tensor, rows: slice, scale_: Callable[[Tensor], None] | None = None) -> None:
+        """From the gradient dl [n, C * K] of the logits of ``rows``. scale_: of all rows, to be applied to results."""
         a, head = self.head.a, self.head
         whole = dl.shape[0] == head.n
         if self.needs["input"]:
@@ -125,21 +126,20 @@ class Gradients:
                 value.copy_(head.times_weight(None, dl, slice(None), a.input.dtype))
             else:
                 torch.mm(dl, a.factor, out=value)
-            if scale is not None:
-                value.mul_(scale)
+            if scale_ is not None:
+                scale_(value)
         if self.needs["linear_weight"]:
             x, dtype = a.input[rows], a.linear_weight.dtype
-            scaled_after = scale is not None and x.dtype == torch.float16  # scaled features might leave its range
-            if scale is not None and not scaled_after:
-                x = (x * scale).to(x.dtype)
             if not whole and dtype.itemsize < 4:  # several chunks add up in float32
                 dtype = torch.float32
             self.weight = products.added(self.weight, dl.t(), x, dtype)
-            if scale is not None and scaled_after:
-                self.weight.mul_(scale)
+            if scale_ is not None:
+                scale_(self.weight)
         if self.needs["linear_bias"]:
             column_sums = dl.sum(0, dtype=a.compute_dtype)
-            self.values["linear_bias"] += column_sums if scale is None else column_sums * scale
+            if scale_ is not None:
+                scale_(column_sums)
+            self.values["linear_bias"] += column_sums
 
     def add_row_gradients(self, grads: list[Tensor], rows: slice) -> None:
         """From what the rows kernel's backward returned for ``rows``: all but the logits' gradient."""

@@ -129,7 +129,11 @@ def _gradients(
     overwrite: bool, grad_loss: Tensor, grad_lse: Tensor | None, rest: Tensor, logits: Tensor | None, is_gradient: bool,
     *args: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """Return the gradients. overwrite: whether kept logits may be turned into their gradient in place."""
+    """Return the gradients.
+
+    overwrite: whether kept logits may be turned into their gradient in place, and their gradient be scaled. Where the
+    upstream gradient is 1, scaling touches no memory.
+    """
     *inputs, strategy, memory_budget, with_prediction, needs, backend = args
     a = SIGNATURE.read(inputs)
     with torch.autocast(a.input.device.type, enabled=False):
@@ -142,9 +146,11 @@ def _gradients(
         head = chunked.Head(a, load(ROWS, backend), with_prediction and logits is not None)
         if is_gradient:
             assert logits is not None
+            times_upstream = partial(scale_, factor=grad_loss, backend=backend)
+            if overwrite:
+                times_upstream(products.memory_of(logits))
             gradients = chunked.Gradients(head, needs)
-            one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # asking a GPU would wait for it
-            gradients.add_rows(logits, slice(0, head.n), None if one else grad_loss)
+            gradients.add_rows(logits, slice(0, head.n), None if overwrite else times_upstream)
             return gradients.finished()
         if strategy == "materialize":
             return chunked.backward_rows(head, head.n, logits, overwrite, grad_loss, grad_lse, rest, needs)
@@ -190,7 +196,8 @@ BACKWARD = define(
     partial(_gradients, False),
     _backward_fake,
 )
-# The same, which turns the logits that forward kept into their gradient. Only called where no graph is recorded.
+# The same, which turns the logits that forward kept into their gradient, or scales the gradient that it kept. Only
+# called where no graph is recorded.
 define(
     f"{OP}_bwd_(Tensor grad_loss, Tensor? grad_lse, Tensor rest, Tensor(a!) logits, {_AFTER_LOGITS}",
     partial(_gradients, True),
@@ -215,14 +222,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 class _KeptLogits:
-    """The logits that "materialize" keeps, or their gradient. The first backward pass may overwrite the logits."""
+    """The logits that "materialize" keeps, or their gradient. The first backward pass may overwrite them."""
 
     def __init__(self, kept: bool, are_gradient: bool) -> None:
         self.kept, self.are_gradient, self.spent = kept, are_gradient, False
 
     def usable(self, scalar: bool) -> bool:
         """Return whether backward can start from them, given whether the upstream gradient is one factor."""
-        return self.kept and (scalar if self.are_gradient else not self.spent)
+        return self.kept and not self.spent and (scalar or not self.are_gradient)
+
+    def may_be_spent(self, logits: Tensor, upstream: Tensor) -> bool:
+        """Return whether this pass may overwrite them. A scaled float16 gradient might leave the range."""
+        return spends_in_place(upstream) and not (self.are_gradient and logits.dtype == torch.float16)
 
 
 def _autograd_backward(
@@ -248,7 +259,7 @@ def _autograd_backward(
         logits, operator = None, torch.ops.lt_kernels.linear_margin_cross_entropy_bwd
         if ctx.logits.usable(factor is not None):
             (logits,) = kept
-            if not ctx.logits.are_gradient and spends_in_place(grad_loss):
+            if ctx.logits.may_be_spent(logits, grad_loss):
                 ctx.logits.spent, operator = True, torch.ops.lt_kernels.linear_margin_cross_entropy_bwd_
                 logits = logits.data
         values = operator(

@@ -7,8 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._device import MULTIPROCESSORS
+
 #: Targets that one program of a mean's coefficient counts, at most.
 _COUNTED = 8192
+#: Programs that scale a gradient, at most.
+_SCALING = 2 * MULTIPROCESSORS
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "factor"])
@@ -120,11 +124,14 @@ def margin_cross_entropy_scale_kernel(
 
 
 def scale_gradient_(grad: Tensor, factor: Tensor) -> None:
-    """Multiply any dense ``grad`` by the factor (0-dim, on the device), without touching memory if it is 1."""
-    elements, block = grad.numel(), 4096
+    """Multiply any dense ``grad`` by the factor (0-dim, on the device), without touching memory if it is 1.
+
+    Few programs, so that they are gone soon if it is 1, each with enough in flight to keep the memory busy.
+    """
+    elements, block = grad.numel(), 8192
     with torch.cuda.device_of(grad):
         if elements > 0:
-            programs = min(triton.cdiv(elements, block), 1024)
+            programs = min(triton.cdiv(elements, block), _SCALING)
             margin_cross_entropy_scale_kernel[(programs,)](grad, factor, elements, BLOCK=block, num_warps=8)
 
 
