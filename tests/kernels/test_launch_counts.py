@@ -31,6 +31,10 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
+def rows(**options: object) -> Callable[[Tensor, Tensor], object]:
+    return lambda logits, target: LF.margin_cross_entropy(leaf(logits[0]), target, **options)
+
+
 def linear(dtype: torch.dtype = torch.float32, **options: object) -> Callable[[Tensor, Tensor], object]:
     head = leaf(INPUT.to(dtype)), leaf(WEIGHT.to(dtype))
     return lambda _, target: LF.linear_margin_cross_entropy(*head, target, strategy="materialize", **options)
@@ -38,6 +42,12 @@ def linear(dtype: torch.dtype = torch.float32, **options: object) -> Callable[[T
 
 CALLS = {
     "margin CE": Call(lambda logits, target: LF.margin_cross_entropy(leaf(logits[0]), target), 3, 2),
+    "logit adjustment": Call(rows(class_bias=COUNTS.log()), 3, 2),
+    "LDAM": Call(rows(margin=COUNTS / 600, scale=30.0), 3, 2),
+    "a weight": Call(rows(weight=COUNTS), 3, 2),
+    "mixup": Call(rows(mixed_target=torch.arange(64), mix_lambda=0.3), 4, 2),
+    "angular": Call(rows(margin=0.5, margin_type="angular"), 3, 2),
+    "a learned bias": Call(rows(class_bias=leaf(COUNTS)), 3, 4),
     "linear": Call(linear(), 4, 4),
     "linear of bfloat16": Call(linear(torch.bfloat16), 4, 4),
     "linear, class_bias": Call(linear(class_bias=-COUNTS), 4, 4),
