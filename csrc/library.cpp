@@ -9,7 +9,8 @@
 #define LTK_PLAIN(name)                                                                              \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&ltk::plain_##name)), METH_FASTCALL, \
    "Return the loss of a plain call, or None; see csrc/common/plain.h."}
-static PyMethodDef plain_functions[] = {LTK_PLAIN(margin_cross_entropy), LTK_PLAIN(expert_cross_entropy), {}};
+static PyMethodDef plain_functions[] = {
+    LTK_PLAIN(margin_cross_entropy), LTK_PLAIN(expert_cross_entropy), LTK_PLAIN(supervised_contrastive), {}};
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of lt_kernels.";

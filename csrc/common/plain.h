@@ -6,6 +6,7 @@
 
 #include <torch/csrc/autograd/python_variable.h>  // first: it includes Python.h
 
+#include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -148,5 +149,12 @@ class PlainReader {
   PyObject* const* next_;
   PyObject* const* end_;
 };
+
+inline void refuse_batched(const Tensor& grad_loss, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !at::isBatchedTensor(grad_loss), "lt_kernels::", name,
+      "_fwd takes one upstream gradient at a time: got is_grads_batched=True, expected one call of torch.autograd.grad "
+      "for each gradient, or the reference backend, asked for by name: with lt_kernels.use_backend('reference')");
+}
 
 }  // namespace ltk

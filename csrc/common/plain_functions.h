@@ -7,5 +7,6 @@ namespace ltk {
 
 PyObject* plain_margin_cross_entropy(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* plain_expert_cross_entropy(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* plain_supervised_contrastive(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace ltk

@@ -189,7 +189,7 @@ Tensor ordered_sum_of(const Tensor& values) {
   Tensor total = at::empty({}, values.options());
   const auto sum = [&](auto one) {
     using A = decltype(one);
-    *total.mutable_data_ptr<A>() = ordered_sum(whole.const_data_ptr<A>(), whole.numel());
+    *total.mutable_data_ptr<A>() = ordered_sum<A>(whole.const_data_ptr<A>(), whole.numel());
   };
   values.scalar_type() == at::kDouble ? sum(1.0) : sum(1.0f);
   return total;

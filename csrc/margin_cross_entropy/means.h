@@ -8,15 +8,15 @@
 
 namespace ltk {
 
-// Returns the sum of values.
-template <class A>
-A ordered_sum(const A* values, int64_t count) {
+// Returns the sum of values, as Result.
+template <class Result, class A>
+Result ordered_sum(const A* values, int64_t count) {
   std::array<double, 8> sums = {};  // a single one would wait for itself at each addition
   for (int64_t i = 0; i < count; i += 8)
     for (int64_t j = i; j < std::min(count, i + 8); ++j) sums[j - i] += static_cast<double>(values[j]);
   double total = 0;
   for (const double sum : sums) total += sum;
-  return static_cast<A>(total);
+  return static_cast<Result>(total);
 }
 
 // Returns 1 / total class weight of the targets that are not ignored; inf over none. Classes out of range count as the

@@ -3,7 +3,6 @@
 
 #include "../common/plain.h"  // first: it includes Python.h
 
-#include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -148,7 +147,7 @@ OptionalTensor coefficient_of_rows(const PlainRows& rows, int64_t classes, A sha
 template <class A>
 Tensor sum_of(const Tensor& values) {
   Tensor total = at::empty({}, values.options());
-  *total.template mutable_data_ptr<A>() = ordered_sum(values.template const_data_ptr<A>(), values.numel());
+  *total.template mutable_data_ptr<A>() = ordered_sum<A>(values.template const_data_ptr<A>(), values.numel());
   return total;
 }
 
@@ -192,13 +191,6 @@ inline Tensor take_ready(const Tensor& flag, const Tensor& gradient, const Tenso
   Tensor ready = gradient.variable_data();  // scaling it is no change of a saved tensor
   scale_gradient_(ready, grad_loss);
   return ready;
-}
-
-inline void refuse_batched(const Tensor& grad_loss, const char* name) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !at::isBatchedTensor(grad_loss), "lt_kernels::", name,
-      "_fwd takes one upstream gradient at a time: got is_grads_batched=True, expected one call of torch.autograd.grad "
-      "for each gradient, or the reference backend, asked for by name: with lt_kernels.use_backend('reference')");
 }
 
 }  // namespace ltk

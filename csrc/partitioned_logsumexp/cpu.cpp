@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/cpu/host.h"
+#include "cpu_block.h"
 #include "cpu_call.h"
 #include "prepared.h"
 #include "statistics.h"
@@ -137,17 +138,27 @@ std::tuple<Tensor, Tensor> backward(const Block& block, const Tensor& terms, con
 }
 
 Tensor partitioned_logsumexp_fwd(const Tensor& z LTK_BLOCK(LTK_PARAMETER), bool with_slopes) {
-  const auto run = z.scalar_type() == at::kDouble ? forward<double> : forward<float>;
-  return run({z, LTK_BLOCK(LTK_VALUE)}, with_slopes);
+  return run_statistics({z, LTK_BLOCK(LTK_VALUE)}, with_slopes);
 }
 
 std::tuple<Tensor, Tensor> partitioned_logsumexp_bwd(const Tensor& z LTK_BLOCK(LTK_PARAMETER), const Tensor& terms,
                                                      const c10::List<bool>& needs, const OptionalTensor& out) {
-  const auto run = z.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-  return run({z, LTK_BLOCK(LTK_VALUE)}, terms, needs, out);
+  return run_gradient({z, LTK_BLOCK(LTK_VALUE)}, terms, needs, out);
 }
 
 }  // namespace
+
+Tensor run_statistics(const Block& block, bool with_slopes) {
+  const auto run = block.z.scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  return run(block, with_slopes);
+}
+
+std::tuple<Tensor, Tensor> run_gradient(const Block& block, const Tensor& terms, const c10::List<bool>& needs,
+                                        const OptionalTensor& out) {
+  const auto run = block.z.scalar_type() == at::kDouble ? backward<double> : backward<float>;
+  return run(block, terms, needs, out);
+}
+
 }  // namespace ltk
 
 TORCH_LIBRARY_IMPL(lt_kernels_native, CPU, m) {

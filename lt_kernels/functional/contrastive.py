@@ -33,7 +33,7 @@ from .._checks import (
     product_dtype,
 )
 from .._smooth import quick_logaddexp
-from ..ops._backend import BackendUnavailableError, resolve
+from ..ops._backend import BackendUnavailableError, plain_call, resolve
 from ..ops.partitioned_logsumexp import plan
 from ..ops.partitioned_logsumexp.arguments import SIGNATURE, Arguments
 from ..ops.partitioned_logsumexp.op import OP, forward
@@ -252,6 +252,16 @@ def supervised_contrastive(
         >>> labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
         >>> supervised_contrastive(features, features, labels, temperature=0.07, exclude="self").backward()
     """
+    if normalized is True and checks_on():
+        _check_vectors(query, key)
+        _check_norms("query", query)
+        _check_norms("key", key)
+    plain = plain_call(
+        "supervised_contrastive", query, key, query_label, key_label, temperature, form, key_bias, exclude,
+        key_grad_rows, normalized, ignore_index, reduction, empty_mean, _settings.memory_budget,
+    )  # fmt: skip
+    if plain is not None:
+        return plain
     check_choice("form", form, ("out", "in"))
     check_choice("reduction", reduction, CONTRASTIVE_REDUCTIONS)
     check_choice("empty_mean", empty_mean, EMPTY_MEANS)

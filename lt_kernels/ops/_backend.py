@@ -76,7 +76,7 @@ def plain_call(op: str, *arguments: object) -> torch.Tensor | None:
     on ordinary CPU tensors with arguments that are all good, where nothing but autograd takes part in operators
     (csrc/common/plain.h).
     """
-    if torch.compiler.is_compiling() or _settings.checks or _settings.backend not in ("auto", "native"):
+    if torch.compiler.is_compiling() or _settings.backend not in ("auto", "native"):
         return None
     function = _plain_function(op)
     return None if function is None else function(*arguments, _settings.gradient_policy)

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lt_kernels
 from lt_kernels import _settings
-from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy
-from lt_kernels.losses import BalPoELoss, LogitAdjustmentLoss
+from lt_kernels.functional import expert_cross_entropy, margin_cross_entropy, supervised_contrastive
+from lt_kernels.losses import BalPoELoss, LogitAdjustmentLoss, SupConLoss
 from lt_kernels.ops import _backend
-from lt_kernels.testing import Sample
+from lt_kernels.testing import Sample, assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -131,6 +131,151 @@ def test_experts_in_a_list_have_the_same_bits_both_ways(taken):
     assert taken == [True, True]
 
 
+# ------------------------------------------------------------------------------------------------ pairs of vectors
+
+
+def vectors(rows: int, dtype: torch.dtype = torch.float32, seed: int = 0, width: int = 19) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return F.normalize(drawn, dim=1).to(dtype).requires_grad_()
+
+
+def labels(rows: int, seed: int = 0) -> Tensor:
+    drawn = torch.randint(0, 9, (rows,), generator=torch.Generator().manual_seed(seed))
+    drawn[0] = 77  # without positives
+    return drawn
+
+
+def pairs_in(dtype: torch.dtype, form: str, kind: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """The tensors that learn, and the arguments of a call."""
+    q, y = vectors(41, dtype), labels(41)
+    given: dict[str, Any] = {"query": q, "key": q, "query_label": y, "temperature": 0.2, "form": form}
+    if kind == "batch against itself":
+        return [q], given | {"exclude": "self"}
+    if kind == "batch with every key":
+        return [q], given | {"key_label": y.clone(), "key_bias": torch.linspace(-1, 0.5, 41)}
+    if kind == "some keys learn":
+        return [q], given | {"key_grad_rows": (3, 30), "exclude": "self"}
+    key = vectors(67, dtype, seed=1).detach().requires_grad_(kind != "queue")
+    bias = torch.linspace(-1, 1, 67).index_fill(0, torch.tensor([5]), -math.inf)
+    own = torch.arange(41).sub(1).to(torch.int32)
+    given |= {"key": key, "key_label": labels(67, seed=2).to(torch.int16), "key_bias": bias, "exclude": own}
+    if kind == "queue beside a batch":
+        given |= {"key_grad_rows": (10, 51)}
+    return [q] if kind == "queue" else [q, key], given
+
+
+KINDS = ["batch against itself", "batch with every key", "some keys learn", "keys", "queue", "queue beside a batch"]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "mean_positives"])
+@pytest.mark.parametrize("form", ["out", "in"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_are_within_the_budget_both_ways(kind, form, reduction, taken):
+    for dtype in DTYPES:
+
+        def results(dtype: torch.dtype = dtype) -> list[Tensor]:
+            leaves, arguments = pairs_in(dtype, form, kind)
+            if dtype == torch.float64:  # the truth of what the vectors in the narrower dtype say
+                narrow, _ = pairs_in(here, form, kind)
+                for leaf, same in zip(leaves, narrow, strict=True):
+                    leaf.data.copy_(same.detach())
+            loss = supervised_contrastive(**arguments, reduction=reduction)
+            weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+            return [loss.detach(), *torch.autograd.grad((weights * loss).sum(), leaves)]
+
+        here = dtype
+        del taken[:]
+        plain = results()
+        assert taken == [True]
+        with no_plain_calls():
+            ordinary = results()
+        with lt_kernels.use_backend("reference"):
+            eager, truth = results(), results(torch.float64)
+        for name, *values in zip(("loss", "query", "key"), plain, ordinary, eager, truth, strict=False):
+            one, other, theirs, exact = values
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert_within_budget(one, theirs, exact, f"{dtype} {name}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": torch.tensor(0.2)},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"form": "both"},
+        {"reduction": "average"},
+        {"empty_mean": "one"},
+        {"ignore_index": 3},
+        {"normalized": 1},
+        {"exclude": "own"},
+        {"exclude": torch.full((41,), 41)},
+        {"exclude": torch.full((41,), -2)},
+        {"exclude": torch.arange(40)},
+        {"key_grad_rows": (3, 42)},
+        {"key_grad_rows": (3, 2)},
+        {"key_grad_rows": 3},
+        {"key_bias": torch.zeros(40)},
+        {"key_bias": torch.zeros(41, requires_grad=True)},
+        {"query_label": labels(41) + 2**40},
+        {"query_label": labels(40)},
+        {"query_label": labels(41).float()},
+        {"key": vectors(40)},
+        {"key": vectors(41, width=18)},
+        {"key": vectors(41, torch.bfloat16)},
+        {"key": vectors(41).tolist()},
+        {"query": vectors(0), "key": vectors(0), "query_label": labels(1)[:0]},
+        {"query": vectors(41)[0]},
+    ],
+    ids=lambda change: ", ".join(f"{name} {str(value)[:20]}" for name, value in change.items()),
+)
+def test_pairs_that_are_refused_or_unusual_are_no_plain_call(change, taken):
+    q = vectors(41)
+    arguments = {"query": q, "key": q, "query_label": labels(41), "temperature": 0.2, **change}
+
+    def outcome() -> str | Tensor:
+        try:
+            return supervised_contrastive(**arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found = outcome()
+    assert True not in taken
+    with no_plain_calls():
+        expected = outcome()
+    assert found == expected if isinstance(found, str) else torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_similarities_beyond_a_block_and_under_autocast_go_the_long_way(taken):
+    q = vectors(1500)
+    supervised_contrastive(q, q, labels(1500), temperature=0.2)
+    q = vectors(41)
+    with torch.autocast("cpu", torch.bfloat16):
+        supervised_contrastive(q, q, labels(41), temperature=0.2)
+    assert True not in taken
+    lt_kernels.set_memory_budget(1000)
+    try:
+        supervised_contrastive(q, q, labels(41), temperature=0.2)
+    finally:
+        lt_kernels.set_memory_budget(2 * 2**30)
+    assert True not in taken
+
+
+def test_vectors_that_are_not_finite_show_in_their_rows():
+    q = vectors(41).detach()
+    q[3] = math.nan
+    q[4] = math.inf
+    q.requires_grad_()
+    for form in ("out", "in"):
+        loss = supervised_contrastive(q, q, labels(41), temperature=0.2, form=form, reduction="none", exclude="self")
+        with no_plain_calls():
+            ordinary = supervised_contrastive(
+                q, q, labels(41), temperature=0.2, form=form, reduction="none", exclude="self"
+            )
+        assert torch.equal(loss.isnan(), ordinary.isnan())
+
+
 # ------------------------------------------------------------------------------------------------------ who is let in
 
 
@@ -163,6 +308,10 @@ def checks() -> Iterator[None]:
         lt_kernels.set_checks(False)
 
 
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def call(x: Tensor = X) -> Tensor:
     return margin_cross_entropy(x, Y, class_bias=BIAS)
 
@@ -171,14 +320,18 @@ def call_experts(x: Tensor = X) -> Tensor:
     return expert_cross_entropy(torch.stack([x, 2 * x]), Y, log_prior=BIAS, taus=(0.5, 1.5))
 
 
-@pytest.mark.parametrize("function", [call, call_experts])
+def call_pairs(x: Tensor = X) -> Tensor:
+    return supervised_contrastive(x, x, torch.tensor([3, 4, 3, 3]), temperature=0.7, exclude="self")
+
+
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
 @pytest.mark.parametrize(
     ("context", "plain"),
     [
         (nullcontext, True),
         (torch.no_grad, True),
         (torch.inference_mode, False),
-        (lambda: torch.autocast("cpu", torch.bfloat16), True),
+        (autocast, True),
         (lambda: lt_kernels.use_backend("native"), True),
         (torch.autograd.set_detect_anomaly, True),
         (Seen, False),
@@ -188,16 +341,20 @@ def call_experts(x: Tensor = X) -> Tensor:
         (checks, False),
     ],
 )
-def test_plain_functions_are_taken_where_nothing_else_takes_part(function, context, plain, taken):
+def test_plain_calls_are_taken_where_nothing_else_takes_part(function, context, plain, taken):
     expected = function(X)
     assert taken == [True]
     with context() if context is not torch.autograd.set_detect_anomaly else context(True):
         loss = function(X)
+    if function is call_pairs:  # autocast chooses the dtype of their products; checks look at norms alone
+        plain = context is checks or (plain and context is not autocast)
+        torch.testing.assert_close(loss, expected, rtol=1e-2 if context is autocast else 1e-6, atol=0)
+    else:
+        assert torch.equal(loss, expected)
     assert taken[1:] in (([True],) if plain else ([False], []))
-    assert torch.equal(loss, expected)
 
 
-@pytest.mark.parametrize("function", [call, call_experts])
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
 def test_other_backends_modes_and_transforms_go_the_long_way(function, taken):
     expected = function(X)
     del taken[:]
@@ -213,21 +370,21 @@ def test_other_backends_modes_and_transforms_go_the_long_way(function, taken):
     assert True not in taken
     with Seen() as seen:
         function(X)
-    assert any("cross_entropy_fwd" in name for name in seen.names)  # a mode sees the operator
+    assert any("lt_kernels" in name and "_fwd" in name for name in seen.names)  # a mode sees the operator
 
 
-@pytest.mark.parametrize("function", [call, call_experts])
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
 def test_modes_see_the_operator_of_the_backward_pass_too(function):
     x = X.clone().requires_grad_()
     loss = function(x)
     with Seen() as seen:
         (watched,) = torch.autograd.grad(loss, x, retain_graph=True)
-    assert any("cross_entropy_bwd" in name for name in seen.names)
+    assert any("lt_kernels" in name and "_bwd" in name for name in seen.names)
     (plain,) = torch.autograd.grad(loss, x)
     torch.testing.assert_close(watched, plain)
 
 
-@pytest.mark.parametrize("function", [call, call_experts])
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
 def test_backward_passes_of_a_plain_function(function):
     x = X.clone().requires_grad_()
     (expected,) = torch.autograd.grad(function(x), x)
@@ -249,7 +406,7 @@ def test_backward_passes_of_a_plain_function(function):
         loss.backward()
 
 
-@pytest.mark.parametrize("function", [call, call_experts])
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
 def test_what_backward_needs_must_not_be_changed(function):
     x = (X.clone().requires_grad_() * 1).requires_grad_()
     loss = margin_cross_entropy(x, Y, class_bias=BIAS.clone().requires_grad_())
@@ -366,11 +523,13 @@ def test_plain_functions_do_little_in_python():
     """Forward and backward: what a small call costs is counted in calls of Python, which no noisy machine changes."""
     x, experts = X.clone().requires_grad_(), torch.stack([X, X, X]).requires_grad_()
     module, balpoe = LogitAdjustmentLoss([6, 5, 4, 3, 2, 1]), BalPoELoss([6, 5, 4, 3, 2, 1])
+    supcon, features = SupConLoss(), vectors(6, width=4).detach().view(3, 2, 4).requires_grad_()
     eager = python_calls(lambda: F.cross_entropy(x + BIAS, Y).backward())
     for most, step in (
         (4, lambda: margin_cross_entropy(x, Y, class_bias=BIAS).backward()),
         (24, lambda: module(x, Y).backward()),
         (28, lambda: balpoe(experts, Y).backward()),
+        (60, lambda: supcon(features, torch.tensor([0, 1, 0])).backward()),
     ):
         assert python_calls(step) - eager <= most
 
