@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _settings
 from .. import functional as LF
 from .._checks import ClassVector, as_int64, check_embeddings, check_int, check_number, check_positive
 from .._smooth import quick_logaddexp
@@ -406,11 +407,22 @@ def _without_one_key(
     # the own key's term, and a finite stand-in for the logarithm of nothing: -inf would have no slope
     has, at, dtype = own >= 0, own.clamp_min(0), sums.pos.dtype
     floor = torch.finfo(dtype).min / 4
-    similarity = (query.to(dtype) * key[at].to(dtype)).sum(1)
+    similarity = (query.to(dtype) * _rows_of(key, at).to(dtype)).sum(1)
     term = scale.detach().to(dtype) * similarity + bias[at].to(dtype)
     pos = quick_logaddexp(sums.pos.clamp_min(floor), torch.where(has, term, floor).clamp_min(floor))
     offset = (count.clamp_min(1) / (count - has.to(count.dtype)).clamp_min(1)).log().to(dtype)
     return _Sides(sums.neg, pos, others | has, of_scale.neg, of_scale.pos + offset, others)
+
+
+def _rows_of(key: Tensor, at: Tensor) -> Tensor:
+    """Return key[at] [N, D].
+
+    On the CPU its gradient is sparse, unless second derivatives may be wanted (on the reference backend, asked for by
+    name): autograd adds it in place to that of the sweep, without zeros [M, D] of its own.
+    """
+    if key.device.type != "cpu" or torch.compiler.is_compiling() or _settings.backend == "reference":
+        return key[at]
+    return F.embedding(at, key, sparse=True)
 
 
 def _without_sample(
