@@ -116,6 +116,7 @@ CASES = by_name(
     _real("gml-128x16384x1024-c8142", method="gml", **_INAT18, headline=BOTH, note="GML, all keys of the queue learn"),
     _real("supcon-512x16384x128-frozen", **_INAT18, frozen=True, note="the same with keys that learn nothing"),
     _real("supcon-2x256x128", method="views", classes=1000, note="SupCon, two views of a batch"),
+    _real("supcon-2x64x128", method="views", classes=100, note="SupCon, two views of a small batch"),
     _real("moco-256x65536x128", method="moco", **_INAT18, note="SupCon with momentum contrast's queue"),
     _real("bcl-512x8654x1024", method="bcl", **_INAT18, note="BCL, two views and the class centres"),
     _real("paco-64x16398x128", method="paco", **_INAT18, note="PaCo, 8,142 logits and 8,256 keys"),

@@ -17,6 +17,7 @@ class Shape(NamedTuple):
 
 #: Real batches of contrastive losses, by name.
 SHAPES = {
+    "supcon-2x64x128": Shape(128, 128),
     "supcon-2x256x128": Shape(512, 512),
     "supcon-512x16384x128": Shape(512, 16_384),
     "supcon-512x16384x128-frozen": Shape(512, 16_384),  # the keys learn nothing
