@@ -131,6 +131,22 @@ def test_experts_in_a_list_have_the_same_bits_both_ways(taken):
     assert taken == [True, True]
 
 
+def check_the_long_way(function: Callable[..., Tensor], arguments: dict[str, Any], taken: list[bool]) -> None:
+    """Hold that the call is no plain one, and that it is as without them: its result, or its error."""
+
+    def outcome() -> str | Tensor:
+        try:
+            return function(**arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found = outcome()
+    assert True not in taken
+    with no_plain_calls():
+        expected = outcome()
+    assert found == expected if isinstance(found, str) else torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
 # ------------------------------------------------------------------------------------------------ pairs of vectors
 
 
@@ -233,18 +249,7 @@ def test_pairs_are_within_the_budget_both_ways(kind, form, reduction, taken):
 def test_pairs_that_are_refused_or_unusual_are_no_plain_call(change, taken):
     q = vectors(41)
     arguments = {"query": q, "key": q, "query_label": labels(41), "temperature": 0.2, **change}
-
-    def outcome() -> str | Tensor:
-        try:
-            return supervised_contrastive(**arguments)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-
-    found = outcome()
-    assert True not in taken
-    with no_plain_calls():
-        expected = outcome()
-    assert found == expected if isinstance(found, str) else torch.equal(found.nan_to_num(), expected.nan_to_num())
+    check_the_long_way(supervised_contrastive, arguments, taken)
 
 
 def test_similarities_beyond_a_block_and_under_autocast_go_the_long_way(taken):
@@ -474,18 +479,7 @@ def test_subclasses_and_parameters(taken):
 def test_what_is_refused_or_unusual_is_no_plain_call(change, taken):
     """The long way says what is wrong, or takes it."""
     arguments = {"input": X, "target": Y, **change}
-
-    def outcome() -> str | Tensor:
-        try:
-            return margin_cross_entropy(**arguments)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-
-    found = outcome()
-    assert True not in taken
-    with no_plain_calls():
-        expected = outcome()
-    assert found == expected if isinstance(found, str) else torch.equal(found.nan_to_num(), expected.nan_to_num())
+    check_the_long_way(margin_cross_entropy, arguments, taken)
 
 
 def test_class_indices_out_of_range_are_named_by_both_ways():
