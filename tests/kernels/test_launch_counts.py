@@ -8,10 +8,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from _launch_counts import count_launches
+from _loss_cases import CASES, Batch
+from _loss_cases import COUNTS as CLASS_COUNTS
 from torch import Tensor
 
 from lt_kernels import functional as LF
-from lt_kernels import losses
+from lt_kernels import losses, queues
 from lt_kernels.ops.linear_margin_cross_entropy import op as linear_op
 
 pytestmark = [pytest.mark.backends("triton"), pytest.mark.usefixtures("backend")]
@@ -19,6 +21,7 @@ pytestmark = [pytest.mark.backends("triton"), pytest.mark.usefixtures("backend")
 COUNTS = torch.arange(100, 0, -1) * 3.0
 RIDE, SHARE = losses.RIDELoss(COUNTS), torch.tensor(0.3)
 INPUT, WEIGHT = torch.zeros(64, 32), torch.zeros(100, 32)
+FEATURE_QUEUE, CLASS_QUEUE = queues.FeatureQueue(256, 32), queues.ClassQueue(COUNTS, 256, 32)
 
 
 class Call(NamedTuple):
@@ -52,6 +55,14 @@ CALLS = {
     "linear of bfloat16": Call(linear(torch.bfloat16), 4, 4),
     "linear, class_bias": Call(linear(class_bias=-COUNTS), 4, 4),
     "linear, a frozen weight": Call(lambda _, y: LF.linear_margin_cross_entropy(leaf(INPUT), WEIGHT, y), 4, 3),
+    "bias of float64": Call(rows(class_bias=COUNTS.double()), 4, 2),
+    "int32 target": Call(lambda z, y: rows()(z, y.int()), 5, 2),
+    "probabilities": Call(lambda z, _: rows()(z, z[1].detach()), 3, 2),
+    "margins": Call(rows(margin=COUNTS), 4, 2),
+    "angles": Call(rows(margin=COUNTS / 100, margin_type="angular"), 7, 2),
+    "weight and smoothing": Call(rows(weight=COUNTS, label_smoothing=0.1), 4, 2),
+    "a learned scale": Call(rows(scale=leaf(SHARE)), 3, 6),
+    "log-sum-exp": Call(lambda z, y: rows(return_lse=True)(z, y).loss, 3, 3),
     "BalPoE": Call(losses.BalPoELoss(COUNTS), 3, 2),
     "RIDE": Call(RIDE, 7, 4),
     "NCL": Call(losses.NCLLoss(COUNTS), 24, 9),
@@ -61,6 +72,30 @@ CALLS = {
     "linear_topk": Call(lambda *_: LF.linear_topk(INPUT, WEIGHT, 1), 3),
     "linear_topk, cosines": Call(lambda *_: LF.linear_topk(INPUT, WEIGHT, 5, normalize=True, scale=16.0), 10),
     "linear_topk of bfloat16": Call(lambda *_: LF.linear_topk(INPUT.bfloat16(), WEIGHT.bfloat16(), 5), 5),
+    "FeatureQueue.enqueue": Call(lambda _, y: FEATURE_QUEUE.enqueue(INPUT, y), 10),
+    "ClassQueue.enqueue": Call(lambda _, y: CLASS_QUEUE.enqueue(INPUT, y), 52),
+}
+
+#: Of every loss in ``_loss_cases.py``, in float32 and in bfloat16: launches forward and backward, at most.
+LOSSES = {
+    "logit-adjustment": (3, 2),
+    "balanced-softmax": (3, 2),
+    "ldam": (3, 2),
+    "vs": (3, 2),
+    "arcface-from-counts": (6, 2),
+    "cosface": (3, 2),
+    "cosface-per-class": (3, 2),
+    "arcface": (3, 2),
+    "balpoe": (3, 2),
+    "sade": (3, 2),
+    "ride": (7, 4),
+    "ncl": (24, 10),
+    "supcon": (14, 23),
+    "bcl": (53, 25),
+    "paco": (53, 48),
+    "gml": (105, 58),
+    "elm-pairwise": (58, 58),
+    "elm-contrastive": (53, 45),
 }
 
 
@@ -78,3 +113,26 @@ def test_launches(name, monkeypatch):
     forward, backward = count_launches(monkeypatch, lambda: call.call(logits, target))
     assert len(forward) <= call.forward, forward
     assert len(backward) <= call.backward, backward
+
+
+def batch_of(dtype: torch.dtype) -> Batch:
+    """Return an input of every loss, with as many keys as a queue holds."""
+    n, m, d, classes = 256, 4096, 64, len(CLASS_COUNTS)
+    leaves = {"logits": (n, classes), "experts": (3, n, classes), "embeddings": (n, d), "views": (n, 2, d)}
+    made = {name: leaf(torch.zeros(shape, dtype=dtype)) for name, shape in leaves.items()}
+    others = {"centers": leaf(torch.zeros(classes, d, dtype=dtype)), "key": torch.zeros(m, d, dtype=dtype)}
+    return Batch(**made, **others, target=torch.arange(n) % classes, key_label=torch.arange(m) % classes)
+
+
+def test_every_loss_is_in_the_table():
+    assert set(LOSSES) == set(CASES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_losses(name, dtype, monkeypatch):
+    case, batch = CASES[name], batch_of(dtype)
+    loss = case.make(CLASS_COUNTS)
+    counted = count_launches(monkeypatch, lambda: case.call(loss, batch))
+    for launched, most in zip(counted, LOSSES[name], strict=True):
+        assert len(launched) <= most, launched
