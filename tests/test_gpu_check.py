@@ -103,6 +103,45 @@ def test_a_selection_names_functions_and_ids(tmp_path):
     assert record["counts"]["any"]["passed"] == 3
 
 
+COMPILED = """
+    import pytest, triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    @triton.jit
+    def zero_kernel(to_ptr):
+        tl.store(to_ptr, 0.0)
+
+    @pytest.mark.parametrize("time", [0, 1, 2])
+    def test_compiles(time):
+        triton.compile(ASTSource(zero_kernel, {"to_ptr": "*fp32"}), target=GPUTarget("cuda", 90, 32))
+
+    def test_compiles_nothing(): pass
+"""
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_kernels_that_are_compiled_or_found_are_counted(processes, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = ["--numprocesses", str(processes)] if processes else []
+    done, record = limited(tmp_path, COMPILED, *arguments)
+    assert done.returncode == 0, done.stdout
+    expected = {"found in the cache": 2, "compiled": 1, "compiled by name": {"zero_kernel": 1}}
+    assert record["kernels"] == expected
+    assert done.stdout.splitlines()[-1].endswith("; 1 kernels compiled, 2 found in the cache")
+    _, record = limited(tmp_path, COMPILED, *arguments)  # a second run has the cache of the first
+    assert record["kernels"] == {"found in the cache": 3, "compiled": 0, "compiled by name": {}}
+
+
+def test_no_kernels_are_counted_without_triton(tmp_path):
+    done, record = limited(tmp_path, ODD)
+    assert record["kernels"] == {"found in the cache": 0, "compiled": 0, "compiled by name": {}}
+    assert "kernels" not in done.stdout.splitlines()[-1]
+
+
 def device_tests() -> list[str]:
     """Return what ``pytest tests/kernels --engine=gpu`` collects from the files for devices."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--engine=gpu"]

@@ -4,6 +4,9 @@ One test of every kind (function, dtype and operator) comes first, then a second
 depends on names alone: a limit leaves a sample of everything, and the tests it left no time for are "not run". With
 pytest-xdist a test that brings its process down, or that takes too long, fails alone, since the process is replaced.
 The exit status is 75 if nothing failed and some tests were not run.
+
+The record says of Triton's kernels how many were compiled and how many came out of its cache on disk
+(``TRITON_CACHE_DIR``): compiling takes most of a first run on a device.
 """
 
 from __future__ import annotations
@@ -89,6 +92,35 @@ def _device_answers() -> bool:
     return True
 
 
+class Kernels:
+    """Kernels that Triton compiled or found in its cache, as it reports them to a listener."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.compiled: list[str] = []
+        self.listening = False
+
+    def listen(self) -> None:
+        """Listen as soon as something else has imported Triton; a listener that was there is told, too."""
+        compilation = getattr(getattr(sys.modules.get("triton"), "knobs", None), "compilation", None)
+        if self.listening or compilation is None:
+            return
+        self.listening, other = True, compilation.listener
+
+        def listener(*, src: Any, cache_hit: bool, **others: Any) -> None:
+            (self.found if cache_hit else self.compiled).append(str(getattr(src, "name", "?")))
+            if other is not None:
+                other(src=src, cache_hit=cache_hit, **others)
+
+        compilation.listener = listener
+
+    def take(self) -> dict[str, list[str]]:
+        """Return the names since the last time."""
+        taken = {"found": self.found, "compiled": self.compiled}
+        self.found, self.compiled = [], []
+        return taken
+
+
 class LimitedRun:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -98,6 +130,9 @@ class LimitedRun:
         if self.is_worker:
             self.deadline = config.workerinput["deadline"]  # type: ignore[attr-defined]
         self.results: dict[str, dict[str, Any]] = {}
+        self.kernels = Kernels()
+        self.found: Counter[str] = Counter()
+        self.compiled: Counter[str] = Counter()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -128,17 +163,22 @@ class LimitedRun:
     def pytest_runtest_setup(self) -> None:
         if time.time() > self.deadline:
             pytest.skip(NOT_RUN)
+        self.kernels.listen()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
         report = yield
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         report.user_properties.append(("backend", str(parameters.get("backend", "any"))))
+        report.kernels = self.kernels.take()  # with xdist it travels with the report
         if self.is_worker and report.failed and not _device_answers():
             os._exit(1)
         return report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        kernels = getattr(report, "kernels", {})  # a process that went down leaves none
+        self.found.update(kernels.get("found", ()))
+        self.compiled.update(kernels.get("compiled", ()))
         result = self.results.setdefault(report.nodeid, {"state": "passed", "seconds": 0.0, "message": ""})
         result["seconds"] += getattr(report, "duration", 0.0)
         result["backend"] = dict(report.user_properties).get("backend", "any")
@@ -181,6 +221,11 @@ class LimitedRun:
                 }
                 for state in STATES[1:]
             },
+            "kernels": {
+                "found in the cache": self.found.total(),
+                "compiled": self.compiled.total(),
+                "compiled by name": dict(self.compiled.most_common()),
+            },
             "slowest": [{"name": name, **result} for name, result in slowest],
             "info": package.info() if package else None,
         }
@@ -190,4 +235,7 @@ class LimitedRun:
             tally = Counter(result["state"] for result in self.results.values())
             run = len(self.results) - tally["not run"]
             seconds = time.time() - self.started
-            print(f"{run} of {len(self.results)} tests run in {seconds:.0f} s, {tally['failed']} failed", flush=True)
+            line = f"{run} of {len(self.results)} tests run in {seconds:.0f} s, {tally['failed']} failed"
+            if self.found or self.compiled:
+                line += f"; {self.compiled.total()} kernels compiled, {self.found.total()} found in the cache"
+            print(line, flush=True)
