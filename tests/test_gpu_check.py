@@ -155,12 +155,23 @@ def device_tests() -> list[str]:
     return found
 
 
+def test_every_kernel_comes_before_a_second_test_of_a_kind():
+    names = [f"test_a[{way}-{dtype}-{n}]" for way in ("triton", "native") for dtype in ("fp32", "bf16") for n in "123"]
+    ordered = limited_run.in_order([*names, "test_b", "test_a[triton-loop-fp32]"])
+    words = [limited_run.kind_of(name, limited_run.KINDS + limited_run.KERNELS) for name in ordered]
+    assert {kind[0] for kind in words[:3]} == {"test_a", "test_b"}
+    assert len(set(words[:6])) == len(set(words)) == 6
+    assert len({limited_run.kind_of(name) for name in ordered[:3]}) == 3
+
+
 def test_tests_of_devices():
     """One of every kind first, in one kind neighbours apart; what the sanitizer looks at exists."""
     names = device_tests()
     ordered = limited_run.in_order(names)
     assert sorted(ordered) == sorted(names)
     assert {name.partition("[")[0] for name in ordered[:200]} == {name.partition("[")[0] for name in names}
+    kernels = [limited_run.kind_of(name, limited_run.KINDS + limited_run.KERNELS) for name in ordered]
+    assert set(kernels[: len(set(kernels))]) == set(kernels), "a kernel, dtype or layout waits for a second of another"
     real = [name for name in ordered if "test_device_values.py::test_real_widths" in name]
     first = {word for name in real[:6] for word in name.rstrip("]").split("-")}
     assert {"bf16", "fp16", "fp32"} <= first

@@ -1,7 +1,8 @@
 """A pytest plugin for runs with a time limit (``-p limited_run``): the most informative tests first, and a record.
 
-One test of every kind (function, dtype and operator) comes first, then a second of each, and so on, in an order that
-depends on names alone: a limit leaves a sample of everything, and the tests it left no time for are "not run". With
+One test of every kind (function, dtype and operator) comes first, then one of every backend and layout of each kind,
+then a second of each kind, and so on, in an order that depends on names alone: a limit leaves a sample of everything,
+and the tests it left no time for are "not run". With
 pytest-xdist a test that brings its process down, or that takes too long, fails alone, since the process is replaced.
 The exit status is 75 if nothing failed and some tests were not run.
 
@@ -30,6 +31,12 @@ STATES = ("passed", "failed", "skipped", "not run")
 IN_PART = 75  # exit status where no test failed, and not all were run
 #: Words of a test's ids that make it another kind: dtypes, and families of operators (tests/kernels/_works.py).
 KINDS = ("bf16", "fp16", "fp32", "rows", "linear", "experts", "contrastive", "recipes")
+#: Words that say which kernel of a kind is launched: backends, ways through a row, strategies, layouts.
+KERNELS = (
+    *("triton", "native", "loop", "parts", "one part", "narrow", "wide rows", "wide tiles", "one split", "splits"),
+    *("tiled", "materialize", "chunked", "few classes", "classes", "pixels", "samples first", "classes first"),
+    *("channels last", "transposed", "expanded", "padded", "every other row", "every other column", "odd", "window"),
+)
 NOT_RUN = "not run: the time limit came"
 
 
@@ -65,18 +72,26 @@ def selected(function: str, ids: list[str], choices: list[str]) -> bool:
     return not choices
 
 
+def kind_of(name: str, words: tuple[str, ...] = KINDS) -> tuple[str, ...]:
+    """Return a test's function and those of its ids that are among the words."""
+    function, _, ids = name.partition("[")
+    return (function, *(word for word in ids.rstrip("]").split("-") if word in words))
+
+
 def in_order(names: list[str]) -> list[str]:
-    """Sort names: one test of every kind first, then a second of each, ...
+    """Sort names: one test of every kind first, one of every kernel of each kind, then a second of each kind, ...
 
     Tests of one kind are in the order of a hash of their names, so that neighbours in a list of cases come apart.
     """
     places: Counter[tuple[str, ...]] = Counter()
+    seen: set[tuple[str, ...]] = set()
     ranked = []
     for name in sorted(names, key=lambda name: zlib.crc32(name.encode())):
-        function, _, ids = name.partition("[")
-        kind = (function, *(word for word in ids.rstrip("]").split("-") if word in KINDS))
-        ranked.append((places[kind], name))
+        kind, kernel = kind_of(name), kind_of(name, KINDS + KERNELS)
+        place = places[kind] + 1 if kernel in seen else min(places[kind], 1)
+        ranked.append((place, name))
         places[kind] += 1
+        seen.add(kernel)
     position = {name: index for index, name in enumerate(names)}
     return [name for _, name in sorted(ranked, key=lambda item: (item[0], position[item[1]]))]
 
