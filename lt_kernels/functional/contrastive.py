@@ -34,6 +34,8 @@ from .._checks import (
 )
 from .._smooth import quick_logaddexp
 from ..ops._backend import BackendUnavailableError, plain_call, resolve
+from ..ops.contrastive_loss import arguments as contrastive_loss
+from ..ops.contrastive_loss.op import forward as contrastive_loss_forward
 from ..ops.partitioned_logsumexp import plan
 from ..ops.partitioned_logsumexp.arguments import SIGNATURE, Arguments
 from ..ops.partitioned_logsumexp.op import OP, forward
@@ -273,6 +275,13 @@ def supervised_contrastive(
     if ignore_index is not None:
         check_int("ignore_index", ignore_index, kind="an int or None")
         query, key, counted, key_bias = _without(ignore_index, query, key, query_label, key_label, key_bias)
+    if _is_one_operator(query, key, key_bias):
+        mean = "mean" if counted is None else "mean_counted"
+        return _one_operator(
+            query, key, query_label, key_label, 1 / temperature, key_bias, exclude, key_grad_rows, normalized,
+            counted=counted, two=form == "in", reduction=mean if reduction == "mean" else reduction,
+            empty_is_zero=empty_mean == "zero",
+        )  # fmt: skip
     sums = partitioned_logsumexp(
         query, key, query_label, key_label, scale=1 / temperature, key_bias=key_bias, exclude=exclude,
         key_grad_rows=key_grad_rows, normalized=normalized,
@@ -297,6 +306,82 @@ def supervised_contrastive(
         return loss.mean()
     count = torch.ones_like(some).sum() if counted is None else counted.sum()
     return mean_over(loss, count, empty_mean)
+
+
+def _is_one_operator(query: Tensor, key: Tensor, key_bias: Tensor | None) -> bool:
+    """Return whether a loss runs as one operator: on GPUs, without a bias that learns. The reference is the composition
+    of the general operator's results."""
+    dtype = _check_vectors(query, key)
+    if isinstance(key_bias, Tensor) and key_bias.requires_grad and torch.is_grad_enabled():
+        return False
+    return resolve(OP, query if query.dtype == dtype else query.new_empty((0,), dtype=dtype)) == "triton"
+
+
+def _one_operator(
+    query: Tensor, key: Tensor, query_label: Tensor, key_label: Tensor | None, scale: float | Tensor,
+    key_bias: Tensor | None, exclude: Tensor | Literal["self"] | None, key_grad_rows: tuple[int, int] | None,
+    normalized: bool, *, counted: Tensor | None, two: bool, reduction: str, empty_is_zero: bool,
+) -> Tensor:  # fmt: skip
+    """Return the loss of one call of ``contrastive_loss``; checks are those of ``partitioned_logsumexp``, in its order.
+
+    Labels are read as they are, and a row that leaves out itself needs no vector.
+    """
+    dtype = _check_vectors(query, key)
+    n, m = query.shape[0], key.shape[0]
+    if key_label is None:
+        if m != n:
+            raise ValueError(f"key_label: got None with {m} keys for {n} queries, expected one label per key")
+        key_label = query_label
+    labels = _whole_labels("query_label", query_label, n, query)
+    of_keys = labels if key_label is query_label else _whole_labels("key_label", key_label, m, query)
+    if labels.dtype != of_keys.dtype:
+        labels, of_keys = labels.to(torch.int64), of_keys.to(torch.int64)
+    fixed_scale, learned_scale = check_factor("scale", scale, query, torch.float32)
+    key_bias = check_class_vector("key_bias", key_bias, m, query, torch.float32, of="key")
+    left_out = None if exclude is None else _left_out(exclude, n, m, query)
+    begin, end = _rows(key_grad_rows, m)
+    check_flag("normalized", normalized)
+    if normalized:
+        _check_norms("query", query)
+        _check_norms("key", key)
+    q = query.to(dtype).contiguous()
+    k = None if key is query and (begin, end) == (0, m) else key.to(dtype).contiguous()
+    a = contrastive_loss.Arguments(
+        q, k, labels, of_keys, left_out, key_bias, None, None, None, None,
+        counted, learned_scale, fixed_scale, 1.0, 0.0, begin, end, isinstance(exclude, str), two, normalized,
+        reduction, empty_is_zero,
+    )  # fmt: skip
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k))
+    tiled = plan.tiled_reason(q.shape[1], dtype) is None
+    budget = _settings.memory_budget
+    chosen = plan.choose(n, m, dtype, training, tiled, "auto", budget)
+    with_slopes = learned_scale is not None and learned_scale.requires_grad and torch.is_grad_enabled()
+    return contrastive_loss_forward(
+        *contrastive_loss.SIGNATURE.flatten(a), with_slopes, chosen, budget, "triton"
+    )[0]  # fmt: skip
+
+
+def _whole_labels(name: str, value: Any, size: int, query: Tensor) -> Tensor:
+    """Return labels in a dtype that kernels compare: int32 or int64."""
+    value = _index_vector(name, value, size, query)
+    if value.dtype.itemsize >= 4 and value.dtype not in (torch.int32, torch.int64):
+        value = as_int64(name, value)
+    elif value.dtype.itemsize < 4:
+        value = value.to(torch.int32)
+    if value.dtype == torch.int64:
+        value = check_values(check_int32, name, value)
+    return value.detach().contiguous()
+
+
+def _left_out(exclude: Any, n: int, m: int, query: Tensor) -> Tensor | None:
+    """Return the columns that rows leave out; None where these are the rows' own."""
+    if isinstance(exclude, str):
+        check_choice("exclude", exclude, ("self",))
+        if m < n:
+            raise ValueError(f"exclude: got 'self' with {m} keys for {n} queries, expected a key for each query")
+        return None
+    value = as_int64("exclude", _index_vector("exclude", exclude, n, query))
+    return check_values(check_keys, "exclude", value, m).contiguous()
 
 
 def _without(
@@ -356,13 +441,9 @@ def _labels(name: str, value: Any, size: int, query: Tensor) -> Tensor:
 def _exclude(exclude: Any, n: int, m: int, query: Tensor) -> Tensor | None:
     if exclude is None:
         return None
-    if isinstance(exclude, str):
-        check_choice("exclude", exclude, ("self",))
-        if m < n:
-            raise ValueError(f"exclude: got 'self' with {m} keys for {n} queries, expected a key for each query")
+    value = _left_out(exclude, n, m, query)
+    if value is None:
         return torch.arange(n, dtype=torch.int32, device=query.device)
-    value = as_int64("exclude", _index_vector("exclude", exclude, n, query))
-    value = check_values(check_keys, "exclude", value, m)
     # one out of range, on a GPU, excludes nothing
     return torch.where((value >= 0) & (value < m), value, -1).to(torch.int32).contiguous()
 

@@ -90,13 +90,45 @@ LOSSES = {
     "sade": (3, 2),
     "ride": (7, 4),
     "ncl": (24, 10),
-    "supcon": (14, 23),
+    "supcon": (5, 4),
     "bcl": (53, 25),
     "paco": (53, 48),
     "gml": (105, 58),
     "elm-pairwise": (58, 58),
     "elm-contrastive": (53, 45),
 }
+
+
+class SupCon:
+    """A call of ``supervised_contrastive``."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, width: int = 128, **options: object) -> None:
+        self.vectors = [torch.zeros(size, width, dtype=dtype, requires_grad=True) for size in (512, 4096)]
+        self.labels = [torch.zeros(size, dtype=torch.int32) for size in (512, 4096)]  # a CPU checks values of int64
+        self.options = options
+
+    def __call__(self) -> Tensor:
+        return LF.supervised_contrastive(
+            *self.vectors, *self.labels, temperature=0.1, exclude="self", normalized=True, **self.options
+        )
+
+
+#: Losses of features, with what their backward pass launches.
+FEATURES = {
+    "SupCon": (SupCon(), 3, 3),
+    "SupCon, in": (SupCon(form="in"), 3, 3),
+    "SupCon, positives": (SupCon(reduction="mean_positives"), 3, 3),
+    "SupCon, float32": (SupCon(torch.float32), 4, 4),
+    "SupCon, wide": (SupCon(width=1024), 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_launches_of_losses_of_features(name, monkeypatch):
+    call, most_forward, most_backward = FEATURES[name]
+    forward, backward = count_launches(monkeypatch, call)
+    assert len(forward) <= most_forward, forward
+    assert len(backward) <= most_backward, backward
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,9 @@ import triton
 from torch import Tensor
 
 from lt_kernels.ops._rows.options import RowOptions
+from lt_kernels.ops.contrastive_loss import arguments as contrastive
+from lt_kernels.ops.contrastive_loss import configs as contrastive_configs
+from lt_kernels.ops.contrastive_loss import triton as contrastive_kernels
 from lt_kernels.ops.expert_cross_entropy import configs as experts_configs
 from lt_kernels.ops.expert_cross_entropy import triton as experts
 from lt_kernels.ops.expert_cross_entropy.arguments import Arguments as ExpertsArguments
@@ -30,6 +33,7 @@ from lt_kernels.ops.margin_cross_entropy.arguments import DIFFERENTIABLE, Argume
 from lt_kernels.ops.partitioned_logsumexp import arguments as keys
 from lt_kernels.ops.partitioned_logsumexp import configs as keys_configs
 from lt_kernels.ops.partitioned_logsumexp import triton as keys_tiles
+from lt_kernels.ops.partitioned_logsumexp.plan import Blocks
 
 
 class Work(NamedTuple):
@@ -202,6 +206,48 @@ def _partitioned_logsumexp(config: Any) -> None:
     keys_tiles.tiled_backward(a, meta(keys.N_TERMS, n), [True, not alone, *sums])
 
 
+def _contrastive_loss(config: Any) -> None:
+    n, m, options = config.rows, config.columns, config.options
+
+    def option(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return meta(*shape, dtype=dtype) if name in options else None
+
+    labels = torch.int32 if "int32" in options else torch.int64
+    alone, block = "alone" in options, config.width == 0
+    width = 512 if block else config.width
+    a = contrastive.Arguments(
+        query=meta(n, width, dtype=config.dtype),
+        key=None if alone else meta(m, width, dtype=config.dtype),
+        query_label=meta(n, dtype=labels),
+        key_label=meta(m, dtype=labels),
+        exclude=option("exclude", n, dtype=labels),
+        key_bias=option("key_bias", m),
+        pos_offset=option("pos_offset", n),
+        extra=option("rows", n),
+        pulled=option("rows", n),
+        constant=option("rows", n),
+        counted=option("rows", n, dtype=torch.bool),
+        learned_scale=option("learned_scale"),
+        scale=10.0,
+        alpha=1.0,
+        beta=0.0,
+        key_grad_begin=0,
+        key_grad_end=m,
+        exclude_self="self" in options,
+        two="two" in options,
+        normalized="bounded" in options,
+        reduction="none" if "none" in options else "mean",
+        empty_is_zero=False,
+    )
+    blocks, slopes = Blocks(n, m), "learned_scale" in options
+    kept = meta(n, triton.cdiv(m, 32) * 32, dtype=config.dtype)[:, :m] if block else None
+    strategy = "materialize" if block else "tiled"
+    made = contrastive_kernels.forward(a, strategy, blocks, slopes, kept)
+    upstream = meta(n) if "none" in options else meta()
+    needs = ["keys" not in options, "queries" not in options, "rows" in options, "rows" in options, slopes]
+    contrastive_kernels.backward(upstream, a, made.terms, made.share, strategy, blocks, kept, needs)
+
+
 def _rows_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
     if "_rows_" in kernel and a.get("BODY") != "parts":
         block = a["GROUP"] * a["LANES"] * a["REPEAT"]
@@ -245,6 +291,7 @@ def _keys_work(kernel: str, a: Mapping[str, Any]) -> Work | None:
 
 
 OPS = {
+    "contrastive_loss": Op(contrastive_configs.CONFIGS, _contrastive_loss, _keys_work, by_target=True),
     "margin_cross_entropy": Op((*rows_configs.CONFIGS, *rows_configs.SMALL_CONFIGS), _margin_cross_entropy, _rows_work),
     "linear_margin_cross_entropy": Op(
         linear_configs.CONFIGS, _linear_margin_cross_entropy, lambda kernel, a: None, by_target=True

@@ -134,6 +134,19 @@ logits of a tile. At D = 128, tensor cores take as long as 11 instructions for t
 for both products of a backward tile. The limits are about a tenth above the loops' counts.
 """
 
+_CONTRASTIVE = """
+## Contrastive losses
+
+`contrastive_loss` is a whole loss: the sums over keys (tiled_forward, or block_forward on similarities in memory), the
+rows' losses and what backward needs of them (rows), their sum (result); then the gradients of queries and keys as
+programs of one grid (gradients; both where the queries are the keys), and the sum of their splits (finish). SupCon is 6
+launches with autograd's own. Cells and "per logit" are as above; the loop of "gradients" is that of the queries where
+both sides have a gradient. SupCon's sweeps are held to 9.9 instructions for a logit forward with labels of int32, 10.5
+with labels of int64 (whose comparison is one more), to 9.5 and 10.5 for the gradient of queries, and to 10.5 and 10.8
+for that of keys. Their labels and terms are loaded straight to registers: no loop copies 4 bytes at a time to shared
+memory, with Triton 3.6 either.
+"""
+
 
 def page(tables: dict[str, list[dict[str, Any]]]) -> str:
     """Return the tables as Markdown."""
@@ -151,6 +164,7 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> str:
         (_EXPERTS.format(read=limits.READ_BUDGET), [*lines("expert_fusion"), *lines("expert_divergence")[2:]]),
         (_TILED, _tile_lines("linear_margin_cross_entropy", tables, "linear, ", counted=False)),
         (_KEYS, _tile_lines("partitioned_logsumexp", tables, "keys, ", counted=True)),
+        (_CONTRASTIVE, _tile_lines("contrastive_loss", tables, "contrastive, ", counted=True)),
     ]
     return "\n\n".join(f"{prose.strip()}\n\n" + "\n".join(lines) for prose, lines in sections) + "\n"
 

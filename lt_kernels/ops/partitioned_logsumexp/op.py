@@ -242,15 +242,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, rest, slopes, *([kept] if ctx.kept else []))
 
 
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
-    """Return the saved tensors; say what to do if one was written since."""
+def saved_tensors(ctx: Any, op: str) -> tuple[Tensor, ...]:
+    """Return the saved tensors of an operator; say what to do if one was written since."""
     try:
         saved: tuple[Tensor, ...] = ctx.saved_tensors
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{OP}: got an input that was written in place before backward, as an enqueue writes a queue's features, "
+            f"{op}: got an input that was written in place before backward, as an enqueue writes a queue's features, "
             "expected the same values. Enqueue before the loss or after its backward, or give the loss queue.snapshot()"
         ) from error
     return saved
@@ -259,7 +259,7 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
 def _autograd_backward(
     ctx: Any, grad_neg: Tensor | None, grad_pos: Tensor | None, grad_sum: Tensor | None, *others: Any
 ) -> tuple[Tensor | None, ...]:
-    saved = _saved(ctx)
+    saved = saved_tensors(ctx, OP)
     count = SIGNATURE.n_tensors
     tensors, rest, slopes = saved[:count], saved[count], saved[count + 1]
     kept = saved[count + 2] if ctx.kept else None
