@@ -413,11 +413,21 @@ def check_values(
     return value
 
 
+def _are_within(integers: Tensor, low: int, high: int) -> bool:
+    """Return whether all are from ``low`` to ``high``, in one pass over them."""
+    if integers.numel() == 0:
+        return True
+    least, greatest = integers.aminmax()
+    return low <= int(least) and int(greatest) <= high
+
+
 def check_classes(
     name: str, label: Tensor, classes: int, none: int | None = None, hint: str | None = None, what: str = "class"
 ) -> None:
     """Raise IndexError for the first label that is neither a class nor ``none``. Reads values: a GPU is waited for."""
     label = as_int64(name, label)
+    if not has_no_values(label) and _are_within(label, -1 if none == -1 else 0, classes - 1):
+        return
     bad = (label < 0) | (label >= classes)
     if none is not None:
         bad &= label != none
@@ -430,21 +440,21 @@ def check_classes(
 
 def check_keys(name: str, index: Tensor, keys: int) -> None:
     """Raise IndexError for the first index that is neither that of a key nor -1."""
+    if _are_within(index, -1, keys - 1):
+        return
     bad = (index < -1) | (index >= keys)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise IndexError(f"{name}: got {int(index[row])} in row {row}, expected a key from 0 to {keys - 1}, or -1")
+    row = int(bad.nonzero()[0])
+    raise IndexError(f"{name}: got {int(index[row])} in row {row}, expected a key from 0 to {keys - 1}, or -1")
 
 
 def check_int32(name: str, label: Tensor) -> None:
     """Refuse labels, int64, beyond the range of int32, in which they are compared."""
-    if label.numel() == 0:
-        return
     limits = torch.iinfo(torch.int32)
+    if _are_within(label, limits.min, limits.max):
+        return
     low, high = (int(bound) for bound in label.aminmax())
-    if not limits.min <= low <= high <= limits.max:
-        bad = low if low < limits.min else high
-        raise ValueError(f"{name}: got {bad}, expected labels from {limits.min} to {limits.max}")
+    bad = low if low < limits.min else high
+    raise ValueError(f"{name}: got {bad}, expected labels from {limits.min} to {limits.max}")
 
 
 def check_not_wrapped(name: str, integers: Tensor) -> None:

@@ -301,15 +301,22 @@ class FeatureQueue(InitializedModule):
         rows = _check_features(features, self.features)
         label = _check_integers("labels", labels, rows, self.features)
         label = check_values(check_classes, "labels", label, 2**31, -1, words=(", or -1",))
-        order = torch.arange(rows, device=label.device)
+        places = torch.arange(rows + 1, device=label.device)  # the last one is the next call's first
         if torch.compiler.is_compiling():  # nothing is written before the labels have been checked
-            order = order + (label - label)
-        slot = (self.pointer + order) % self.size
+            places = places + (label - label).sum()
+        places = (places + self.pointer) % self.size
+        slot = places[:rows]
         last = max(rows - self.size, 0)
-        self.features.index_copy_(0, slot[last:], features[last:].to(self.features.dtype))
-        self.labels.index_copy_(0, slot[last:], label[last:])
-        self.pointer.copy_((self.pointer + rows) % self.size)
-        return slot.masked_fill(order < last, -1)
+        if torch.compiler.is_compiling() or last > 0:  # where the number of rows is a symbol, one graph is for all
+            pushed_out = torch.arange(rows, device=label.device) < last
+            features, label, written = features[last:], label[last:], slot[last:]
+            slot = slot.masked_fill(pushed_out, -1)
+        else:
+            written = slot
+        self.features.index_copy_(0, written, features.to(self.features.dtype))
+        self.labels.index_copy_(0, written, label)
+        self.pointer.copy_(places[rows])
+        return slot
 
     def snapshot(self) -> QueueKeys:
         """Copy features and labels: ``size`` (``dim`` elements and 8 bytes).

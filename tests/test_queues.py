@@ -14,6 +14,7 @@ from _refused import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lt_kernels
 import lt_kernels.functional as LF
@@ -276,6 +277,23 @@ class TestFeatureQueue:
         assert torch.equal(twin.features, queue.features)
         assert queue.features.dtype == torch.float16
         assert repr(queue) == "FeatureQueue(size=5, dim=3)"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_enqueue_is_six_operators(self, dtype):
+        """Beside views and the check of the labels' values."""
+        queue, names = FeatureQueue(5, 3, dtype=dtype), []
+
+        class Seen(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if not function.is_view:
+                    names.append(function.overloadpacket.__name__)
+                return function(*args, **(kwargs or {}))
+
+        features, labels = torch.ones(4, 3, dtype=dtype), torch.arange(4)
+        with Seen():
+            queue.enqueue(features, labels)
+        check = ["aminmax", "_local_scalar_dense", "_local_scalar_dense"]
+        assert names == [*check, "arange", "add", "remainder", "index_copy_", "index_copy_", "copy_"]
 
     def test_compiles_to_one_graph(self):
         torch._dynamo.reset()

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as LF
@@ -99,23 +100,23 @@ class BalancedContrastiveLoss(TemperatureLoss):
         given, index, is_class = check_labels(
             "labels", labels, (samples,), self.num_classes, features, self.ignore_index
         )
-        ignored = given == self.ignore_index
+        ignored, absent = given == self.ignore_index, ~is_class
         query = zero_rows(features, ignored).flatten(0, 1)
-        label = index[:, None].expand(samples, views).flatten()
+        compared = index.to(torch.int32)
+        label = compared[:, None].expand(samples, views).flatten()
         dtype = torch.promote_types(features.dtype, torch.float32)
         # an ignored view is no key, nor, on a GPU, is one of a class out of range
-        of_views = torch.where(is_class, index, -1)[:, None].expand(samples, views).flatten()
-        key_label = torch.cat([of_views, torch.arange(self.num_classes, device=label.device)])
+        of_views = compared.masked_fill(absent, -1)[:, None].expand(samples, views).flatten()
+        key_label = torch.cat([of_views, torch.arange(self.num_classes, dtype=torch.int32, device=label.device)])
         counts = (views * count_classes(index, is_class, self.num_classes) + 1).to(dtype)
-        bias = torch.where(key_label >= 0, -counts.log()[key_label.clamp_min(0)], -math.inf)
+        bias = F.pad(-counts.log(), (0, 1), value=-math.inf)[key_label]  # -1, of no key, is the last one
         sums = LF.partitioned_logsumexp(
             query, torch.cat([query, centers]), label, key_label,
             scale=1 / self.temperature, key_bias=bias, exclude="self",
         )  # fmt: skip
-        count = counts[label]
-        others = (count - 1).clamp_min(1)
-        rows = quick_logaddexp(sums.neg, sums.pos + (count / others).log()) - sums.pos_sum / others
-        rows = rows.view(samples, views).masked_fill(~is_class[:, None], math.nan)  # a class out of range, on a GPU
+        others = sums.num_pos.clamp_min(1)  # of its class, without the view itself: cnt - 1
+        rows = quick_logaddexp(sums.neg, sums.pos + others.reciprocal().log1p()) - sums.pos_sum / others
+        rows = rows.view(samples, views).masked_fill(absent[:, None], math.nan)  # a class out of range, on a GPU
         rows = rows.masked_fill(ignored[:, None], 0.0)
         if self.reduction == "none":
             return rows

@@ -240,8 +240,10 @@ class ELMLoss(ContrastiveLossBase):
             check_embeddings("key", key, "[M, D]")
             _, of_keys, is_key = check_labels("key_label", key_label, (len(key),), classes, embeddings, -1)
             key = F.normalize(key, dim=1) if self.normalize else key
-        rows = self._regularizer(query, torch.where(is_class, label, -2), label, key, of_keys, is_key, exclude)
-        embedding = self._reduce(torch.where(is_class, rows, 0.0), is_class)
+        no_class = ~is_class
+        no_key = no_class if is_key is is_class else ~is_key
+        rows = self._regularizer(query, label.masked_fill(no_class, -2), label, key, of_keys, no_key, exclude)
+        embedding = self._reduce(rows, is_class)
         total = of_logits + self.embedding_weight * embedding
         return ELMTerms(total, of_logits, embedding) if return_terms else total
 
@@ -252,10 +254,10 @@ class ELMLoss(ContrastiveLossBase):
         label: Tensor,
         key: Tensor,
         key_label: Tensor,
-        is_key: Tensor,
+        no_key: Tensor,
         exclude: Tensor | Literal["self"] | None,
     ) -> Tensor:
-        """Return R of each row [N]; ``query_label`` is -2 where ``label`` stands for no class."""
+        """Return R of each row [N], 0 without positives; ``query_label`` is -2 where ``label`` is of no class."""
         scale = 1 / self.temperature
         key_bias = torch.zeros_like(key_label, dtype=self.embedding_margin.dtype)
         of_class = self.class_bias if self.regularizer == "contrastive" else None
@@ -263,25 +265,25 @@ class ELMLoss(ContrastiveLossBase):
             # class bias of no class (masked): its keys have none either
             of_class = of_class.masked_fill(of_class == -math.inf, 0.0)
             key_bias = of_class[key_label]
-        key_bias = key_bias.masked_fill(~is_key, -math.inf)
-        key_label = torch.where(is_key, key_label, -1)
+        key_bias = key_bias.masked_fill(no_key, -math.inf)
+        query_label, key_label = query_label.to(torch.int32), key_label.to(torch.int32).masked_fill(no_key, -1)
         sums = LF.partitioned_logsumexp(
             query, key, query_label, key_label,
             scale=scale, key_bias=key_bias, exclude=exclude,
         )  # fmt: skip
         dtype = sums.neg.dtype
         delta = self.embedding_margin[label].to(dtype)
-        some, count = sums.num_pos > 0, sums.num_pos.clamp_min(1)
+        alone, count = sums.num_pos == 0, sums.num_pos.clamp_min(1)
         if self.regularizer == "spread":
             rows = delta * (2 - 2 * self.temperature * sums.pos_sum / count)
         elif self.regularizer == "contrastive":
             own_bias = 0.0 if of_class is None else of_class[label].to(dtype)
-            pos = torch.where(some, sums.pos - own_bias, 0.0)
+            pos = (sums.pos - own_bias).masked_fill(alone, 0.0)
             rows = quick_logaddexp(sums.neg - own_bias + delta, pos) - sums.pos_sum / count
         else:
             left_out = torch.arange(len(query), device=query.device) if isinstance(exclude, str) else exclude
             rows = self._pairwise(query, query_label, key, key_label, left_out, sums.neg + delta) / count
-        return torch.where(some, rows, 0.0)
+        return rows.masked_fill(alone, 0.0)
 
     def _pairwise(
         self,
@@ -310,8 +312,12 @@ class ELMLoss(ContrastiveLossBase):
                 is_positive = is_positive & (left_out[:, None] != columns)
             return torch.where(is_positive, F.softplus(against[:, None] - s), 0.0).sum(1)
 
+        parts = row_chunks(len(query), len(key))
+        if len(parts) == 1:
+            rows: Tensor = checkpointed(chunk, query, query_label, against, key, self.temperature, exclude)
+            return rows
         values = []
-        for part in row_chunks(len(query), len(key)):
+        for part in parts:
             left_out = None if exclude is None else exclude[part]
             of_part = (query[part], query_label[part], against[part], key, self.temperature, left_out)
             values.append(checkpointed(chunk, *of_part))

@@ -148,9 +148,9 @@ class PaCoLoss(ContrastiveLossBase):
             raise ValueError(
                 f"label_smoothing: got {self.label_smoothing} with {smoothed} classes, expected at most {most:g}"
             )
-        label, _, is_class = check_labels("query_label", query_label, (rows,), classes, query, self.ignore_index)
-        counted = label != self.ignore_index
-        query = zero_rows(query, ~counted)
+        label, index, is_class = check_labels("query_label", query_label, (rows,), classes, query, self.ignore_index)
+        ignored = label == self.ignore_index
+        query = zero_rows(query, ignored)
         of_keys, _, is_key = check_labels("key_label", key_label, (len(key),), classes, query, -1)
         # C times the same share for all, and less for the target, as this keyword of cross-entropy has it
         smoothing = self.label_smoothing * smoothed / max(smoothed - 1, 1)
@@ -160,21 +160,23 @@ class PaCoLoss(ContrastiveLossBase):
             return_lse=True,
         )  # fmt: skip
         assert of_classes.lse is not None
-        lse = of_classes.lse.masked_fill(~counted, 0.0)  # what is not finite there would reach the keys
-        bias = torch.full(of_keys.shape, self.gamma, dtype=of_classes.loss.dtype, device=key.device).log()
+        lse = of_classes.lse.masked_fill(ignored, 0.0)  # what is not finite there would reach the keys
+        log_gamma = math.log(self.gamma) if self.gamma > 0 else -math.inf
+        bias = torch.full(of_keys.shape, log_gamma, dtype=of_classes.loss.dtype, device=key.device)
         sums = LF.partitioned_logsumexp(
-            query, key, label, of_keys, scale=1 / self.temperature, exclude=exclude,
+            query, key, index.to(torch.int32), of_keys.to(torch.int32), scale=1 / self.temperature, exclude=exclude,
             key_bias=bias.masked_fill(~is_key, -math.inf), key_grad_rows=key_grad_rows,
         )  # fmt: skip
         # log-sum-exps of -inf (no keys, or gamma 0) have no slope, so that they join by a finite stand-in
         floor = torch.finfo(sums.neg.dtype).min / 4
         all_keys = quick_logaddexp(sums.neg.clamp_min(floor), sums.pos.clamp_min(floor))
         weights = self.beta + self.alpha * sums.num_pos
-        pulled = self.beta * (lse - of_classes.loss) + self.alpha * sums.pos_sum
-        loss = quick_logaddexp(lse, all_keys) - pulled / torch.where(weights > 0, weights, 1.0)
+        pulled = torch.add(self.beta * (lse - of_classes.loss), sums.pos_sum, alpha=self.alpha)
+        alone = weights <= 0
+        loss = (quick_logaddexp(lse, all_keys) - pulled / weights.masked_fill(alone, 1.0)).masked_fill(alone, 0.0)
         # a class out of range, on a GPU, makes the cross-entropy NaN
-        loss = torch.where(is_class, torch.where(weights > 0, loss, 0.0), 0.0 * of_classes.loss)
-        return self._reduce(loss, counted)
+        loss = torch.where(is_class, loss, 0.0 * of_classes.loss)
+        return self._reduce(loss, ~ignored)
 
     def two_views(
         self,
