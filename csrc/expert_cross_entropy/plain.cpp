@@ -65,17 +65,23 @@ struct PlainResult {
   Tensor loss, rest, grad;
 };
 
+// Gives options the shapes that operators take: [N, 1].
+void add_dimension(RowOptions& o) {
+  o.target = o.target.unsqueeze(1);
+  if (o.mixed_target.has_value()) o.mixed_target = o.mixed_target->unsqueeze(1);
+  if (o.mix_lambda.has_value() && o.mix_lambda->dim() > 0) o.mix_lambda = o.mix_lambda->unsqueeze(1);
+}
+
 template <class A>
 PlainResult forward_experts(PlainExperts& call, bool with_grad) {
   const at::AutoDispatchBelowADInplaceOrView below;
   RowOptions& o = call.rows.options;
   const Tensor& first = call.logits[0];
   o.coefficient = coefficient_of_rows<A>(call.rows, first.size(-1), static_cast<A>(call.share));
-  o.target = o.target.unsqueeze(1);
-  if (o.mixed_target.has_value()) o.mixed_target = o.mixed_target->unsqueeze(1);
-  if (o.mix_lambda.has_value() && o.mix_lambda->dim() > 0) o.mix_lambda = o.mix_lambda->unsqueeze(1);
+  RowOptions shaped = o;
+  add_dimension(shaped);
   const auto [loss, rest, ensemble_loss, prediction, grad] =
-      run_experts_forward(call.logits, o, call.log_prior, std::nullopt, call.taus, false, with_grad);
+      run_experts_forward(call.logits, shaped, call.log_prior, std::nullopt, call.taus, false, with_grad);
   return {sum_of<A>(loss), rest, grad};
 }
 
@@ -126,6 +132,7 @@ struct ExpertCrossEntropyBackward : torch::autograd::Function<ExpertCrossEntropy
     }
     RowOptions o;
     o.each(Recall{&saved[kSavedOptions], ctx->saved_data["numbers"].toTupleRef().elements().begin()});
+    add_dimension(o);
     c10::List<bool> needs;
     needs.push_back(std::any_of(logits.begin(), logits.end(), [](const Tensor& each) { return each.requires_grad(); }));
     for (const OptionalTensor& each : {o.class_bias, o.class_scale, o.class_margin, o.learned_scale})

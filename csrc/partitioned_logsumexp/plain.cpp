@@ -39,7 +39,7 @@ struct PlainPairs {
   Reduction reduction;
 
   bool is_one() const { return key.is_same(query) && begin == 0 && end == key.size(0); }
-  bool key_needs() const { return !is_one() && key.requires_grad() && begin < end; }
+  bool key_needs() const { return !is_one() && key.requires_grad(); }
   bool needs() const { return query.requires_grad() || key_needs(); }
 };
 
@@ -295,14 +295,15 @@ variable_list unpack(AutogradContext* ctx) {
 enum Saved { kQuery, kKey, kStatisticsOfRows, kProducts, kQueryLabel, kKeyLabel, kExclude, kKeyBias };
 
 struct SupervisedContrastiveBackward : torch::autograd::Function<SupervisedContrastiveBackward> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const PlainPairs& call) {
+  // No key where it is the query: an input given twice, with one gradient, is more than compiled autograd can add up.
+  static Tensor forward(AutogradContext* ctx, const Tensor& query, const OptionalTensor& key, const PlainPairs& call) {
     const bool is_double = query.scalar_type() == at::kDouble;
     const PlainResult result = is_double ? forward_pairs<double>(call) : forward_pairs<float>(call);
-    ctx->save_for_backward({query, key, result.statistics, result.z, call.query_label, call.key_label,
-                            call.exclude.value_or(Tensor()), call.key_bias.value_or(Tensor())});
+    ctx->save_for_backward({query, key.value_or(Tensor()), result.statistics, result.z, call.query_label,
+                            call.key_label, call.exclude.value_or(Tensor()), call.key_bias.value_or(Tensor())});
     ctx->set_materialize_grads(false);
     ctx->saved_data["scale"] = call.scale;
-    ctx->saved_data["options"] = std::vector<int64_t>{call.begin, call.end, call.inside, call.reduction, call.is_one()};
+    ctx->saved_data["options"] = std::vector<int64_t>{call.begin, call.end, call.inside, call.reduction};
     return result.loss;
   }
 
@@ -319,7 +320,7 @@ struct SupervisedContrastiveBackward : torch::autograd::Function<SupervisedContr
     call.scale = ctx->saved_data["scale"].toDouble();
     call.begin = options[0], call.end = options[1], call.inside = options[2] != 0;
     call.reduction = static_cast<Reduction>(options[3]);
-    if (options[4] != 0) call.key = call.query;  // unpacked, they are two tensors
+    if (!call.key.defined()) call.key = call.query;
     const Tensor &statistics = saved[kStatisticsOfRows], &z = saved[kProducts];
     const bool is_double = statistics.scalar_type() == at::kDouble;
     std::array<Tensor, 2> gradients;
@@ -327,8 +328,10 @@ struct SupervisedContrastiveBackward : torch::autograd::Function<SupervisedContr
       const auto run = is_double ? backward_pairs<double> : backward_pairs<float>;
       gradients = run(call, statistics, z, grad_loss);
     } else {
-      const Tensor upstream = is_double ? upstream_of<double>(call, statistics, grad_loss)
-                                        : upstream_of<float>(call, statistics, grad_loss);
+      // a copy, as it may have no memory (zeros of autograd) or be a lazy negation
+      const Tensor given = at::empty(grad_loss.sizes(), statistics.options()).copy_(grad_loss.detach());
+      const Tensor upstream =
+          is_double ? upstream_of<double>(call, statistics, given) : upstream_of<float>(call, statistics, given);
       gradients = watched_backward(call, statistics, z, upstream);
     }
     results[0] = gradients[0], results[1] = gradients[1];
@@ -350,7 +353,8 @@ PyObject* plain_supervised_contrastive(PyObject*, PyObject* const* arguments, Py
     pybind11::gil_scoped_release released;
     RECORD_FUNCTION("lt_kernels::supervised_contrastive", c10::ArrayRef<const c10::IValue>());
     if (c10::GradMode::is_enabled() && call.needs()) {
-      loss = SupervisedContrastiveBackward::apply(call.query, call.key, call);
+      const OptionalTensor key = call.is_one() ? std::nullopt : OptionalTensor(call.key);
+      loss = SupervisedContrastiveBackward::apply(call.query, key, call);
     } else {
       const bool is_double = call.query.scalar_type() == at::kDouble;
       loss = (is_double ? forward_pairs<double>(call) : forward_pairs<float>(call)).loss;

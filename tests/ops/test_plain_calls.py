@@ -6,13 +6,16 @@ The other tests call public functions, and so take plain calls where they can. H
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch.nn.functional as F
 from _cases import experts as expert_cases
 from _cases import rows as row_cases
@@ -172,6 +175,9 @@ def pairs_in(dtype: torch.dtype, form: str, kind: str) -> tuple[list[Tensor], di
         return [q], given | {"key_label": y.clone(), "key_bias": torch.linspace(-1, 0.5, 41)}
     if kind == "some keys learn":
         return [q], given | {"key_grad_rows": (3, 30), "exclude": "self"}
+    if kind == "no key learns":
+        key = vectors(41, dtype, seed=1)
+        return [q, key], given | {"key": key, "key_grad_rows": (7, 7)}
     key = vectors(67, dtype, seed=1).detach().requires_grad_(kind != "queue")
     bias = torch.linspace(-1, 1, 67).index_fill(0, torch.tensor([5]), -math.inf)
     own = torch.arange(41).sub(1).to(torch.int32)
@@ -181,7 +187,15 @@ def pairs_in(dtype: torch.dtype, form: str, kind: str) -> tuple[list[Tensor], di
     return [q] if kind == "queue" else [q, key], given
 
 
-KINDS = ["batch against itself", "batch with every key", "some keys learn", "keys", "queue", "queue beside a batch"]
+KINDS = [
+    "batch against itself",
+    "batch with every key",
+    "some keys learn",
+    "no key learns",
+    "keys",
+    "queue",
+    "queue beside a batch",
+]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum", "mean_positives"])
@@ -411,13 +425,55 @@ def test_backward_passes_of_a_plain_function(function):
         loss.backward()
 
 
-@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
-def test_what_backward_needs_must_not_be_changed(function):
-    x = (X.clone().requires_grad_() * 1).requires_grad_()
-    loss = margin_cross_entropy(x, Y, class_bias=BIAS.clone().requires_grad_())
-    x.detach().add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+def call_of(kind: str, x: Tensor, y: Tensor, share: Tensor, vector: Tensor) -> Tensor:
+    if kind == "pairs":
+        return supervised_contrastive(x, x, y, temperature=0.7, key_bias=vector[:4], exclude=y)
+    options = {"class_bias": vector, "mix_lambda": share, "mixed_target": y}
+    if kind == "rows":
+        return margin_cross_entropy(x, y, **options)
+    if kind == "rows that learn":
+        return margin_cross_entropy(x, y, scale=torch.tensor(2.0, requires_grad=True), **options)
+    return expert_cross_entropy([x, 2 * x], y, **options)
+
+
+@pytest.mark.parametrize("changed", ["x", "y", "share", "vector"])
+@pytest.mark.parametrize("kind", ["rows", "rows that learn", "experts", "pairs"])
+def test_what_backward_needs_must_not_be_changed(kind, changed, taken):
+    """Checked for float64, whose vectors are not converted; the labels of pairs are copies of their own."""
+    given = {
+        "x": X.double().requires_grad_() * 1,
+        "y": torch.tensor([3, 0, 2, 1]),
+        "share": torch.full((4,), 0.3, dtype=torch.float64),
+        "vector": BIAS.double(),
+    }
+    loss = call_of(kind, **given)
+    assert taken == [True]
+    with torch.no_grad():
+        given[changed].mul_(1)
+    kept = kind == "pairs" and changed in ("y", "share")
+    with nullcontext() if kept else pytest.raises(RuntimeError, match="in ?place"):
         loss.backward()
+
+
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
+def test_upstream_gradients_without_memory_or_lazily_negated(function):
+    for upstream in (torch._efficientzerotensor(()), torch._neg_view(torch.tensor(-0.7)), torch.ones(1).expand(1)[0]):
+        x = X.clone().requires_grad_()
+        (found,) = torch.autograd.grad(function(x), x, upstream)
+        (expected,) = torch.autograd.grad(function(x), x, upstream.resolve_neg() + torch.zeros(()))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
+def test_compiled_autograd_takes_plain_functions(function, taken):
+    weight = torch.eye(6).requires_grad_()
+    (expected,) = torch.autograd.grad(function(X @ weight), weight)
+    loss = function(X @ weight)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert taken == [True, True]
+    torch.testing.assert_close(weight.grad, 2 * expected)
 
 
 class Named(torch.Tensor):
@@ -491,6 +547,17 @@ def test_class_indices_out_of_range_are_named_by_both_ways():
                 function(X, target)
             messages.append(str(refusal.value).splitlines()[0])
         assert messages[0] == messages[1]
+
+
+# ---------------------------------------------------------------------------------------------------- what they read
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for pages that must not be touched")
+def test_kernels_read_and_write_nothing_beyond_their_tensors():
+    """In a process of its own, which a stray access ends."""
+    program = Path(__file__).parents[1] / "_guarded.py"
+    finished = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stdout[-500:] + finished.stderr[-3000:]
 
 
 # ------------------------------------------------------------------------------------------------------ what they cost

@@ -312,10 +312,10 @@ struct IO<Half> {
 };
 
 #if LTK_LEVEL == 2
-LTK_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+LTK_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count > 0 ? (1u << count) - 1 : 0); }
 #endif
 
-// The first `count` lanes, the others `fill`.
+// The first `count` lanes (none where it is negative), the others `fill`.
 template <class A, class T>
 LTK_INLINE Vec<A> get_some(const T* p, int64_t count, A fill) {
   if (count >= Simd<A>::W) return IO<T>::get_vector(p);
