@@ -16,7 +16,7 @@ from lt_kernels import functional as LF
 from lt_kernels.ops.contrastive_loss.arguments import DIFFERENTIABLE, SIGNATURE, Arguments
 from lt_kernels.ops.contrastive_loss.op import forward
 
-pytestmark = pytest.mark.backends("triton")
+pytestmark = [pytest.mark.backends("triton"), pytest.mark.usefixtures("backend")]
 
 #: Vectors of rows and keys that a case draws; the other names are fields of the arguments.
 ROWS, KEYS = ("pos_offset", "extra", "pulled", "constant"), ("key_bias",)
