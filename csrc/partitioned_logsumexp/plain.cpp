@@ -325,6 +325,7 @@ struct SupervisedContrastiveBackward : torch::autograd::Function<SupervisedContr
     const bool is_double = statistics.scalar_type() == at::kDouble;
     std::array<Tensor, 2> gradients;
     if (!c10::GradMode::is_enabled() && is_plain(grad_loss) && is_undisturbed()) {
+      const c10::impl::ExcludeDispatchKeyGuard exact(c10::autocast_dispatch_keyset);  // products in the vectors' dtype
       const auto run = is_double ? backward_pairs<double> : backward_pairs<float>;
       gradients = run(call, statistics, z, grad_loss);
     } else {

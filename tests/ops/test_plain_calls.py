@@ -465,6 +465,16 @@ def test_upstream_gradients_without_memory_or_lazily_negated(function):
 
 
 @pytest.mark.parametrize("function", [call, call_experts, call_pairs])
+def test_autocast_around_backward_changes_nothing(function):
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(x), x)
+    loss = function(x)
+    with autocast():
+        (found,) = torch.autograd.grad(loss, x)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("function", [call, call_experts, call_pairs])
 def test_compiled_autograd_takes_plain_functions(function, taken):
     weight = torch.eye(6).requires_grad_()
     (expected,) = torch.autograd.grad(function(X @ weight), weight)
