@@ -67,6 +67,7 @@ def build() -> Path:
 def install() -> None:
     """Make the emulated kernels the native backend of this process."""
     torch.ops.load_library(str(build()))
+    from lt_kernels.ops import _backend
     from lt_kernels.ops._registry import flatten
     from lt_kernels.ops.expert_divergence import native as divergence
     from lt_kernels.ops.expert_fusion import native as fusion
@@ -85,6 +86,7 @@ def install() -> None:
 
     native.forward, native.backward = forward, backward
     native.scale_gradient_ = namespace.scale_gradient_
+    _backend._plain_function = lambda op: None  # plain calls would go to the CPU's kernels
     fusion.forward = lambda a, k, with_log_probs: namespace.expert_fusion(*a, k, with_log_probs)
     divergence.forward = lambda logits, class_scale, kind: namespace.expert_divergence_fwd(
         logits, class_scale, kind == "pairwise"

@@ -590,7 +590,7 @@ def python_calls(step: Callable[[], object]) -> int:
     return calls
 
 
-def test_plain_functions_do_little_in_python():
+def test_plain_calls_do_little_in_python():
     """Forward and backward: what a small call costs is counted in calls of Python, which no noisy machine changes."""
     x, experts = X.clone().requires_grad_(), torch.stack([X, X, X]).requires_grad_()
     module, balpoe = LogitAdjustmentLoss([6, 5, 4, 3, 2, 1]), BalPoELoss([6, 5, 4, 3, 2, 1])
@@ -605,7 +605,7 @@ def test_plain_functions_do_little_in_python():
         assert python_calls(step) - eager <= most
 
 
-def test_profilers_see_plain_functions():
+def test_profilers_see_plain_calls():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call(X)
         call_experts(X)
